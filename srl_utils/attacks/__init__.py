@@ -1,0 +1,1 @@
+"""Perturbations of images: `gradient` maximises an objective, `corruptions` need no gradient."""

@@ -1,0 +1,185 @@
+"""An `AutoencoderKL` as the method sees it: a trainable encoder, a frozen decoder, a frozen reference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from srl_utils.errors import UserError
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSource:
+    """Where a VAE comes from; the arguments of `AutoencoderKL.from_pretrained`."""
+
+    pretrained_model_name_or_path: str
+    subfolder: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+
+
+def read_config(source: AutoencoderSource) -> dict[str, Any]:
+    """The VAE's configuration, without loading its weights.
+
+    Raises:
+        UserError: if there is none, if it is not of an AutoencoderKL, or if it does not take RGB images.
+    """
+    arguments = asdict(source)
+    arguments.pop("variant")
+    name = source.pretrained_model_name_or_path
+    try:
+        config = AutoencoderKL.load_config(**arguments)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        hint = "" if source.subfolder else " (for the VAE of a whole pipeline add --subfolder vae)"
+        raise UserError(f"no VAE configuration at '{name}': {reason}{hint}") from None
+    if config.get("_class_name") != "AutoencoderKL":
+        raise UserError(f"'{name}' is a {config.get('_class_name')}, not an AutoencoderKL")
+    if config["in_channels"] != 3:
+        raise UserError(f"'{name}' takes images of {config['in_channels']} channels; only RGB is supported")
+    return config
+
+
+def load_autoencoder(source: AutoencoderSource) -> AutoencoderKL:
+    """The VAE in float32, whatever the precision of the stored weights.
+
+    Raises:
+        UserError: if the weights cannot be had as safetensors or do not fit the configuration.
+    """
+    try:
+        return AutoencoderKL.from_pretrained(**asdict(source), use_safetensors=True).float()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load the VAE '{source.pretrained_model_name_or_path}': {reason}") from None
+
+
+def save_autoencoder(vae: AutoencoderKL, folder: Path) -> None:
+    """Writes config and weights as `from_pretrained` reads them, in the one layout that safetensors takes.
+
+    `save_pretrained` refuses channels-last weights, and converting the VAE itself would move the parameters
+    that an optimizer and DistributedDataParallel hold.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vae.save_config(folder)
+    weights = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def downsampling_factor(config: dict[str, Any]) -> int:
+    """Image pixels per latent pixel along a side: every level but the last halves the image."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def check_resolution(resolution: int, config: dict[str, Any]) -> None:
+    """Raises a UserError unless `resolution` is a positive multiple of the down-sampling factor."""
+    factor = downsampling_factor(config)
+    if resolution < factor or resolution % factor:
+        nearest = max(factor, round(resolution / factor) * factor)
+        raise UserError(
+            f"--resolution {resolution} does not suit this VAE, which divides sides by {factor}; try {nearest}"
+        )
+
+
+class Moments(NamedTuple):
+    """Mean and variance of the posterior N(mean, variance), each `[N,C,h,w]` float32, raw (unscaled)."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def latent(self, noise: Tensor | None) -> Tensor:
+        """The mean, or the sample that `noise` `[N,C,h,w]` selects."""
+        return self.mean if noise is None else self.mean + self.variance.sqrt() * noise
+
+
+class LatentEncoder(nn.Module):
+    """E_theta: `encoder` and `quant_conv` of a VAE, sharing its parameters.
+
+    `forward` maps images `[N,3,H,W]` in [-1,1] to the raw moments `[N,2C,h,w]`, float32. It is the module
+    that DistributedDataParallel wraps: calling `vae.encode` past the wrapper would leave the gradients of the
+    processes apart. The network runs in `autocast_dtype` where one is given.
+    """
+
+    def __init__(self, vae: AutoencoderKL, *, autocast_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.encoder = vae.encoder
+        self.quant_conv = vae.quant_conv
+        self.autocast_dtype = autocast_dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        with _autocast(images, self.autocast_dtype):
+            moments = self.encoder(images)
+            if self.quant_conv is not None:
+                moments = self.quant_conv(moments)
+        return moments.float()
+
+
+class LatentDecoder(nn.Module):
+    """D_phi: `post_quant_conv` and `decoder` of a VAE, frozen. Gradients pass through to the latents.
+
+    `forward` maps raw latents `[N,C,h,w]` to images `[N,3,H,W]`, float32, about [-1,1].
+    """
+
+    def __init__(self, vae: AutoencoderKL, *, autocast_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+        self.autocast_dtype = autocast_dtype
+        self.requires_grad_(False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        with _autocast(latents, self.autocast_dtype):
+            if self.post_quant_conv is not None:
+                latents = self.post_quant_conv(latents)
+            images = self.decoder(latents)
+        return images.float()
+
+
+def split_moments(moments: Tensor) -> Moments:
+    """Raw moments `[N,2C,h,w]` as mean and variance, the log-variance clipped as diffusers does."""
+    posterior = DiagonalGaussianDistribution(moments)
+    return Moments(posterior.mean, posterior.var)
+
+
+def frozen_copy(encoder: LatentEncoder) -> LatentEncoder:
+    """E_theta0: the encoder as it is now, never to change."""
+    return copy.deepcopy(encoder).requires_grad_(False).eval()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of `module` requires gradient within; what did before does again afterwards.
+
+    During an attack only the image's gradient is wanted. Autograd would skip the parameters' by itself, but
+    would keep the activations they need, and a compiled backward pass would compute them all the same.
+    """
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def latent_shape(config: dict[str, Any], resolution: int) -> tuple[int, int, int]:
+    """Shape (C, h, w) of the latent of a square image."""
+    side = resolution // downsampling_factor(config)
+    return (config["latent_channels"], side, side)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(tensor.device.type, dtype, enabled=dtype is not None)

@@ -1,0 +1,573 @@
+"""Images from folders, tars and Hugging Face datasets to training batches and a validation set.
+
+A training sample is a function of (seed, position), where position 0, 1, 2, ... counts the samples of a whole run
+over all processes. The order therefore depends on no saved random state, number of workers or number of processes,
+and a run resumes at any position.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import count, islice, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from datasets.exceptions import DatasetsError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from srl_utils.errors import UserError
+from srl_utils.photographs import SHORT_SIDE, Split, photograph_tiles
+from srl_utils.pictures import (
+    DECODE_ATTEMPTS,
+    Framing,
+    RawImage,
+    Sample,
+    UnreadableImage,
+    centre_square,
+    decode_rgb,
+    list_files,
+    picture_suffixes,
+    to_tensor,
+)
+
+logger = logging.getLogger(__name__)
+
+PHOTOGRAPHS = "scikit-image"
+VALIDATION_SPLITS = ("validation", "val", "test")
+HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
+SHUFFLE_BUFFER = 1000
+PROBED_IMAGES = 16
+STREAM_TRIAL = 200  # images read before the share of bad ones in a stream means anything
+# Second words of seeds, one per purpose so that no two share random numbers; pictures.py holds the first.
+ORDER_SEED, HELD_OUT_SEED = 2, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Where images come from; each field is the command line flag of the same name."""
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_data_dir: str | None = None
+    validation_data_dir: str | None = None
+    validation_split: str | None = None
+    image_column: str = "image"
+    streaming: bool = False
+    max_train_samples: int | None = None
+    cache_dir: str | None = None
+
+    def check(self) -> None:
+        """Raises a UserError if flags conflict or a folder does not exist; opens nothing."""
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise UserError("give either --dataset_name or --train_data_dir, and not both")
+        if self.validation_data_dir and self.validation_split:
+            raise UserError("give --validation_data_dir or --validation_split, not both")
+        for flag in ("train_data_dir", "validation_data_dir"):
+            folder = getattr(self, flag)
+            if folder is not None and not Path(folder).is_dir():
+                raise UserError(f"--{flag} {folder}: there is no such folder")
+
+
+@dataclass(frozen=True)
+class DatasetImages(Sequence[RawImage]):
+    """The undecoded image column of a map-style dataset."""
+
+    dataset: datasets.Dataset
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> RawImage:
+        row = self.dataset[int(index)]
+        label = _label(row, self.column)
+        return RawImage(row[self.column], f"row {index} ({label})" if label else f"row {index}")
+
+
+@dataclass(frozen=True)
+class StreamImages:
+    """The undecoded image column of a streamed dataset, in the order of its files."""
+
+    dataset: datasets.IterableDataset
+    column: str
+
+    def __iter__(self) -> Iterator[RawImage]:
+        for row in self.dataset:
+            yield RawImage(row.get(self.column), _label(row, self.column))
+
+    def shuffled(self, *, seed: int, epoch: int) -> StreamImages:
+        """The same images in the order of one epoch."""
+        dataset = self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        dataset.set_epoch(epoch)
+        return StreamImages(dataset, self.column)
+
+
+Images = Sequence[RawImage] | StreamImages
+RawSplit = list[RawImage] | datasets.Dataset | datasets.IterableDataset
+
+
+class Batch(NamedTuple):
+    """Images `[b,3,R,R]` in [-1,1], their positions, and names and numbers for the `ImageLedger`."""
+
+    images: Tensor
+    positions: list[int]
+    bad_images: list[str]
+    upscaled: int
+
+
+class TrainingSamples(Dataset):
+    """Map-style images in a new order each epoch, as samples indexed by position."""
+
+    def __init__(self, images: Sequence[RawImage], framing: Framing) -> None:
+        self.images = images
+        self.framing = framing
+
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at `position`; an unreadable image is replaced by the next one of the epoch."""
+        epoch, place = divmod(position, len(self.images))
+        order = epoch_order(self.framing.seed, epoch, len(self.images))
+        return self.framing.sample(position, lambda attempt: self.images[order[(place + attempt) % len(order)]])
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """The permutation of `num_images` indices in which an epoch reads them."""
+    return np.random.default_rng((seed, ORDER_SEED, epoch)).permutation(num_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPositions:
+    """The positions of each batch of one process, without end.
+
+    Of every batch_size * world_size consecutive positions each process takes batch_size consecutive ones, so that
+    the processes together read the order that one process with a larger batch would read.
+    """
+
+    batch_size: int
+    rank: int
+    world_size: int
+    first_position: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.first_position + self.rank * self.batch_size
+        for position in count(start, self.batch_size * self.world_size):
+            yield list(range(position, position + self.batch_size))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamSamples(IterableDataset):
+    """Streamed images as the samples at `positions`.
+
+    Every process reads the whole stream and decodes only its own samples, so that uneven files or worlds never leave
+    a process without data.
+    """
+
+    images: StreamImages
+    framing: Framing
+    positions: BatchPositions = field(
+        default_factory=lambda: BatchPositions(batch_size=1, rank=0, world_size=1, first_position=0)
+    )
+
+    def __iter__(self) -> Iterator[Sample]:
+        """The samples; an unreadable image is replaced by the next one of the stream."""
+        start = self.positions.first_position
+        stream = self._read(start)
+        window: deque[RawImage] = deque()  # what the stream has yielded from position `start` on
+
+        def candidate(attempt: int) -> RawImage:
+            while len(window) <= attempt:
+                window.append(next(stream))
+            return window[attempt]
+
+        for position in (position for batch in self.positions for position in batch):
+            for _ in range(position - start):
+                candidate(0)
+                window.popleft()
+            start = position
+            yield self.framing.sample(position, candidate)
+
+    def _read(self, position: int) -> Iterator[RawImage]:
+        """The undecoded images from `position` on, epoch after epoch; the epochs are of equal length.
+
+        Raises:
+            UserError: if the stream is empty.
+        """
+        epoch, to_skip = 0, position
+        while True:
+            length = 0
+            for length, raw in enumerate(self.images.shuffled(seed=self.framing.seed, epoch=epoch), start=1):
+                if length > to_skip:
+                    yield raw
+            if length == 0:
+                raise UserError("the streamed training data holds no images; check the data set and its split")
+            skipped_epochs, to_skip = divmod(max(to_skip - length, 0), length)
+            epoch += 1 + skipped_epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Training samples (`num_images` is None for a stream) and validation images `[n,3,R,R]` in [-1,1]."""
+
+    samples: TrainingSamples | StreamSamples
+    num_images: int | None
+    validation_images: Tensor
+    description: str
+
+
+def open_data(
+    source: DataSource,
+    *,
+    resolution: int,
+    seed: int,
+    center_crop: bool,
+    random_flip: bool,
+    num_validation_images: int,
+) -> TrainingData:
+    """Opens the training and validation images and makes sure that both can be read.
+
+    Raises:
+        UserError: if there are none, if flags conflict, or if none of the first images can be decoded.
+    """
+    framing = Framing(resolution=resolution, seed=seed, center_crop=center_crop, random_flip=random_flip)
+    training, validation = _open_images(source, resolution, seed)
+    _check_readable(training)
+    validation_images, _ = _decode_evenly(validation, num_validation_images, resolution)
+    place = source.dataset_name or source.train_data_dir
+    if isinstance(training, StreamImages):
+        samples, num_images, amount = StreamSamples(images=training, framing=framing), None, "a stream of"
+    else:
+        samples, num_images, amount = TrainingSamples(training, framing), len(training), str(len(training))
+    return TrainingData(
+        samples=samples,
+        num_images=num_images,
+        validation_images=validation_images,
+        description=f"{place}: {amount} training images, {len(validation_images)} validation images",
+    )
+
+
+def load_validation_images(
+    source: DataSource, *, num_images: int, resolution: int, seed: int = 0
+) -> tuple[Tensor, list[str]]:
+    """Central squares spread evenly over the validation images (of a stream: the first), always the same ones.
+
+    A `source` with `validation_data_dir` needs no training data. The seed matters for held-out training images.
+
+    Returns:
+        Up to `num_images` images `[n,3,R,R]` in [-1,1], and the names of the unreadable ones passed over.
+
+    Raises:
+        UserError: if there are no validation images or none of them can be decoded.
+    """
+    if source.validation_data_dir:
+        validation = _as_images(_open_folder("validation_data_dir", source), source)
+    else:
+        _, validation = _open_images(source, resolution, seed)
+    return _decode_evenly(validation, num_images, resolution)
+
+
+def training_batches(
+    data: TrainingData,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    first_position: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """The batches of process `rank`, without end, from `first_position` of the whole run on.
+
+    Raises:
+        UserError: while iterating, if too many images in a row cannot be read.
+    """
+    positions = BatchPositions(
+        batch_size=batch_size, rank=rank, world_size=world_size, first_position=first_position
+    )
+    if isinstance(data.samples, StreamSamples):
+        # A second worker would read the same stream again.
+        layout = {"dataset": replace(data.samples, positions=positions), "batch_size": batch_size}
+        num_workers = min(num_workers, 1)
+    else:
+        layout = {"dataset": data.samples, "batch_sampler": positions}
+    loader = DataLoader(
+        **layout,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_collate,
+        worker_init_fn=_ignore_interrupt,
+        # Without one the loader draws from torch's global generator.
+        generator=torch.Generator(),
+    )
+    return _without_worker_traceback(loader)
+
+
+class ImageLedger:
+    """Counts what `training_batches` met, and logs the name of each unreadable image once.
+
+    Args:
+        num_images: of the training set; None for a stream.
+        world_size: processes that read as many images as this one; what they met is told by `add`.
+    """
+
+    def __init__(self, num_images: int | None, *, world_size: int = 1) -> None:
+        self.num_images = num_images
+        self.world_size = world_size
+        self.read = 0
+        self.upscaled = 0
+        self.bad_images: dict[str, None] = {}
+
+    def update(self, batch: Batch) -> None:
+        """Adds one batch of this process."""
+        self.read += len(batch.positions) * self.world_size
+        self.upscaled += batch.upscaled
+        self.add(batch.bad_images)
+
+    def add(self, bad_images: Sequence[str]) -> None:
+        """Adds the names of unreadable images; those already known count once."""
+        for name in bad_images:
+            if name not in self.bad_images:
+                self.bad_images[name] = None
+                logger.warning("unreadable training image, replaced by another one: %s", name)
+
+    @property
+    def share(self) -> float:
+        """Distinct unreadable images per image of the training set, or per image read so far of a stream."""
+        return len(self.bad_images) / max(self.num_images or self.read, 1)
+
+    def check(self, max_bad_images: float) -> None:
+        """Raises a UserError if `share` is above `max_bad_images`; of a stream, not before `STREAM_TRIAL` images."""
+        if self.share <= max_bad_images or (self.num_images is None and self.read < STREAM_TRIAL):
+            return
+        total = f"{self.num_images} training images" if self.num_images else f"the {self.read} images read so far"
+        raise UserError(
+            f"{len(self.bad_images)} of {total} cannot be read ({', '.join(islice(self.bad_images, 3))}, ...); "
+            f"repair or remove them, or allow a larger share than --max_bad_images {max_bad_images:g}"
+        )
+
+    def summary(self) -> str:
+        """A line on what was replaced and scaled up; empty where nothing was."""
+        parts = []
+        if self.bad_images:
+            parts.append(f"{len(self.bad_images)} unreadable images were replaced by others")
+        if self.upscaled:
+            parts.append(f"images smaller than the resolution were scaled up {self.upscaled} times")
+        return "; ".join(parts)
+
+    def state_dict(self) -> dict[str, int | list[str]]:
+        """The counts as JSON values."""
+        return {"read": self.read, "upscaled": self.upscaled, "bad_images": list(self.bad_images)}
+
+    def load_state_dict(self, state: Mapping[str, int | list[str]]) -> None:
+        """Continues from the counts of `state_dict`."""
+        self.read, self.upscaled = state["read"], state["upscaled"]
+        self.bad_images = dict.fromkeys(state["bad_images"])
+
+
+def _open_images(source: DataSource, resolution: int, seed: int) -> tuple[Images, Images]:
+    """Training and validation images, disjoint unless the user names overlapping ones."""
+    source.check()
+    splits = _open_splits(source, resolution)
+    if "train" not in splits:
+        raise UserError(f"{source.dataset_name} has no split 'train'; its splits are {', '.join(splits)}")
+    training, validation = _choose_validation(source, splits, seed)
+    limit = source.max_train_samples
+    if limit is not None and isinstance(training, StreamImages):
+        return StreamImages(training.dataset.take(limit), training.column), validation
+    if limit is not None and limit < len(training):
+        return Subset(training, range(limit)), validation
+    return training, validation
+
+
+def _open_splits(source: DataSource, resolution: int) -> dict[str, RawSplit]:
+    if source.train_data_dir:
+        return {"train": _open_folder("train_data_dir", source)}
+    if source.dataset_name == PHOTOGRAPHS:
+        # Twice the resolution, so that a random crop of a quarter of the area need not be scaled up.
+        return {"train": _photographs("train", 2 * resolution), "validation": _photographs("validation", resolution)}
+    folder = Path(source.dataset_name)
+    with _one_line_error(f"--dataset_name {source.dataset_name}"):
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            # Made by save_to_disk: memory-mapped, so that there is nothing to gain from streaming it.
+            loaded = datasets.load_from_disk(source.dataset_name)
+        else:
+            loaded = datasets.load_dataset(
+                source.dataset_name,
+                source.dataset_config_name,
+                streaming=source.streaming,
+                cache_dir=source.cache_dir,
+            )
+    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _photographs(split: Split, side: int) -> list[RawImage]:
+    tiles = photograph_tiles(split, side=min(side, SHORT_SIDE[split]))
+    return [RawImage(tile, f"{split} tile {index}") for index, tile in enumerate(tiles)]
+
+
+def _open_folder(flag: str, source: DataSource) -> RawSplit:
+    """The image files below the folder that `flag` names, or else what its tar files (WebDataset) hold."""
+    folder = Path(getattr(source, flag))
+    if not folder.is_dir():
+        raise UserError(f"--{flag} {folder}: there is no such folder")
+    if files := list_files(folder, picture_suffixes()):
+        return [RawImage(path, str(path)) for path in files]
+    tars = [str(path) for path in list_files(folder, frozenset({".tar"}))]
+    if not tars:
+        raise UserError(f"--{flag} {folder}: there are no image files (.png, .jpg, ...) and no .tar files in it")
+    with _one_line_error(f"--{flag} {folder}"):
+        return datasets.load_dataset(
+            "webdataset", data_files=tars, split="train", streaming=source.streaming, cache_dir=source.cache_dir
+        )
+
+
+@contextmanager
+def _one_line_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        advice = "check the name, --dataset_config_name and the network connection"
+        raise UserError(f"{what} cannot be loaded: {reason}; {advice}") from error
+
+
+def _choose_validation(source: DataSource, splits: Mapping[str, RawSplit], seed: int) -> tuple[Images, Images]:
+    training = _as_images(splits["train"], source)
+    if source.validation_data_dir:
+        return training, _as_images(_open_folder("validation_data_dir", source), source)
+    wanted = source.validation_split
+    if wanted is None:
+        wanted = next((name for name in VALIDATION_SPLITS if name in splits), None)
+    if wanted in splits:
+        return training, _as_images(splits[wanted], source)
+    share, limit = (HELD_OUT_SHARE, HELD_OUT_LIMIT) if wanted is None else (_parse_share(wanted, splits), None)
+    if isinstance(training, StreamImages):
+        raise UserError(
+            "no images can be held out of streamed training data for validation; "
+            "give --validation_data_dir, or a split of the data set as --validation_split"
+        )
+    return _hold_out(training, share, limit, seed)
+
+
+def _parse_share(text: str, splits: Mapping[str, RawSplit]) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise UserError(
+            f"--validation_split {text} is no split of the data set (it has {', '.join(splits)}) "
+            "and no share of the training images between 0 and 1, such as 0.05"
+        )
+    return share
+
+
+def _hold_out(
+    images: Sequence[RawImage], share: float, limit: int | None, seed: int
+) -> tuple[Sequence[RawImage], Sequence[RawImage]]:
+    if len(images) < 2:
+        raise UserError("a single training image leaves none to hold out; give --validation_data_dir")
+    number = min(max(round(share * len(images)), 1), limit or len(images), len(images) - 1)
+    order = np.random.default_rng((seed, HELD_OUT_SEED)).permutation(len(images))
+    return Subset(images, np.sort(order[number:])), Subset(images, np.sort(order[:number]))
+
+
+def _as_images(split: RawSplit, source: DataSource) -> Images:
+    """The image column of a dataset, set to stay undecoded: one bad image must not end the iteration."""
+    if isinstance(split, list):
+        return split
+    column = source.image_column
+    columns = list(split.features or next(iter(split), {}))
+    if not columns or (isinstance(split, datasets.Dataset) and len(split) == 0):
+        raise UserError(f"{source.dataset_name or source.train_data_dir} holds no images; check its files and splits")
+    if column not in columns:
+        raise UserError(f"--image_column {column}: there is no such column; the columns are {', '.join(columns)}")
+    if isinstance((split.features or {}).get(column), datasets.Image):
+        split = split.cast_column(column, datasets.Image(decode=False))
+    split = split.select_columns([name for name in columns if name in (column, "__key__")])
+    return StreamImages(split, column) if isinstance(split, datasets.IterableDataset) else DatasetImages(split, column)
+
+
+def _label(row: Mapping[str, object], column: str) -> str:
+    value = row.get(column)
+    path = value.get("path") if isinstance(value, dict) else value
+    return row.get("__key__") or (path if isinstance(path, str) else "")
+
+
+def _first(images: Images, number: int) -> Iterator[RawImage]:
+    if isinstance(images, StreamImages):
+        return islice(images, number)
+    return (images[index] for index in range(min(number, len(images))))
+
+
+def _check_readable(images: Images) -> None:
+    problems: list[str] = []
+    for raw in _first(images, PROBED_IMAGES):
+        try:
+            decode_rgb(raw.source)
+            return
+        except UnreadableImage as error:
+            problems.append(f"{raw.name}: {error}")
+    if not problems:
+        raise UserError("the training data holds no images; check its files and --max_train_samples")
+    raise UserError(f"none of the first {len(problems)} training images can be read; {problems[0]}")
+
+
+def _decode_evenly(images: Images, number: int, resolution: int) -> tuple[Tensor, list[str]]:
+    decoded: list[Tensor] = []
+    unreadable: list[str] = []
+    for candidates in _stretches(images, number):
+        for raw in candidates:
+            try:
+                decoded.append(to_tensor(centre_square(decode_rgb(raw.source), resolution=resolution)))
+                break
+            except UnreadableImage as error:
+                unreadable.append(raw.name)
+                logger.warning("unreadable validation image, passed over: %s (%s)", raw.name, error)
+    if not decoded:
+        raise UserError(f"none of {len(unreadable)} validation images can be read; check the validation data")
+    return torch.stack(decoded), unreadable
+
+
+def _stretches(images: Images, number: int) -> list[Iterator[RawImage]]:
+    """For each validation image to be shown, the candidates of which the first readable one is taken."""
+    if isinstance(images, StreamImages):
+        # One iterator, repeated: each stretch begins where the one before it ended.
+        return [islice(images, number + DECODE_ATTEMPTS)] * number
+    bounds = np.linspace(0, len(images), min(number, len(images)) + 1).astype(int).tolist()
+    return [
+        (images[index] for index in range(start, min(end, start + DECODE_ATTEMPTS)))
+        for start, end in pairwise(bounds)
+    ]
+
+
+def _collate(samples: list[Sample]) -> Batch:
+    return Batch(
+        images=torch.stack([sample["image"] for sample in samples]),
+        positions=[sample["position"] for sample in samples],
+        bad_images=[name for sample in samples for name in sample["bad"]],
+        upscaled=sum(sample["upscaled"] for sample in samples),
+    )
+
+
+def _ignore_interrupt(worker_id: int) -> None:
+    """Leaves signals sent to the whole group to the main process, which needs the workers to finish its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _without_worker_traceback(loader: DataLoader) -> Iterator[Batch]:
+    try:
+        yield from loader
+    except UserError as error:
+        # torch puts the traceback of the worker in front of the message.
+        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from error

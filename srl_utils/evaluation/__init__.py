@@ -1,0 +1,1 @@
+"""Judging VAEs: `reconstruction` measures, `report` writes tables and pictures."""

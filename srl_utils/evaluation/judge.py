@@ -1,0 +1,149 @@
+"""Validation during a training: the held-out images, shared out among the processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor
+
+from srl_utils.attacks.gradient import PGDConfig
+from srl_utils.autoencoders import LatentEncoder
+from srl_utils.checkpoints import write_text_atomically
+from srl_utils.evaluation.reconstruction import (
+    CLEAN,
+    Codec,
+    Perturbation,
+    Record,
+    evaluate,
+    noise,
+    reconstruction_attack,
+    strong_attack,
+    to_rows,
+)
+from srl_utils.evaluation.report import comparison_picture, comparison_table, reconstruction_picture, won_back
+from srl_utils.losses import ReconstructionLoss
+
+PICTURED = 8
+
+
+class Judge:
+    """Measures the original VAE once and the fine-tuned one as often as asked, and writes what it finds.
+
+    Args:
+        accelerator: each of its processes measures its share of the images.
+        original: the VAE as it was.
+        current: the VAE as it is; the same objects throughout the training.
+        loss: the objective of the attacks.
+        images: `[n,3,H,W]` in [-1,1], held out from training.
+        attack: the training's attack.
+        output_dir: gets `results.json` and `samples/*.png`.
+        seed: of the attacks' random starts and of the noise.
+        batch_size: images attacked at a time by each process.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        *,
+        original: Codec,
+        current: Codec,
+        loss: ReconstructionLoss,
+        images: Tensor,
+        attack: PGDConfig,
+        output_dir: Path,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        self.accelerator, self.original, self.current, self.loss = accelerator, original, current, loss
+        self.images, self.output_dir, self.seed, self.batch_size = images, output_dir, seed, batch_size
+        self.training_attack, self.strong_attack = reconstruction_attack(attack), strong_attack(attack)
+        self.noise = noise(attack.epsilon)
+        self.rows: list[dict[str, Any]] = []
+
+    def judge_original(self, *, resumed: bool) -> None:
+        """Measures the original VAE, unless a resumed run finds that done in `results.json`."""
+        results = self.output_dir / "results.json"
+        if resumed and results.exists():
+            self.rows = [row for row in json.loads(results.read_text()) if row["vae"] == self.original.name]
+        if not self.rows:
+            self.rows = self._measure(self.original, self._everything())
+            self._save_rows()
+
+    def judge_progress(self, step: int) -> dict[str, float]:
+        """Clean and attacked quality of the current weights, by metric name; draws some reconstructions."""
+        rows = self._measure(self.current, [CLEAN, self.training_attack])
+        shown = self.images[:PICTURED]
+        self._draw(f"step-{step:06d}.png", lambda: reconstruction_picture(self.current, shown))
+        return {f"validation/{row['attack']}/{row['metric']}": row["value"] for row in rows}
+
+    def judge_result(self) -> str:
+        """Everything, on the final weights; writes results and pictures, returns the table to print."""
+        final = self._measure(self.current, self._everything())
+        self.rows = [row for row in self.rows if row["vae"] == self.original.name] + final
+        self._save_rows()
+        self._draw("comparison.png", self._comparison)
+        return self.table()
+
+    def table(self) -> str:
+        """The results so far, original beside fine-tuned, and what has become of the attack's damage."""
+        table = comparison_table(self.rows, (self.original.name, self.current.name))
+        if all(row["vae"] == self.original.name for row in self.rows):
+            return table
+        share = won_back(self.rows, self.strong_attack.name, self.original.name, self.current.name)
+        return f"{table}\n\nOf the PSNR that {self.strong_attack.name} costs the original VAE, {share:.0%} is won back."
+
+    def _everything(self) -> list[Perturbation]:
+        return [CLEAN, self.training_attack, self.strong_attack, self.noise]
+
+    def _measure(self, codec: Codec, perturbations: list[Perturbation]) -> list[dict[str, Any]]:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        records = evaluate(
+            codec,
+            self.images[rank::world],
+            perturbations,
+            self.loss,
+            indices=range(rank, len(self.images), world),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            reference=self.original,
+        )
+        return to_rows([Record(*record) for record in gather_object(records)])
+
+    def _comparison(self) -> Image.Image:
+        spread = torch.linspace(0, len(self.images) - 1, min(4, len(self.images))).long()
+        return comparison_picture(
+            self.original, self.current, self.images[spread], self.strong_attack, self.loss, seed=self.seed
+        )
+
+    def _save_rows(self) -> None:
+        if self.accelerator.is_main_process:
+            write_text_atomically(self.output_dir / "results.json", json.dumps(self.rows, indent=1) + "\n")
+
+    def _draw(self, name: str, draw: Callable[[], Image.Image]) -> None:
+        if self.accelerator.is_main_process:
+            (self.output_dir / "samples").mkdir(exist_ok=True)
+            draw().save(self.output_dir / "samples" / name)
+        self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def averaged_weights(ema: EMAModel | None, encoder: LatentEncoder) -> Iterator[None]:
+    """Within, `encoder` holds the weights of `ema`, where there is one."""
+    if ema is None:
+        yield
+        return
+    ema.store(encoder.parameters())
+    ema.copy_to(encoder.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(encoder.parameters())

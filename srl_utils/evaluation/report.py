@@ -1,0 +1,131 @@
+"""Results as a table to read and pictures to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from srl_utils.evaluation.reconstruction import Codec, Perturbation, image_generators
+from srl_utils.images import to_pil
+from srl_utils.losses import ReconstructionLoss
+from srl_utils.metrics import psnr
+
+Rows = Sequence[dict[str, object]]
+
+METRIC_TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "drift": "latent drift"}
+DECIMALS = {"psnr": 2, "ssim": 4, "lpips": 4, "drift": 4}
+
+
+def comparison_table(rows: Rows, vaes: Sequence[str]) -> str:
+    """A Markdown table: one line per attack and metric, one column per VAE, 95% intervals beside the means."""
+    cells = {(row["attack"], row["metric"], row["vae"]): row for row in rows}
+    lines = list(dict.fromkeys((row["attack"], row["metric"]) for row in rows))
+    table = [["images", "metric", *vaes]]
+    for attack, metric in lines:
+        values = [_cell(cells.get((attack, metric, vae))) for vae in vaes]
+        table.append([_attack_title(cells, attack), METRIC_TITLES[metric], *values])
+    return _markdown(table)
+
+
+def won_back(rows: Rows, attack: str, original: str, robust: str) -> float:
+    """Share of the PSNR that `attack` costs the original VAE which the robust one has regained under it."""
+    value = {(row["vae"], row["attack"]): row["value"] for row in rows if row["metric"] == "psnr"}
+    lost = value[original, "clean"] - value[original, attack]
+    return (value[robust, attack] - value[original, attack]) / lost
+
+
+def comparison_picture(
+    original: Codec,
+    robust: Codec,
+    images: Tensor,
+    attack: Perturbation,
+    loss: ReconstructionLoss,
+    *,
+    seed: int,
+    cell: int = 160,
+) -> Image.Image:
+    """Photograph, attacked photograph, and what each VAE makes of the attacked one, with PSNR in dB.
+
+    Every photograph has two lines: attacked on the original VAE, and attacked on the robust VAE itself, since
+    a defence that only withstands attacks on something else proves nothing. `images` `[N,3,H,W]` in [-1,1].
+    """
+    device = next(original.decoder.parameters()).device
+    clean = images.to(device)
+    columns = ["photograph", "attacked", f"{original.name} VAE", f"{robust.name} VAE"]
+    grid = _Grid(columns, rows=2 * len(images), cell=cell)
+    for half, victim in enumerate((original, robust)):
+        attacked = attack.apply(victim, loss, clean, image_generators(seed, range(len(images))))
+        with torch.no_grad():
+            outputs = [codec.reconstruct(attacked) for codec in (original, robust)]
+        for number, photograph in enumerate(clean):
+            row = 2 * number + half
+            grid.put(row, 0, photograph, "")
+            grid.put(row, 1, attacked[number], f"on the {victim.name} VAE")
+            for column, output in enumerate(outputs, start=2):
+                quality = psnr(output[number : number + 1], photograph[None]).item()
+                grid.put(row, column, output[number], f"{quality:.1f} dB")
+    return grid.picture
+
+
+def reconstruction_picture(codec: Codec, images: Tensor, *, cell: int = 128) -> Image.Image:
+    """Photographs above, their clean reconstructions below; `images` `[N,3,H,W]` in [-1,1]."""
+    device = next(codec.decoder.parameters()).device
+    with torch.no_grad():
+        outputs = codec.reconstruct(images.to(device))
+    grid = _Grid([""] * len(images), rows=2, cell=cell)
+    for column, (photograph, output) in enumerate(zip(images, outputs, strict=True)):
+        grid.put(0, column, photograph, "")
+        grid.put(1, column, output, f"{psnr(output[None].cpu(), photograph[None]).item():.1f} dB")
+    return grid.picture
+
+
+class _Grid:
+    """Pictures of one size in rows and columns, with a caption under each and a title over each column."""
+
+    GAP, LINE = 6, 18
+
+    def __init__(self, titles: Sequence[str], *, rows: int, cell: int) -> None:
+        self.cell = cell
+        width = len(titles) * (cell + self.GAP) + self.GAP
+        height = self.LINE + self.GAP + rows * (cell + self.LINE + self.GAP)
+        self.picture = Image.new("RGB", (width, height), "white")
+        self.draw = ImageDraw.Draw(self.picture)
+        self.font = ImageFont.load_default(size=13)
+        for column, title in enumerate(titles):
+            self.draw.text((self._left(column), 3), title, fill="black", font=self.font)
+
+    def put(self, row: int, column: int, image: Tensor, caption: str) -> None:
+        top = self.LINE + self.GAP + row * (self.cell + self.LINE + self.GAP)
+        # Nearest neighbour: small images are shown as the pixels they are.
+        picture = to_pil(image).resize((self.cell, self.cell), Image.Resampling.NEAREST)
+        self.picture.paste(picture, (self._left(column), top))
+        self.draw.text((self._left(column), top + self.cell + 1), caption, fill="black", font=self.font)
+
+    def _left(self, column: int) -> int:
+        return self.GAP + column * (self.cell + self.GAP)
+
+
+def _attack_title(cells: dict, attack: str) -> str:
+    epsilon = next(row["epsilon"] for (name, _, _), row in cells.items() if name == attack)
+    return f"{attack}, {255 * epsilon:.3g}/255" if epsilon else attack
+
+
+def _cell(row: dict[str, object] | None) -> str:
+    if row is None:
+        return ""
+    decimals = DECIMALS[row["metric"]]
+    low, high = row["ci95"]
+    return f"{row['value']:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def _markdown(table: list[list[str]]) -> str:
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in table
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])

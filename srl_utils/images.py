@@ -1,0 +1,73 @@
+"""Pixel ranges: the one place where a budget in units of a [0,1] image meets images in [-1,1].
+
+Everywhere inside the code images are `[N,3,H,W]` float tensors in [-1,1]. On the command line and in public
+functions an epsilon or a step size is in units of a [0,1] image, as the literature writes it (8/255).
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+PIXEL_MIN, PIXEL_MAX = -1.0, 1.0
+PIXEL_RANGE = PIXEL_MAX - PIXEL_MIN
+
+
+def parse_pixel_distance(text: str) -> float:
+    """Reads `8/255` or `0.0314` as a distance between [0,1] images.
+
+    Raises:
+        ValueError: if `text` is no number or fraction, or lies outside [0,1].
+    """
+    try:
+        value = float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"'{text}' is not a number or a fraction such as 8/255") from None
+    if not 0 <= value <= 1:
+        raise ValueError(f"{text} is outside [0,1]; it is a distance between images in [0,1], such as 8/255")
+    return value
+
+
+def to_model_units(distance: float) -> float:
+    """A distance between [0,1] images as the same distance between [-1,1] images: twice as large."""
+    return distance * PIXEL_RANGE
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Images in [-1,1], any shape, as images in [0,1]."""
+    return (images - PIXEL_MIN) / PIXEL_RANGE
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """Images in [0,1], any shape, as images in [-1,1]."""
+    return images * PIXEL_RANGE + PIXEL_MIN
+
+
+def check_images(images: Tensor) -> None:
+    """Refuses anything but a `[N,3,H,W]` float batch in [-1,1].
+
+    Raises:
+        ValueError: naming the shape, dtype or range found.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"expected float images [N,3,H,W], got {images.dtype} {tuple(images.shape)}")
+    low, high = images.aminmax()
+    # Half-precision rounding of an image at the border may pass it by one part in 256.
+    if low < PIXEL_MIN - 4e-3 or high > PIXEL_MAX + 4e-3:
+        raise ValueError(f"expected images in [-1,1], got values from {low:.3f} to {high:.3f}")
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """An RGB picture as a `[3,H,W]` float32 tensor in [-1,1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return to_model_range(pixels.permute(2, 0, 1).float() / 255.0)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A `[3,H,W]` tensor in [-1,1] (values beyond are clipped) as an RGB picture."""
+    pixels = to_unit_range(image.detach().float()).clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

@@ -1,0 +1,123 @@
+"""The terms of the SRL-VAE objective (arXiv 2504.17219), each one value per image; the caller reduces."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import lpips
+import torch
+from torch import Tensor, nn
+
+from srl_utils.errors import UserError
+
+LPIPS_TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
+
+
+class Target(NamedTuple):
+    """What a reconstruction is held against: the clean images and their perceptual features, if any."""
+
+    images: Tensor
+    features: list[Tensor]
+
+
+class ReconstructionTerms(NamedTuple):
+    """Per image `[N]`: the squared error and the perceptual distance, the latter not yet weighted."""
+
+    mse: Tensor
+    lpips: Tensor
+
+
+class ReconstructionLoss(nn.Module):
+    """MSE(reconstruction, clean) + weight * LPIPS(reconstruction, clean): inner and outer objective.
+
+    The MSE is over images in [-1,1]. LPIPS is computed in float32 and passes gradient to the reconstruction.
+    """
+
+    def __init__(self, perceptual: PerceptualDistance | None = None, *, weight: float = 0.0) -> None:
+        super().__init__()
+        self.perceptual = perceptual
+        self.weight = weight
+
+    @torch.no_grad()
+    def target(self, clean: Tensor) -> Target:
+        """Features of the fixed target `[N,3,H,W]`, computed once for all the attack's steps."""
+        return Target(clean, self.perceptual.features(clean) if self.perceptual else [])
+
+    def terms(self, reconstruction: Tensor, target: Target) -> ReconstructionTerms:
+        mse = mean_squared_error(reconstruction, target.images)
+        if self.perceptual is None:
+            return ReconstructionTerms(mse, torch.zeros_like(mse))
+        return ReconstructionTerms(mse, self.perceptual.distance(reconstruction, target.features))
+
+    def forward(self, reconstruction: Tensor, target: Target) -> Tensor:
+        """`[N]`, to be maximised by the attack and minimised by the training."""
+        terms = self.terms(reconstruction, target)
+        return terms.mse + self.weight * terms.lpips
+
+
+class PerceptualDistance(nn.Module):
+    """LPIPS (Zhang et al., CVPR 2018) on the `lpips` package's frozen weights, with reusable target features.
+
+    The package normalises features by `x / (|x| + eps)`, whose gradient is NaN where all channels are zero;
+    here eps stands inside the square root, which changes the value by less than 1e-4.
+    """
+
+    EPSILON = 1e-10
+
+    def __init__(self, network: lpips.LPIPS) -> None:
+        super().__init__()
+        # The package leaves its linear weights trainable.
+        self.network = network.requires_grad_(False).eval()
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Channel-normalised features of `[N,3,H,W]` images in [-1,1], one tensor per layer."""
+        with torch.autocast(images.device.type, enabled=False):
+            activations = self.network.net(self.network.scaling_layer(images.float()))
+        return [
+            layer * torch.rsqrt(layer.square().sum(dim=1, keepdim=True) + self.EPSILON) for layer in activations
+        ]
+
+    def distance(self, images: Tensor, target_features: Sequence[Tensor]) -> Tensor:
+        """LPIPS `[N]` between `images` `[N,3,H,W]` in [-1,1] and the target whose features are given."""
+        with torch.autocast(images.device.type, enabled=False):
+            layers = zip(self.network.lins, self.features(images), target_features, strict=True)
+            return sum(weigh((own - fixed).square()).mean(dim=(1, 2, 3)) for weigh, own, fixed in layers)
+
+
+def load_perceptual_distance(net: str) -> PerceptualDistance:
+    """LPIPS with trunk `net` (vgg, alex or squeeze), downloaded by torchvision where it is not cached.
+
+    Raises:
+        UserError: if the trunk's weights are neither cached nor to be had.
+    """
+    try:
+        with warnings.catch_warnings():
+            # lpips 0.1.4 calls torchvision by a name that torchvision deprecates.
+            warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+            return PerceptualDistance(lpips.LPIPS(net=net, verbose=False))
+    except OSError as error:
+        raise UserError(
+            f"the LPIPS trunk '{net}' cannot be downloaded ({error}); put {LPIPS_TRUNKS[net]} into "
+            "$TORCH_HOME/hub/checkpoints, or train without it: --lpips_weight 0"
+        ) from None
+
+
+def mean_squared_error(images: Tensor, target: Tensor) -> Tensor:
+    """Mean over pixels and channels, `[N]`, of `[N,3,H,W]` images in [-1,1]."""
+    return (images.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+def originality_loss(
+    mean: Tensor, variance: Tensor, reference_mean: Tensor, reference_variance: Tensor, *, scale: float = 1.0
+) -> Tensor:
+    """How far the posterior of the clean images has moved from the original encoder's, `[N]`.
+
+    |mean - reference_mean|^2 + |variance - reference_variance|^2 (L_orig of the paper), averaged over the
+    elements of the `[N,C,h,w]` moments. `scale` multiplies the latents (1 for raw latents, `scaling_factor`
+    for unit-scale ones), and so its square the variances.
+    """
+    mean_error = (scale * (mean - reference_mean)).square()
+    variance_error = (scale**2 * (variance - reference_variance)).square()
+    return mean_error.flatten(1).mean(dim=1) + variance_error.flatten(1).mean(dim=1)

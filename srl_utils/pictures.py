@@ -1,0 +1,222 @@
+"""Pictures of any kind to RGB, and from there to square training images `[3,R,R]` in [-1,1]."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+import fsspec
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from srl_utils.errors import UserError
+from srl_utils.images import from_pil
+
+# Pillow only recognises the first five (their pixels need other software) and hands the last to Ghostscript.
+NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
+CROP_AREA = (0.25, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+DECODE_ATTEMPTS = 20
+AUGMENTATION_SEED = 1  # keeps these draws apart from those that order the images
+
+Box = tuple[float, float, float, float]
+
+
+class UnreadableImage(ValueError):
+    """A picture that cannot be decoded; the message is a short reason."""
+
+
+@lru_cache(maxsize=1)
+def picture_formats() -> tuple[str, ...]:
+    """The names of the formats that Pillow itself decodes."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - NOT_DECODED))
+
+
+@lru_cache(maxsize=1)
+def picture_suffixes() -> frozenset[str]:
+    """The lower-case file suffixes, such as `.png`, of `picture_formats`."""
+    formats = set(picture_formats())
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+class RawImage(NamedTuple):
+    """An undecoded picture: what `decode_rgb` takes, and its path, key or row ("" if it has none)."""
+
+    source: object
+    label: str
+
+    @property
+    def name(self) -> str:
+        """The label or else a hash of the content: the same in each epoch, whatever the order."""
+        content = self.source.get("bytes") if isinstance(self.source, dict) else self.source
+        if self.label or not isinstance(content, bytes):
+            return self.label or "a sample without image"
+        return f"image with SHA-256 {hashlib.sha256(content).hexdigest()[:12]}"
+
+
+class Sample(TypedDict):
+    """A training image `[3,R,R]` in [-1,1], and the unreadable images that it stands in for."""
+
+    image: Tensor
+    position: int
+    bad: list[str]
+    upscaled: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framing:
+    """How a picture becomes a training image: by draws from (seed, position) alone."""
+
+    resolution: int
+    seed: int
+    center_crop: bool = False
+    random_flip: bool = False
+
+    def sample(self, position: int, candidate: Callable[[int], RawImage]) -> Sample:
+        """The first readable one of candidate(0), candidate(1), ...
+
+        Raises:
+            UserError: if the first `DECODE_ATTEMPTS` candidates are all unreadable.
+        """
+        bad: list[str] = []
+        for attempt in range(DECODE_ATTEMPTS):
+            raw = candidate(attempt)
+            try:
+                picture = decode_rgb(raw.source)
+            except UnreadableImage as error:
+                bad.append(raw.name)
+                reason = str(error)
+                continue
+            upscaled = min(picture.size) < self.resolution
+            return Sample(image=self._tensor(picture, position), position=position, bad=bad, upscaled=upscaled)
+        raise UserError(f"{DECODE_ATTEMPTS} training images in a row cannot be read, the last is {bad[-1]}: {reason}")
+
+    def _tensor(self, picture: Image.Image, position: int) -> Tensor:
+        rng = np.random.default_rng((self.seed, AUGMENTATION_SEED, position))
+        flip = self.random_flip and rng.random() < 0.5
+        if self.center_crop:
+            return to_tensor(centre_square(picture, resolution=self.resolution), flip=flip)
+        return to_tensor(random_square(picture, resolution=self.resolution, rng=rng), flip=flip)
+
+
+def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    """The files below `folder` with one of these lower-case suffixes, sorted; no hidden files or folders.
+
+    Links to folders are followed, and each folder is listed once, so a loop of links ends.
+    """
+    found: list[Path] = []
+    visited: set[str] = set()
+    for directory, subfolders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(directory)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and real not in visited)
+        if real not in visited:
+            found += [Path(directory, name) for name in names if not name.startswith(".")]
+        visited.add(real)
+    return sorted(path for path in found if path.suffix.lower() in suffixes)
+
+
+def decode_rgb(source: object) -> Image.Image:
+    """The first frame of a picture in RGB, upright, transparent parts over white, 16 bits scaled to 8.
+
+    Args:
+        source: a path, a URL that fsspec knows, the bytes of a file, `{"bytes", "path"}`, or a PIL image.
+
+    Raises:
+        UnreadableImage: if the picture is missing, broken or larger than `Image.MAX_IMAGE_PIXELS`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with _open(source) as image:
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except UnreadableImage:
+        raise
+    except Exception as error:  # on broken files Pillow raises nearly anything: SyntaxError, struct.error, ...
+        reason = (str(error).splitlines() or [""])[0]
+        raise UnreadableImage(f"{type(error).__name__}: {reason}") from error
+
+
+def centre_square(picture: Image.Image, *, resolution: int) -> Image.Image:
+    """The central square of an RGB picture, scaled to `resolution` x `resolution`."""
+    side = min(picture.size)
+    left, top = (picture.width - side) / 2, (picture.height - side) / 2
+    return _scale(picture, (left, top, left + side, top + side), resolution)
+
+
+def random_square(picture: Image.Image, *, resolution: int, rng: np.random.Generator) -> Image.Image:
+    """A random part of an RGB picture (`CROP_AREA`, `CROP_RATIO`), scaled to `resolution` x `resolution`."""
+    return _scale(picture, random_box(*picture.size, rng=rng), resolution)
+
+
+def random_box(width: int, height: int, *, rng: np.random.Generator) -> Box:
+    """(left, top, right, bottom) inside the picture, drawn like torchvision's RandomResizedCrop.
+
+    A picture too long and narrow for any draw to fit yields its central square.
+    """
+    for _ in range(CROP_ATTEMPTS):
+        area = width * height * rng.uniform(*CROP_AREA)
+        ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left, top = rng.integers(width - box_width + 1), rng.integers(height - box_height + 1)
+            return (left, top, left + box_width, top + box_height)
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return (left, top, left + side, top + side)
+
+
+def to_tensor(picture: Image.Image, *, flip: bool = False) -> Tensor:
+    """An RGB picture as a `[3,H,W]` tensor in [-1,1], mirrored left to right if `flip`."""
+    return from_pil(ImageOps.mirror(picture) if flip else picture)
+
+
+def _scale(picture: Image.Image, box: Box, resolution: int) -> Image.Image:
+    return picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+
+
+def _open(source: object) -> Image.Image:
+    """The picture, its pixels not yet read."""
+    if isinstance(source, dict):
+        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, Image.Image):
+        return source.copy()
+    if isinstance(source, str) and "://" in source:
+        with fsspec.open(source, "rb") as file:
+            source = file.read()
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source), formats=picture_formats())
+    if isinstance(source, (str, Path)):
+        return Image.open(source, formats=picture_formats())
+    raise UnreadableImage(f"{type(source).__name__} instead of a picture")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips 16-bit values at 255.
+        return _from_gray(np.asarray(image) / 257)
+    if image.mode == "F":
+        gray = np.asarray(image)
+        if not np.isfinite(gray).all():
+            raise UnreadableImage("contains NaN or infinite values")
+        return _from_gray(gray * 255 if gray.max() <= 1 else gray)
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_gray(gray: np.ndarray) -> Image.Image:
+    """An `[H,W]` array in [0,255] (values beyond are clipped) as an RGB picture."""
+    return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")

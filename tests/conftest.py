@@ -1,0 +1,86 @@
+"""Networks small enough for a test, and images to show them."""
+
+from __future__ import annotations
+
+import os
+
+# Before any Hugging Face library is imported: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lpips
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+MINIATURE_VAE = Path(__file__).parents[1] / "miniature/weights/vae"
+QUANTISERS = {"with quant_conv": True, "without quant_conv": False}
+
+
+def build_tiny_vae(*, quant_conv: bool = True, seed: int = 0) -> AutoencoderKL:
+    """Two levels of 8 and 16 channels, about 50 thousand random weights; sides are divided by 2."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=16,
+            use_quant_conv=quant_conv,
+            use_post_quant_conv=quant_conv,
+        )
+    return vae.eval()
+
+
+def draw_images(count: int, size: int = 16, *, seed: int = 0, limit: float = 1.0) -> Tensor:
+    """`[count,3,size,size]` in [-limit,limit], uniform noise."""
+    noise = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return (2 * noise - 1) * limit
+
+
+@pytest.fixture
+def images() -> Callable[..., Tensor]:
+    """Seeded images in [-1,1]: `images(count, size, seed=0, limit=1.0)`."""
+    return draw_images
+
+
+@pytest.fixture
+def generators() -> Callable[..., list[torch.Generator]]:
+    """A fresh CPU generator for each seed given."""
+    return lambda *seeds: [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture
+def tiny_vae() -> AutoencoderKL:
+    return build_tiny_vae()
+
+
+@pytest.fixture
+def other_tiny_vae() -> AutoencoderKL:
+    """The same architecture as `tiny_vae` with other weights."""
+    return build_tiny_vae(seed=1)
+
+
+@pytest.fixture(params=QUANTISERS.values(), ids=QUANTISERS.keys())
+def either_tiny_vae(request: pytest.FixtureRequest) -> AutoencoderKL:
+    """Both kinds of AutoencoderKL: with and without the 1x1 convolutions around the latent."""
+    return build_tiny_vae(quant_conv=request.param)
+
+
+@pytest.fixture(scope="session")
+def random_lpips() -> lpips.LPIPS:
+    """LPIPS as the package computes it, with a random trunk: everything but the values of the real one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+
+
+@pytest.fixture(scope="session")
+def miniature_vae() -> AutoencoderKL:
+    """The trained autoencoder that ships with the project."""
+    return AutoencoderKL.from_pretrained(MINIATURE_VAE).eval()

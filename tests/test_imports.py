@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TRAINING = "train_srl_vae"
+
+# What each module of srl_utils may import from srl_utils. A new file has to be entered here.
+ALLOWED: dict[str, set[str]] = {
+    "": set(),
+    "errors": set(),
+    "images": set(),
+    "photographs": set(),
+    "interruption": set(),
+    "attacks": set(),
+    "attacks.gradient": {"images"},
+    "attacks.corruptions": {"images"},
+    "losses": {"errors"},
+    "autoencoders": {"errors", "losses"},
+    "arithmetic": {"autoencoders"},
+    "metrics": {"images"},
+    "evaluation": set(),
+    "evaluation.reconstruction": {
+        "attacks.gradient", "attacks.corruptions", "autoencoders", "losses", "metrics", "images"
+    },
+    "evaluation.report": {"evaluation.reconstruction", "images", "losses", "metrics"},
+    "pictures": {"images", "errors"},
+    "data": {"images", "photographs", "errors", "pictures"},
+    "checkpoints": {"errors", "autoencoders"},
+    "pipelines": {"errors", "autoencoders"},
+    "journal": {"checkpoints"},
+    "evaluation.judge": {
+        "attacks.gradient", "autoencoders", "checkpoints", "evaluation.reconstruction", "evaluation.report", "losses"
+    },
+    "hub": {"errors"},
+}  # fmt: skip
+
+
+def module_name(path: Path, root: Path = ROOT) -> str:
+    """`srl_utils/attacks/__init__.py` as `srl_utils.attacks`."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(source: str, package: str, modules: set[str]) -> Iterator[str]:
+    """Full names that a file imports, at any depth; `from a import b` is `a.b` where that is one of `modules`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base
+
+
+def project_files(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+UTILITIES = project_files("srl_utils")
+MODULES = {module_name(path) for path in UTILITIES}
+
+
+def imports_of(path: Path) -> set[str]:
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    return set(imported_modules(path.read_text(encoding="utf-8"), package, MODULES))
+
+
+def inside(imports: set[str], package: str) -> set[str]:
+    return {name for name in imports if name == package or name.startswith(f"{package}.")}
+
+
+@pytest.mark.parametrize("path", UTILITIES, ids=module_name)
+def test_module_imports_only_what_it_may(path: Path) -> None:
+    """Oracle: the table above, the architecture's arrows; a file that is not in it fails."""
+    name = module_name(path).removeprefix("srl_utils").removeprefix(".")
+    assert name in ALLOWED, f"{name} has to be entered in the table of this test"
+    used = {module.removeprefix("srl_utils.") for module in inside(imports_of(path), "srl_utils")}
+    assert used <= ALLOWED[name]
+
+
+def test_table_has_no_circle() -> None:
+    """Oracle: a graph whose arrows point one way can be taken apart leaf by leaf."""
+    left = {name: set(allowed) for name, allowed in ALLOWED.items()}
+    while left:
+        leaves = {name for name, allowed in left.items() if not allowed & left.keys()}
+        assert leaves, f"circle among {sorted(left)}"
+        left = {name: allowed for name, allowed in left.items() if name not in leaves}
+
+
+def test_utilities_never_import_the_miniature_world() -> None:
+    """Oracle: specification, the miniature may import srl_utils and never the other way round."""
+    assert UTILITIES
+    assert not [path for path in UTILITIES if inside(imports_of(path), "miniature")]
+
+
+def test_nothing_imports_the_training_script() -> None:
+    """Oracle: specification; the script is started, and imported by its own test alone."""
+    files = [*project_files("srl_utils", "miniature", "benchmarks", "tests"), *ROOT.glob("*.py")]
+    own_test = ROOT / "tests/test_training.py"
+    assert not [path for path in files if path != own_test and inside(imports_of(path), TRAINING)]
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "expected"),
+    [
+        ("import srl_utils.images", "srl_utils", {"srl_utils.images"}),
+        ("from srl_utils import images as i", "srl_utils", {"srl_utils.images"}),
+        ("from srl_utils.images import to_pil", "srl_utils", {"srl_utils.images"}),
+        ("from . import images", "srl_utils", {"srl_utils.images"}),
+        ("from ..images import to_pil", "srl_utils.attacks", {"srl_utils.images"}),
+        ("def late():\n    from srl_utils.images import to_pil", "srl_utils", {"srl_utils.images"}),
+        ("import numpy as np", "srl_utils", {"numpy"}),
+    ],
+)
+def test_every_way_to_import_is_seen(source: str, package: str, expected: set[str]) -> None:
+    """Oracle: closed form, the language's own rules for absolute, relative, renamed and late imports."""
+    assert set(imported_modules(source, package, {"srl_utils.images"})) == expected

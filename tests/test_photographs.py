@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from srl_utils.photographs import FILES, SHORT_SIDE, Split, load_photographs, photograph_tiles
+
+
+@pytest.fixture(scope="module")
+def photographs() -> dict[Split, list[Image.Image]]:
+    return {split: load_photographs(split) for split in FILES}
+
+
+def test_splits_share_no_photograph(photographs) -> None:
+    """Oracle: specification, by file name and by content: thumbnails of any two photographs differ clearly.
+
+    The two views of the motorcycle are alike and both in the training split; so only pairs across are compared.
+    """
+    assert not set(FILES["train"]) & set(FILES["validation"])
+    assert all(len(set(names)) == len(names) for names in FILES.values())
+    thumbnails = {
+        split: [np.asarray(image.convert("L").resize((16, 16)), dtype=float) for image in loaded]
+        for split, loaded in photographs.items()
+    }
+    for train in thumbnails["train"]:
+        for validation in thumbnails["validation"]:
+            assert np.abs(train - validation).mean() > 10
+
+
+@pytest.mark.parametrize("split", FILES)
+def test_every_file_loads_as_rgb_of_limited_size(split, photographs) -> None:
+    """Oracle: specification; every file ships in the installed package, none is blank, none above the short side."""
+    assert len(photographs[split]) == len(FILES[split])
+    for image in photographs[split]:
+        assert image.mode == "RGB"
+        assert min(image.size) <= SHORT_SIDE[split]
+        assert np.asarray(image).std() > 5
+
+
+@pytest.mark.parametrize("split", FILES)
+def test_limiting_keeps_the_proportions(split, photographs) -> None:
+    """Oracle: the sizes in the files; a side is rounded to a whole pixel."""
+    from importlib.resources import files
+
+    for name, image in zip(FILES[split], photographs[split], strict=True):
+        with Image.open(str(files("skimage.data") / name)) as original:
+            scale = min(1, SHORT_SIDE[split] / min(original.size))
+            assert image.size == pytest.approx([scale * side for side in original.size], abs=0.5)
+
+
+@pytest.mark.parametrize(("split", "side"), [("validation", 64), ("validation", 100), ("train", 128)])
+def test_tiles_are_the_grid_that_fits(split, side, photographs) -> None:
+    """Oracle: slices of the photographs as arrays, row by row, whole tiles only."""
+    expected = []
+    for image in photographs[split]:
+        pixels = np.asarray(image)
+        for row in range(image.height // side):
+            strip = pixels[row * side : (row + 1) * side]
+            expected += [strip[:, left * side : (left + 1) * side] for left in range(image.width // side)]
+    tiles = photograph_tiles(split, side=side)
+    assert len(tiles) == len(expected)
+    assert all(tile.size == (side, side) for tile in tiles)
+    assert all(np.array_equal(np.asarray(tile), pixels) for tile, pixels in zip(tiles, expected, strict=True))

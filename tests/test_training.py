@@ -1,0 +1,544 @@
+"""The training script, run as users run it: in-process through its command line, and by `accelerate launch`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_srl_vae
+from miniature.scenes import draw_scene
+from srl_utils.losses import PerceptualDistance
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_srl_vae.py"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A nested folder of 24 pictures of 40 px."""
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "nested").mkdir()
+    for index in range(24):
+        place = folder / "nested" if index % 2 else folder
+        draw_scene(5, index, size=40).image.save(place / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random AutoencoderKL on disk, down-sampling by 2, with a configuration unlike the defaults."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.7,
+        shift_factor=0.1,
+        latents_mean=(0.1, 0.2, 0.3, 0.4),
+        force_upcast=False,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def flags(photographs: Path, vae_folder: Path, tmp_path: Path) -> list[str]:
+    """The smallest complete training: four steps of four 16 px images."""
+    return [
+        "--pretrained_model_name_or_path", str(vae_folder), "--train_data_dir", str(photographs),
+        "--resolution", "16", "--train_batch_size", "4", "--max_train_steps", "4", "--pgd_steps", "2",
+        "--lpips_weight", "0", "--learning_rate", "1e-3", "--num_validation_images", "3",
+        "--validation_split", "0.2", "--report_to", "none", "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Run:
+    """Runs the command line in this process; returns its exit code and all it printed."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._shared_state.clear()
+        monkeypatch.setattr(sys, "argv", ["train_srl_vae.py", *map(str, arguments)])
+        code = train_srl_vae.command_line()
+        captured = capfd.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+def steps(output_dir: Path) -> list[dict]:
+    """The rows of `metrics.jsonl` that training steps wrote."""
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    one, other = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, different
+
+
+# --- what a run does and leaves behind ------------------------------------------------------------------
+
+
+def test_output_is_a_drop_in(run: Run, flags: list[str], vae_folder: Path, tmp_path: Path) -> None:
+    """Oracle: the base. The decoder's bytes and the configuration are its own, the encoder has moved."""
+    code, printed = run(*flags)
+    assert code == 0, printed
+    out = tmp_path / "out"
+    base, tuned = load_file(vae_folder / WEIGHTS), load_file(out / WEIGHTS)
+    assert base.keys() == tuned.keys()
+    for name, tensor in base.items():
+        frozen = name.startswith(("decoder.", "post_quant_conv."))
+        same = torch.equal(tensor.view(torch.int32), tuned[name].view(torch.int32))
+        assert same == frozen, name
+    ours, theirs = AutoencoderKL.load_config(out), AutoencoderKL.load_config(vae_folder)
+    assert {k: v for k, v in ours.items() if k[0] != "_"} == {k: v for k, v in theirs.items() if k[0] != "_"}
+    assert AutoencoderKL.from_pretrained(out).dtype == torch.float32
+
+
+def test_output_files(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the documented list of files and the row format."""
+    code, printed = run(*flags, "--validation_steps", "2", "--report_to", "tensorboard")
+    assert code == 0, printed
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "config.json", WEIGHTS, "README.md", "training_args.json", "metrics.jsonl", "results.json", "samples", "logs",
+    }  # fmt: skip
+    pictures = {path.name for path in (out / "samples").iterdir()}
+    assert pictures == {"step-000000.png", "step-000002.png", "step-000004.png", "comparison.png"}
+    assert list((out / "logs").rglob("events.out.tfevents.*"))
+    rows = json.loads((out / "results.json").read_text())
+    assert all(
+        set(row) == {"vae", "attack", "threat_model", "epsilon", "metric", "value", "ci95", "n"} for row in rows
+    )
+    measured = {(row["vae"], row["attack"], row["metric"]) for row in rows}
+    for vae in ("original", "fine-tuned"):
+        for attack in ("clean", "pgd-10", "pgd-50x2", "gaussian-noise"):
+            assert {(vae, attack, "psnr"), (vae, attack, "ssim")} <= measured
+    assert ("fine-tuned", "clean", "drift") in measured
+    assert all(row["n"] == 3 for row in rows)
+    recorded = json.loads((out / "training_args.json").read_text())
+    assert recorded["arguments"]["pgd_steps"] == 2
+    assert "hub_token" not in recorded["arguments"]
+    card = (out / "README.md").read_text()
+    assert "pgd-50x2" in card
+    assert "fine-tuned" in card
+    assert [row["step"] for row in steps(out)] == [1, 2, 3, 4]
+
+
+def test_the_result_rows_describe_the_saved_weights(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the clean PSNR of the saved VAE, measured here from its files on the validation images."""
+    from srl_utils.data import DataSource, open_data
+    from srl_utils.metrics import psnr
+
+    code, printed = run(*flags)
+    assert code == 0, printed
+    out = tmp_path / "out"
+    args = train_srl_vae.parse_args(flags)
+    data = open_data(
+        train_srl_vae.data_source(args), resolution=16, seed=0, center_crop=False, random_flip=False,
+        num_validation_images=3,
+    )  # fmt: skip
+    assert isinstance(train_srl_vae.data_source(args), DataSource)
+    vae = AutoencoderKL.from_pretrained(out)
+    with torch.no_grad():
+        reconstruction = vae.decode(vae.encode(data.validation).latent_dist.mean).sample
+    rows = json.loads((out / "results.json").read_text())
+    (row,) = [r for r in rows if (r["vae"], r["attack"], r["metric"]) == ("fine-tuned", "clean", "psnr")]
+    assert row["value"] == pytest.approx(psnr(reconstruction, data.validation).mean().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--sample_posterior",),
+        ("--no_pgd_random_start", "--originality_units", "scaled"),
+        ("--pgd_steps", "0", "--originality_weight", "0"),
+        ("--center_crop", "--random_flip", "--scale_lr", "--lr_scheduler", "cosine", "--lr_warmup_steps", "1"),
+        ("--mixed_precision", "bf16", "--gradient_checkpointing", "--use_ema"),
+        ("--dataloader_num_workers", "2", "--max_train_samples", "8"),
+    ],
+    ids=lambda extra: extra[0],
+)
+def test_settings_run_to_the_end(run: Run, flags: list[str], tmp_path: Path, extra: tuple[str, ...]) -> None:
+    """Oracle: the run ends well, its losses are finite and its saved weights are float32."""
+    code, printed = run(*flags, *extra)
+    assert code == 0, printed
+    assert all(row["loss"] is not None for row in steps(tmp_path / "out"))
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "out" / WEIGHTS).values())
+
+
+def test_gradient_checkpointing_changes_nothing(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the run without it. Recomputing the same operations gives the same bits on the CPU."""
+    assert run(*flags)[0] == 0
+    assert run(*flags, "--gradient_checkpointing", "--output_dir", tmp_path / "checkpointed")[0] == 0
+    assert_same_weights(tmp_path / "out", tmp_path / "checkpointed")
+
+
+def test_lpips_reaches_attack_and_loss(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_lpips: object
+) -> None:
+    """Oracle: the weight. With LPIPS the loss is mse + weight * lpips + alpha * originality, and LPIPS is judged."""
+    monkeypatch.setattr(train_srl_vae, "load_perceptual_distance", lambda net: PerceptualDistance(random_lpips))
+    code, printed = run(*flags, "--lpips_weight", "0.5", "--max_train_steps", "2")
+    assert code == 0, printed
+    for row in steps(tmp_path / "out"):
+        assert row["lpips"] > 0
+        expected = row["mse"] + 0.5 * row["lpips"] + 0.01 * row["originality"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-4)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"lpips"} <= {row["metric"] for row in rows}
+
+
+def test_without_lpips_nothing_is_loaded(
+    run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the loader itself, which must not be called when the weight is 0."""
+
+    def refuse(net: str) -> None:
+        raise AssertionError("LPIPS was loaded")
+
+    monkeypatch.setattr(train_srl_vae, "load_perceptual_distance", refuse)
+    assert run(*flags)[0] == 0
+
+
+def test_it_learns(run: Run, tmp_path: Path) -> None:
+    """Oracle: the method's claim, on the shipped VAE: the loss falls and attacked PSNR rises over 20 steps."""
+    code, printed = run(
+        "--pretrained_model_name_or_path", ROOT / "miniature/weights/vae", "--dataset_name", "scikit-image",
+        "--resolution", "64", "--train_batch_size", "4", "--max_train_steps", "20", "--pgd_steps", "2",
+        "--lpips_weight", "0", "--learning_rate", "3e-4", "--num_validation_images", "4", "--report_to", "none",
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert code == 0, printed
+    rows = steps(tmp_path)
+    first, last = rows[:5], rows[-5:]
+    assert sum(row["loss"] for row in last) < sum(row["loss"] for row in first)
+    results = json.loads((tmp_path / "results.json").read_text())
+    psnr = {(r["vae"], r["attack"]): r["value"] for r in results if r["metric"] == "psnr"}
+    for attack in ("pgd-10", "pgd-50x2"):
+        assert psnr["fine-tuned", attack] > psnr["original", attack] + 0.3
+
+
+# --- stopping and continuing ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
+        ("--use_ema", "--dataloader_num_workers", "2"),
+        ("--mixed_precision", "bf16", "--sample_posterior"),
+    ],
+    ids=["plain", "accumulation", "ema+workers", "bf16+sampling"],
+)
+def test_resuming_is_exact(run: Run, flags: list[str], tmp_path: Path, extra: tuple[str, ...]) -> None:
+    """Oracle: the undisturbed run, to the last bit; 20 images and 4 a pass put the stop inside an epoch."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = [*flags, *extra, "--max_train_steps", "6", "--checkpointing_steps", "3"]
+    assert run(*flags, "--output_dir", whole)[0] == 0
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    code, printed = run(*flags, "--output_dir", resumed, "--resume_from_checkpoint", "latest")
+    assert code == 0, printed
+    assert "after step 3" in printed
+    assert_same_weights(whole, resumed)
+    assert_same_weights(whole / "checkpoint-6/vae", resumed / "checkpoint-6/vae")
+    optimizers = [
+        torch.load(folder / "checkpoint-6/optimizer.bin", weights_only=True) for folder in (whole, resumed)
+    ]
+    for one, other in zip(*(list(o["state"].values()) for o in optimizers), strict=True):
+        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+    kept = ("loss", "learning_rate", "step")
+    later = [{key: row[key] for key in kept} for row in steps(whole) if row["step"] > 3]
+    assert [{key: row[key] for key in kept} for row in steps(resumed)] == later
+
+
+def test_checkpoint_limit_keeps_the_newest(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the exact set of folders; a checkpoint's VAE loads by itself."""
+    code, printed = run(*flags, "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    assert code == 0, printed
+    assert {path.name for path in (tmp_path / "out").glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-4"}
+    AutoencoderKL.from_pretrained(tmp_path / "out/checkpoint-4/vae")
+
+
+def test_latest_without_a_checkpoint_begins(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the fresh run; so one command serves a job that may be preempted before its first checkpoint."""
+    assert run(*flags)[0] == 0
+    code, printed = run(*flags, "--output_dir", tmp_path / "other", "--resume_from_checkpoint", "latest")
+    assert code == 0
+    assert "starting from the beginning" in printed
+    assert_same_weights(tmp_path / "out", tmp_path / "other")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_resume(flags: list[str], run: Run, tmp_path: Path, number: int) -> None:
+    """Oracle: the undisturbed run: after the signal and a resume the weights are the same to the last bit."""
+    flags = [*flags, "--max_train_steps", "40", "--validation_steps", "1000"]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or len(steps(out)) < 3:
+        assert time.monotonic() < deadline, "the run made no steps"
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, printed
+    assert "--resume_from_checkpoint latest" in printed
+    assert len(list(out.glob("checkpoint-*"))) == 1
+    assert run(*flags, "--resume_from_checkpoint", "latest")[0] == 0
+    assert run(*flags, "--output_dir", whole)[0] == 0
+    assert_same_weights(out, whole)
+
+
+def test_non_finite_steps_are_skipped(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the count. Two poisoned steps change no weight, and the run goes on."""
+    poison_steps(monkeypatch, {2, 3})
+    code, printed = run(*flags, "--checkpointing_steps", "1")
+    assert code == 0, printed
+    out = tmp_path / "out"
+    assert [row["skipped_steps"] for row in steps(out)] == [0, 1, 2, 2]
+    assert [row["loss"] is None for row in steps(out)] == [False, True, True, False]
+    assert_same_weights(out / "checkpoint-1/vae", out / "checkpoint-3/vae")
+
+
+def test_ten_non_finite_steps_in_a_row_save_and_stop(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the documented rule, exit code and message."""
+    poison_steps(monkeypatch, set(range(3, 100)))
+    code, printed = run(*flags, "--max_train_steps", "20")
+    assert code == train_srl_vae.EXIT_NOT_FINITE
+    assert "since step 3" in printed
+    assert (tmp_path / "out/checkpoint-12").is_dir()
+
+
+def poison_steps(monkeypatch: pytest.MonkeyPatch, poisoned: set[int]) -> None:
+    """Makes the loss of the given steps (counted from 1) NaN."""
+    honest, calls = train_srl_vae.srl_loss, []
+
+    def poisonous(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, terms = honest(*arguments)
+        calls.append(None)
+        factor = float("nan") if len(calls) in poisoned else 1.0
+        return loss * factor, terms * factor
+
+    monkeypatch.setattr(train_srl_vae, "srl_loss", poisonous)
+
+
+def test_too_many_bad_images_save_and_stop(
+    run: Run, flags: list[str], tmp_path: Path, photographs: Path
+) -> None:
+    """Oracle: the documented limit. One bad file of 25 is replaced and named; a quarter of them ends the run."""
+    few, many = tmp_path / "few", tmp_path / "many"
+    for folder, count in ((few, 1), (many, 8)):
+        shutil.copytree(photographs, folder)
+        for index in range(count):
+            (folder / f"broken-{index}.png").write_text("no picture")
+    assert_named = run(*flags, "--train_data_dir", few, "--max_train_steps", "8", "--output_dir", tmp_path / "a")
+    assert assert_named[0] == 0, assert_named[1]
+    assert assert_named[1].count("broken-0.png") == 1
+    code, printed = run(*flags, "--train_data_dir", many, "--max_train_steps", "30", "--output_dir", tmp_path / "b")
+    assert code == 2
+    assert "--max_bad_images" in printed
+    assert list((tmp_path / "b").glob("checkpoint-*"))
+
+
+# --- several processes ----------------------------------------------------------------------------------
+
+
+def launch(*arguments: object, processes: int = 1, script: Path = SCRIPT) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes,
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        "--num_cpu_threads_per_process", "1", script, *arguments,
+    ]  # fmt: skip
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+CHECK_RANKS = """
+import sys, torch, train_srl_vae as script
+from accelerate.utils import gather
+
+honest = script.optimizer_step
+
+def checked(run, *arguments, **keywords):
+    values = honest(run, *arguments, **keywords)
+    weights = torch.cat([p.detach().flatten() for p in run.models.encoder.parameters()])[None]
+    copies = gather(weights)
+    assert len(copies) == 2 and torch.equal(copies[0], copies[1]), "the ranks differ"
+    print("ranks agree at step", run.progress.step)
+    return values
+
+script.optimizer_step = checked
+sys.exit(script.command_line())
+"""
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_follow_one(run: Run, flags: list[str], tmp_path: Path, accumulation: int) -> None:
+    """Oracle: one process with twice the batch. The ranks' weights are the same bits after every step.
+
+    The sum over a batch is taken in another order, so values agree to float rounding and not exactly; the
+    tolerance on weights is 1% of the distance they moved.
+    """
+    checker = tmp_path / "check_ranks.py"
+    checker.write_text(CHECK_RANKS)
+    flags = [*flags, "--gradient_accumulation_steps", str(accumulation), "--adam_epsilon", "1e-4"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(*flags, "--output_dir", one)[0] == 0
+    result = launch(*flags, "--train_batch_size", 2, "--output_dir", two, processes=2, script=checker)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("ranks agree at step 4") == 2
+    for ours, theirs in zip(steps(one), steps(two), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    base = load_file(Path(flags[1]) / WEIGHTS)
+    first, second = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
+    moved = torch.cat([(first[name] - base[name]).flatten() for name in base])
+    apart = torch.cat([(first[name] - second[name]).flatten() for name in base])
+    assert apart.norm() < 0.01 * moved.norm()
+    rows = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
+    assert [row["n"] for row in rows[0]] == [row["n"] for row in rows[1]]
+    original = [[row["value"] for row in half if row["vae"] == "original"] for half in rows]
+    assert original[0] == pytest.approx(original[1], rel=1e-4)
+
+
+def test_accelerate_launch(flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the documented command, from the shell, with the table at its end."""
+    result = launch(*flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "| images" in result.stdout
+    assert "is won back" in result.stdout
+    AutoencoderKL.from_pretrained(tmp_path / "out")
+
+
+# --- bad input ------------------------------------------------------------------------------------------
+
+
+def test_dry_run_checks_and_writes_nothing(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the arithmetic by hand: 4 x 1 x 3 images a step; the attack is 2 steps of forward and backward."""
+    code, printed = run(*flags, "--dry_run", "--gradient_accumulation_steps", "3")
+    assert code == 0
+    assert "= 12 images" in printed
+    assert "4 steps, 48 images" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def picture_folder(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for index in range(count):
+        Image.new("RGB", (16, 16)).save(folder / f"{index}.png")
+    return folder
+
+
+BAD_INPUT = {
+    "epsilon": (["--epsilon", "8"], r"--epsilon.*outside \[0,1\]"),
+    "epsilon text": (["--epsilon", "large"], r"--epsilon.*8/255"),
+    "negative steps": (["--pgd_steps", "-1"], r"--pgd_steps.*negative"),
+    "no batch": (["--train_batch_size", "0"], r"--train_batch_size.*less than 1"),
+    "unknown flag": (["--unheard_of"], r"--unheard_of"),
+    "unknown net": (["--lpips_net", "resnet"], r"--lpips_net"),
+    "resolution": (["--resolution", "17"], r"--resolution 17.*try 16"),
+    "no data": (["--train_data_dir", "{tmp}/nowhere"], r"nowhere"),
+    "empty folder": (["--train_data_dir", "{tmp}/empty"], r"empty"),
+    "two datasets": (["--dataset_name", "scikit-image"], r"--dataset_name.*--train_data_dir"),
+    "no vae": (["--pretrained_model_name_or_path", "{tmp}/nothing"], r"nothing"),
+    "pipeline": (["--pretrained_model_name_or_path", "{tmp}/pipeline"], r"--subfolder vae"),
+    "checkpoint": (["--resume_from_checkpoint", "{tmp}/empty"], r"--resume_from_checkpoint.*holds: none"),
+    "output is a file": (["--output_dir", "{tmp}/file"], r"--output_dir.*is a file"),
+    "fp16 on cpu": (["--mixed_precision", "fp16"], r"fp16.*bf16"),
+    "wandb token": (["--report_to", "wandb", "--hub_token", "hf_x"], r"hf auth login"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(run: Run, flags: list[str], tmp_path: Path, case: str) -> None:
+    """Oracle: exit code 2 and one line that names the flag, in seconds, with nothing written."""
+    if case == "fp16 on cpu" and torch.cuda.is_available():
+        pytest.skip("fp16 is fine here")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline/model_index.json").write_text("{}")
+    arguments, message = BAD_INPUT[case]
+    code, printed = run(*flags, *(part.format(tmp=tmp_path) for part in arguments))
+    errors = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert code == 2, printed
+    assert len(errors) == 1
+    assert re.search(message, errors[0]), errors[0]
+    assert "Traceback" not in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_run_is_not_overwritten(run: Run, flags: list[str]) -> None:
+    """Oracle: the second identical command, which must refuse and name both ways out."""
+    assert run(*flags, "--checkpointing_steps", "2")[0] == 0
+    code, printed = run(*flags)
+    assert code == 2
+    assert "--resume_from_checkpoint latest" in printed
+
+
+def test_exit_code_of_the_script(tmp_path: Path) -> None:
+    """Oracle: the shell. Run as a plain script, bad input ends with 2 and one line on stderr."""
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "--train_data_dir", tmp_path / "nowhere"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 2
+    assert [line for line in result.stderr.splitlines() if "nowhere" in line]
+    assert "Traceback" not in result.stderr
+
+
+# --- precision ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "force_upcast", "used"),
+    [("fp16", True, "no"), ("fp16", False, "fp16"), ("bf16", True, "bf16"), ("no", True, "no")],
+)
+def test_force_upcast_is_honoured(wanted: str, force_upcast: bool, used: str) -> None:
+    """Oracle: diffusers, which runs a VAE with force_upcast in float32 instead of float16."""
+    args = train_srl_vae.parse_args(["--mixed_precision", wanted])
+    assert train_srl_vae.resolve_precision(args, {"force_upcast": force_upcast}) == used
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
+def test_compiled_follows_eager(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the eager run, to float rounding."""
+    assert run(*flags)[0] == 0
+    assert run(*flags, "--torch_compile", "--output_dir", tmp_path / "compiled")[0] == 0
+    for eager, compiled in zip(steps(tmp_path / "out"), steps(tmp_path / "compiled"), strict=True):
+        assert eager["loss"] == pytest.approx(compiled["loss"], rel=1e-3)

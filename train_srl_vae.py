@@ -1,0 +1,840 @@
+#!/usr/bin/env python
+"""SRL-VAE: fine-tunes the encoder of an AutoencoderKL against adversarial perturbations (arXiv 2504.17219).
+
+    accelerate launch train_srl_vae.py --train_data_dir photos --resolution 256 --output_dir srl-vae
+
+One step, for images x, the encoder E being trained, its frozen original E0 and the frozen decoder D:
+
+    delta     = argmax over |delta| <= epsilon of  MSE(D(E(x + delta)), x) + lambda LPIPS(D(E(x + delta)), x)
+    L_robust  = MSE(D(E(x + delta)), x) + lambda LPIPS(D(E(x + delta)), x)
+    L_orig    = |mean E(x) - mean E0(x)|^2 + |variance E(x) - variance E0(x)|^2
+    E        <- E - gradient of  L_robust + alpha L_orig
+
+Every random draw is a function of --seed and of the sample's place in the run, so neither the number of processes
+nor an interruption changes the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import GradScalerKwargs, ProjectConfiguration, gather_object
+from diffusers import AutoencoderKL
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from srl_utils.arithmetic import step_arithmetic
+from srl_utils.attacks.gradient import PGDConfig, pgd
+from srl_utils.autoencoders import (
+    AutoencoderSource,
+    LatentDecoder,
+    LatentEncoder,
+    Moments,
+    check_resolution,
+    frozen,
+    frozen_copy,
+    latent_shape,
+    load_autoencoder,
+    read_config,
+    split_moments,
+)
+from srl_utils.checkpoints import Checkpoints, register_state, save_drop_in, write_text_atomically
+from srl_utils.data import Batch, DataSource, ImageLedger, TrainingData, open_data, training_batches
+from srl_utils.errors import UserError
+from srl_utils.evaluation.judge import Judge, averaged_weights
+from srl_utils.evaluation.reconstruction import Codec, image_generators
+from srl_utils.hub import CardFacts, create_repository, push, render_card
+from srl_utils.images import PIXEL_RANGE, parse_pixel_distance
+from srl_utils.interruption import Interruption
+from srl_utils.journal import Journal
+from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance, originality_loss
+
+ORIGINAL, FINE_TUNED = "original", "fine-tuned"
+MAX_SKIPPED_IN_ROW = 10
+EXIT_BAD_INPUT, EXIT_PUSH_FAILED, EXIT_NOT_FINITE = 2, 3, 4
+
+
+def main(args: argparse.Namespace) -> int:
+    config = check(args)
+    accelerator = build_accelerator(args, config)
+    data = open_data(
+        data_source(args),
+        resolution=args.resolution,
+        seed=args.seed,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        num_validation_images=args.num_validation_images,
+    )
+    plan = plan_steps(args, accelerator, data)
+    if args.dry_run:
+        accelerator.print(describe(args, config, accelerator, data, plan))
+        return 0
+
+    prepare_output(args, accelerator)
+    repo_id = open_repository(args, accelerator)
+    run = build_run(args, accelerator, data, plan)
+    resume(run)
+    run.journal.begin(run.progress.step)
+    run.judge.judge_original(resumed=run.progress.step > 0)
+    write_card(run, repo_id)
+    with Interruption() as interruption:
+        stop = train(run, interruption)
+    if stop is not None:
+        return save_and_stop(run, stop)
+    return finish(run, repo_id)
+
+
+# --- checks and plan ------------------------------------------------------------------------------------
+
+
+def check(args: argparse.Namespace) -> dict[str, Any]:
+    """Refuses what cannot work before anything is loaded; returns the VAE's configuration."""
+    if args.output_dir.is_file():
+        raise UserError(f"--output_dir {args.output_dir} is a file; a folder is expected")
+    if args.resume_from_checkpoint is None and Checkpoints(args.output_dir).found():
+        raise UserError(
+            f"{args.output_dir} holds checkpoints of an earlier run; add --resume_from_checkpoint latest to continue "
+            "it, or choose another --output_dir"
+        )
+    if args.resume_from_checkpoint is not None:
+        Checkpoints(args.output_dir).resolve(args.resume_from_checkpoint)
+    if args.report_to == "wandb" and args.hub_token is not None:
+        raise UserError("--hub_token would be shown by wandb; log in with `hf auth login` instead")
+    for package, flag, wanted in (
+        (args.report_to, "--report_to", args.report_to in ("tensorboard", "wandb", "trackio")),
+        ("bitsandbytes", "--use_8bit_adam", args.use_8bit_adam),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag} needs the package {package}: pip install {package}")
+    on_gpu = torch.cuda.is_available()
+    if args.torch_compile and not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError("--torch_compile on the CPU needs a C++ compiler (g++); install one or drop the flag")
+    if requested_precision(args) == "fp16" and not on_gpu:
+        raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no")
+    data_source(args).check()
+    config = read_config(autoencoder_source(args))
+    check_resolution(args.resolution, config)
+    return config
+
+
+def autoencoder_source(args: argparse.Namespace) -> AutoencoderSource:
+    return AutoencoderSource(**{name: getattr(args, name) for name in AutoencoderSource.__dataclass_fields__})
+
+
+def data_source(args: argparse.Namespace) -> DataSource:
+    return DataSource(**{name: getattr(args, name) for name in DataSource.__dataclass_fields__})
+
+
+def attack_config(args: argparse.Namespace) -> PGDConfig:
+    return PGDConfig(
+        epsilon=args.epsilon,
+        step_size=args.pgd_step_size,
+        num_steps=args.pgd_steps,
+        random_start=not args.no_pgd_random_start,
+    )
+
+
+def requested_precision(args: argparse.Namespace) -> str:
+    """The flag, else what `accelerate launch` or its configuration asks for."""
+    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def resolve_precision(args: argparse.Namespace, config: dict[str, Any]) -> str:
+    """`no`, `bf16` or `fp16`; a VAE with `force_upcast` overflows in fp16 and runs in float32, as in diffusers."""
+    precision = requested_precision(args)
+    if precision == "fp16" and config.get("force_upcast", True):
+        return "no"
+    return precision
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many samples make a step and how many steps make the run."""
+
+    samples_per_pass: int
+    """Over all processes; one pass is one forward and backward of the loss."""
+    samples_per_step: int
+    max_train_steps: int
+
+
+def plan_steps(args: argparse.Namespace, accelerator: Accelerator, data: TrainingData) -> Plan:
+    samples_per_pass = args.train_batch_size * accelerator.num_processes
+    samples_per_step = samples_per_pass * args.gradient_accumulation_steps
+    steps = args.max_train_steps
+    if steps is None:
+        if data.num_images is None:
+            raise UserError("the length of a stream is not known: --max_train_steps must be given with --streaming")
+        steps = math.ceil(args.num_train_epochs * data.num_images / samples_per_step)
+    return Plan(samples_per_pass, samples_per_step, steps)
+
+
+def describe(
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    accelerator: Accelerator,
+    data: TrainingData,
+    plan: Plan,
+) -> str:
+    """The resolved configuration and the arithmetic of a step."""
+    arithmetic = step_arithmetic(
+        config,
+        resolution=args.resolution,
+        pgd_steps=args.pgd_steps,
+        lpips_net=args.lpips_net if args.lpips_weight else None,
+    )
+    seen = plan.samples_per_step * plan.max_train_steps
+    epochs = f", {seen / data.num_images:.2f} epochs" if data.num_images else ""
+    settings = "\n".join(f"  {name:<32}{value}" for name, value in sorted(json_arguments(args).items()))
+    return (
+        f"Configuration\n{settings}\n"
+        f"Device {accelerator.device}, {accelerator.num_processes} process(es), "
+        f"mixed precision {accelerator.mixed_precision}\n"
+        f"Data: {data.description}\n"
+        f"Step: {args.train_batch_size} images x {accelerator.num_processes} process(es) x "
+        f"{args.gradient_accumulation_steps} accumulated = {plan.samples_per_step} images\n"
+        f"Run: {plan.max_train_steps} steps, {seen} images{epochs}\n"
+        f"Arithmetic per image\n{arithmetic.table()}\n"
+        f"  {'one step':<24}{(arithmetic.attack + arithmetic.outer) * plan.samples_per_step / 1e12:>12.4f} TFLOP"
+    )
+
+
+# --- building -------------------------------------------------------------------------------------------
+
+
+def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accelerator:
+    precision = resolve_precision(args, config)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
+        ),
+        kwargs_handlers=[
+            # Starting at 2^16 would cost several skipped steps, and ten in a row end the run.
+            GradScalerKwargs(init_scale=2.0**10),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+        ],
+    )
+    if precision != requested_precision(args):
+        accelerator.print(
+            "this VAE's configuration has force_upcast, so it runs in float32 instead of fp16; bf16 would be faster"
+        )
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        packages = ("torch", "diffusers", "accelerate", "datasets")
+        record = {"arguments": json_arguments(args), "versions": {name: version(name) for name in packages}}
+        write_text_atomically(args.output_dir / "training_args.json", json.dumps(record, indent=1) + "\n")
+    accelerator.wait_for_everyone()
+    if args.report_to != "none":
+        settings = {name: value for name, value in json_arguments(args).items() if value is not None}
+        accelerator.init_trackers(args.tracker_project_name, config=settings)
+
+
+def open_repository(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
+    if not args.push_to_hub:
+        return None
+    repo_id = args.hub_model_id or args.output_dir.resolve().name
+    return create_repository(repo_id, args.hub_token) if accelerator.is_main_process else repo_id
+
+
+@dataclass(frozen=True)
+class Models:
+    """The VAE and the parts of it that the step uses; `wrapped_encoder` is what the outer step must call."""
+
+    vae: AutoencoderKL
+    encoder: LatentEncoder
+    wrapped_encoder: torch.nn.Module
+    decoder: LatentDecoder
+    reference: LatentEncoder
+    loss: ReconstructionLoss
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoder.parameters()).device
+
+
+def build_models(args: argparse.Namespace, accelerator: Accelerator) -> Models:
+    perceptual = load_perceptual_distance(args.lpips_net) if args.lpips_weight else None
+    loss = ReconstructionLoss(perceptual, weight=args.lpips_weight).to(accelerator.device)
+    vae = load_autoencoder(autoencoder_source(args))
+    vae.to(accelerator.device, memory_format=torch.channels_last).requires_grad_(False)
+    if args.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    encoder = LatentEncoder(vae, autocast_dtype=dtype)
+    reference = frozen_copy(encoder)
+    decoder = LatentDecoder(vae, autocast_dtype=dtype)
+    encoder.requires_grad_(True).train()
+    if args.torch_compile:
+        for module in (encoder, reference, decoder):
+            module.compile(dynamic=False)
+    return Models(vae, encoder, accelerator.prepare_model(encoder), decoder, reference, loss)
+
+
+def build_optimizer(
+    args: argparse.Namespace, accelerator: Accelerator, models: Models, plan: Plan
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, EMAModel | None]:
+    learning_rate = args.learning_rate * (plan.samples_per_step if args.scale_lr else 1)
+    optimizer = adamw_class(args)(
+        models.encoder.parameters(),
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    # Left out of `prepare`, which would step it once per process.
+    scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=plan.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    ema = EMAModel(models.encoder.parameters()) if args.use_ema else None
+    if ema is not None:
+        ema.to(accelerator.device)
+    return accelerator.prepare_optimizer(optimizer), scheduler, ema
+
+
+def adamw_class(args: argparse.Namespace) -> type[torch.optim.Optimizer]:
+    if not args.use_8bit_adam:
+        return torch.optim.AdamW
+    import bitsandbytes  # an optional dependency
+
+    return bitsandbytes.optim.AdamW8bit
+
+
+# --- the training loop ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """Where the run is. A step whose gradient was not finite counts as a step: its samples are used up."""
+
+    step: int = 0
+    samples: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.__dict__.update(state)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the loop works with."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    data: TrainingData
+    plan: Plan
+    models: Models
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    progress: Progress
+    ledger: ImageLedger
+    checkpoints: Checkpoints
+    journal: Journal
+    judge: Judge
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run ends before its last step."""
+
+    reason: str
+    exit_code: int
+
+
+def train(run: Run, interruption: Interruption) -> Stop | None:
+    """Steps until `max_train_steps`, with validation and checkpoints; returns why it stopped earlier, if so."""
+    args, progress = run.args, run.progress
+    batches = training_batches(
+        run.data,
+        batch_size=args.train_batch_size,
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
+        first_position=progress.samples,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=run.accelerator.device.type == "cuda",
+    )
+    bar = tqdm(
+        total=run.plan.max_train_steps,
+        initial=progress.step,
+        desc="steps",
+        disable=not run.accelerator.is_local_main_process,
+    )
+    shown = validate(run) if progress.step == 0 else {}
+    while progress.step < run.plan.max_train_steps:
+        started = time.perf_counter()
+        values = optimizer_step(run, batches, interrupted=interruption.signal is not None)
+        interrupted = values.pop("interrupted") > 0
+        values["images_per_second"] = run.plan.samples_per_step / (time.perf_counter() - started)
+        run.journal.write(progress.step, values)
+        if progress.step % args.validation_steps == 0 and progress.step < run.plan.max_train_steps:
+            shown = validate(run)
+        bar.update()
+        bar.set_postfix_str(postfix(values, shown))
+        stop = reason_to_stop(run, interruption if interrupted else None)
+        if stop is not None:
+            return stop
+        if progress.step % args.checkpointing_steps == 0:
+            run.checkpoints.save(run.accelerator, progress.step)
+    bar.close()
+    return None
+
+
+def optimizer_step(run: Run, batches: Iterator[Batch], *, interrupted: bool) -> dict[str, float]:
+    """One update of the encoder; returns the step's values, averaged over its samples and the processes."""
+    accelerator, encoder, progress = run.accelerator, run.models.wrapped_encoder, run.progress
+    passes, bad_images = [], []
+    for _ in range(run.args.gradient_accumulation_steps):
+        batch = next(batches)
+        run.ledger.update(batch)
+        bad_images += batch.bad_images
+        with accelerator.accumulate(encoder):
+            loss, terms = srl_loss(run.args, run.models, batch)
+            accelerator.backward(loss)
+            passes.append(terms)
+            if accelerator.sync_gradients:
+                gradient_norm = accelerator.clip_grad_norm_(encoder.parameters(), run.args.max_grad_norm)
+                finite = bool(torch.isfinite(gradient_norm))
+                if finite or accelerator.scaler is not None:  # the fp16 scaler skips by itself, and learns from it
+                    run.optimizer.step()
+            run.optimizer.zero_grad()
+    run.scheduler.step()
+    if run.ema is not None and finite:
+        run.ema.step(run.models.encoder.parameters())
+    progress.step += 1
+    progress.samples += run.plan.samples_per_step
+    progress.skipped += not finite
+    progress.skipped_in_row = 0 if finite else progress.skipped_in_row + 1
+    signals = torch.tensor([float(interrupted), float(len(bad_images))], device=accelerator.device)
+    means = accelerator.reduce(torch.cat([torch.stack(passes).mean(dim=0), signals]), reduction="mean").tolist()
+    *terms, interrupted_share, bad_share = means
+    if bad_share > 0:
+        run.ledger.add(gather_object(bad_images))
+    return {
+        **dict(zip(TERMS, terms, strict=True)),
+        "gradient_norm": float(gradient_norm),
+        "learning_rate": run.scheduler.get_last_lr()[0],
+        "skipped_steps": progress.skipped,
+        "interrupted": interrupted_share,
+    }
+
+
+TERMS = ("loss", "mse", "lpips", "originality", "attacked_psnr")
+
+
+def srl_loss(args: argparse.Namespace, models: Models, batch: Batch) -> tuple[Tensor, Tensor]:
+    """L_robust + alpha L_orig of a batch, and the terms of the loss as a vector in the order of `TERMS`."""
+    clean = batch.images.to(models.device, memory_format=torch.channels_last, non_blocking=True)
+    generators = image_generators(args.seed, batch.positions)
+    target = models.loss.target(clean)
+    latent_noise = draw_latent_noise(models, clean, generators) if args.sample_posterior else None
+
+    def objective(images: Tensor) -> Tensor:
+        latent = split_moments(models.encoder(images)).latent(latent_noise)
+        return models.loss(models.decoder(latent), target)
+
+    with frozen(models.encoder):
+        adversarial = pgd(objective, clean, attack_config(args), generators=generators)
+
+    # One forward pass through the wrapper for both batches: its backward pass averages over the processes.
+    both = split_moments(models.wrapped_encoder(torch.cat([adversarial, clean])))
+    attacked, undisturbed = (Moments(*part) for part in zip(*(half.chunk(2) for half in both), strict=True))
+    with torch.no_grad():
+        reference = split_moments(models.reference(clean))
+    reconstruction = models.loss.terms(models.decoder(attacked.latent(latent_noise)), target)
+    robust = reconstruction.mse + args.lpips_weight * reconstruction.lpips
+    scale = models.vae.config.scaling_factor if args.originality_units == "scaled" else 1.0
+    originality = originality_loss(*undisturbed, *reference, scale=scale)
+    loss = (robust + args.originality_weight * originality).mean()
+    attacked_psnr = -10 * torch.log10(reconstruction.mse / PIXEL_RANGE**2)
+    terms = (loss, reconstruction.mse.mean(), reconstruction.lpips.mean(), originality.mean(), attacked_psnr.mean())
+    return loss, torch.stack([term.detach() for term in terms])
+
+
+def draw_latent_noise(models: Models, clean: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """One sample of the posterior's noise per image, kept through its attack: `[N,C,h,w]`."""
+    shape = latent_shape(models.vae.config, clean.shape[-1])
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(clean.device)
+
+
+def validate(run: Run) -> dict[str, float]:
+    with averaged_weights(run.ema, run.models.encoder):
+        values = run.judge.judge_progress(run.progress.step)
+    run.journal.write(run.progress.step, values)
+    return values
+
+
+def postfix(values: dict[str, float], validation: dict[str, float]) -> str:
+    """Loss terms, PSNR of the attacked training images, validation PSNR, speed: for the progress bar."""
+    parts = [f"{name} {values[name]:.4f}" for name in ("loss", "mse", "lpips", "originality")]
+    parts.append(f"attacked {values['attacked_psnr']:.2f} dB")
+    measured = [f"{name.split('/')[1]} {value:.2f}" for name, value in validation.items() if name.endswith("psnr")]
+    if measured:
+        parts.append(f"validation {', '.join(measured)} dB")
+    return ", ".join([*parts, f"{values['images_per_second']:.1f} img/s"])
+
+
+def reason_to_stop(run: Run, interruption: Interruption | None) -> Stop | None:
+    progress = run.progress
+    try:
+        run.ledger.check(run.args.max_bad_images)
+    except UserError as error:
+        return Stop(str(error), EXIT_BAD_INPUT)
+    if progress.skipped_in_row >= MAX_SKIPPED_IN_ROW:
+        first = progress.step - progress.skipped_in_row + 1
+        reason = f"the gradient has not been finite since step {first} ({progress.skipped} steps skipped in all)"
+        return Stop(f"{reason}; a lower --learning_rate or --mixed_precision no may help", EXIT_NOT_FINITE)
+    if interruption is not None:
+        number = interruption.signal or signal.SIGTERM  # None where only another process got the signal
+        return Stop(f"stopped by {signal.Signals(number).name} after step {progress.step}", 128 + number)
+    return None
+
+
+# --- beginning and end ----------------------------------------------------------------------------------
+
+
+def build_run(args: argparse.Namespace, accelerator: Accelerator, data: TrainingData, plan: Plan) -> Run:
+    models = build_models(args, accelerator)
+    optimizer, scheduler, ema = build_optimizer(args, accelerator, models, plan)
+    progress, ledger = Progress(), ImageLedger(data.num_images, world_size=accelerator.num_processes)
+    register_state(
+        accelerator, models.vae, ema, {"progress": progress, "images": ledger, "scheduler": scheduler}
+    )
+    judge = Judge(
+        accelerator,
+        original=Codec(ORIGINAL, models.reference, models.decoder),
+        current=Codec(FINE_TUNED, models.encoder, models.decoder),
+        loss=models.loss,
+        images=data.validation_images,
+        # At least ten steps, so that runs that train with fewer can be compared.
+        attack=replace(attack_config(args), num_steps=max(args.pgd_steps, 10)),
+        output_dir=args.output_dir,
+        seed=args.seed,
+        batch_size=args.train_batch_size,
+    )
+    return Run(
+        args=args,
+        accelerator=accelerator,
+        data=data,
+        plan=plan,
+        models=models,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        ema=ema,
+        progress=progress,
+        ledger=ledger,
+        checkpoints=Checkpoints(args.output_dir, args.checkpoints_total_limit),
+        journal=Journal(accelerator, args.output_dir / "metrics.jsonl"),
+        judge=judge,
+    )
+
+
+def resume(run: Run) -> None:
+    if run.args.resume_from_checkpoint is None:
+        return
+    checkpoint = run.checkpoints.resolve(run.args.resume_from_checkpoint)
+    if checkpoint is None:
+        run.accelerator.print(f"no checkpoint in {run.args.output_dir} yet: starting from the beginning")
+        return
+    run.accelerator.load_state(str(checkpoint))
+    run.accelerator.print(f"continuing from {checkpoint}, after step {run.progress.step}")
+
+
+def save_and_stop(run: Run, stop: Stop) -> int:
+    checkpoint = run.checkpoints.save(run.accelerator, run.progress.step)
+    run.accelerator.end_training()
+    run.accelerator.print(
+        f"{stop.reason}; saved {checkpoint}. To continue, run the same command with --resume_from_checkpoint latest"
+    )
+    return stop.exit_code
+
+
+def finish(run: Run, repo_id: str | None) -> int:
+    """Saves the drop-in first, then judges it, writes the card, and pushes last."""
+    with averaged_weights(run.ema, run.models.encoder):
+        if run.accelerator.is_main_process:
+            save_drop_in(run.models.vae, run.args.output_dir)
+        validate(run)
+        table = run.judge.judge_result()
+    write_card(run, repo_id)
+    run.accelerator.end_training()
+    run.accelerator.print(f"\n{table}\n\nSaved to {run.args.output_dir}. {run.ledger.summary()}")
+    if repo_id is None or not run.accelerator.is_main_process:
+        return 0
+    failure = push(run.args.output_dir, repo_id, run.args.hub_token)
+    run.accelerator.print(failure or f"pushed to https://huggingface.co/{repo_id}")
+    return EXIT_PUSH_FAILED if failure else 0
+
+
+def write_card(run: Run, repo_id: str | None) -> None:
+    """The model card, with what is known now: before the training, the original VAE's results."""
+    if not run.accelerator.is_main_process:
+        return
+    args = run.args
+    facts = CardFacts(
+        model_id=repo_id or args.output_dir.name,
+        base_model=args.pretrained_model_name_or_path,
+        data=run.data.description,
+        dataset=None if args.dataset_name is None or Path(args.dataset_name).exists() else args.dataset_name,
+        resolution=args.resolution,
+        num_validation_images=len(run.data.validation_images),
+        steps=run.progress.step,
+        images_per_step=run.plan.samples_per_step,
+        arguments=json.dumps(changed_arguments(args), indent=1),
+        results=run.judge.rows,
+        results_table=run.judge.table(),
+        judged_vae=FINE_TUNED,
+    )
+    write_text_atomically(args.output_dir / "README.md", render_card(facts))
+
+
+# --- arguments ------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line."""
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside [0,1]")
+    return value
+
+
+def pixel_distance(text: str) -> float:
+    try:
+        return parse_pixel_distance(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for add_group in (
+        add_model_arguments, add_data_arguments, add_method_arguments, add_loop_arguments, add_optimizer_arguments,
+        add_precision_arguments, add_state_arguments, add_logging_arguments, add_hub_arguments,
+    ):  # fmt: skip
+        add_group(parser)
+    return parser.parse_args(arguments)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Model")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        default="stabilityai/sd-vae-ft-mse",
+        help="Hub id or folder of an AutoencoderKL, or of a pipeline together with --subfolder vae",
+    )
+    group.add_argument("--subfolder", default=None, help="folder of the VAE inside the model repository")
+    group.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
+    group.add_argument("--variant", default=None, help="variant of the weight files, such as fp16")
+    group.add_argument("--cache_dir", default=None, help="where downloaded models and datasets are kept")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Data")
+    group.add_argument(
+        "--dataset_name",
+        default=None,
+        help="Hub dataset, local dataset folder, or scikit-image for the photographs that ship inside it",
+    )
+    group.add_argument("--dataset_config_name", default=None, help="configuration of the Hub dataset")
+    group.add_argument("--train_data_dir", default=None, help="folder of images (nested) or of webdataset *.tar files")
+    group.add_argument("--image_column", default="image", help="column of the dataset that holds the image")
+    group.add_argument("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
+    group.add_argument("--max_train_samples", type=positive_int, default=None, help="use only that many images")
+    group.add_argument("--validation_data_dir", default=None, help="folder of images to validate on")
+    group.add_argument(
+        "--validation_split",
+        default=None,
+        help="split of the dataset to validate on, or the share of the training images to hold out, such as 0.05",
+    )
+    group.add_argument("--resolution", type=positive_int, default=256, help="side of the training images in pixels")
+    group.add_argument("--center_crop", action="store_true", help="instead of random resized crops")
+    group.add_argument("--random_flip", action="store_true", help="mirror half of the training images")
+    group.add_argument("--dataloader_num_workers", type=non_negative_int, default=0, help="worker processes for images")
+    group.add_argument(
+        "--max_bad_images", type=fraction, default=0.05, help="share of unreadable images at which the run stops"
+    )
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("SRL-VAE")
+    group.add_argument(
+        "--epsilon", type=pixel_distance, default=8 / 255, help="L-inf budget, units of a [0,1] image; 8/255 or 0.0314"
+    )
+    group.add_argument("--pgd_steps", type=non_negative_int, default=10, help="steps of the attack; 0 means no attack")
+    group.add_argument("--pgd_step_size", type=pixel_distance, default=0.02, help="units of a [0,1] image")
+    group.add_argument("--no_pgd_random_start", action="store_true", help="start the attack at the clean image")
+    group.add_argument(
+        "--lpips_weight",
+        type=non_negative_float,
+        default=1.0,
+        help="lambda, weight of LPIPS in the attack and in the loss; 0 switches it off and loads nothing",
+    )
+    group.add_argument("--lpips_net", choices=sorted(LPIPS_TRUNKS), default="vgg", help="trunk of LPIPS")
+    group.add_argument(
+        "--originality_weight", type=non_negative_float, default=0.01, help="alpha, weight of the originality loss"
+    )
+    group.add_argument(
+        "--originality_units",
+        choices=("raw", "scaled"),
+        default="raw",
+        help="latents as they are, or times scaling_factor so that one alpha suits every VAE",
+    )
+    group.add_argument("--sample_posterior", action="store_true", help="sample the latent instead of taking its mean")
+    group.add_argument("--validation_steps", type=positive_int, default=100, help="validate every that many steps")
+    group.add_argument("--num_validation_images", type=positive_int, default=16, help="held-out images to validate on")
+    group.add_argument("--torch_compile", action="store_true", help="compile encoder and decoder")
+    group.add_argument(
+        "--dry_run", action="store_true", help="check everything, print configuration and arithmetic of a step, stop"
+    )
+
+
+def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Loop")
+    group.add_argument("--train_batch_size", type=positive_int, default=16, help="images per process and pass")
+    group.add_argument("--num_train_epochs", type=positive_int, default=1)
+    group.add_argument("--max_train_steps", type=positive_int, default=None, help="overrides --num_train_epochs")
+    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="passes per update")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="of every random draw")
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Optimiser")
+    group.add_argument("--learning_rate", type=non_negative_float, default=1e-5)
+    group.add_argument("--scale_lr", action="store_true", help="multiply the learning rate by the images per step")
+    schedules = [schedule.value for schedule in SchedulerType if schedule != SchedulerType.PIECEWISE_CONSTANT]
+    group.add_argument("--lr_scheduler", choices=schedules, default="constant")
+    group.add_argument("--lr_warmup_steps", type=non_negative_int, default=500)
+    group.add_argument("--lr_num_cycles", type=positive_int, default=1, help="restarts of cosine_with_restarts")
+    group.add_argument("--lr_power", type=non_negative_float, default=1.0, help="power of the polynomial schedule")
+    group.add_argument("--use_8bit_adam", action="store_true", help="8-bit AdamW of bitsandbytes")
+    group.add_argument("--adam_beta1", type=fraction, default=0.9)
+    group.add_argument("--adam_beta2", type=fraction, default=0.999)
+    group.add_argument("--adam_weight_decay", type=non_negative_float, default=1e-2)
+    group.add_argument("--adam_epsilon", type=non_negative_float, default=1e-8)
+    group.add_argument("--max_grad_norm", type=non_negative_float, default=1.0)
+
+
+def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Precision")
+    group.add_argument(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        default=None,
+        help="precision of the networks (the trained weights stay float32); default: what accelerate is configured for",
+    )
+    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer")
+    group.add_argument("--use_ema", action="store_true", help="keep, judge and save an average of the weights")
+
+
+def add_state_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("State")
+    group.add_argument("--output_dir", type=Path, default=Path("srl-vae"))
+    group.add_argument("--checkpointing_steps", type=positive_int, default=500, help="save every that many steps")
+    group.add_argument(
+        "--checkpoints_total_limit", type=positive_int, default=None, help="keep only that many, the newest"
+    )
+    group.add_argument("--resume_from_checkpoint", default=None, help="latest, or the folder of a checkpoint")
+
+
+def add_logging_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Logging")
+    group.add_argument("--logging_dir", default="logs", help="folder of the trackers, inside --output_dir")
+    group.add_argument("--report_to", choices=("tensorboard", "wandb", "trackio", "all", "none"), default="tensorboard")
+    group.add_argument("--tracker_project_name", default="srl-vae")
+
+
+def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Hub")
+    group.add_argument("--push_to_hub", action="store_true", help="publish the result on the Hugging Face Hub")
+    group.add_argument("--hub_model_id", default=None, help="repository; default: the name of --output_dir")
+    group.add_argument("--hub_token", default=None, help="default: the token of `hf auth login`")
+
+
+def json_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """All arguments as JSON values, without the secret one."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name != "hub_token"
+    }
+
+
+def changed_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    defaults = json_arguments(parse_args([]))
+    return {name: value for name, value in json_arguments(args).items() if value != defaults[name]}
+
+
+def command_line() -> int:
+    try:
+        return main(parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())
