@@ -222,6 +222,8 @@ def describe(
 def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accelerator:
     precision = resolve_precision(args, config)
     accelerator = Accelerator(
+        # Several processes without a GPU: told so, accelerate joins them by gloo; else each would train alone.
+        cpu=not torch.accelerator.is_available() and "LOCAL_RANK" in os.environ,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -589,7 +591,8 @@ def finish(run: Run, repo_id: str | None) -> int:
     with averaged_weights(run.ema, run.models.encoder):
         if run.accelerator.is_main_process:
             save_drop_in(run.models.vae, run.args.output_dir)
-        validate(run)
+    validate(run)
+    with averaged_weights(run.ema, run.models.encoder):
         table = run.judge.judge_result()
     write_card(run, repo_id)
     run.accelerator.end_training()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,5 +181,5 @@ def latent_shape(config: dict[str, Any], resolution: int) -> tuple[int, int, int
     return (config["latent_channels"], side, side)
 
 
-def _autocast(tensor: Tensor, dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(tensor.device.type, dtype, enabled=dtype is not None)
+def _autocast(tensor: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
+    return nullcontext() if dtype is None else torch.autocast(tensor.device.type, dtype)

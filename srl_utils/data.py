@@ -102,8 +102,11 @@ class StreamImages:
     column: str
 
     def __iter__(self) -> Iterator[RawImage]:
-        for row in self.dataset:
-            yield RawImage(row.get(self.column), _label(row, self.column))
+        with _one_line_error("the streamed data set"):
+            # Unlike iter(dataset), this yields the same order inside a worker of a DataLoader.
+            for rows in self.dataset.iter(batch_size=1):
+                row = {name: values[0] for name, values in rows.items()}
+                yield RawImage(row.get(self.column), _label(row, self.column))
 
     def shuffled(self, *, seed: int, epoch: int) -> StreamImages:
         """The same images in the order of one epoch."""
@@ -437,7 +440,7 @@ def _one_line_error(what: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         advice = "check the name, --dataset_config_name and the network connection"
-        raise UserError(f"{what} cannot be loaded: {reason}; {advice}") from error
+        raise UserError(f"{what} cannot be read: {reason}; {advice}") from error
 
 
 def _choose_validation(source: DataSource, splits: Mapping[str, RawSplit], seed: int) -> tuple[Images, Images]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -120,13 +121,10 @@ def test_frozen_restores_what_was_trainable(fails, tiny_vae) -> None:
     encoder = LatentEncoder(tiny_vae)
     encoder.encoder.conv_in.weight.requires_grad_(False)
     before = [parameter.requires_grad for parameter in encoder.parameters()]
-    try:
-        with frozen(encoder):
-            assert not any(parameter.requires_grad for parameter in encoder.parameters())
-            if fails:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        assert fails
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext(), frozen(encoder):
+        assert not any(parameter.requires_grad for parameter in encoder.parameters())
+        if fails:
+            raise KeyboardInterrupt
     assert [parameter.requires_grad for parameter in encoder.parameters()] == before
     assert sum(before) == len(before) - 1
 
@@ -231,6 +229,10 @@ def remove(folder: Path) -> None:
     (folder / WEIGHTS_NAME).unlink()
 
 
+def pointer_of_git_lfs(folder: Path) -> None:
+    (folder / WEIGHTS_NAME).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+
+
 def pickle_instead(folder: Path) -> None:
     AutoencoderKL.from_pretrained(folder).save_pretrained(folder, safe_serialization=False)
     remove(folder)
@@ -241,7 +243,7 @@ def misfit(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"latent_channels": 8}))
 
 
-@pytest.mark.parametrize("damage", [cut, empty, remove, pickle_instead, misfit])
+@pytest.mark.parametrize("damage", [cut, empty, remove, pointer_of_git_lfs, pickle_instead, misfit])
 def test_weights_that_cannot_be_loaded_are_a_user_error(damage, saved) -> None:
     """Oracle: specification, one line that names the VAE, instead of a traceback."""
     damage(saved)
@@ -249,6 +251,20 @@ def test_weights_that_cannot_be_loaded_are_a_user_error(damage, saved) -> None:
         load_autoencoder(source(saved))
     message = str(caught.value)
     assert message.startswith(f"cannot load the VAE '{saved}': ") and "\n" not in message
+
+
+@pytest.mark.parametrize(("method", "act"), [("from_pretrained", load_autoencoder), ("load_config", read_config)])
+def test_long_reasons_are_cut_to_one_line(method, act, saved, monkeypatch) -> None:
+    """Oracle: specification, of diffusers' explanation the first line."""
+
+    def refuse(*_, **__):
+        raise OSError("the disk is full\nSee https://example.org/ for details")
+
+    monkeypatch.setattr(AutoencoderKL, method, refuse)
+    with pytest.raises(UserError, match="the disk is full") as caught:
+        act(source(saved))
+    assert "\n" not in str(caught.value)
+    assert "details" not in str(caught.value)
 
 
 def settings(vae: AutoencoderKL) -> dict:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import foolbox
@@ -24,7 +25,7 @@ ROUNDING = 1.2e-7
 
 def wavy(images: Tensor) -> Tensor:
     """An objective with many maxima in the ball; image i alone decides on value i."""
-    return torch.sin(60 * images).flatten(1).sum(dim=1)
+    return torch.sin(35 * images + 1).flatten(1).sum(dim=1)
 
 
 def flat(images: Tensor) -> Tensor:
@@ -139,14 +140,10 @@ def test_parameters_are_left_as_they_were(outer, fails, tiny_vae, images, genera
             raise RuntimeError("out of memory")
         return attacked_objective(batch)
 
-    with outer():
-        try:
-            with frozen(encoder):
-                attacked = pgd(objective, images(2), PGDConfig(num_steps=2), generators=generators(0, 1))
-                assert (attacked - images(2)).abs().max() > 0
-        except RuntimeError as error:
-            assert fails
-            assert str(error) == "out of memory"
+    expected = pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext()
+    with expected, outer(), frozen(encoder):
+        attacked = pgd(objective, images(2), PGDConfig(num_steps=2), generators=generators(0, 1))
+        assert (attacked != images(2)).any()
     assert inside and not any(inside)
     for (required, gradient), parameter in zip(before, encoder.parameters(), strict=True):
         assert parameter.requires_grad == required

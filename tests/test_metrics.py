@@ -105,13 +105,16 @@ def test_interval_shrinks_with_the_root_of_n() -> None:
 
 
 def test_interval_equals_that_of_scipy() -> None:
-    """Oracle: scipy's percentile bootstrap; both are random, so each end may differ by 10% of the width (see above)."""
+    """Oracle: scipy's percentile bootstrap; both are seeded.
+
+    A 2.5% quantile of 2000 resamples has a standard error of 1.5% of the width; three of them are allowed.
+    """
     expected = scipy.stats.bootstrap(
         (SAMPLE,), np.mean, confidence_level=0.95, method="percentile", n_resamples=10_000, rng=0
     ).confidence_interval
     width = expected.high - expected.low
     low, high = bootstrap_interval(SAMPLE.tolist())
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.1 * width)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.045 * width)
     # And the width that theory gives a mean: 2 * 1.96 standard errors.
     assert width == pytest.approx(2 * 1.96 * SAMPLE.std() / 10, rel=0.1)
 
