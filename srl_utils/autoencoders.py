@@ -46,9 +46,10 @@ def read_config(source: AutoencoderSource) -> dict[str, Any]:
         reason = str(error).strip().splitlines()[0]
         hint = "" if source.subfolder else " (for the VAE of a whole pipeline add --subfolder vae)"
         raise UserError(f"no VAE configuration at '{name}': {reason}{hint}") from None
-    if config.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"'{name}' is a {config.get('_class_name')}, not an AutoencoderKL")
-    if config["in_channels"] != 3:
+    kind = config.get("_class_name", "configuration of no known class") if isinstance(config, dict) else "list"
+    if kind != "AutoencoderKL":
+        raise UserError(f"'{name}' is a {kind}, not an AutoencoderKL")
+    if config.get("in_channels", 3) != 3:
         raise UserError(f"'{name}' takes images of {config['in_channels']} channels; only RGB is supported")
     return config
 
@@ -59,11 +60,18 @@ def load_autoencoder(source: AutoencoderSource) -> AutoencoderKL:
     Raises:
         UserError: if the weights cannot be had as safetensors or do not fit the configuration.
     """
+    name = source.pretrained_model_name_or_path
     try:
-        return AutoencoderKL.from_pretrained(**asdict(source), use_safetensors=True).float()
+        vae, loading = AutoencoderKL.from_pretrained(
+            **asdict(source), use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load the VAE '{source.pretrained_model_name_or_path}': {reason}") from None
+        raise UserError(f"cannot load the VAE '{name}': {reason}") from None
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(f"cannot load the VAE '{name}': its weights lack {len(missing)} tensors, such as {missing[0]}")
+    return vae.float()
 
 
 def save_autoencoder(vae: AutoencoderKL, folder: Path) -> None:

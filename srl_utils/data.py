@@ -7,8 +7,12 @@ and a run resumes at any position.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import signal
+import traceback
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -311,7 +315,10 @@ def training_batches(
         # Without one the loader draws from torch's global generator.
         generator=torch.Generator(),
     )
-    return _without_worker_traceback(loader)
+    batches = _without_worker_traceback(loader)
+    if num_workers:
+        atexit.register(_end_workers, weakref.ref(batches))
+    return batches
 
 
 class ImageLedger:
@@ -571,6 +578,19 @@ def _ignore_interrupt(worker_id: int) -> None:
 def _without_worker_traceback(loader: DataLoader) -> Iterator[Batch]:
     try:
         yield from loader
-    except UserError as error:
+    except Exception as error:
+        # The traceback refers to the loader's iterator, whose workers end when it is freed.
+        traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, UserError):
+            raise
         # torch puts the traceback of the worker in front of the message.
-        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from error
+        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
+
+
+def _end_workers(batches: weakref.ref[Iterator[Batch]]) -> None:
+    """At exit multiprocessing sends SIGTERM to its children and waits for them; these workers ignore it."""
+    if (generator := batches()) is not None:
+        generator.close()
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

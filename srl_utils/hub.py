@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
@@ -59,15 +59,9 @@ def render_card(facts: CardFacts) -> str:
         template_path=str(TEMPLATE),
         title=f"{Path(facts.model_id).name}: a robust encoder for {Path(facts.base_model).name}",
         base_model_url=f"https://huggingface.co/{facts.base_model}" if on_hub else facts.base_model,
-        **{name: getattr(facts, name) for name in CARD_FIELDS},
+        **asdict(facts),
     )
     return str(card)
-
-
-CARD_FIELDS = (
-    "model_id", "base_model", "data", "resolution", "num_validation_images", "steps", "images_per_step", "arguments",
-    "results_table",
-)  # fmt: skip
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult] | None:

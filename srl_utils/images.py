@@ -25,7 +25,7 @@ def parse_pixel_distance(text: str) -> float:
     """
     try:
         value = float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"'{text}' is not a number or a fraction such as 8/255") from None
     if not 0 <= value <= 1:
         raise ValueError(f"{text} is outside [0,1]; it is a distance between images in [0,1], such as 8/255")
@@ -53,11 +53,11 @@ def check_images(images: Tensor) -> None:
     Raises:
         ValueError: naming the shape, dtype or range found.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or len(images) == 0:
         raise ValueError(f"expected float images [N,3,H,W], got {images.dtype} {tuple(images.shape)}")
     low, high = images.aminmax()
-    # Half-precision rounding of an image at the border may pass it by one part in 256.
-    if low < PIXEL_MIN - 4e-3 or high > PIXEL_MAX + 4e-3:
+    # Half-precision rounding of an image at the border may pass it by one part in 256. NaN fails both comparisons.
+    if not (low >= PIXEL_MIN - 4e-3 and high <= PIXEL_MAX + 4e-3):
         raise ValueError(f"expected images in [-1,1], got values from {low:.3f} to {high:.3f}")
 
 

@@ -97,9 +97,9 @@ def load_perceptual_distance(net: str) -> PerceptualDistance:
             # lpips 0.1.4 calls torchvision by a name that torchvision deprecates.
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
             return PerceptualDistance(lpips.LPIPS(net=net, verbose=False))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no network; a file that is cut short
         raise UserError(
-            f"the LPIPS trunk '{net}' cannot be downloaded ({error}); put {LPIPS_TRUNKS[net]} into "
+            f"the LPIPS trunk '{net}' cannot be had ({error}); put an intact {LPIPS_TRUNKS[net]} into "
             "$TORCH_HOME/hub/checkpoints, or train without it: --lpips_weight 0"
         ) from None
 

@@ -11,19 +11,33 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from srl_utils.images import to_unit_range
 
+MAX_PSNR = 100.0
+"""In dB; identical images would have no finite value, and so their mean with others neither."""
+SSIM_WINDOW = 11
+
 
 def psnr(images: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, `[N]`, of `[N,3,H,W]` images in [-1,1] (clipped) and their target."""
-    return peak_signal_noise_ratio(
+    """Peak signal-to-noise ratio in dB, `[N]`, of `[N,3,H,W]` images in [-1,1] (clipped) and their target.
+
+    At most `MAX_PSNR`.
+    """
+    ratio = peak_signal_noise_ratio(
         _unit(images), _unit(target), data_range=1.0, reduction="none", dim=(1, 2, 3)
     )
+    return ratio.clamp(max=MAX_PSNR)
 
 
 def ssim(images: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004, Gaussian window 11, sigma 1.5), `[N]`; arguments as `psnr`."""
-    return structural_similarity_index_measure(
-        _unit(images), _unit(target), data_range=1.0, reduction="none"
-    ).reshape(len(images))
+    """Structural similarity (Wang et al. 2004, Gaussian window 11, sigma 1.5), `[N]`; arguments as `psnr`.
+
+    Averaged over the windows that lie within the image, as in the paper and in scikit-image; torchmetrics'
+    own mean includes windows over a mirrored border.
+    """
+    _, similarities = structural_similarity_index_measure(
+        _unit(images), _unit(target), data_range=1.0, sigma=1.5, reduction="none", return_full_image=True
+    )
+    border = SSIM_WINDOW // 2
+    return similarities[..., border:-border, border:-border].flatten(1).mean(dim=1)
 
 
 def latent_drift(latents: Tensor, reference_latents: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ FILES: dict[Split, tuple[str, ...]] = {
     ),
     "validation": ("camera.png", "chelsea.png", "rocket.jpg"),
 }
-SHORT_SIDE: dict[Split, int] = {"train": 512, "validation": 256}
+SHORT_SIDE: dict[Split, int] = {"train": 512, "validation": 192}
 
 
 def load_photographs(split: Split) -> list[Image.Image]:

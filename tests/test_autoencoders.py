@@ -243,7 +243,13 @@ def misfit(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"latent_channels": 8}))
 
 
-@pytest.mark.parametrize("damage", [cut, empty, remove, pointer_of_git_lfs, pickle_instead, misfit])
+def forget(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS_NAME)
+    weights.pop("encoder.conv_in.weight")
+    save_file(weights, folder / WEIGHTS_NAME)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, remove, pointer_of_git_lfs, pickle_instead, misfit, forget])
 def test_weights_that_cannot_be_loaded_are_a_user_error(damage, saved) -> None:
     """Oracle: specification, one line that names the VAE, instead of a traceback."""
     damage(saved)

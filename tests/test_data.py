@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import multiprocessing
 import pickle
+import subprocess
+import sys
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -289,6 +292,7 @@ def test_every_image_once_per_epoch_in_a_new_order(kind: str, tmp_path: Path) ->
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize("num_workers", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_workers_change_nothing(kind: str, num_workers: int, tmp_path: Path) -> None:
@@ -469,6 +473,22 @@ def test_too_many_bad_images_in_a_row(num_workers: int, tmp_path: Path) -> None:
         first_batches(data, 1, num_workers=num_workers)
     assert_one_line(error, "20 training images in a row", ".png")
     assert str(error.value).startswith("20 training")
+    assert not multiprocessing.active_children()
+
+
+def test_workers_do_not_keep_a_failing_program_alive(tmp_path: Path) -> None:
+    """Oracle: the exit status of a program that fails while its worker, deaf to signals, waits for work."""
+    program = f"""
+from srl_utils.data import DataSource, open_data, training_batches
+source = DataSource(train_data_dir={str(write_folder(tmp_path / "train"))!r})
+flags = dict(center_crop=False, random_flip=False, num_validation_images=1)
+batches = training_batches(open_data(source, resolution=8, seed=0, **flags), batch_size=2, num_workers=1)
+next(batches)
+raise SystemExit(7)
+"""
+    root = Path(__file__).parents[1]
+    outcome = subprocess.run([sys.executable, "-c", program], cwd=root, timeout=120, capture_output=True, text=True)
+    assert (outcome.returncode, outcome.stderr) == (7, "")
 
 
 def test_rows_and_keys_name_bad_images(tmp_path: Path) -> None:

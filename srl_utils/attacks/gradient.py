@@ -15,7 +15,10 @@ from torch import Tensor
 from srl_utils.images import PIXEL_MAX, PIXEL_MIN, to_model_units
 
 Objective = Callable[[Tensor], Tensor]
-"""Images `[N,3,H,W]` in [-1,1] to one value per image `[N]`, to be maximised; sample i may depend on image i only."""
+"""Images `[N,3,H,W]` in [-1,1] to one value per image, `[N]` float32, to be maximised.
+
+Value i may depend on image i only. It should be of the size of a mean over pixels: see `value_and_gradient`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,10 @@ class PGDConfig:
     """Independent runs; with more than one the best image of all of them is kept, for every sample."""
     keep_best: bool = False
     """Return the best iterate rather than the last; costs one more evaluation of the objective per run."""
+
+    def __post_init__(self) -> None:
+        if self.num_restarts < 1 or self.num_steps < 0:
+            raise ValueError(f"{self.num_restarts} restarts of {self.num_steps} steps make no attack")
 
 
 def pgd(

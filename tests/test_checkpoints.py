@@ -1,0 +1,144 @@
+"""Writing without losing: what stands on the disk before, during and after a save."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from srl_utils.checkpoints import STATE_FILE, Checkpoints, save_drop_in, write_atomically, write_text_atomically
+from srl_utils.errors import UserError
+from srl_utils.interruption import Interruption
+from srl_utils.journal import Journal
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / STATE_FILE).write_text("{}")
+    return path
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    """Oracle: the old content, while the new one is being written and after that has failed."""
+    path = tmp_path / "results.json"
+    write_text_atomically(path, "old")
+
+    def fail(aside: Path) -> None:
+        aside.write_text("half")
+        assert path.read_text() == "old"
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+
+
+def test_the_newest_is_newest_by_number(tmp_path: Path) -> None:
+    """Oracle: counting. 1000 comes after 900 although not in the alphabet; unfinished folders do not count."""
+    for step in (900, 1000, 50):
+        checkpoint(tmp_path, step)
+    (tmp_path / ".checkpoint-2000.partial").mkdir()
+    (tmp_path / "checkpoint-notes").mkdir()
+    checkpoints = Checkpoints(tmp_path)
+    assert [path.name for path in checkpoints.found()] == ["checkpoint-50", "checkpoint-900", "checkpoint-1000"]
+    assert checkpoints.resolve("latest") == tmp_path / "checkpoint-1000"
+    assert checkpoints.resolve("checkpoint-50") == tmp_path / "checkpoint-50"
+    assert checkpoints.resolve(str(tmp_path / "checkpoint-900")) == tmp_path / "checkpoint-900"
+
+
+def test_resolving_nothing(tmp_path: Path) -> None:
+    """Oracle: the contract: `latest` may find nothing, a named folder must be a checkpoint."""
+    assert Checkpoints(tmp_path).resolve("latest") is None
+    checkpoint(tmp_path, 5)
+    with pytest.raises(UserError, match="holds: checkpoint-5"):
+        Checkpoints(tmp_path).resolve("checkpoint-6")
+
+
+class FakeAccelerator:
+    """The part of an Accelerator that saving needs; `save_state` writes a file or fails."""
+
+    is_main_process = True
+
+    def __init__(self, *, fail: bool = False) -> None:
+        self.fail = fail
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+    def save_state(self, folder: str) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / STATE_FILE).write_text("{}")
+        if self.fail:
+            raise OSError("disk full")
+
+
+def test_pruning_comes_after_saving(tmp_path: Path) -> None:
+    """Oracle: the folders. A save that fails prunes nothing; its remains are gone after the next one."""
+    checkpoints = Checkpoints(tmp_path, total_limit=2)
+    for step in (1, 2):
+        checkpoints.save(FakeAccelerator(), step)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(FakeAccelerator(fail=True), 3)
+    assert [path.name for path in checkpoints.found()] == ["checkpoint-1", "checkpoint-2"]
+    checkpoints.save(FakeAccelerator(), 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_saving_over_a_checkpoint_of_a_rewound_run(tmp_path: Path) -> None:
+    """Oracle: the new content stands, and nothing of the old one."""
+    (checkpoint(tmp_path, 3) / "outdated").write_text("")
+    Checkpoints(tmp_path).save(FakeAccelerator(), 3)
+    assert [path.name for path in (tmp_path / "checkpoint-3").iterdir()] == [STATE_FILE]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_channels_last_weights_are_saved_without_being_moved(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    """Oracle: the VAE's own tensors, the same values on the disk and the same storage in memory afterwards."""
+    tiny_vae.to(memory_format=torch.channels_last)
+    before = {name: tensor.data_ptr() for name, tensor in tiny_vae.state_dict().items()}
+    (tmp_path / "checkpoint-1").mkdir()
+    save_drop_in(tiny_vae, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint-1", "config.json", "diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    saved = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in tiny_vae.state_dict().items())
+    assert {name: tensor.data_ptr() for name, tensor in tiny_vae.state_dict().items()} == before
+
+
+def test_the_journal_takes_back_lost_steps(tmp_path: Path) -> None:
+    """Oracle: the rows. Those after the step that a run resumes from are gone; NaN is null, which JSON allows."""
+
+    class Trackers:
+        is_main_process = True
+
+        def log(self, values: dict, step: int) -> None:
+            pass
+
+    journal = Journal(Trackers(), tmp_path / "metrics.jsonl")
+    journal.begin(0)
+    for step in (1, 2, 3):
+        journal.write(step, {"loss": float("nan") if step == 2 else float(step)})
+    journal.begin(2)
+    rows = [json.loads(line) for line in journal.path.read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}]
+    journal.begin(0)
+    assert journal.path.read_text() == ""
+
+
+def test_the_first_signal_is_noted_and_the_second_acts() -> None:
+    """Oracle: Python's own handler, which raises KeyboardInterrupt; it is back after the first signal."""
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with Interruption():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
