@@ -57,7 +57,7 @@ from srl_utils.autoencoders import (
     split_moments,
 )
 from srl_utils.checkpoints import Checkpoints, register_state, save_drop_in, write_text_atomically
-from srl_utils.data import Batch, DataSource, ImageLedger, TrainingData, open_data, training_batches
+from srl_utils.data import Batch, ImageLedger, TrainingData, open_data, training_batches
 from srl_utils.errors import UserError
 from srl_utils.evaluation.judge import Judge, averaged_weights
 from srl_utils.evaluation.reconstruction import Codec, image_generators
@@ -66,6 +66,7 @@ from srl_utils.images import PIXEL_RANGE, parse_pixel_distance
 from srl_utils.interruption import Interruption
 from srl_utils.journal import Journal
 from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance, originality_loss
+from srl_utils.sources import PHOTOGRAPHS, DataSource
 
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"
 MAX_SKIPPED_IN_ROW = 10
@@ -248,7 +249,10 @@ def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accel
 
 def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
         packages = ("torch", "diffusers", "accelerate", "datasets")
         record = {"arguments": json_arguments(args), "versions": {name: version(name) for name in packages}}
         write_text_atomically(args.output_dir / "training_args.json", json.dumps(record, indent=1) + "\n")
@@ -613,12 +617,12 @@ def write_card(run: Run, repo_id: str | None) -> None:
         model_id=repo_id or args.output_dir.name,
         base_model=args.pretrained_model_name_or_path,
         data=run.data.description,
-        dataset=None if args.dataset_name is None or Path(args.dataset_name).exists() else args.dataset_name,
+        dataset=None if args.dataset_name in (None, PHOTOGRAPHS) or Path(args.dataset_name).exists() else args.dataset_name,
         resolution=args.resolution,
         num_validation_images=len(run.data.validation_images),
         steps=run.progress.step,
         images_per_step=run.plan.samples_per_step,
-        arguments=json.dumps(changed_arguments(args), indent=1),
+        arguments=json.dumps(published_arguments(args), indent=1),
         results=run.judge.rows,
         results_table=run.judge.table(),
         judged_vae=FINE_TUNED,
@@ -826,9 +830,14 @@ def json_arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def changed_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def published_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that differ from the defaults; of a path on this machine only the last part is told."""
     defaults = json_arguments(parse_args([]))
-    return {name: value for name, value in json_arguments(args).items() if value != defaults[name]}
+    changed = {name: value for name, value in json_arguments(args).items() if value != defaults[name]}
+    return {
+        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for name, value in changed.items()
+    }
 
 
 def command_line() -> int:

@@ -27,7 +27,7 @@ from srl_utils.photographs import photograph_tiles
 SIZE = 64
 EPSILON = 8 / 255
 UNSEEN_SEED = 10_000  # the build draws from seed 0
-NUM_IMAGES = 64
+NUM_IMAGES = 32
 
 
 def measure_scaling_factor(vae: AutoencoderKL) -> float:

@@ -45,6 +45,7 @@ class CardFacts:
 def render_card(facts: CardFacts) -> str:
     """The card as text: YAML metadata with a model-index of the judged VAE's results, then prose."""
     on_hub = not Path(facts.base_model).exists()
+    base_name = facts.base_model if on_hub else Path(facts.base_model).resolve().name
     data = ModelCardData(
         library_name="diffusers",
         base_model=facts.base_model if on_hub else None,
@@ -57,9 +58,11 @@ def render_card(facts: CardFacts) -> str:
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        title=f"{Path(facts.model_id).name}: a robust encoder for {Path(facts.base_model).name}",
-        base_model_url=f"https://huggingface.co/{facts.base_model}" if on_hub else facts.base_model,
-        **asdict(facts),
+        **{
+            **asdict(facts),
+            "title": f"{Path(facts.model_id).name}: a robust encoder for {Path(base_name).name}",
+            "base_model": f"[{base_name}](https://huggingface.co/{base_name})" if on_hub else f"`{base_name}`",
+        },
     )
     return str(card)
 
