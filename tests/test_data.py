@@ -540,3 +540,33 @@ def test_ledger_survives_a_resume(caplog: pytest.LogCaptureFixture) -> None:
     resumed.update(batch_of(4, ["a"]))
     assert not caplog.records
     assert (resumed.read, resumed.upscaled, resumed.share) == (8, 2, 0.1)
+
+
+def test_ledger_of_several_processes(caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: counting by hand. Two processes read twice as much; a name that both met counts and is logged once."""
+    ledger = ImageLedger(None, world_size=2)
+    images = torch.zeros(4, 3, 8, 8)
+    ledger.update(Batch(images, [0, 1, 2, 3], ["a.png"], 1))
+    ledger.add(["a.png", "b.png"])
+    assert (ledger.read, ledger.upscaled, ledger.share) == (8, 1, 2 / 8)
+    assert sum("a.png" in message for message in caplog.messages) == 1
+    assert ledger.summary() == (
+        "2 unreadable images were replaced by others; images smaller than the resolution were scaled up 1 times"
+    )
+    assert ImageLedger(3).summary() == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (DataSource(), "--dataset_name or --train_data_dir"),
+        (DataSource(dataset_name="a", train_data_dir="b"), "not both"),
+        (DataSource(dataset_name="a", validation_data_dir="b", validation_split="c"), "not both"),
+        (DataSource(train_data_dir="there/is/none"), "there/is/none: there is no such folder"),
+        (DataSource(dataset_name="a", validation_data_dir="there/is/none"), "--validation_data_dir there/is/none"),
+    ],
+)
+def test_flags_are_checked_before_anything_is_opened(source: DataSource, message: str) -> None:
+    """Oracle: the rule, in one line that names the flag."""
+    with pytest.raises(UserError, match=message):
+        source.check()
