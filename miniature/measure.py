@@ -90,7 +90,7 @@ README = """# The miniature autoencoder
 
 A `diffusers.AutoencoderKL` of {parameters} million parameters for 64 px images (any multiple of 4 works), trained
 by `make miniature` on drawn scenes, dead leaves and augmented crops of scikit-image's training photographs
-(`srl_utils/photographs.py` lists them). {build}. No other photograph was used.
+(`srl_utils/photographs.py` lists them): {build}. No other photograph was used.
 
 `scaling_factor` {scaling_factor} is the measured 1 / standard deviation of its latents.
 
