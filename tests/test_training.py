@@ -228,22 +228,25 @@ def test_without_lpips_nothing_is_loaded(
 
 
 def test_it_learns(run: Run, tmp_path: Path) -> None:
-    """Oracle: the method's claim, on the shipped VAE: the loss falls and attacked PSNR rises over 20 steps."""
+    """Oracle: the method's claim, on the shipped VAE: the loss falls and attacked PSNR rises over 20 steps.
+
+    Every step sees the same four images, attacked anew on the VAE as it is by then, so that steps compare.
+    """
     code, printed = run(
         "--pretrained_model_name_or_path", ROOT / "miniature/weights/vae", "--dataset_name", "scikit-image",
-        "--resolution", "64", "--train_batch_size", "8", "--max_train_steps", "20", "--pgd_steps", "2",
-        "--lpips_weight", "0", "--learning_rate", "2e-4", "--lr_scheduler", "linear", "--lr_warmup_steps", "2",
-        "--originality_weight", "0.001", "--num_validation_images", "8", "--report_to", "none",
+        "--resolution", "64", "--train_batch_size", "4", "--max_train_steps", "20", "--pgd_steps", "5",
+        "--max_train_samples", "4", "--center_crop", "--lpips_weight", "0", "--learning_rate", "2e-4",
+        "--originality_weight", "0.001", "--num_validation_images", "1", "--report_to", "none",
         "--output_dir", tmp_path,
     )  # fmt: skip
     assert code == 0, printed
     rows = steps(tmp_path)
-    first, last = rows[:6], rows[-6:]
-    assert sum(row["loss"] for row in last) < sum(row["loss"] for row in first)
-    results = json.loads((tmp_path / "results.json").read_text())
-    psnr = {(r["vae"], r["attack"]): r["value"] for r in results if r["metric"] == "psnr"}
-    for attack in ("pgd-10", "pgd-50x2"):
-        assert psnr["fine-tuned", attack] > psnr["original", attack]
+    means = {
+        name: [sum(row[name] for row in part) / 4 for part in (rows[:4], rows[-4:])]
+        for name in ("loss", "attacked_psnr")
+    }
+    assert means["loss"][1] < means["loss"][0]
+    assert means["attacked_psnr"][1] > means["attacked_psnr"][0] + 0.3
 
 
 # --- stopping and continuing ----------------------------------------------------------------------------
