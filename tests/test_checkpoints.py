@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,15 @@ def test_the_journal_takes_back_lost_steps(tmp_path: Path) -> None:
     assert journal.path.read_text() == ""
 
 
+@pytest.fixture
+def python_handles_interrupts() -> Iterator[None]:
+    """Python's own SIGINT handler, which is missing in a process that was started in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("python_handles_interrupts")
 def test_the_first_signal_is_noted_and_the_second_acts() -> None:
     """Oracle: Python's own handler, which raises KeyboardInterrupt; it is back after the first signal."""
     with Interruption() as interruption:
