@@ -407,7 +407,7 @@ def checked(run, *arguments, **keywords):
     weights = torch.cat([p.detach().flatten() for p in run.models.encoder.parameters()])[None]
     copies = gather(weights)
     assert len(copies) == 2 and torch.equal(copies[0], copies[1]), "the ranks differ"
-    print("ranks agree at step", run.progress.step)
+    run.accelerator.print("ranks agree at step", run.progress.step)  # from one rank: two would interleave
     return values
 
 script.optimizer_step = checked
@@ -429,7 +429,7 @@ def test_two_processes_follow_one(run: Run, flags: list[str], tmp_path: Path, ac
     assert run(*flags, "--output_dir", one)[0] == 0
     result = launch(*flags, "--train_batch_size", 2, "--output_dir", two, processes=2, script=checker)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("ranks agree at step 4") == 2
+    assert "ranks agree at step 4" in result.stdout
     for ours, theirs in zip(steps(one), steps(two), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     base = load_file(Path(flags[1]) / WEIGHTS)
