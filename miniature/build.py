@@ -62,7 +62,7 @@ def small_autoencoder() -> AutoencoderKL:
     """Down-samples by 4; no attention, so that it serves any image size at a cost linear in the pixels.
 
     Groups of one or two channels normalise each feature by its own contrast, so that faint structure is encoded
-    as strongly as plain structure: a small network with larger groups is much harder to attack.
+    as strongly as plain structure; with larger groups the same network was harder to attack.
     """
     return AutoencoderKL(
         in_channels=3,

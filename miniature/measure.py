@@ -20,6 +20,7 @@ from miniature.scenes import draw_dead_leaves, draw_scene
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.autoencoders import LatentDecoder, LatentEncoder
 from srl_utils.evaluation.reconstruction import CLEAN, Codec, evaluate, noise, strong_attack, to_rows
+from srl_utils.evaluation.report import markdown_table
 from srl_utils.images import from_pil
 from srl_utils.losses import ReconstructionLoss
 from srl_utils.photographs import photograph_tiles
@@ -79,11 +80,11 @@ def write_measurements(vae: AutoencoderKL, folder: Path, *, build: dict[str, obj
 def table(results: dict[str, list[dict[str, object]]]) -> str:
     """PSNR in dB as a Markdown table, one line per set of images."""
     attacks = list(dict.fromkeys(row["attack"] for rows in results.values() for row in rows))
-    lines = ["| images (64 px) | " + " | ".join(attacks) + " |", "|---" * (len(attacks) + 1) + "|"]
+    lines = [["images (64 px)", *attacks]]
     for name, rows in results.items():
         psnr = {row["attack"]: row["value"] for row in rows if row["metric"] == "psnr"}
-        lines.append(f"| {name} | " + " | ".join(f"{psnr[attack]:.2f}" for attack in attacks) + " |")
-    return "\n".join(lines)
+        lines.append([name, *(f"{psnr[attack]:.2f}" for attack in attacks)])
+    return markdown_table(lines)
 
 
 README = """# The miniature autoencoder

@@ -27,7 +27,7 @@ def comparison_table(rows: Rows, vaes: Sequence[str]) -> str:
     for attack, metric in lines:
         values = [_cell(cells.get((attack, metric, vae))) for vae in vaes]
         table.append([_attack_title(cells, attack), METRIC_TITLES[metric], *values])
-    return _markdown(table)
+    return markdown_table(table)
 
 
 def won_back(rows: Rows, attack: str, original: str, robust: str) -> float:
@@ -121,7 +121,8 @@ def _cell(row: dict[str, object] | None) -> str:
     return f"{row['value']:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
-def _markdown(table: list[list[str]]) -> str:
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first of them the titles, as a Markdown table with aligned columns."""
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
