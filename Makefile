@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | miniature | clean
+# make setup | demo | test | test-slow | test-hub | miniature | clean
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -11,7 +11,7 @@ DEMO := accelerate launch --num_processes 1 --num_machines 1 --mixed_precision n
 	--lr_warmup_steps 10 --pgd_steps 3 --lpips_weight 0 --originality_units scaled --originality_weight 0.02 \
 	--random_flip --num_validation_images 16 --validation_steps 110 --output_dir outputs/demo
 
-.PHONY: setup demo test test-slow miniature clean
+.PHONY: setup demo test test-slow test-hub miniature clean
 
 setup: $(VENV)/.installed
 
@@ -35,8 +35,32 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(RUN) python -m pytest -m slow
 
+# The Hub's tests with the oldest huggingface_hub, the newest 1.x and the newest 2.x: versions as pip's `~=` reads them.
+# What has to be of another version is in .venv-hub, the rest in $(VENV). With the oldest go a diffusers and a datasets
+# that accept it, and no transformers at all: that of $(VENV) is hidden, its version first and then itself.
+HUB_VERSIONS := 1.0.1 1.0 2.0
+.venv-hub/1.0.1/.installed: OLDEST := diffusers==0.36.0 datasets==4.0.0
+.venv-hub/1.0.1/.installed: HIDDEN := transformers
+
+test-hub: $(HUB_VERSIONS:%=test-hub-%)
+
+test-hub-%: .venv-hub/%/.installed
+	.venv-hub/$*/bin/python -c "import huggingface_hub, diffusers; print(huggingface_hub.__version__, diffusers.__version__)"
+	.venv-hub/$*/bin/python -m pytest -rs tests/test_card.py tests/test_publishing.py
+
+.PRECIOUS: .venv-hub/%/.installed
+.venv-hub/%/.installed: $(VENV)/.installed-test
+	$(VENV)/bin/python -m venv --clear --without-pip $(@D)
+	$(VENV)/bin/pip --python $(@D)/bin/python install --quiet huggingface_hub~=$*
+	$(if $(OLDEST),$(VENV)/bin/pip --python $(@D)/bin/python install --quiet --no-deps $(OLDEST))
+	cd $(@D)/lib/python3*/site-packages && echo $(abspath $(VENV))/lib/python3*/site-packages > venv.pth
+	$(if $(HIDDEN),cd $(@D)/lib/python3*/site-packages && mkdir $(HIDDEN)-0.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: $(HIDDEN)\nVersion: 0\n' > $(HIDDEN)-0.dist-info/METADATA && \
+		echo 'import sys; sys.modules["$(HIDDEN)"] = None' > hidden.pth)
+	touch $@
+
 miniature: setup
 	$(RUN) python -m miniature.build
 
 clean:
-	rm -rf outputs $(VENV)
+	rm -rf outputs $(VENV) .venv-hub

@@ -21,6 +21,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -44,6 +45,7 @@ from tqdm.auto import tqdm
 from srl_utils.arithmetic import step_arithmetic
 from srl_utils.attacks.gradient import PGDConfig, pgd
 from srl_utils.autoencoders import (
+    HALF_PRECISION,
     AutoencoderSource,
     LatentDecoder,
     LatentEncoder,
@@ -51,18 +53,31 @@ from srl_utils.autoencoders import (
     check_resolution,
     frozen,
     frozen_copy,
+    inference_dtype,
     latent_shape,
     load_autoencoder,
     read_config,
     split_moments,
 )
 from srl_utils.checkpoints import Checkpoints, register_state, save_drop_in, write_text_atomically
+from srl_utils.codecs import Codec
+from srl_utils.command_line import (
+    EXIT_BAD_INPUT,
+    Parser,
+    exit_code,
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    pixel_distance,
+    positive_int,
+)
 from srl_utils.data import Batch, ImageLedger, TrainingData, open_data, training_batches
 from srl_utils.errors import UserError
-from srl_utils.evaluation.judge import Judge, averaged_weights
-from srl_utils.evaluation.reconstruction import Codec, image_generators
-from srl_utils.hub import CardFacts, create_repository, push, render_card
-from srl_utils.images import PIXEL_RANGE, parse_pixel_distance
+from srl_utils.evaluation.judge import COMPARISON, Judge, averaged_weights
+from srl_utils.evaluation.reconstruction import image_generators
+from srl_utils.hub.card import CardFacts, base_license, render_card
+from srl_utils.hub.publishing import Publisher, create_repository
+from srl_utils.images import PIXEL_RANGE
 from srl_utils.interruption import Interruption
 from srl_utils.journal import Journal
 from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance, originality_loss
@@ -70,12 +85,14 @@ from srl_utils.sources import PHOTOGRAPHS, DataSource
 
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"
 MAX_SKIPPED_IN_ROW = 10
-EXIT_BAD_INPUT, EXIT_PUSH_FAILED, EXIT_NOT_FINITE = 2, 3, 4
+MAX_VARIANT_DIFFERENCE = 0.1  # dB
+EXIT_PUSH_FAILED, EXIT_NOT_FINITE = 3, 4
 
 
 def main(args: argparse.Namespace) -> int:
     config = check(args)
     accelerator = build_accelerator(args, config)
+    publisher = open_repository(args, accelerator)
     data = open_data(
         data_source(args),
         resolution=args.resolution,
@@ -90,17 +107,16 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     prepare_output(args, accelerator)
-    repo_id = open_repository(args, accelerator)
-    run = build_run(args, accelerator, data, plan)
+    run = build_run(args, accelerator, data, plan, publisher)
     resume(run)
     run.journal.begin(run.progress.step)
     run.judge.judge_original(resumed=run.progress.step > 0)
-    write_card(run, repo_id)
+    write_card(run, args.output_dir)
     with Interruption() as interruption:
         stop = train(run, interruption)
     if stop is not None:
         return save_and_stop(run, stop)
-    return finish(run, repo_id)
+    return finish(run)
 
 
 # --- checks and plan ------------------------------------------------------------------------------------
@@ -117,8 +133,11 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.resume_from_checkpoint is not None:
         Checkpoints(args.output_dir).resolve(args.resume_from_checkpoint)
-    if args.report_to == "wandb" and args.hub_token is not None:
+    if args.report_to in ("wandb", "all") and args.hub_token is not None:
         raise UserError("--hub_token would be shown by wandb; log in with `hf auth login` instead")
+    hub_flags = [name for name, value in vars(args).items() if name.startswith("hub_") and value not in (None, False)]
+    if hub_flags and not args.push_to_hub:
+        raise UserError(f"--{hub_flags[0]} has no effect without --push_to_hub")
     for package, flag, wanted in (
         (args.report_to, "--report_to", args.report_to in ("tensorboard", "wandb", "trackio")),
         ("bitsandbytes", "--use_8bit_adam", args.use_8bit_adam),
@@ -253,20 +272,22 @@ def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
             args.output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
-        packages = ("torch", "diffusers", "accelerate", "datasets")
-        record = {"arguments": json_arguments(args), "versions": {name: version(name) for name in packages}}
+        record = {"arguments": json_arguments(args), "versions": package_versions()}
         write_text_atomically(args.output_dir / "training_args.json", json.dumps(record, indent=1) + "\n")
     accelerator.wait_for_everyone()
     if args.report_to != "none":
         settings = {name: value for name, value in json_arguments(args).items() if value is not None}
+        settings["save_variant"] = " ".join(args.save_variant)  # TensorBoard takes no lists
         accelerator.init_trackers(args.tracker_project_name, config=settings)
 
 
-def open_repository(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
-    if not args.push_to_hub:
+def open_repository(args: argparse.Namespace, accelerator: Accelerator) -> Publisher | None:
+    """Before anything takes long, so that a bad token or name is known at once; the main process alone publishes."""
+    if not args.push_to_hub or args.dry_run or not accelerator.is_main_process:
         return None
-    repo_id = args.hub_model_id or args.output_dir.resolve().name
-    return create_repository(repo_id, args.hub_token) if accelerator.is_main_process else repo_id
+    name = args.hub_model_id or args.output_dir.resolve().name
+    repo_id = create_repository(name, token=args.hub_token, private=args.hub_private_repo)
+    return Publisher(repo_id, args.output_dir, token=args.hub_token, private=args.hub_private_repo)
 
 
 @dataclass(frozen=True)
@@ -348,11 +369,13 @@ class Progress:
     samples: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
+    seconds: float = 0.0
+    """In the steps alone, over all the sessions of the run."""
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, float]:
         return asdict(self)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         self.__dict__.update(state)
 
 
@@ -373,6 +396,7 @@ class Run:
     checkpoints: Checkpoints
     journal: Journal
     judge: Judge
+    publisher: Publisher | None
 
 
 @dataclass(frozen=True)
@@ -406,10 +430,13 @@ def train(run: Run, interruption: Interruption) -> Stop | None:
         started = time.perf_counter()
         values = optimizer_step(run, batches, interrupted=interruption.signal is not None)
         interrupted = values.pop("interrupted") > 0
-        values["images_per_second"] = run.plan.samples_per_step / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        progress.seconds += seconds
+        values["images_per_second"] = run.plan.samples_per_step / seconds
         run.journal.write(progress.step, values)
         if progress.step % args.validation_steps == 0 and progress.step < run.plan.max_train_steps:
             shown = validate(run)
+            publish_snapshot(run, shown)
         bar.update()
         bar.set_postfix_str(postfix(values, shown))
         stop = reason_to_stop(run, interruption if interrupted else None)
@@ -534,7 +561,13 @@ def reason_to_stop(run: Run, interruption: Interruption | None) -> Stop | None:
 # --- beginning and end ----------------------------------------------------------------------------------
 
 
-def build_run(args: argparse.Namespace, accelerator: Accelerator, data: TrainingData, plan: Plan) -> Run:
+def build_run(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    data: TrainingData,
+    plan: Plan,
+    publisher: Publisher | None,
+) -> Run:
     models = build_models(args, accelerator)
     optimizer, scheduler, ema = build_optimizer(args, accelerator, models, plan)
     progress, ledger = Progress(), ImageLedger(data.num_images, world_size=accelerator.num_processes)
@@ -567,6 +600,7 @@ def build_run(args: argparse.Namespace, accelerator: Accelerator, data: Training
         checkpoints=Checkpoints(args.output_dir, args.checkpoints_total_limit),
         journal=Journal(accelerator, args.output_dir / "metrics.jsonl"),
         judge=judge,
+        publisher=publisher,
     )
 
 
@@ -583,6 +617,8 @@ def resume(run: Run) -> None:
 
 def save_and_stop(run: Run, stop: Stop) -> int:
     checkpoint = run.checkpoints.save(run.accelerator, run.progress.step)
+    if run.publisher is not None:
+        run.publisher.close()
     run.accelerator.end_training()
     run.accelerator.print(
         f"{stop.reason}; saved {checkpoint}. To continue, run the same command with --resume_from_checkpoint latest"
@@ -590,89 +626,110 @@ def save_and_stop(run: Run, stop: Stop) -> int:
     return stop.exit_code
 
 
-def finish(run: Run, repo_id: str | None) -> int:
+def finish(run: Run) -> int:
     """Saves the drop-in first, then judges it, writes the card, and pushes last."""
+    args = run.args
     with averaged_weights(run.ema, run.models.encoder):
         if run.accelerator.is_main_process:
-            save_drop_in(run.models.vae, run.args.output_dir)
+            save_drop_in(run.models.vae, args.output_dir, variants=args.save_variant)
     validate(run)
     with averaged_weights(run.ema, run.models.encoder):
         table = run.judge.judge_result()
-    write_card(run, repo_id)
+    variants = "".join(judge_variant(run, variant) for variant in args.save_variant)
+    write_card(run, args.output_dir)
     run.accelerator.end_training()
-    run.accelerator.print(f"\n{table}\n\nSaved to {run.args.output_dir}. {run.ledger.summary()}")
-    if repo_id is None or not run.accelerator.is_main_process:
+    run.accelerator.print(f"\n{table}\n{variants}\nSaved to {args.output_dir}. {run.ledger.summary()}")
+    return publish_result(run)
+
+
+def judge_variant(run: Run, variant: str) -> str:
+    """One line on what half-precision weights cost, measured on the saved file as diffusers would run it."""
+    source = AutoencoderSource(pretrained_model_name_or_path=str(run.args.output_dir), variant=variant)
+    vae = load_autoencoder(source).to(run.accelerator.device)
+    dtype = inference_dtype(vae.config, variant)
+    codec = Codec(
+        f"{FINE_TUNED}-{variant}",
+        LatentEncoder(vae, autocast_dtype=dtype),
+        LatentDecoder(vae, autocast_dtype=dtype),
+    )
+    difference = run.judge.judge_variant(codec)
+    advice = "" if abs(difference) < MAX_VARIANT_DIFFERENCE else "; prefer the full weights"
+    return f"\nThe {variant} variant's clean PSNR differs by {difference:+.3f} dB{advice}.\n"
+
+
+def publish_snapshot(run: Run, validation: dict[str, float]) -> None:
+    """With --hub_strategy checkpoint: the validated weights, as a commit that is made while the training goes on."""
+    if run.publisher is None or run.args.hub_strategy != "checkpoint":
+        return
+
+    def save(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        with averaged_weights(run.ema, run.models.encoder):
+            save_drop_in(run.models.vae, folder)
+        for name in ("metrics.jsonl", "results.json"):
+            shutil.copy(run.args.output_dir / name, folder)
+        write_card(run, folder)
+
+    measured = ", ".join(
+        f"{name.split('/')[1]} {value:.2f} dB" for name, value in validation.items() if name.endswith("psnr")
+    )
+    run.publisher.publish_snapshot(save, f"Step {run.progress.step}: {measured}")
+
+
+def publish_result(run: Run) -> int:
+    if run.publisher is None or run.publisher.publish_result():
         return 0
-    failure = push(run.args.output_dir, repo_id, run.args.hub_token)
-    run.accelerator.print(failure or f"pushed to https://huggingface.co/{repo_id}")
-    return EXIT_PUSH_FAILED if failure else 0
+    print(
+        f"the push failed; everything is saved in {run.args.output_dir}. To finish it: "
+        f"{run.publisher.command_to_finish()}",
+        file=sys.stderr,
+    )
+    return EXIT_PUSH_FAILED
 
 
-def write_card(run: Run, repo_id: str | None) -> None:
+def write_card(run: Run, folder: Path) -> None:
     """The model card, with what is known now: before the training, the original VAE's results."""
     if not run.accelerator.is_main_process:
         return
     args = run.args
+    picture = Path("samples", COMPARISON)
     facts = CardFacts(
-        model_id=repo_id or args.output_dir.name,
+        model_id=run.publisher.repo_id if run.publisher else args.output_dir.name,
         base_model=args.pretrained_model_name_or_path,
+        base_license=base_license(args.pretrained_model_name_or_path),
+        subfolder=args.subfolder,
         data=run.data.description,
         dataset=None if args.dataset_name in (None, PHOTOGRAPHS) or Path(args.dataset_name).exists() else args.dataset_name,
         resolution=args.resolution,
         num_validation_images=len(run.data.validation_images),
         steps=run.progress.step,
         images_per_step=run.plan.samples_per_step,
+        hardware=hardware(run.accelerator),
+        minutes=run.progress.seconds / 60,
+        command=training_command(args),
         arguments=json.dumps(published_arguments(args), indent=1),
+        versions=package_versions(),
+        original_vae=ORIGINAL,
+        judged_vae=FINE_TUNED,
         results=run.judge.rows,
         results_table=run.judge.table(),
-        judged_vae=FINE_TUNED,
+        picture=str(picture) if (folder / picture).exists() else None,
     )
-    write_text_atomically(args.output_dir / "README.md", render_card(facts))
+    write_text_atomically(folder / "README.md", render_card(facts))
+
+
+def hardware(accelerator: Accelerator) -> str:
+    """What the training runs on, such as `2 x NVIDIA H200`."""
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name()}"
+    return f"{accelerator.num_processes} x {accelerator.device.type.upper()} ({torch.get_num_threads()} threads)"
+
+
+def package_versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "diffusers", "accelerate", "datasets")}
 
 
 # --- arguments ------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line."""
-
-    def error(self, message: str) -> None:
-        raise UserError(message)
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is outside [0,1]")
-    return value
-
-
-def pixel_distance(text: str) -> float:
-    try:
-        return parse_pixel_distance(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -804,6 +861,13 @@ def add_state_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoints_total_limit", type=positive_int, default=None, help="keep only that many, the newest"
     )
+    group.add_argument(
+        "--save_variant",
+        nargs="+",
+        choices=sorted(HALF_PRECISION),
+        default=[],
+        help="half-precision weights to save beside the full ones, and to measure",
+    )
     group.add_argument("--resume_from_checkpoint", default=None, help="latest, or the folder of a checkpoint")
 
 
@@ -818,6 +882,13 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Hub")
     group.add_argument("--push_to_hub", action="store_true", help="publish the result on the Hugging Face Hub")
     group.add_argument("--hub_model_id", default=None, help="repository; default: the name of --output_dir")
+    group.add_argument("--hub_private_repo", action="store_true", help="create the repository as a private one")
+    group.add_argument(
+        "--hub_strategy",
+        choices=("end", "checkpoint"),
+        default=None,
+        help="push the result (end, the default), or every validated state as well, in the background (checkpoint)",
+    )
     group.add_argument("--hub_token", default=None, help="default: the token of `hf auth login`")
 
 
@@ -840,12 +911,17 @@ def published_arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def training_command(args: argparse.Namespace) -> str:
+    """The command line of this run, with the arguments that are published."""
+    words = ["accelerate", "launch", "train_srl_vae.py"]
+    for name, value in published_arguments(args).items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name}", *map(str, values)]
+    return shlex.join(words)
+
+
 def command_line() -> int:
-    try:
-        return main(parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    return exit_code(lambda: main(parse_args()))
 
 
 if __name__ == "__main__":

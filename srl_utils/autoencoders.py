@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from srl_utils.errors import UserError
 
+VAE = TypeVar("VAE", bound=ModelMixin)
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
@@ -31,11 +32,13 @@ class AutoencoderSource:
     cache_dir: str | None = None
 
 
-def read_config(source: AutoencoderSource) -> dict[str, Any]:
+def read_config(
+    source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (AutoencoderKL,)
+) -> dict[str, Any]:
     """The VAE's configuration, without loading its weights.
 
     Raises:
-        UserError: if there is none, if it is not of an AutoencoderKL, or if it does not take RGB images.
+        UserError: if there is none, if it is of none of the `kinds`, or if it does not take RGB images.
     """
     arguments = asdict(source)
     arguments.pop("variant")
@@ -47,14 +50,14 @@ def read_config(source: AutoencoderSource) -> dict[str, Any]:
         hint = "" if source.subfolder else " (for the VAE of a whole pipeline add --subfolder vae)"
         raise UserError(f"no VAE configuration at '{name}': {reason}{hint}") from None
     kind = config.get("_class_name", "configuration of no known class") if isinstance(config, dict) else "list"
-    if kind != "AutoencoderKL":
-        raise UserError(f"'{name}' is a {kind}, not an AutoencoderKL")
+    if kind not in (known.__name__ for known in kinds):
+        raise UserError(f"'{name}' is a {kind}, not an {' or '.join(known.__name__ for known in kinds)}")
     if config.get("in_channels", 3) != 3:
         raise UserError(f"'{name}' takes images of {config['in_channels']} channels; only RGB is supported")
     return config
 
 
-def load_autoencoder(source: AutoencoderSource) -> AutoencoderKL:
+def load_autoencoder(source: AutoencoderSource, kind: type[VAE] = AutoencoderKL) -> VAE:
     """The VAE in float32, whatever the precision of the stored weights.
 
     Raises:
@@ -62,7 +65,7 @@ def load_autoencoder(source: AutoencoderSource) -> AutoencoderKL:
     """
     name = source.pretrained_model_name_or_path
     try:
-        vae, loading = AutoencoderKL.from_pretrained(
+        vae, loading = kind.from_pretrained(
             **asdict(source), use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -72,6 +75,20 @@ def load_autoencoder(source: AutoencoderSource) -> AutoencoderKL:
         missing = sorted(loading["missing_keys"])
         raise UserError(f"cannot load the VAE '{name}': its weights lack {len(missing)} tensors, such as {missing[0]}")
     return vae.float()
+
+
+HALF_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def save_variant(vae: AutoencoderKL, folder: Path, variant: str) -> None:
+    """Writes the weights at half precision beside the full ones, where `from_pretrained(variant=...)` finds them."""
+    weights = {name: tensor.to(HALF_PRECISION[variant]).contiguous() for name, tensor in vae.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_NAME.replace(".", f".{variant}.", 1), metadata={"format": "pt"})
+
+
+def inference_dtype(config: dict[str, Any], variant: str) -> torch.dtype | None:
+    """What diffusers computes in with weights of this variant; None for float32, which `force_upcast` asks for."""
+    return None if variant == "fp16" and config["force_upcast"] else HALF_PRECISION[variant]
 
 
 def save_autoencoder(vae: AutoencoderKL, folder: Path) -> None:
@@ -127,7 +144,7 @@ class LatentEncoder(nn.Module):
         self.autocast_dtype = autocast_dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        with _autocast(images, self.autocast_dtype):
+        with autocast(images, self.autocast_dtype):
             moments = self.encoder(images)
             if self.quant_conv is not None:
                 moments = self.quant_conv(moments)
@@ -148,7 +165,7 @@ class LatentDecoder(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        with _autocast(latents, self.autocast_dtype):
+        with autocast(latents, self.autocast_dtype):
             if self.post_quant_conv is not None:
                 latents = self.post_quant_conv(latents)
             images = self.decoder(latents)
@@ -189,5 +206,5 @@ def latent_shape(config: dict[str, Any], resolution: int) -> tuple[int, int, int
     return (config["latent_channels"], side, side)
 
 
-def _autocast(tensor: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
+def autocast(tensor: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
     return nullcontext() if dtype is None else torch.autocast(tensor.device.type, dtype)

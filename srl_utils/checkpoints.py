@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
-from srl_utils.autoencoders import WEIGHTS_NAME, save_autoencoder
+from srl_utils.autoencoders import WEIGHTS_NAME, save_autoencoder, save_variant
 from srl_utils.errors import UserError
 
 STATE_FILE = "trainer_state.json"
@@ -44,10 +44,15 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def save_drop_in(vae: AutoencoderKL, output_dir: Path) -> None:
-    """Writes what `AutoencoderKL.from_pretrained(output_dir)` needs; each file changes in one rename."""
+def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str] = ()) -> None:
+    """Writes what `AutoencoderKL.from_pretrained(output_dir)` needs; each file changes in one rename.
+
+    `variants`, `fp16` or `bf16`, are half-precision weights to write beside the full ones.
+    """
     aside = output_dir / ".drop-in.partial"
     save_autoencoder(vae, aside)
+    for variant in variants:
+        save_variant(vae, aside, variant)
     for file in aside.iterdir():
         os.replace(file, output_dir / file.name)
     aside.rmdir()

@@ -16,6 +16,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from miniature.scenes import draw_scene
+
 MINIATURE_VAE = Path(__file__).parents[1] / "miniature/weights/vae"
 QUANTISERS = {"with quant_conv": True, "without quant_conv": False}
 
@@ -84,3 +86,50 @@ def random_lpips() -> lpips.LPIPS:
 def miniature_vae() -> AutoencoderKL:
     """The trained autoencoder that ships with the project."""
     return AutoencoderKL.from_pretrained(MINIATURE_VAE).eval()
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A nested folder of 24 pictures of 40 px."""
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "nested").mkdir()
+    for index in range(24):
+        place = folder / "nested" if index % 2 else folder
+        draw_scene(5, index, size=40).image.save(place / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random AutoencoderKL on disk, down-sampling by 2, with a configuration unlike the defaults."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.7,
+        shift_factor=0.1,
+        latents_mean=(0.1, 0.2, 0.3, 0.4),
+        force_upcast=False,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+def smallest_training(vae_folder: Path, photographs: Path, output_dir: Path) -> list[str]:
+    """The flags of four steps of four 16 px images."""
+    return [
+        "--pretrained_model_name_or_path", str(vae_folder), "--train_data_dir", str(photographs),
+        "--resolution", "16", "--train_batch_size", "4", "--max_train_steps", "4", "--pgd_steps", "2",
+        "--lpips_weight", "0", "--learning_rate", "1e-3", "--num_validation_images", "3",
+        "--validation_split", "0.2", "--report_to", "none", "--output_dir", str(output_dir),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def flags(photographs: Path, vae_folder: Path, tmp_path: Path) -> list[str]:
+    """The smallest complete training, which writes to `tmp_path / "out"`."""
+    return smallest_training(vae_folder, photographs, tmp_path / "out")

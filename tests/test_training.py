@@ -21,7 +21,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_srl_vae
-from miniature.scenes import draw_scene
 from srl_utils.losses import PerceptualDistance
 
 ROOT = Path(__file__).parents[1]
@@ -29,48 +28,6 @@ SCRIPT = ROOT / "train_srl_vae.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 Run = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture(scope="session")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A nested folder of 24 pictures of 40 px."""
-    folder = tmp_path_factory.mktemp("photographs")
-    (folder / "nested").mkdir()
-    for index in range(24):
-        place = folder / "nested" if index % 2 else folder
-        draw_scene(5, index, size=40).image.save(place / f"{index:02d}.png")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random AutoencoderKL on disk, down-sampling by 2, with a configuration unlike the defaults."""
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.7,
-        shift_factor=0.1,
-        latents_mean=(0.1, 0.2, 0.3, 0.4),
-        force_upcast=False,
-    )
-    folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def flags(photographs: Path, vae_folder: Path, tmp_path: Path) -> list[str]:
-    """The smallest complete training: four steps of four 16 px images."""
-    return [
-        "--pretrained_model_name_or_path", str(vae_folder), "--train_data_dir", str(photographs),
-        "--resolution", "16", "--train_batch_size", "4", "--max_train_steps", "4", "--pgd_steps", "2",
-        "--lpips_weight", "0", "--learning_rate", "1e-3", "--num_validation_images", "3",
-        "--validation_split", "0.2", "--report_to", "none", "--output_dir", str(tmp_path / "out"),
-    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -487,7 +444,13 @@ BAD_INPUT = {
     "checkpoint": (["--resume_from_checkpoint", "{tmp}/empty"], r"--resume_from_checkpoint.*holds: none"),
     "output is a file": (["--output_dir", "{tmp}/file"], r"--output_dir.*is a file"),
     "fp16 on cpu": (["--mixed_precision", "fp16"], r"fp16.*bf16"),
-    "wandb token": (["--report_to", "wandb", "--hub_token", "hf_x"], r"hf auth login"),
+    "wandb token": (["--push_to_hub", "--report_to", "wandb", "--hub_token", "hf_x"], r"hf auth login"),
+    "wandb token among all": (["--push_to_hub", "--report_to", "all", "--hub_token", "hf_x"], r"hf auth login"),
+    "name without push": (["--hub_model_id", "user/name"], r"--hub_model_id has no effect without --push_to_hub"),
+    "token without push": (["--hub_token", "hf_x"], r"--hub_token has no effect without --push_to_hub"),
+    "privacy without push": (["--hub_private_repo"], r"--hub_private_repo has no effect without --push_to_hub"),
+    "strategy without push": (["--hub_strategy", "checkpoint"], r"--hub_strategy has no effect without --push_to_hub"),
+    "unknown variant": (["--save_variant", "fp8"], r"--save_variant.*fp8"),
 }
 
 

@@ -1,0 +1,129 @@
+"""The model card: what is known of a run, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
+LICENSE_KEYS = ("license", "license_name", "license_link")
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the card says. Results are rows in the project's format; what is empty or None is left out.
+
+    `command` and `arguments` are the published ones, without secrets and without paths of this machine.
+    """
+
+    model_id: str
+    base_model: str
+    base_license: Mapping[str, str] = field(default_factory=dict)
+    subfolder: str | None = None
+    data: str
+    dataset: str | None = None
+    resolution: int
+    num_validation_images: int
+    steps: int
+    images_per_step: int
+    hardware: str
+    minutes: float
+    command: str
+    arguments: str
+    versions: Mapping[str, str]
+    original_vae: str
+    judged_vae: str
+    results: Rows = ()
+    results_table: str = ""
+    picture: str | None = None
+
+
+def render_card(facts: CardFacts) -> str:
+    """The card as text: YAML metadata with a model-index of the judged VAE's results, then prose."""
+    on_hub = not Path(facts.base_model).exists()
+    base_name = facts.base_model if on_hub else Path(facts.base_model).resolve().name
+    judged = [row for row in facts.results if row["vae"] == facts.judged_vae]
+    data = ModelCardData(
+        library_name="diffusers",
+        base_model=facts.base_model if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+        datasets=[facts.dataset] if facts.dataset else None,
+        tags=["srl-vae", "autoencoder", "vae", "adversarial-robustness"],
+        model_name=Path(facts.model_id).name if judged else None,  # of the model-index
+        eval_results=[_eval_result(row, facts) for row in judged] or None,
+        **facts.base_license,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        **{
+            **asdict(facts),
+            "name": Path(facts.model_id).name,
+            "base": f"[{base_name}](https://huggingface.co/{base_name})" if on_hub else f"`{base_name}`",
+            "judged": bool(judged),
+            "findings": [line for row in judged if (line := _finding(row, facts))],
+            "halves": _halves(facts),
+        },
+    )
+    return str(card)
+
+
+@lru_cache(maxsize=1)  # one run asks several times, and may have no network
+def base_license(base_model: str) -> dict[str, str]:
+    """What the base model's own card says of its licence; empty where it has none or cannot be reached."""
+    folder = Path(base_model)
+    try:
+        card = folder / "README.md" if folder.exists() else hf_hub_download(base_model, "README.md")
+        data = metadata_load(card) or {}
+    except Exception:  # no card, no network, a card that is not YAML: the licence is not known
+        return {}
+    return {key: data[key] for key in LICENSE_KEYS if data.get(key)}
+
+
+def _eval_result(row: Mapping[str, Any], facts: CardFacts) -> EvalResult:
+    return EvalResult(
+        task_type="image-to-image",
+        task_name="Reconstruction",
+        dataset_type=facts.dataset or "images",
+        dataset_name=facts.data,
+        # Results of one configuration are merged into one entry: without it, those of all attacks would be.
+        dataset_config=_conditions(row),
+        metric_type=str(row["metric"]),
+        metric_name=f"{row['metric']}, {_conditions(row)}",
+        metric_value=round(float(row["value"]), 4),
+    )
+
+
+def _finding(row: Mapping[str, Any], facts: CardFacts) -> str | None:
+    """How the PSNR under one attack has changed, in one sentence."""
+    if row["metric"] != "psnr":
+        return None
+    same = ("attack", "threat_model", "epsilon", "metric")
+    for other in facts.results:
+        if other["vae"] == facts.original_vae and all(other[key] == row[key] for key in same):
+            change = row["value"] - other["value"]
+            verb = "gains" if change >= 0 else "loses"
+            return f"{_conditions(row)}: {verb} {abs(change):.2f} dB ({other['value']:.2f} to {row['value']:.2f} dB)"
+    return None
+
+
+def _halves(facts: CardFacts) -> list[tuple[str, float]]:
+    """Each half-precision variant, and by how many dB its clean reconstruction differs."""
+    clean = {row["vae"]: row["value"] for row in facts.results if (row["attack"], row["metric"]) == ("clean", "psnr")}
+    prefix = f"{facts.judged_vae}-"
+    return [
+        (vae.removeprefix(prefix), value - clean[facts.judged_vae])
+        for vae, value in clean.items()
+        if vae.startswith(prefix)
+    ]
+
+
+def _conditions(row: Mapping[str, Any]) -> str:
+    return f"{row['attack']}, epsilon {row['epsilon'] * 255:.3g}/255" if row["epsilon"] else str(row["attack"])
