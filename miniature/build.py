@@ -13,15 +13,15 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from diffusers.training_utils import EMAModel
 from PIL import Image, ImageEnhance
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from miniature.measure import measure_scaling_factor, write_measurements
@@ -31,38 +31,35 @@ from srl_utils.images import from_pil
 from srl_utils.photographs import load_photographs
 
 SIZE = 64
-LATENT_CHANNELS = 4
+PHOTOGRAPH_SIDE = 512  # pixels, of the shorter side: crops of down to SIZE show them at their full resolution
+LATENT_CHANNELS = 8
 # Shares of a batch: photographs teach the statistics that are judged, dead leaves keep a network that sees
 # twelve photographs from learning them by heart, scenes are what the miniature diffusion model will draw.
-SHARES = {"scene": 0.35, "dead leaves": 0.2, "photograph": 0.45}
+SHARES = {"scene": 0.4, "dead leaves": 0.15, "photograph": 0.45}
 # Weak, so that latents keep the detail (and the weakness to attack) of full-size autoencoders.
 KL_WEIGHT = 1e-7
-EMA_DECAY = 0.999
+ADVERSARIAL_WEIGHT = 0.05
 WARMUP_STEPS = 200
 
 
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
+    state = State.begin(args.device)
     state_path = args.work_dir / "state.pt"
-    vae = small_autoencoder().to(args.device, memory_format=torch.channels_last)
-    ema = EMAModel(vae.parameters(), decay=EMA_DECAY)
-    ema.to(args.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99))
-    step = load_state(state_path, vae, ema, optimizer)
-    train(args, vae, ema, optimizer, step, state_path)
-    ema.copy_to(vae.parameters())
-    vae.to(memory_format=torch.contiguous_format).eval()  # safetensors takes no other format
+    state.load(state_path)
+    train(args, state, state_path)
+    vae = state.vae.to(memory_format=torch.contiguous_format).eval()  # safetensors takes no other format
     vae.register_to_config(scaling_factor=measure_scaling_factor(vae))
     vae.save_pretrained(args.output_dir)
-    write_measurements(vae, args.output_dir, build={"steps": args.steps, "batch_size": args.batch_size,
-                                                    "learning_rate": args.learning_rate, "seed": args.seed})  # fmt: skip
+    names = ("pixel_steps", "adversarial_steps", "batch_size", "learning_rate", "adversarial_learning_rate", "seed")
+    build = {name: getattr(args, name) for name in names}
+    write_measurements(vae, args.output_dir, build={**build, "torch_compile": args.torch_compile})
 
 
 def small_autoencoder() -> AutoencoderKL:
     """Down-samples by 4; no attention, so that it serves any image size at a cost linear in the pixels.
 
-    Groups of one or two channels normalise each feature by its own contrast, so that faint structure is encoded
-    as strongly as plain structure; with larger groups the same network was harder to attack.
+    Groups of 4 to 8 channels are normalised together, as in the SD-VAE.
     """
     return AutoencoderKL(
         in_channels=3,
@@ -72,78 +69,170 @@ def small_autoencoder() -> AutoencoderKL:
         block_out_channels=(32, 64, 64),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=32,
+        norm_num_groups=8,
         sample_size=SIZE,
         mid_block_add_attention=False,
     )
 
 
-def train(
-    args: argparse.Namespace,
-    vae: AutoencoderKL,
-    ema: EMAModel,
-    optimizer: torch.optim.Optimizer,
-    first_step: int,
-    state_path: Path,
-) -> None:
-    """Runs steps `first_step` to `args.steps`, saving the state every `args.checkpointing_steps`."""
-    loss_of = torch.compile(autoencoder_loss) if args.torch_compile else autoencoder_loss
-    batches = sample_batches(args, first_step)
-    started = time.time()
-    for step, images in enumerate(batches, start=first_step):
-        learning_rate = args.learning_rate * learning_rate_factor(step, args.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+def patch_discriminator() -> nn.Sequential:
+    """Tells for each 38 px patch whether it is of an image or of a reconstruction (Isola et al., CVPR 2017)."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 4, stride=2, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(32, 64, 4, stride=2, padding=1),
+        nn.GroupNorm(8, 64),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(64, 128, 4, stride=2, padding=1),
+        nn.GroupNorm(8, 128),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(128, 1, 3, padding=1),
+    )
+
+
+# --- training -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """Everything that the next step depends on."""
+
+    vae: AutoencoderKL
+    discriminator: nn.Sequential
+    optimizer: torch.optim.Optimizer
+    discriminator_optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    @classmethod
+    def begin(cls, device: str) -> State:
+        vae = small_autoencoder().to(device, memory_format=torch.channels_last)
+        discriminator = patch_discriminator().to(device, memory_format=torch.channels_last)
+        return cls(
+            vae,
+            discriminator,
+            torch.optim.AdamW(vae.parameters()),
+            torch.optim.AdamW(discriminator.parameters(), lr=4e-4, betas=(0.5, 0.9)),
+        )
+
+    def save(self, path: Path) -> None:
+        state = {name: part.state_dict() for name, part in self._parts()} | {"step": self.step}
+        write_atomically(path, lambda aside: torch.save(state, aside))
+
+    def load(self, path: Path) -> None:
+        """Continues from `path` where it exists."""
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        for name, part in self._parts():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+        print(f"continuing after step {self.step}")
+
+    def _parts(self) -> Iterator[tuple[str, nn.Module | torch.optim.Optimizer]]:
+        return ((name, part) for name, part in vars(self).items() if name != "step")
+
+
+def train(args: argparse.Namespace, state: State, state_path: Path) -> None:
+    """First for the pixels alone, annealed, then against the discriminator as well, at a constant rate.
+
+    That is how the autoencoders of latent diffusion models are trained (Rombach et al., CVPR 2022, section 3.1).
+    The pixel loss alone gives a smoother network, which hardly suffers from an attack.
+    """
+    vae_loss, discriminator_loss = autoencoder_loss, hinge_loss
+    if args.torch_compile:
+        vae_loss, discriminator_loss = torch.compile(autoencoder_loss), torch.compile(hinge_loss)
+    first_step, started = state.step, time.time()
+    for images, textured in sample_batches(args, first_step):
+        adversarial = state.step >= args.pixel_steps
+        state.optimizer.param_groups[0].update(schedule(args, state.step))
         images = images.to(args.device, memory_format=torch.channels_last)
-        generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
-        latents = (len(images), LATENT_CHANNELS, SIZE // 4, SIZE // 4)
-        noise = torch.randn(latents, generator=generator, device=args.device)
+        textured = textured.to(args.device, torch.float32)
+        generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + state.step)
+        noise = torch.randn(
+            (len(images), LATENT_CHANNELS, SIZE // 4, SIZE // 4), generator=generator, device=args.device
+        )
+        judge = state.discriminator.requires_grad_(False) if adversarial else None
         with torch.autocast(images.device.type, torch.bfloat16):
-            reconstruction_loss, kl = loss_of(vae, images, noise)
-        (reconstruction_loss + KL_WEIGHT * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(vae.parameters())
-        done = step + 1
-        if done % 100 == 0:
-            seconds = (time.time() - started) / (done - first_step)
-            print(f"step {done}: L1 {reconstruction_loss.item():.4f} KL {kl.item():.0f} {seconds:.3f} s/step", flush=True)
-        if done % args.checkpointing_steps == 0 or done == args.steps:
-            save_state(state_path, vae, ema, optimizer, done)
+            loss, pixel_loss, reconstruction = vae_loss(state.vae, judge, images, textured, noise)
+        update(state.vae, state.optimizer, loss)
+        if adversarial:
+            state.discriminator.requires_grad_(True)
+            with torch.autocast(images.device.type, torch.bfloat16):
+                loss = discriminator_loss(state.discriminator, images, reconstruction.detach(), textured)
+            update(state.discriminator, state.discriminator_optimizer, loss)
+        state.step += 1
+        if state.step % 100 == 0:
+            seconds = (time.time() - started) / (state.step - first_step)
+            print(f"step {state.step}: L1 {pixel_loss.item():.4f} loss {loss.item():.4f} {seconds:.3f} s/step", flush=True)
+        if state.step % args.checkpointing_steps == 0 or state.step == total_steps(args):
+            state.save(state_path)
 
 
-def autoencoder_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 between images `[N,3,H,W]` and reconstructions from sampled latents, and the mean KL divergence."""
+def update(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def autoencoder_loss(
+    vae: AutoencoderKL, discriminator: nn.Module | None, images: Tensor, textured: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L1 and KL divergence of reconstructions from sampled latents, and what gives them away to `discriminator`.
+
+    Returns the loss, its L1 term, and the reconstructions `[N,3,H,W]`. Only samples that are `textured` (1, else 0)
+    are shown to the discriminator: flat scenes have nothing for it to judge.
+    """
     posterior = vae.encode(images).latent_dist
-    reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
-    return F.l1_loss(reconstruction.float(), images), posterior.kl().float().mean()
+    reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+    pixel_loss = F.l1_loss(reconstruction, images)
+    loss = pixel_loss + KL_WEIGHT * posterior.kl().float().mean()
+    if discriminator is not None:
+        realism = discriminator(reconstruction).float().mean(dim=(1, 2, 3))
+        loss = loss - ADVERSARIAL_WEIGHT * (realism * textured).mean()
+    return loss, pixel_loss, reconstruction
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    return min((step + 1) / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / steps)))
+def hinge_loss(discriminator: nn.Module, images: Tensor, reconstructions: Tensor, textured: Tensor) -> Tensor:
+    """Of the discriminator, on the samples that are `textured`."""
+    errors = F.relu(1 - discriminator(images).float()) + F.relu(1 + discriminator(reconstructions).float())
+    return (errors.mean(dim=(1, 2, 3)) * textured).mean()
+
+
+def schedule(args: argparse.Namespace, step: int) -> dict[str, object]:
+    """Settings of the autoencoder's AdamW: warm-up and a cosine to zero, then constant."""
+    if step >= args.pixel_steps:
+        return {"lr": args.adversarial_learning_rate, "betas": (0.5, 0.9)}
+    cosine = 0.5 * (1 + math.cos(math.pi * step / args.pixel_steps))
+    return {"lr": args.learning_rate * min((step + 1) / WARMUP_STEPS, cosine), "betas": (0.9, 0.99)}
+
+
+def total_steps(args: argparse.Namespace) -> int:
+    return args.pixel_steps + args.adversarial_steps
 
 
 # --- samples --------------------------------------------------------------------------------------------
 
 
 class Mixture(Dataset):
-    """Sample `i` of the endless mixture, `[3,SIZE,SIZE]` in [-1,1]: a function of (seed, i) alone."""
+    """Sample `i` of the endless mixture: a function of (seed, i) alone.
+
+    An image `[3,SIZE,SIZE]` in [-1,1], and 0.0 for a scene or 1.0 for what has texture.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.photographs = load_photographs("train")
+        self.photographs = load_photographs("train", short_side=PHOTOGRAPH_SIDE)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> tuple[Tensor, float]:
         rng = np.random.default_rng((self.seed, index, 2))
         kind = rng.choice(list(SHARES), p=list(SHARES.values()))
         if kind == "scene":
-            return from_pil(draw_scene(self.seed, index, size=SIZE).image)
+            return from_pil(draw_scene(self.seed, index, size=SIZE).image), 0.0
         if kind == "dead leaves":
-            return from_pil(draw_dead_leaves(self.seed, index, size=SIZE))
+            return from_pil(draw_dead_leaves(self.seed, index, size=SIZE)), 1.0
         photograph = self.photographs[rng.integers(len(self.photographs))]
-        return from_pil(augmented_crop(rng, photograph))
+        return from_pil(augmented_crop(rng, photograph)), 1.0
 
 
 def augmented_crop(rng: np.random.Generator, photograph: Image.Image) -> Image.Image:
@@ -161,47 +250,22 @@ def augmented_crop(rng: np.random.Generator, photograph: Image.Image) -> Image.I
     return crop
 
 
-def sample_batches(args: argparse.Namespace, first_step: int) -> Iterator[Tensor]:
-    remaining = range(first_step * args.batch_size, args.steps * args.batch_size)
+def sample_batches(args: argparse.Namespace, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    remaining = range(first_step * args.batch_size, total_steps(args) * args.batch_size)
     return iter(
         DataLoader(Mixture(args.seed), args.batch_size, sampler=remaining, num_workers=args.num_workers)
     )
-
-
-# --- state ----------------------------------------------------------------------------------------------
-
-
-def save_state(
-    path: Path, vae: AutoencoderKL, ema: EMAModel, optimizer: torch.optim.Optimizer, step: int
-) -> None:
-    state = {
-        "vae": vae.state_dict(),
-        "ema": ema.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-    }
-    write_atomically(path, lambda aside: torch.save(state, aside))
-
-
-def load_state(path: Path, vae: AutoencoderKL, ema: EMAModel, optimizer: torch.optim.Optimizer) -> int:
-    """Continues from `path` where it exists; returns the number of steps already made."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    vae.load_state_dict(state["vae"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"continuing after step {state['step']}")
-    return state["step"]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("miniature/weights/vae"))
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/miniature"), help="state for resuming")
-    parser.add_argument("--steps", type=int, default=5_500)
+    parser.add_argument("--pixel_steps", type=int, default=5_000)
+    parser.add_argument("--adversarial_steps", type=int, default=1_200)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--adversarial_learning_rate", type=float, default=2e-4)
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

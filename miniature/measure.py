@@ -19,7 +19,8 @@ from torch import Tensor
 from miniature.scenes import draw_dead_leaves, draw_scene
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.autoencoders import LatentDecoder, LatentEncoder
-from srl_utils.evaluation.reconstruction import CLEAN, Codec, evaluate, noise, strong_attack, to_rows
+from srl_utils.codecs import Codec
+from srl_utils.evaluation.reconstruction import CLEAN, evaluate, noise, strong_attack, to_rows
 from srl_utils.evaluation.report import markdown_table
 from srl_utils.images import from_pil
 from srl_utils.losses import ReconstructionLoss
@@ -91,7 +92,9 @@ README = """# The miniature autoencoder
 
 A `diffusers.AutoencoderKL` of {parameters} million parameters for 64 px images (any multiple of 4 works), trained
 by `make miniature` on drawn scenes, dead leaves and augmented crops of scikit-image's training photographs
-(`srl_utils/photographs.py` lists them): {build}. No other photograph was used.
+(`srl_utils/photographs.py` lists them), first for the pixels alone and then against a patch discriminator as
+well: {build}. No other photograph was used. Compiled code and another number of threads
+round differently, so building it again gives an autoencoder like this one and not the same bits.
 
 `scaling_factor` {scaling_factor} is the measured 1 / standard deviation of its latents.
 

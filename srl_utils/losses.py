@@ -100,7 +100,7 @@ def load_perceptual_distance(net: str) -> PerceptualDistance:
     except (OSError, RuntimeError) as error:  # no network; a file that is cut short
         raise UserError(
             f"the LPIPS trunk '{net}' cannot be had ({error}); put an intact {LPIPS_TRUNKS[net]} into "
-            "$TORCH_HOME/hub/checkpoints, or train without it: --lpips_weight 0"
+            "$TORCH_HOME/hub/checkpoints, or do without LPIPS (in a training: --lpips_weight 0)"
         ) from None
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.resources import as_file, files
 from typing import Literal
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageEnhance
 
 Split = Literal["train", "validation"]
 
@@ -26,27 +27,41 @@ FILES: dict[Split, tuple[str, ...]] = {
     ),
     "validation": ("camera.png", "chelsea.png", "rocket.jpg"),
 }
-SHORT_SIDE: dict[Split, int] = {"train": 512, "validation": 192}
 
 
-def load_photographs(split: Split) -> list[Image.Image]:
-    """The RGB photographs of `split`; no photograph is in both, and larger ones are scaled to `SHORT_SIDE`."""
+def load_photographs(split: Split, *, short_side: int) -> list[Image.Image]:
+    """The RGB photographs of `split`; no photograph is in both, and larger ones are scaled to `short_side`."""
     folder = files("skimage.data")
     photographs = []
     for name in FILES[split]:
         with as_file(folder / name) as path, Image.open(path) as image:
-            photographs.append(_limit_short_side(image.convert("RGB"), SHORT_SIDE[split]))
+            photographs.append(_limit_short_side(image.convert("RGB"), short_side))
     return photographs
 
 
-def photograph_tiles(split: Split, *, side: int) -> list[Image.Image]:
-    """The photographs of `split` cut into the `side` x `side` tiles that fit, row by row."""
+def photograph_tiles(split: Split, *, side: int, across: int = 2) -> list[Image.Image]:
+    """The photographs of `split` cut into the `side` x `side` tiles that fit, row by row.
+
+    Their short side is `across` tiles: the fewer, the more of a scene a tile holds, and the more detail.
+    """
     return [
         photograph.crop((left, top, left + side, top + side))
-        for photograph in load_photographs(split)
+        for photograph in load_photographs(split, short_side=across * side)
         for top in range(0, photograph.height - side + 1, side)
         for left in range(0, photograph.width - side + 1, side)
     ]
+
+
+def recoloured(photograph: Image.Image, seed: int) -> Image.Image:
+    """For every second seed the photograph itself, else one with its channels exchanged and some of its light taken.
+
+    Skies and skins of few photographs have few colours, which a network would take for all there are.
+    """
+    rng = np.random.default_rng(seed)
+    if rng.random() < 0.5:
+        return photograph
+    exchanged = Image.merge("RGB", [photograph.getchannel(int(channel)) for channel in rng.permutation(3)])
+    return ImageEnhance.Brightness(exchanged).enhance(float(rng.uniform(0.4, 1.0)))
 
 
 def _limit_short_side(image: Image.Image, limit: int) -> Image.Image:

@@ -13,10 +13,11 @@ from datasets.exceptions import DatasetsError
 from torch.utils.data import Subset
 
 from srl_utils.errors import UserError
-from srl_utils.photographs import SHORT_SIDE, Split, photograph_tiles
+from srl_utils.photographs import Split, photograph_tiles, recoloured
 from srl_utils.pictures import RawImage, list_files, picture_suffixes
 
 PHOTOGRAPHS = "scikit-image"
+LARGEST_TILE = 256  # pixels; every photograph holds one
 VALIDATION_SPLITS = ("validation", "val", "test")
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
 SHUFFLE_BUFFER = 1000
@@ -112,8 +113,7 @@ def _open_splits(source: DataSource, resolution: int) -> dict[str, RawSplit]:
     if source.train_data_dir:
         return {"train": _open_folder("train_data_dir", source)}
     if source.dataset_name == PHOTOGRAPHS:
-        # Twice the resolution, so that a random crop of a quarter of the area need not be scaled up.
-        return {"train": _photographs("train", 2 * resolution), "validation": _photographs("validation", resolution)}
+        return {"train": _training_photographs(resolution), "validation": _photographs("validation", resolution)}
     folder = Path(source.dataset_name)
     with _one_line_error(f"--dataset_name {source.dataset_name}"):
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
@@ -129,8 +129,17 @@ def _open_splits(source: DataSource, resolution: int) -> dict[str, RawSplit]:
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _photographs(split: Split, side: int) -> list[RawImage]:
-    tiles = photograph_tiles(split, side=min(side, SHORT_SIDE[split]))
+def _training_photographs(resolution: int) -> list[RawImage]:
+    """Tiles of three scales, the coarser ones repeated, since there are fewer of them; half of them recoloured.
+
+    They have twice the resolution, so that a random crop of a quarter of the area need not be scaled up.
+    """
+    tiles = [tile for across in (1, 2, 4) for tile in _photographs("train", 2 * resolution, across) * (4 // across)]
+    return [RawImage(recoloured(tile.source, seed), tile.label) for seed, tile in enumerate(tiles)]
+
+
+def _photographs(split: Split, side: int, across: int = 2) -> list[RawImage]:
+    tiles = photograph_tiles(split, side=min(side, LARGEST_TILE), across=across)
     return [RawImage(tile, f"{split} tile {index}") for index, tile in enumerate(tiles)]
 
 

@@ -7,9 +7,9 @@ import torch
 
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.autoencoders import LatentDecoder, LatentEncoder
+from srl_utils.codecs import Codec
 from srl_utils.evaluation.reconstruction import (
     CLEAN,
-    Codec,
     Record,
     evaluate,
     image_generators,

@@ -17,27 +17,71 @@ ALLOWED: dict[str, set[str]] = {
     "photographs": set(),
     "interruption": set(),
     "attacks": set(),
-    "attacks.gradient": {"images"},
-    "attacks.corruptions": {"images"},
+    "attacks.draws": set(),
+    "attacks.gradient": {"attacks.draws", "images"},
+    "attacks.random_search": {"attacks.draws", "attacks.gradient"},
+    "attacks.corruptions": {"attacks.draws", "images"},
+    "attacks.denoiser": {"attacks.draws", "errors", "losses"},
+    "attacks.protections": {
+        "attacks.denoiser", "attacks.draws", "attacks.gradient", "autoencoders", "errors", "images", "losses"
+    },
     "losses": {"errors"},
     "autoencoders": {"errors", "losses"},
     "arithmetic": {"autoencoders"},
+    "codecs": {"autoencoders"},
     "metrics": {"images"},
+    "set_metrics": {"errors", "images"},
     "evaluation": set(),
     "evaluation.reconstruction": {
-        "attacks.gradient", "attacks.corruptions", "autoencoders", "losses", "metrics", "images"
+        "attacks.gradient", "attacks.corruptions", "autoencoders", "codecs", "losses", "metrics", "images"
     },
-    "evaluation.report": {"evaluation.reconstruction", "images", "losses", "metrics"},
+    "evaluation.report": {"codecs", "evaluation.reconstruction", "images", "losses", "metrics"},
+    "evaluation.differences": {"evaluation.reconstruction", "metrics"},
+    "evaluation.figures": {"checkpoints", "evaluation.reconstruction"},
+    "evaluation.document": {
+        "checkpoints", "evaluation.differences", "evaluation.figures", "evaluation.reconstruction",
+        "evaluation.report", "evaluation.sanity",
+    },
+    "evaluation.sanity": {
+        "attacks.draws", "attacks.gradient", "attacks.random_search", "autoencoders", "codecs",
+        "evaluation.reconstruction", "losses",
+    },
+    "evaluation.catalogue": {
+        "attacks.corruptions", "attacks.denoiser", "attacks.gradient", "attacks.protections", "attacks.random_search",
+        "autoencoders", "codecs", "errors", "evaluation.reconstruction", "losses",
+    },
+    "evaluation.study": {
+        "checkpoints", "codecs", "errors", "evaluation.reconstruction", "losses", "set_metrics"
+    },
+    "evaluation.extremes": {
+        "checkpoints", "codecs", "evaluation.reconstruction", "evaluation.report", "evaluation.study", "losses",
+        "metrics",
+    },
+    "evaluation.__main__": {
+        "autoencoders", "codecs", "command_line", "data", "errors", "evaluation.catalogue", "evaluation.document",
+        "evaluation.extremes", "evaluation.sanity", "evaluation.study", "losses", "pictures", "set_metrics",
+        "sources",
+    },
     "pictures": {"images", "errors"},
     "sources": {"photographs", "errors", "pictures"},
     "data": {"errors", "pictures", "sources"},
     "checkpoints": {"errors", "autoencoders"},
-    "pipelines": {"errors", "autoencoders"},
+    "command_line": {"errors", "images"},
+    "pipelines": {"pipelines.sanitizing", "pipelines.swapping"},
+    "pipelines.swapping": {"errors", "autoencoders"},
+    "pipelines.sanitizing": {"autoencoders", "images", "pictures", "pipelines.swapping"},
+    "pipelines.__main__": {
+        "checkpoints", "command_line", "errors", "pictures", "pipelines.sanitizing", "pipelines.swapping"
+    },
     "journal": {"checkpoints"},
     "evaluation.judge": {
-        "attacks.gradient", "autoencoders", "checkpoints", "evaluation.reconstruction", "evaluation.report", "losses"
+        "attacks.gradient", "autoencoders", "checkpoints", "codecs", "evaluation.reconstruction", "evaluation.report",
+        "losses",
     },
-    "hub": {"errors"},
+    "hub": set(),
+    "hub.card": set(),
+    "hub.publishing": {"errors"},
+    "hub.__main__": {"autoencoders", "command_line", "hub.publishing"},
 }  # fmt: skip
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.autoencoders import LatentEncoder
 from srl_utils.checkpoints import write_text_atomically
+from srl_utils.codecs import Codec
 from srl_utils.evaluation.reconstruction import (
     CLEAN,
-    Codec,
     Perturbation,
     Record,
     evaluate,
@@ -33,6 +33,7 @@ from srl_utils.evaluation.report import comparison_picture, comparison_table, re
 from srl_utils.losses import ReconstructionLoss
 
 PICTURED = 8
+COMPARISON = "comparison.png"
 
 
 class Judge:
@@ -75,28 +76,32 @@ class Judge:
         if resumed and results.exists():
             self.rows = [row for row in json.loads(results.read_text()) if row["vae"] == self.original.name]
         if not self.rows:
-            self.rows = self._measure(self.original, self._everything())
-            self._save_rows()
+            self._record(self._measure(self.original, self._everything()))
 
     def judge_progress(self, step: int) -> dict[str, float]:
         """Clean and attacked quality of the current weights, by metric name; draws some reconstructions."""
         rows = self._measure(self.current, [CLEAN, self.training_attack])
+        self._record(rows)
         shown = self.images[:PICTURED]
         self._draw(f"step-{step:06d}.png", lambda: reconstruction_picture(self.current, shown))
         return {f"validation/{row['attack']}/{row['metric']}": row["value"] for row in rows}
 
     def judge_result(self) -> str:
         """Everything, on the final weights; writes results and pictures, returns the table to print."""
-        final = self._measure(self.current, self._everything())
-        self.rows = [row for row in self.rows if row["vae"] == self.original.name] + final
-        self._save_rows()
-        self._draw("comparison.png", self._comparison)
+        self._record(self._measure(self.current, self._everything()))
+        self._draw(COMPARISON, self._comparison)
         return self.table()
+
+    def judge_variant(self, variant: Codec) -> float:
+        """Clean quality of the final weights at lower precision; returns the dB of PSNR by which it differs."""
+        self._record(self._measure(variant, [CLEAN]))
+        clean = {row["vae"]: row["value"] for row in self.rows if (row["attack"], row["metric"]) == ("clean", "psnr")}
+        return clean[variant.name] - clean[self.current.name]
 
     def table(self) -> str:
         """The results so far, original beside fine-tuned, and what has become of the attack's damage."""
         table = comparison_table(self.rows, (self.original.name, self.current.name))
-        if all(row["vae"] == self.original.name for row in self.rows):
+        if not any((row["vae"], row["attack"]) == (self.current.name, self.strong_attack.name) for row in self.rows):
             return table
         share = won_back(self.rows, self.strong_attack.name, self.original.name, self.current.name)
         return f"{table}\n\nOf the PSNR that {self.strong_attack.name} costs the original VAE, {share:.0%} is won back."
@@ -124,7 +129,10 @@ class Judge:
             self.original, self.current, self.images[spread], self.strong_attack, self.loss, seed=self.seed
         )
 
-    def _save_rows(self) -> None:
+    def _record(self, rows: list[dict[str, Any]]) -> None:
+        """Keeps `rows` in place of earlier ones of the same VAE, and writes all."""
+        renewed = {row["vae"] for row in rows}
+        self.rows = [row for row in self.rows if row["vae"] not in renewed] + rows
         if self.accelerator.is_main_process:
             write_text_atomically(self.output_dir / "results.json", json.dumps(self.rows, indent=1) + "\n")
 

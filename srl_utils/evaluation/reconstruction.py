@@ -11,27 +11,15 @@ import torch
 from torch import Tensor
 
 from srl_utils.attacks.corruptions import gaussian_noise
-from srl_utils.attacks.gradient import PGDConfig, pgd
-from srl_utils.autoencoders import LatentDecoder, LatentEncoder, frozen, split_moments
-from srl_utils.losses import ReconstructionLoss
+from srl_utils.attacks.gradient import Objective, PGDConfig, pgd
+from srl_utils.autoencoders import frozen
+from srl_utils.codecs import Codec
+from srl_utils.losses import PerceptualDistance, ReconstructionLoss
 from srl_utils.metrics import bootstrap_interval, latent_drift, psnr, ssim
 
 Generators = list[torch.Generator]
-
-
-@dataclass(frozen=True)
-class Codec:
-    """The VAE under judgement: images to posterior-mean latents and back, with its name in the results."""
-
-    name: str
-    encoder: LatentEncoder
-    decoder: LatentDecoder
-
-    def encode(self, images: Tensor) -> Tensor:
-        return split_moments(self.encoder(images)).mean
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        return self.decoder(self.encode(images))
+Attack = Callable[[Objective, Tensor, Generators], Tensor]
+"""Objective, clean images `[N,3,H,W]` and a generator for each to attacked images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +32,12 @@ class Perturbation:
     epsilon: float
     """Units of a [0,1] image."""
     apply: Callable[[Codec, ReconstructionLoss, Tensor, Generators], Tensor]
+    passes: int = 1
+    """Through the VAE per image, about: what it costs."""
+
+    @property
+    def adversarial(self) -> bool:
+        return self.threat_model != "none"
 
 
 class Record(NamedTuple):
@@ -63,22 +57,28 @@ CLEAN = Perturbation(
 )
 
 
+def on_reconstruction(
+    name: str, attack: Attack, *, epsilon: float, passes: int, own_loss: ReconstructionLoss | None = None
+) -> Perturbation:
+    """`attack` on the reconstruction loss of a VAE; `own_loss` replaces the one the evaluation attacks with."""
+
+    def apply(codec: Codec, loss: ReconstructionLoss, clean: Tensor, generators: Generators) -> Tensor:
+        used = own_loss or loss
+        target = used.target(clean)
+        with frozen(codec.encoder):
+            return attack(lambda images: used(codec.reconstruct(images), target), clean, generators)
+
+    return Perturbation(name=name, threat_model="adaptive", epsilon=epsilon, apply=apply, passes=passes)
+
+
 def reconstruction_attack(config: PGDConfig) -> Perturbation:
     """PGD on the reconstruction loss of the VAE under judgement, named after its steps and restarts."""
     restarts = f"x{config.num_restarts}" if config.num_restarts > 1 else ""
-
-    def apply(codec: Codec, loss: ReconstructionLoss, clean: Tensor, generators: Generators) -> Tensor:
-        target = loss.target(clean)
-        with frozen(codec.encoder):
-            return pgd(
-                lambda images: loss(codec.reconstruct(images), target), clean, config, generators=generators
-            )
-
-    return Perturbation(
-        name=f"pgd-{config.num_steps}{restarts}",
-        threat_model="adaptive",
+    return on_reconstruction(
+        f"pgd-{config.num_steps}{restarts}",
+        lambda objective, clean, generators: pgd(objective, clean, config, generators=generators),
         epsilon=config.epsilon,
-        apply=apply,
+        passes=2 * config.num_steps * config.num_restarts,
     )
 
 
@@ -135,32 +135,35 @@ def evaluate(
         clean = images[start : start + batch_size].to(device, memory_format=torch.channels_last)
         for perturbation in perturbations:
             shown = perturbation.apply(codec, loss, clean, image_generators(seed, numbers))
-            values = _measure(codec, shown, clean, loss)
-            if reference is not None and perturbation is CLEAN:
-                values["drift"] = _drift(codec, reference, clean)
-            records += _records(codec.name, perturbation, numbers, values)
+            with torch.no_grad():
+                values = measure(codec.reconstruct(shown), clean, loss.perceptual)
+                if reference is not None and perturbation is CLEAN:
+                    values["drift"] = drift(codec, reference, clean)
+            records += to_records(codec.name, perturbation, perturbation.threat_model, numbers, values)
     return records
 
 
-@torch.no_grad()
-def _measure(codec: Codec, shown: Tensor, clean: Tensor, loss: ReconstructionLoss) -> dict[str, Tensor]:
-    reconstruction = codec.reconstruct(shown)
+def measure(
+    reconstruction: Tensor, clean: Tensor, perceptual: PerceptualDistance | None
+) -> dict[str, Tensor]:
+    """PSNR, SSIM and, where it can be had, LPIPS of `[N,3,H,W]` images in [-1,1], `[N]` each."""
     values = {"psnr": psnr(reconstruction, clean), "ssim": ssim(reconstruction, clean)}
-    if loss.perceptual is not None:
-        values["lpips"] = loss.terms(reconstruction, loss.target(clean)).lpips
+    if perceptual is not None:
+        values["lpips"] = perceptual.distance(reconstruction, perceptual.features(clean))
     return values
 
 
-@torch.no_grad()
-def _drift(codec: Codec, reference: Codec, clean: Tensor) -> Tensor:
+def drift(codec: Codec, reference: Codec, clean: Tensor) -> Tensor:
+    """How far the latents of clean images have left those of `reference`, `[N]`."""
     return latent_drift(codec.encode(clean), reference.encode(clean))
 
 
-def _records(
-    vae: str, perturbation: Perturbation, numbers: Sequence[int], values: dict[str, Tensor]
+def to_records(
+    vae: str, perturbation: Perturbation, threat_model: str, numbers: Sequence[int], values: dict[str, Tensor]
 ) -> list[Record]:
+    """One record per image and metric; `values` has a tensor `[N]` for each metric."""
     return [
-        Record(vae, perturbation.name, perturbation.threat_model, perturbation.epsilon, metric, number, value)
+        Record(vae, perturbation.name, threat_model, perturbation.epsilon, metric, number, value)
         for metric, per_image in values.items()
         for number, value in zip(numbers, per_image.tolist(), strict=True)
     ]

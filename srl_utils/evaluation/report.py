@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from srl_utils.evaluation.reconstruction import Codec, Perturbation, image_generators
+from srl_utils.codecs import Codec
+from srl_utils.evaluation.reconstruction import Perturbation, image_generators
 from srl_utils.images import to_pil
 from srl_utils.losses import ReconstructionLoss
 from srl_utils.metrics import psnr
 
 Rows = Sequence[dict[str, object]]
 
-METRIC_TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "drift": "latent drift"}
-DECIMALS = {"psnr": 2, "ssim": 4, "lpips": 4, "drift": 4}
+METRIC_TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID", "drift": "latent drift"}
+DECIMALS = {"psnr": 2, "ssim": 4, "lpips": 4, "rfid": 2, "drift": 4}
 
 
 def comparison_table(rows: Rows, vaes: Sequence[str]) -> str:
@@ -82,30 +84,68 @@ def reconstruction_picture(codec: Codec, images: Tensor, *, cell: int = 128) -> 
     return grid.picture
 
 
+def extremes_picture(
+    rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]]], titles: Sequence[str], *, cell: int = 160
+) -> Image.Image:
+    """A line of captioned images for each label, such as worst, median and best.
+
+    Args:
+        rows: the label of each line, and its images `[3,H,W]` in [-1,1] with their captions.
+        titles: one over each column.
+        cell: side of a picture, pixels.
+    """
+    grid = _Grid(titles, rows=len(rows), cell=cell, labels=[label for label, _ in rows])
+    for row, (_, images) in enumerate(rows):
+        for column, (image, caption) in enumerate(images):
+            grid.put(row, column, image, caption)
+    return grid.picture
+
+
 class _Grid:
-    """Pictures of one size in rows and columns, with a caption under each and a title over each column."""
+    """Pictures of one size in rows and columns, with a caption under each and a title over each column.
 
-    GAP, LINE = 6, 18
+    `labels`, where there are any, stand on the left of the rows. Text that is too long for its place is cut.
+    """
 
-    def __init__(self, titles: Sequence[str], *, rows: int, cell: int) -> None:
+    GAP, LINE, LABEL = 6, 18, 120
+
+    def __init__(self, titles: Sequence[str], *, rows: int, cell: int, labels: Sequence[str] = ()) -> None:
         self.cell = cell
-        width = len(titles) * (cell + self.GAP) + self.GAP
-        height = self.LINE + self.GAP + rows * (cell + self.LINE + self.GAP)
-        self.picture = Image.new("RGB", (width, height), "white")
-        self.draw = ImageDraw.Draw(self.picture)
         self.font = ImageFont.load_default(size=13)
+        labels = [self._fitting(label, self.LABEL) for label in labels]
+        self.margin = max((round(self.font.getlength(label)) + self.GAP for label in labels), default=0)
+        width = self.margin + len(titles) * (cell + self.GAP) + self.GAP
+        self.picture = Image.new("RGB", (width, self._top(rows)), "white")
+        self.draw = ImageDraw.Draw(self.picture)
+        for row, label in enumerate(labels):
+            self._write(self.GAP, self._top(row) + (cell - self.LINE) // 2, label)
         for column, title in enumerate(titles):
-            self.draw.text((self._left(column), 3), title, fill="black", font=self.font)
+            self._write(self._left(column), 3, self._fitting(title, cell))
 
     def put(self, row: int, column: int, image: Tensor, caption: str) -> None:
-        top = self.LINE + self.GAP + row * (self.cell + self.LINE + self.GAP)
+        left, top = self._left(column), self._top(row)
         # Nearest neighbour: small images are shown as the pixels they are.
         picture = to_pil(image).resize((self.cell, self.cell), Image.Resampling.NEAREST)
-        self.picture.paste(picture, (self._left(column), top))
-        self.draw.text((self._left(column), top + self.cell + 1), caption, fill="black", font=self.font)
+        self.picture.paste(picture, (left, top))
+        self._write(left, top + self.cell + 1, self._fitting(caption, self.cell))
 
     def _left(self, column: int) -> int:
-        return self.GAP + column * (self.cell + self.GAP)
+        return self.margin + self.GAP + column * (self.cell + self.GAP)
+
+    def _top(self, row: int) -> int:
+        return self.LINE + self.GAP + row * (self.cell + self.LINE + self.GAP)
+
+    def _write(self, left: int, top: int, text: str) -> None:
+        self.draw.text((left, top), text, fill="black", font=self.font)
+
+    def _fitting(self, text: str, width: int) -> str:
+        """`text` on one line, its end replaced by an ellipsis where it is wider than `width` pixels."""
+        text = " ".join(text.split())
+        kept = text
+        while kept and self.font.getlength(text) > width:
+            kept = kept[:-1]
+            text = f"{kept}…"
+        return text
 
 
 def _attack_title(cells: dict, attack: str) -> str:
@@ -116,9 +156,18 @@ def _attack_title(cells: dict, attack: str) -> str:
 def _cell(row: dict[str, object] | None) -> str:
     if row is None:
         return ""
-    decimals = DECIMALS[row["metric"]]
-    low, high = row["ci95"]
-    return f"{row['value']:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    return " ".join(measured(row["metric"], row["value"], row["ci95"]))
+
+
+def measured(
+    metric: str, value: float, interval: Sequence[float] | None, *, sign: Literal["", "+"] = ""
+) -> tuple[str, ...]:
+    """The mean as text and, where it has one, its 95% interval; with `sign` "+", gains carry theirs."""
+    form = f"{sign}.{DECIMALS[metric]}f"
+    if interval is None:
+        return (f"{value:{form}}",)
+    low, high = interval
+    return f"{value:{form}}", f"[{low:{form}}, {high:{form}}]"
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> str:

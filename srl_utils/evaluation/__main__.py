@@ -1,0 +1,287 @@
+"""python -m srl_utils.evaluation reconstruction --baseline DIR --vae robust=DIR --data_dir photos"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from srl_utils.autoencoders import AutoencoderSource
+from srl_utils.codecs import Codec, load_codec
+from srl_utils.command_line import Parser, exit_code, non_negative_int, pixel_distance, positive_int
+from srl_utils.data import load_validation_images
+from srl_utils.errors import UserError
+from srl_utils.evaluation.catalogue import PRESETS, Supplies, known_names, select
+from srl_utils.evaluation.document import Findings, write_report
+from srl_utils.evaluation.extremes import draw_extremes
+from srl_utils.evaluation.sanity import Check, Depth, check_robustness
+from srl_utils.evaluation.study import THREAT_MODELS, Metrics, Study
+from srl_utils.losses import PerceptualDistance, load_perceptual_distance
+from srl_utils.pictures import UnreadableImage, centre_square, decode_rgb, to_tensor
+from srl_utils.set_metrics import load_inception_features
+from srl_utils.sources import DataSource
+
+METRICS = ("psnr", "ssim", "lpips", "rfid", "drift")
+BASELINE = "original"
+QUICK = Depth(steps=(5, 20, 40), queries=100)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    sources = vae_sources(args)
+    images = load_images(args)
+    accelerator = Accelerator(
+        # Several processes without a GPU: told so, accelerate joins them by gloo; else each would work alone.
+        cpu=not torch.accelerator.is_available() and "LOCAL_RANK" in os.environ,
+        mixed_precision=args.mixed_precision,
+    )
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    codecs = [
+        load_codec(name, source, device=accelerator.device, autocast_dtype=dtype) for name, source in sources.items()
+    ]
+    check_size(codecs, images)
+    notes: list[str] = []
+    metrics = build_metrics(args, accelerator, notes)
+    selection = select(args.attacks, args.epsilons, build_supplies(args, accelerator, notes))
+    notes += selection.notes
+    study = Study(
+        accelerator=accelerator,
+        codecs=codecs,
+        perturbations=selection.perturbations,
+        threat_models=args.threat_models,
+        metrics=metrics,
+        images=images,
+        output_dir=args.output_dir,
+        fingerprint=fingerprint(args, sources, images),
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    for note in notes:
+        accelerator.print(note)
+    records = study.run()
+    if not accelerator.is_main_process:
+        return 0
+    checks = {} if args.no_checks else run_checks(args, study)
+    findings = Findings(
+        title="Reconstruction under attack",
+        baseline=study.baseline.name,
+        vaes=[codec.name for codec in codecs],
+        rows=study.rows(records),
+        records=records,
+        checks=checks,
+        notes=notes,
+        settings=settings(args, accelerator, images),
+        pictures=draw_extremes(study, records),
+    )
+    write_report(findings, args.output_dir)
+    print(f"{verdict(checks)}. Report: {args.output_dir / 'report.html'}, {args.output_dir / 'report.md'}")
+    return 0
+
+
+def vae_sources(args: argparse.Namespace) -> dict[str, AutoencoderSource]:
+    """The VAEs by name, the baseline first.
+
+    Raises:
+        UserError: if a name is given twice.
+    """
+    sources = {BASELINE: parse_source(args.baseline)}
+    for text in args.vae:
+        name, separator, place = text.partition("=")
+        if not separator:
+            name, place = Path(text).name, text
+        if name in sources:
+            raise UserError(f"--vae {text}: there are two VAEs of the name {name}; write NAME={place}")
+        sources[name] = parse_source(place)
+    return sources
+
+
+def parse_source(text: str) -> AutoencoderSource:
+    """`PLACE` or `PLACE:SUBFOLDER`, the place a folder or Hub id."""
+    place, separator, subfolder = text.partition(":")
+    if not separator or Path(text).exists():
+        return AutoencoderSource(pretrained_model_name_or_path=text)
+    return AutoencoderSource(pretrained_model_name_or_path=place, subfolder=subfolder)
+
+
+def load_images(args: argparse.Namespace) -> Tensor:
+    if (args.dataset_name is None) == (args.data_dir is None):
+        raise UserError("give either --dataset_name or --data_dir, and not both")
+    source = DataSource(
+        dataset_name=args.dataset_name,
+        validation_data_dir=args.data_dir,
+        validation_split=args.split,
+        image_column=args.image_column,
+        streaming=args.streaming,
+    )
+    images, _ = load_validation_images(
+        source, num_images=args.num_images, resolution=args.resolution, seed=args.seed
+    )
+    return images
+
+
+@torch.no_grad()
+def check_size(codecs: list[Codec], images: Tensor) -> None:
+    """Refuses a resolution that a VAE cannot take, before hours of work."""
+    for codec in codecs:
+        sample = images[:1].to(codec.device)
+        shape = tuple(codec.reconstruct(sample).shape)
+        if shape != tuple(sample.shape):
+            raise UserError(
+                f"--resolution {sample.shape[-1]} does not suit {codec.name}, which returns {shape[-1]} px; take a "
+                "multiple of its down-sampling factor"
+            )
+
+
+def build_metrics(args: argparse.Namespace, accelerator: Accelerator, notes: list[str]) -> Metrics:
+    """What is measured; for what cannot be had there is a note instead."""
+    perceptual = inception = None
+    try:
+        if "lpips" in args.metrics:
+            perceptual = load_perceptual_distance("alex").to(accelerator.device)
+    except UserError as error:
+        notes.append(f"lpips was left out: {error}")
+    try:
+        if "rfid" in args.metrics:
+            inception = load_inception_features(args.inception_weights).to(accelerator.device)
+    except UserError as error:
+        notes.append(f"rfid was left out: {error}")
+    return Metrics(names=args.metrics, perceptual=perceptual, inception=inception)
+
+
+def build_supplies(args: argparse.Namespace, accelerator: Accelerator, notes: list[str]) -> Supplies:
+    """What some of the attacks need."""
+    pipeline = target = None
+    if args.pipeline is not None:
+        pipeline = load_pipeline(args.pipeline).to(accelerator.device)
+    if args.target is not None:
+        target = load_target(args).to(accelerator.device)
+    perceptual = try_lpips(accelerator, notes) if wants_perceptual(args) else None
+    return Supplies(pipeline=pipeline, perceptual=perceptual, target=target, max_steps=args.max_attack_steps)
+
+
+def load_pipeline(place: str) -> DiffusionPipeline:
+    try:
+        return DiffusionPipeline.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--pipeline {place} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_target(args: argparse.Namespace) -> Tensor:
+    """The central square of the image, `[1,3,R,R]`."""
+    try:
+        return to_tensor(centre_square(decode_rgb(args.target), resolution=args.resolution))[None]
+    except UnreadableImage as error:
+        raise UserError(f"--target {args.target} cannot be read: {error}") from None
+
+
+def wants_perceptual(args: argparse.Namespace) -> bool:
+    chosen = {part for name in args.attacks for part in PRESETS.get(name, (name,))}
+    return "glaze" in chosen or any(name.endswith("-lpips") for name in chosen)
+
+
+def try_lpips(accelerator: Accelerator, notes: list[str]) -> PerceptualDistance | None:
+    try:
+        return load_perceptual_distance("vgg").to(accelerator.device)
+    except UserError as error:
+        notes.append(str(error))
+        return None
+
+
+def run_checks(args: argparse.Namespace, study: Study) -> dict[str, list[Check]]:
+    """Of every VAE but the baseline, on a few images and at the middle one of the epsilons."""
+    epsilon = sorted(args.epsilons)[(len(args.epsilons) - 1) // 2]
+    depth = QUICK if set(args.attacks) == {"quick"} else Depth()
+    images = study.images[: args.num_check_images]
+    return {
+        codec.name: check_robustness(codec, study.baseline, images, epsilon=epsilon, seed=args.seed, depth=depth)
+        for codec in study.codecs[1:]
+    }
+
+
+def verdict(checks: dict[str, list[Check]]) -> str:
+    failed = [f"{name}: {check.question}" for name, of_vae in checks.items() for check in of_vae if not check.passed]
+    if failed:
+        return f"{len(failed)} checks of the robustness FAILED ({'; '.join(failed)})"
+    return "All checks of the robustness passed" if checks else "The robustness was not checked"
+
+
+def fingerprint(
+    args: argparse.Namespace, sources: dict[str, AutoencoderSource], images: Tensor
+) -> dict[str, object]:
+    """What the stored values depend on; attacks and epsilons may be added later."""
+    return {
+        "vaes": {name: f"{source.pretrained_model_name_or_path}:{source.subfolder}" for name, source in sources.items()},
+        "data": args.dataset_name or args.data_dir,
+        "images": list(images.shape),
+        "sum of pixels": round(images.double().sum().item(), 3),
+        "threat_models": sorted(args.threat_models),
+        "metrics": sorted(args.metrics),
+        "mixed_precision": args.mixed_precision,
+        "max_attack_steps": args.max_attack_steps,
+        "pipeline": args.pipeline,
+        "target": args.target and args.target.name,
+        "seed": args.seed,
+    }
+
+
+def settings(args: argparse.Namespace, accelerator: Accelerator, images: Tensor) -> dict[str, str]:
+    on_gpu = accelerator.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    packages = ("torch", "diffusers", "torchmetrics", "accelerate")
+    return {
+        "command": shlex.join(["python", "-m", "srl_utils.evaluation", *sys.argv[1:]]),
+        "images": f"{len(images)} of {args.dataset_name or Path(args.data_dir).name}, {args.resolution} px",
+        "seed": str(args.seed),
+        "device": f"{accelerator.num_processes} x {device}, mixed precision {accelerator.mixed_precision}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
+        "date": date.today().isoformat(),
+    }
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m srl_utils.evaluation", description="Compares VAEs under attack.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    command = commands.add_parser(
+        "reconstruction",
+        help="how well images are reconstructed, clean, corrupted and attacked",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = command.add_argument
+    add("--baseline", required=True, metavar="PLACE", help="the original VAE: folder, Hub id, or either with :SUBFOLDER")
+    add("--vae", required=True, nargs="+", metavar="NAME=PLACE", help="VAEs to hold against it; the name may be left out")
+    add("--dataset_name", default=None, help="Hub dataset, local dataset folder, or scikit-image")
+    add("--data_dir", default=None, help="folder of images (nested)")
+    add("--split", default=None, help="split of the dataset; default: its validation or test split")
+    add("--image_column", default="image", help="column of the dataset that holds the image")
+    add("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
+    add("--resolution", type=positive_int, default=256, help="side of the images in pixels")
+    add("--num_images", type=positive_int, default=64)
+    add("--attacks", nargs="+", default=["quick"], help=f"presets or names: {', '.join(known_names())}")
+    add("--epsilons", nargs="+", type=pixel_distance, default=[2 / 255, 4 / 255, 8 / 255, 16 / 255])
+    add("--threat_models", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS))
+    add("--metrics", nargs="+", choices=METRICS, default=["psnr", "ssim", "lpips", "drift"])
+    add("--inception_weights", type=Path, default=None, help="torch-fidelity's Inception weights, for rfid")
+    add("--pipeline", default=None, help="diffusion pipeline (folder or Hub id) for attacks that need a denoiser")
+    add("--target", type=Path, default=None, help="image that targeted protections make others look like")
+    add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
+    add("--batch_size", type=positive_int, default=16)
+    add("--seed", type=non_negative_int, default=0)
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: accelerate's configuration")
+    add("--no_checks", action="store_true", help="leave out the checks of the robustness")
+    add("--num_check_images", type=positive_int, default=8, help="images that the checks use")
+    add("--output_dir", type=Path, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,173 @@
+"""The attacks of the command line: names and presets, and how a name becomes what is done to the images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from srl_utils.attacks.corruptions import CORRUPTIONS, Corruption
+from srl_utils.attacks.denoiser import Denoiser
+from srl_utils.attacks.gradient import APGDConfig, PGDConfig, apgd, pgd
+from srl_utils.attacks.protections import PROTECTIONS, Protection, Victim, protect
+from srl_utils.attacks.random_search import SquareConfig, square_attack
+from srl_utils.autoencoders import frozen
+from srl_utils.codecs import Codec
+from srl_utils.errors import UserError
+from srl_utils.evaluation.reconstruction import CLEAN, Generators, Perturbation, noise, on_reconstruction
+from srl_utils.losses import PerceptualDistance, ReconstructionLoss
+
+ITERATED = re.compile(r"(pgd|apgd|square)-(\d+)(?:x(\d+))?(-lpips)?")
+SEVERE = re.compile(r"([a-z-]+?)-([1-5])")
+NOISE = "noise"
+PRESETS: dict[str, tuple[str, ...]] = {
+    "quick": ("clean", NOISE, "jpeg-3", "pgd-10"),
+    "paper": (
+        "clean", NOISE, "pgd-10", "photoguard-encoder", "photoguard-diffusion", "mist-textural", "mist-semantic",
+        "mist-fused", "glaze", "nightshade",
+    ),
+    "strong": (
+        "clean", NOISE, "salt-and-pepper-1", "gaussian-blur-1", "jpeg-3", "webp-3", "resize-2", "pgd-10", "pgd-50x2",
+        "apgd-100", "square-1000", "photoguard-encoder", "photoguard-encoder-grey", "mist-textural", "pid",
+        "nightshade",
+    ),
+}  # fmt: skip
+"""`quick` for a first look, `paper` the attacks that the SRL-VAE paper names, `strong` the ones it does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supplies:
+    """What some attacks need beyond the VAE."""
+
+    pipeline: DiffusionPipeline | None = None
+    """Whose denoiser is attacked; each protection tells it its authors' prompt."""
+    perceptual: PerceptualDistance | None = None
+    """LPIPS as the attacks see it; what the report measures is another one."""
+    target: Tensor | None = None
+    """`[1,3,H,W]` in [-1,1], what targeted protections make images look like instead of their default."""
+    max_steps: int | None = None
+    """Shortens the published protections, which run for hundreds of steps."""
+
+
+@dataclass
+class Selection:
+    """The perturbations that a command line asks for, and which of them are left out for want of something."""
+
+    perturbations: list[Perturbation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def known_names() -> list[str]:
+    return [
+        "clean", NOISE, *PRESETS, "pgd-STEPS[xRESTARTS][-lpips]", "apgd-STEPS[xRESTARTS][-lpips]",
+        "square-QUERIES", *(f"{name}[-SEVERITY]" for name in CORRUPTIONS), *PROTECTIONS,
+    ]  # fmt: skip
+
+
+def select(names: Sequence[str], epsilons: Sequence[float], supplies: Supplies) -> Selection:
+    """Every attack with a budget at every one of `epsilons`, in the order of `names`, none twice.
+
+    Raises:
+        UserError: if a name is not known.
+    """
+    chosen = list(dict.fromkeys(part for name in names for part in PRESETS.get(name, (name,))))
+    selection = Selection()
+    found: dict[tuple[str, float], Perturbation] = {}
+    for name in chosen:
+        missing = _missing(name, supplies)
+        if missing:
+            selection.notes.append(f"{name} was left out: {missing}")
+            continue
+        for perturbation in _expand(name, epsilons, supplies):
+            found.setdefault((perturbation.name, perturbation.epsilon), perturbation)
+    selection.perturbations = list(found.values())
+    return selection
+
+
+def _missing(name: str, supplies: Supplies) -> str | None:
+    protection = PROTECTIONS.get(name)
+    if protection and protection.needs_denoiser and supplies.pipeline is None:
+        return "it needs a diffusion pipeline, --pipeline"
+    if protection and protection.needs_target and supplies.target is None:
+        return "it needs an image to make others look like, --target"
+    if supplies.perceptual is None and (name.endswith("-lpips") or (protection and protection.needs_perceptual)):
+        return "it needs LPIPS, whose weights could not be had"
+    return None
+
+
+def _expand(name: str, epsilons: Sequence[float], supplies: Supplies) -> Iterator[Perturbation]:
+    if name == "clean":
+        yield CLEAN
+    elif name == NOISE:
+        yield from map(noise, epsilons)
+    elif match := ITERATED.fullmatch(name):
+        yield from (_iterated(name, match, epsilon, supplies) for epsilon in epsilons)
+    elif name in CORRUPTIONS:
+        corruption = CORRUPTIONS[name]
+        yield from (_corrupted(corruption, severity + 1) for severity in range(len(corruption.severities)))
+    elif (match := SEVERE.fullmatch(name)) and match[1] in CORRUPTIONS:
+        yield _corrupted(CORRUPTIONS[match[1]], int(match[2]))
+    elif name in PROTECTIONS:
+        protection = PROTECTIONS[name]
+        budgets = epsilons if protection.scalable else [None]
+        yield from (_protected(protection, epsilon, supplies) for epsilon in budgets)
+    else:
+        raise UserError(f"--attacks {name} is not known; there are {', '.join(known_names())}")
+
+
+def _iterated(name: str, match: re.Match[str], epsilon: float, supplies: Supplies) -> Perturbation:
+    kind, count, restarts = match[1], int(match[2]), int(match[3] or 1)
+    if kind == "pgd":
+        run, config = pgd, PGDConfig(
+            epsilon=epsilon,
+            # Far enough to cross the ball in ten steps, and short enough to settle in a hundred.
+            step_size=epsilon * max(2.5 / count, 1 / 8) if count else epsilon,
+            num_steps=count,
+            num_restarts=restarts,
+            keep_best=True,
+        )
+    elif kind == "apgd":
+        run, config = apgd, APGDConfig(epsilon=epsilon, num_steps=count, num_restarts=restarts)
+    else:
+        run, config = square_attack, SquareConfig(epsilon=epsilon, num_queries=count)
+    return on_reconstruction(
+        name,
+        lambda objective, clean, generators: run(objective, clean, config, generators=generators),
+        epsilon=epsilon,
+        passes=count if kind == "square" else 2 * count * restarts,
+        own_loss=ReconstructionLoss(supplies.perceptual, weight=1.0) if match[4] else None,
+    )
+
+
+def _corrupted(corruption: Corruption, severity: int) -> Perturbation:
+    def apply(codec: Codec, loss: ReconstructionLoss, clean: Tensor, generators: Generators) -> Tensor:
+        return corruption.apply(clean, severity, generators)
+
+    return Perturbation(name=f"{corruption.name}-{severity}", threat_model="none", epsilon=0.0, apply=apply)
+
+
+def _protected(protection: Protection, epsilon: float | None, supplies: Supplies) -> Perturbation:
+    """With the authors' budget where `epsilon` is None: one that is no L-infinity one is not told in the results."""
+    steps = min(protection.num_steps, supplies.max_steps or protection.num_steps)
+    denoiser = Denoiser.from_pipeline(supplies.pipeline, protection.prompt) if protection.needs_denoiser else None
+
+    def apply(codec: Codec, loss: ReconstructionLoss, clean: Tensor, generators: Generators) -> Tensor:
+        victim = Victim(
+            encode=codec.moments,
+            decode=codec.decoder,
+            scale=codec.scale,
+            denoiser=denoiser,
+            perceptual=supplies.perceptual,
+        )
+        target = supplies.target if protection.has_target else None
+        with frozen(codec.encoder):
+            return protect(
+                protection, victim, clean, generators=generators, epsilon=epsilon, num_steps=steps, target=target
+            )
+
+    return Perturbation(
+        name=protection.name, threat_model="adaptive", epsilon=epsilon or 0.0, apply=apply, passes=2 * steps
+    )

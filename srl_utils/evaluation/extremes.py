@@ -1,0 +1,84 @@
+"""The images that a VAE reconstructs worst, middling and best under its strongest attack, to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from srl_utils.checkpoints import write_atomically
+from srl_utils.codecs import Codec
+from srl_utils.evaluation.reconstruction import Record, image_generators
+from srl_utils.evaluation.report import extremes_picture
+from srl_utils.evaluation.study import Cell, Study
+from srl_utils.losses import ReconstructionLoss
+from srl_utils.metrics import psnr
+
+
+def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
+    """One picture for each VAE, in `figures/`, by title: its worst, median and best image and all that became of it."""
+    pictures = {}
+    for number, codec in enumerate(study.codecs):
+        cell = strongest_cell(study, records, codec)
+        if cell is None:
+            continue
+        path = study.output_dir / "figures" / f"extremes-{number}.png"
+        picture = _picture(study, cell, extreme_images(records, cell, codec))
+        write_atomically(path, lambda aside, picture=picture: picture.save(aside, format="PNG"))
+        budget = f"{255 * cell.perturbation.epsilon:.3g}/255"
+        title = f"Worst, median and best image of {codec.name} under {cell.perturbation.name} ({budget}) on itself"
+        pictures[title] = path
+    return pictures
+
+
+def strongest_cell(study: Study, records: Sequence[Record], codec: Codec) -> Cell | None:
+    """The attack made on `codec` that leaves it the lowest mean PSNR, at the middle one of the epsilons."""
+    own = [cell for cell in study.cells() if cell.perturbation.adversarial and cell.source is codec]
+    if not own:
+        return None
+    epsilons = sorted({cell.perturbation.epsilon for cell in own})
+    middle = epsilons[(len(epsilons) - 1) // 2]
+    candidates = [cell for cell in own if cell.perturbation.epsilon == middle]
+    return min(candidates, key=lambda cell: _mean(list(_psnr_by_image(records, cell, codec).values())))
+
+
+def extreme_images(records: Sequence[Record], cell: Cell, codec: Codec) -> dict[str, int]:
+    """Number of the worst, the median and the best image, by these names."""
+    by_image = _psnr_by_image(records, cell, codec)
+    ordered = sorted(by_image, key=by_image.__getitem__)
+    return {"worst": ordered[0], "median": ordered[len(ordered) // 2], "best": ordered[-1]}
+
+
+def _psnr_by_image(records: Sequence[Record], cell: Cell, codec: Codec) -> dict[int, float]:
+    wanted = (codec.name, cell.perturbation.name, cell.perturbation.epsilon, "psnr")
+    threat_models = cell.threat_models[codec.name]
+    return {
+        record.index: record.value
+        for record in records
+        if (record.vae, record.attack, record.epsilon, record.metric) == wanted and record.threat_model in threat_models
+    }
+
+
+def _picture(study: Study, cell: Cell, chosen: dict[str, int]) -> Image.Image:
+    numbers = list(chosen.values())
+    clean = study.images[numbers].to(cell.source.device)
+    # The same draws as in the study, so that these are the very images that were measured.
+    attacked = cell.perturbation.apply(
+        cell.source, ReconstructionLoss(), clean, image_generators(study.seed, numbers)
+    )
+    with torch.no_grad():
+        outputs = [codec.reconstruct(attacked) for codec in study.codecs]
+    lines = []
+    for line, name in enumerate(chosen):
+        cells = [(clean[line], ""), (attacked[line], "")]
+        for output in outputs:
+            quality = psnr(output[line : line + 1], clean[line : line + 1]).item()
+            cells.append((output[line], f"{quality:.1f} dB"))
+        lines.append((name, cells))
+    return extremes_picture(lines, titles=["image", "attacked", *(codec.name for codec in study.codecs)])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

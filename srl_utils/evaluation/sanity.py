@@ -1,0 +1,190 @@
+"""Is this robustness real? Checks that would expose attacks that fail instead of a VAE that withstands them.
+
+Sources: Carlini et al., "On Evaluating Adversarial Robustness", 2019 (arXiv 1902.06705), whose checklist this follows;
+Athalye et al., "Obfuscated Gradients Give a False Sense of Security", ICML 2018.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from srl_utils.attacks.draws import draw_signs
+from srl_utils.attacks.gradient import (
+    APGDConfig,
+    Budget,
+    Objective,
+    PGDConfig,
+    apgd,
+    pgd,
+    value_and_gradient,
+)
+from srl_utils.attacks.random_search import SquareConfig, square_attack
+from srl_utils.autoencoders import frozen
+from srl_utils.codecs import Codec
+from srl_utils.evaluation.reconstruction import image_generators
+from srl_utils.losses import mean_squared_error
+
+TOLERANCE = 0.98
+"""An attack that should be as strong may reach this share of the other's damage: both depend on random starts."""
+APGD_TOLERANCE = 0.9
+"""APGD's steps adapt to budgets of a hundred steps; at these few it may be a little behind."""
+MAX_ZERO_GRADIENTS = 0.05
+HUGE_EPSILON = 128 / 255
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question, its answer, and the figures behind it."""
+
+    question: str
+    passed: bool
+    figures: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    """How far the checks go: the numbers of attack steps, and the queries of the gradient-free attack."""
+
+    steps: tuple[int, int, int] = (10, 50, 200)
+    queries: int = 500
+
+
+def check_robustness(
+    codec: Codec, baseline: Codec, images: Tensor, *, epsilon: float, seed: int, depth: Depth = Depth()
+) -> list[Check]:
+    """Nine checks of `codec` on a few images.
+
+    Args:
+        codec: the VAE whose robustness is claimed.
+        baseline: the one that transferred attacks are made on.
+        images: `[n,3,H,W]` in [-1,1], attacked as one batch.
+        epsilon: of the attacks, units of a [0,1] image.
+        seed: of the attacks' starts.
+        depth: numbers of steps and queries.
+    """
+    trial = _Trial(codec, images.to(codec.device), epsilon, seed)
+    few, some, many = depth.steps
+    with frozen(codec.encoder), frozen(baseline.encoder):
+        by_steps = {steps: trial.pgd(steps) for steps in depth.steps}
+        noise = trial.damage(trial.noise())
+        transferred = trial.damage(_Trial(baseline, trial.clean, epsilon, seed).attacked(some))
+        checks = [
+            _never_falls("More steps never weaken the attack", {f"{n} steps": by_steps[n] for n in depth.steps}),
+            _never_falls(
+                "Restarts never weaken the attack", {"1 start": by_steps[few], "3 starts": trial.pgd(few, restarts=3)}
+            ),
+            _never_falls(
+                "A larger epsilon is never less harmful",
+                {f"{255 * size:.3g}/255": trial.at(size).pgd(some) for size in (epsilon / 4, epsilon / 2)}
+                | {f"{255 * epsilon:.3g}/255": by_steps[some]}
+                | {f"{255 * size:.3g}/255": trial.at(size).pgd(some) for size in (2 * epsilon,)},
+            ),
+            _at_least("PGD beats random noise of the same size", by_steps[some], noise, ("PGD", "noise"), 1.0),
+            _at_least(
+                "APGD is at least as strong as PGD at equal cost",
+                trial.damage(trial.apgd(some)), by_steps[some], ("APGD", "PGD"), APGD_TOLERANCE,
+            ),
+            _at_least(
+                "White-box attacks are at least as strong as transferred ones",
+                by_steps[some], transferred, ("white-box", "transfer"), TOLERANCE,
+            ),
+            _at_least(
+                "An attack without gradients is not stronger than one with",
+                by_steps[many], trial.damage(trial.square(depth.queries)), ("PGD", "Square"), TOLERANCE,
+            ),
+            trial.gradients(),
+            trial.at(HUGE_EPSILON).wins_completely(some),
+        ]  # fmt: skip
+    return checks
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Attacks on one VAE; damage is the mean squared error of its reconstructions, images in [-1,1]."""
+
+    codec: Codec
+    clean: Tensor
+    epsilon: float
+    seed: int
+
+    def at(self, epsilon: float) -> _Trial:
+        return replace(self, epsilon=epsilon)
+
+    @property
+    def objective(self) -> Objective:
+        return lambda images: mean_squared_error(self.codec.reconstruct(images), self.clean)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        return image_generators(self.seed, range(len(self.clean)))
+
+    @torch.no_grad()
+    def damage(self, images: Tensor) -> float:
+        return self.objective(images).mean().item()
+
+    def attacked(self, steps: int, *, restarts: int = 1) -> Tensor:
+        config = PGDConfig(
+            epsilon=self.epsilon,
+            step_size=self.epsilon * max(2.5 / steps, 1 / 8),
+            num_steps=steps,
+            num_restarts=restarts,
+            keep_best=True,
+        )
+        return pgd(self.objective, self.clean, config, generators=self.generators)
+
+    def pgd(self, steps: int, *, restarts: int = 1) -> float:
+        return self.damage(self.attacked(steps, restarts=restarts))
+
+    def apgd(self, steps: int) -> Tensor:
+        config = APGDConfig(epsilon=self.epsilon, num_steps=steps)
+        return apgd(self.objective, self.clean, config, generators=self.generators)
+
+    def square(self, queries: int) -> Tensor:
+        config = SquareConfig(epsilon=self.epsilon, num_queries=queries)
+        return square_attack(self.objective, self.clean, config, generators=self.generators)
+
+    def noise(self) -> Tensor:
+        """Every value moved by epsilon up or down, at random: as large as the attack may be."""
+        budget = Budget(epsilon=self.epsilon)
+        signs = draw_signs(self.clean.shape[1:], self.generators, like=self.clean)
+        return budget.project(self.clean + budget.radius * signs, self.clean)
+
+    def gradients(self) -> Check:
+        start = Budget(epsilon=self.epsilon).draw(self.clean, self.generators)
+        _, gradient = value_and_gradient(self.objective, start)
+        zero = (gradient == 0).float().mean().item()
+        finite = bool(torch.isfinite(gradient).all())
+        return Check(
+            "Gradients do not vanish",
+            finite and zero <= MAX_ZERO_GRADIENTS,
+            f"{zero:.1%} of the values have a gradient of 0, all are {'finite' if finite else 'NOT finite'}",
+        )
+
+    def wins_completely(self, steps: int) -> Check:
+        """Against an attack that may change nearly everything, no reconstruction is better than one flat colour."""
+        flat = self.clean.mean(dim=(2, 3), keepdim=True).expand_as(self.clean)
+        worst, given_up = self.pgd(steps), mean_squared_error(flat, self.clean).mean().item()
+        return Check(
+            "A very large epsilon wins completely",
+            worst >= given_up,
+            f"epsilon {255 * self.epsilon:.0f}/255: {_psnr(worst)}; a flat colour: {_psnr(given_up)}",
+        )
+
+
+def _never_falls(question: str, damages: dict[str, float]) -> Check:
+    values = list(damages.values())
+    passed = all(later >= TOLERANCE * earlier for earlier, later in pairwise(values))
+    return Check(question, passed, ", ".join(f"{name}: {_psnr(value)}" for name, value in damages.items()))
+
+
+def _at_least(question: str, one: float, other: float, names: tuple[str, str], tolerance: float) -> Check:
+    return Check(question, one >= tolerance * other, f"{names[0]}: {_psnr(one)}, {names[1]}: {_psnr(other)}")
+
+
+def _psnr(damage: float) -> str:
+    """Of images in [-1,1], whose range is 2."""
+    return f"{10 * torch.log10(torch.tensor(4 / damage)).item():.2f} dB"

@@ -1,0 +1,245 @@
+"""The cells of an evaluation, the catalogue they come from, and the checks of a claimed robustness."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from srl_utils.attacks.protections import PROTECTIONS
+from srl_utils.autoencoders import LatentDecoder, LatentEncoder
+from srl_utils.codecs import Codec
+from srl_utils.command_line import exit_code
+from srl_utils.errors import UserError
+from srl_utils.evaluation import __main__ as command
+from srl_utils.evaluation import study as study_module
+from srl_utils.evaluation.catalogue import PRESETS, Supplies, select
+from srl_utils.evaluation.reconstruction import CLEAN, Record, evaluate, noise
+from srl_utils.evaluation.sanity import Depth, check_robustness
+from srl_utils.evaluation.study import Metrics, Study
+from srl_utils.images import to_pil
+from srl_utils.losses import ReconstructionLoss
+
+EPSILON = 8 / 255
+SHALLOW = Depth(steps=(5, 15, 30), queries=60)
+
+
+def codec(vae: nn.Module, name: str) -> Codec:
+    return Codec(name, LatentEncoder(vae), LatentDecoder(vae))
+
+
+@pytest.fixture
+def study(tiny_vae, other_tiny_vae, images, tmp_path: Path) -> Study:
+    """Two VAEs, five images, a clean cell, a noisy one, and two attacks."""
+    return Study(
+        accelerator=Accelerator(cpu=True),
+        codecs=[codec(tiny_vae, "original"), codec(other_tiny_vae, "robust")],
+        perturbations=select(["clean", "noise", "pgd-2", "photoguard-encoder"], [EPSILON], Supplies(max_steps=2)).perturbations,
+        threat_models=("transfer", "adaptive"),
+        metrics=Metrics(names=("psnr", "ssim", "drift")),
+        images=images(5),
+        output_dir=tmp_path,
+        fingerprint={"seed": 0},
+        seed=0,
+        batch_size=2,
+    )
+
+
+# --- study ----------------------------------------------------------------------------------------------
+
+
+def test_adaptive_values_are_those_of_evaluate(study) -> None:
+    """Oracle: `evaluate`, which attacks the judged VAE itself, image by image and for another batch size."""
+    records = study.run()
+    robust = study.codecs[1]
+    perturbations = [item for item in study.perturbations if item.name != "clean"]
+    expected = evaluate(
+        robust, study.images, perturbations, ReconstructionLoss(), indices=range(5), seed=0, batch_size=5
+    )
+    found = {record[:6]: record.value for record in records}
+    for record in expected:
+        assert found[record[:6]] == pytest.approx(record.value, abs=1e-3)
+
+
+def test_transfer_shows_everyone_what_was_made_on_the_baseline(study) -> None:
+    """Oracle: for the baseline both threat models are the same; the other VAE is shown the baseline's images."""
+    values = {record[:6]: record.value for record in study.run()}
+    attack = next(item for item in study.perturbations if item.name == "pgd-2")
+    for index in range(5):
+        key = ("original", "pgd-2", "{}", attack.epsilon, "psnr", index)
+        transfer, adaptive = (values[(*key[:2], model, *key[3:])] for model in ("transfer", "adaptive"))
+        assert transfer == adaptive
+    transferred = [value for key, value in values.items() if key[:3] == ("robust", "pgd-2", "transfer")]
+    adapted = [value for key, value in values.items() if key[:3] == ("robust", "pgd-2", "adaptive")]
+    assert len(transferred) == len(adapted) and transferred != adapted
+
+
+def test_finished_cells_are_not_computed_again(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the records of an undisturbed run; after a crash only the missing cells are computed."""
+    computed: list[str] = []
+    compute = Study._compute
+
+    def counting(self: Study, cell: study_module.Cell, advance: object) -> None:
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        computed.append(cell.key)
+        compute(self, cell, advance)
+
+    monkeypatch.setattr(Study, "_compute", counting)
+    with pytest.raises(KeyboardInterrupt):
+        study.run()
+    monkeypatch.setattr(Study, "_compute", compute)
+    again: list[str] = []
+    monkeypatch.setattr(Study, "_compute", lambda self, cell, advance: (again.append(cell.key), compute(self, cell, advance)))
+    resumed = study.run()
+    assert len(computed) == 3 and not set(computed) & set(again)
+    fresh = replace(study, output_dir=study.output_dir / "fresh").run()
+    assert resumed == fresh
+    assert all(isinstance(record, Record) for record in resumed)
+
+
+def test_another_study_in_the_folder_is_refused(study) -> None:
+    """Oracle: specification; the message names what differs, and more attacks are no other study."""
+    study.run()
+    replace(study, perturbations=[CLEAN, noise(1 / 255)]).run()
+    with pytest.raises(UserError, match="seed"):
+        replace(study, fingerprint={"seed": 1}).run()
+
+
+def test_drift_of_the_baseline_is_zero(study) -> None:
+    """Oracle: closed form; no other cell than the clean one has a drift."""
+    drifts = [record for record in study.run() if record.metric == "drift"]
+    assert {record.attack for record in drifts} == {"clean"}
+    assert all((record.value == 0) == (record.vae == "original") for record in drifts)
+
+
+# --- catalogue ------------------------------------------------------------------------------------------
+
+
+def test_presets_hold_known_names() -> None:
+    """Oracle: every name of every preset becomes a perturbation or a note on what it needs."""
+    for preset, names in PRESETS.items():
+        selection = select([preset], [EPSILON], Supplies())
+        found = {item.name if item.name != "gaussian-noise" else "noise" for item in selection.perturbations}
+        noted = {note.split(" ")[0] for note in selection.notes}
+        assert set(names) == found | noted
+
+
+def test_attacks_run_at_every_epsilon_and_none_twice() -> None:
+    """Oracle: counting; corruptions and clean images have no epsilon."""
+    selection = select(["clean", "pgd-3", "jpeg", "quick", "pgd-3"], [1 / 255, EPSILON], Supplies())
+    found = [(item.name, round(255 * item.epsilon)) for item in selection.perturbations]
+    assert len(found) == len(set(found))
+    assert {epsilon for name, epsilon in found if name == "pgd-3"} == {1, 8}
+    assert {name for name, epsilon in found if epsilon == 0} == {"clean", *(f"jpeg-{severity}" for severity in range(1, 6))}
+
+
+def test_what_cannot_run_is_said(images) -> None:
+    """Oracle: specification; each protection that needs something names the flag that gives it."""
+    notes = select(list(PROTECTIONS), [EPSILON], Supplies()).notes
+    flags = {note.split(" ")[0]: note for note in notes}
+    assert "--pipeline" in flags["advdm"]
+    assert "--target" in flags["nightshade"]
+    assert "nightshade" not in str(select(["nightshade"], [EPSILON], Supplies(target=images(1))).notes)
+    with pytest.raises(UserError, match="pgd-x is not known"):
+        select(["pgd-x"], [EPSILON], Supplies())
+
+
+# --- is this robustness real? ---------------------------------------------------------------------------
+
+
+class Quantised(nn.Module):
+    """An encoder that sees 24 grey levels: no gradient gets through, and so every gradient attack fails."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder(images + ((images * 12).round() / 12 - images).detach() - (images - images.detach()))
+
+
+def photographs(count: int) -> Tensor:
+    from miniature.measure import tiles
+
+    return tiles("validation", limit=count)
+
+
+def test_an_honest_vae_passes(miniature_vae) -> None:
+    """Oracle: the shipped VAE, which does nothing to its gradients; every question is asked once."""
+    honest = codec(miniature_vae, "miniature")
+    checks = check_robustness(honest, honest, photographs(2), epsilon=EPSILON, seed=0, depth=SHALLOW)
+    assert [check for check in checks if not check.passed] == []
+    assert len({check.question for check in checks}) == 9
+
+
+def test_masked_gradients_are_exposed(miniature_vae) -> None:
+    """Oracle: an encoder made to hide its gradients, which withstands PGD and nothing else."""
+    honest = codec(miniature_vae, "miniature")
+    masked = Codec("masked", Quantised(honest.encoder), honest.decoder)
+    checks = check_robustness(masked, honest, photographs(2), epsilon=EPSILON, seed=0, depth=SHALLOW)
+    failed = {check.question for check in checks if not check.passed}
+    assert "Gradients do not vanish" in failed
+    assert "A very large epsilon wins completely" in failed
+    assert "An attack without gradients is not stronger than one with" in failed
+
+
+# --- command --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arguments(tiny_vae, other_tiny_vae, images, tmp_path: Path) -> list[str]:
+    """Two VAEs and four pictures on disk, and the smallest evaluation of them."""
+    tiny_vae.save_pretrained(tmp_path / "original")
+    other_tiny_vae.save_pretrained(tmp_path / "robust")
+    (tmp_path / "photos").mkdir()
+    for number, image in enumerate(images(4)):
+        to_pil(image).save(tmp_path / f"photos/{number}.png")
+    return [
+        "reconstruction", "--baseline", str(tmp_path / "original"), "--vae", f"robust={tmp_path / 'robust'}",
+        "--data_dir", str(tmp_path / "photos"), "--resolution", "16", "--attacks", "clean", "pgd-2", "glaze",
+        "--epsilons", "4/255", "8/255", "--metrics", "psnr", "ssim", "drift", "--num_check_images", "1",
+        "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+
+
+def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the real command; rows in the project's format, documents, figures, and the checks' verdict."""
+    monkeypatch.setattr(command, "Depth", lambda: SHALLOW)
+    assert command.main(arguments) == 0
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    assert {row["vae"] for row in rows} == {"original", "robust"}
+    assert {row["threat_model"] for row in rows} == {"none", "transfer", "adaptive"}
+    assert {"report.md", "report.html", "results.json", "study.json", "cells", "figures"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    for figure in (tmp_path / "out/figures").iterdir():
+        Image.open(figure).verify()
+    printed = capsys.readouterr().out
+    assert "checks of the robustness" in printed
+    assert "glaze was left out" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--resolution", "15"], "--resolution 15 does not suit original"),
+        (["--attacks", "nonsense"], "--attacks nonsense is not known"),
+        (["--vae", "a=nowhere"], "no VAE configuration at 'nowhere'"),
+        (["--vae", "original=x"], "two VAEs of the name original"),
+        (["--dataset_name", "scikit-image"], "--dataset_name or --data_dir"),
+        (["--data_dir", "nowhere"], "nowhere: there is no such folder"),
+        (["--epsilons", "300"], "outside"),
+        (["--target", "nowhere.png"], "--target nowhere.png cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, change, message, capsys) -> None:
+    """Oracle: specification; exit code 2 and one line that names the flag or the place, before any work."""
+    assert exit_code(lambda: command.main([*arguments, *change])) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
