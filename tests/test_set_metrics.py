@@ -22,7 +22,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from srl_utils import set_metrics
 from srl_utils.errors import UserError
-from srl_utils.images import to_pil
+from srl_utils.evaluation import __main__ as evaluation
+from srl_utils.images import from_pil, to_pil
 from srl_utils.losses import LPIPS_TRUNKS, load_perceptual_distance
 from srl_utils.set_metrics import (
     INCEPTION_LAYERS,
@@ -542,3 +543,28 @@ def test_alex_lpips_equals_the_package(torch_home, images) -> None:
     assert torch.equal(perceptual.network.net.slice1[0].weight, weights["features.0.weight"])
     assert expected.min() > 1e-3
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+
+
+# --- in a report -------------------------------------------------------------------------------------------
+
+
+def test_rfid_of_the_evaluation(inception, inception_weights, image_sets, tiny_vae, tmp_path) -> None:
+    """Oracle: FID of reconstructions and images, computed here, against the row of the real command; no interval."""
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "photos").mkdir()
+    for number, image in enumerate(image_sets[0]):
+        to_pil(image).save(tmp_path / f"photos/{number}.png")
+    evaluation.main([
+        "reconstruction", "--baseline", str(tmp_path / "vae"), "--vae", f"same={tmp_path / 'vae'}", "--data_dir",
+        str(tmp_path / "photos"), "--resolution", "64", "--num_images", str(SET_SIZE), "--attacks", "clean", "--metrics",
+        "psnr", "rfid", "--inception_weights", str(inception_weights), "--no_checks", "--output_dir", str(tmp_path / "out"),
+    ])  # fmt: skip
+    images = torch.stack([from_pil(to_pil(image)) for image in image_sets[0]])
+    with torch.no_grad():
+        reconstructions = tiny_vae.decode(tiny_vae.encode(images).latent_dist.mean).sample
+    pools = [inception.features(each)["pool"] for each in (images, reconstructions)]
+    rows = [row for row in json.loads((tmp_path / "out/results.json").read_text()) if row["metric"] == "rfid"]
+    assert [row["vae"] for row in rows] == ["original", "same"]
+    for row in rows:
+        assert row["ci95"] is None and row["n"] == SET_SIZE
+        assert row["value"] == pytest.approx(frechet_distance(*pools), rel=1e-2)

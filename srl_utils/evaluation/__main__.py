@@ -152,7 +152,7 @@ def build_metrics(args: argparse.Namespace, accelerator: Accelerator, notes: lis
         notes.append(f"lpips was left out: {error}")
     try:
         if "rfid" in args.metrics:
-            inception = load_inception_features(args.inception_weights).to(accelerator.device)
+            inception = load_inception_features(args.inception_weights)
     except UserError as error:
         notes.append(f"rfid was left out: {error}")
     return Metrics(names=args.metrics, perceptual=perceptual, inception=inception)
