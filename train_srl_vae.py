@@ -66,6 +66,7 @@ from srl_utils.command_line import (
     Parser,
     exit_code,
     fraction,
+    joined_on_cpu,
     non_negative_float,
     non_negative_int,
     pixel_distance,
@@ -76,7 +77,7 @@ from srl_utils.errors import UserError
 from srl_utils.evaluation.judge import COMPARISON, Judge, averaged_weights
 from srl_utils.evaluation.reconstruction import image_generators
 from srl_utils.hub.card import CardFacts, base_license, render_card
-from srl_utils.hub.publishing import Publisher, create_repository
+from srl_utils.hub.publishing import EXIT_PUSH_FAILED, Publisher, create_repository
 from srl_utils.images import PIXEL_RANGE
 from srl_utils.interruption import Interruption
 from srl_utils.journal import Journal
@@ -86,7 +87,7 @@ from srl_utils.sources import PHOTOGRAPHS, DataSource
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"
 MAX_SKIPPED_IN_ROW = 10
 MAX_VARIANT_DIFFERENCE = 0.1  # dB
-EXIT_PUSH_FAILED, EXIT_NOT_FINITE = 3, 4
+EXIT_NOT_FINITE = 4
 
 
 def main(args: argparse.Namespace) -> int:
@@ -242,8 +243,7 @@ def describe(
 def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accelerator:
     precision = resolve_precision(args, config)
     accelerator = Accelerator(
-        # Several processes without a GPU: told so, accelerate joins them by gloo; else each would train alone.
-        cpu=not torch.accelerator.is_available() and "LOCAL_RANK" in os.environ,
+        cpu=joined_on_cpu(),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -313,7 +313,7 @@ def build_models(args: argparse.Namespace, accelerator: Accelerator) -> Models:
     vae.to(accelerator.device, memory_format=torch.channels_last).requires_grad_(False)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    dtype = HALF_PRECISION.get(accelerator.mixed_precision)
     encoder = LatentEncoder(vae, autocast_dtype=dtype)
     reference = frozen_copy(encoder)
     decoder = LatentDecoder(vae, autocast_dtype=dtype)

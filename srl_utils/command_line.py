@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
+
+import torch
 
 from srl_utils.errors import UserError
 from srl_utils.images import parse_pixel_distance
 
 EXIT_BAD_INPUT = 2
+
+
+def joined_on_cpu() -> bool:
+    """Whether this is one of several processes without a GPU: told so, accelerate joins them by gloo.
+
+    Else each would work alone.
+    """
+    return not torch.accelerator.is_available() and "LOCAL_RANK" in os.environ
 
 
 class Parser(argparse.ArgumentParser):

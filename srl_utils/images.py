@@ -32,6 +32,11 @@ def parse_pixel_distance(text: str) -> float:
     return value
 
 
+def format_pixel_distance(distance: float) -> str:
+    """A distance between [0,1] images in levels of 8 bits, such as `8/255`."""
+    return f"{255 * distance:.3g}/255"
+
+
 def to_model_units(distance: float) -> float:
     """A distance between [0,1] images as the same distance between [-1,1] images: twice as large."""
     return distance * PIXEL_RANGE

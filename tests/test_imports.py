@@ -37,14 +37,14 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluation.report": {"codecs", "evaluation.reconstruction", "images", "losses", "metrics"},
     "evaluation.differences": {"evaluation.reconstruction", "metrics"},
-    "evaluation.figures": {"checkpoints", "evaluation.reconstruction"},
+    "evaluation.figures": {"checkpoints", "evaluation.reconstruction", "images"},
     "evaluation.document": {
         "checkpoints", "evaluation.differences", "evaluation.figures", "evaluation.reconstruction",
-        "evaluation.report", "evaluation.sanity",
+        "evaluation.report", "evaluation.sanity", "images",
     },
     "evaluation.sanity": {
         "attacks.draws", "attacks.gradient", "attacks.random_search", "autoencoders", "codecs",
-        "evaluation.reconstruction", "losses",
+        "evaluation.reconstruction", "images", "losses",
     },
     "evaluation.catalogue": {
         "attacks.corruptions", "attacks.denoiser", "attacks.gradient", "attacks.protections", "attacks.random_search",
@@ -54,8 +54,8 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoints", "codecs", "errors", "evaluation.reconstruction", "losses", "set_metrics"
     },
     "evaluation.extremes": {
-        "checkpoints", "codecs", "evaluation.reconstruction", "evaluation.report", "evaluation.study", "losses",
-        "metrics",
+        "checkpoints", "codecs", "evaluation.reconstruction", "evaluation.report", "evaluation.study", "images",
+        "losses", "metrics",
     },
     "evaluation.__main__": {
         "autoencoders", "codecs", "command_line", "data", "errors", "evaluation.catalogue", "evaluation.document",
@@ -79,7 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "losses",
     },
     "hub": set(),
-    "hub.card": set(),
+    "hub.card": {"images"},
     "hub.publishing": {"errors"},
     "hub.__main__": {"autoencoders", "command_line", "hub.publishing"},
 }  # fmt: skip

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import shlex
 import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median_low
 
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from srl_utils.autoencoders import AutoencoderSource
+from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource
 from srl_utils.codecs import Codec, load_codec
-from srl_utils.command_line import Parser, exit_code, non_negative_int, pixel_distance, positive_int
+from srl_utils.command_line import Parser, exit_code, joined_on_cpu, non_negative_int, pixel_distance, positive_int
 from srl_utils.data import load_validation_images
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import PRESETS, Supplies, known_names, select
@@ -40,12 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     sources = vae_sources(args)
     images = load_images(args)
-    accelerator = Accelerator(
-        # Several processes without a GPU: told so, accelerate joins them by gloo; else each would work alone.
-        cpu=not torch.accelerator.is_available() and "LOCAL_RANK" in os.environ,
-        mixed_precision=args.mixed_precision,
-    )
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    accelerator = Accelerator(cpu=joined_on_cpu(), mixed_precision=args.mixed_precision)
+    dtype = HALF_PRECISION.get(accelerator.mixed_precision)
     codecs = [
         load_codec(name, source, device=accelerator.device, autocast_dtype=dtype) for name, source in sources.items()
     ]
@@ -199,7 +195,7 @@ def try_lpips(accelerator: Accelerator, notes: list[str]) -> PerceptualDistance 
 
 def run_checks(args: argparse.Namespace, study: Study) -> dict[str, list[Check]]:
     """Of every VAE but the baseline, on a few images and at the middle one of the epsilons."""
-    epsilon = sorted(args.epsilons)[(len(args.epsilons) - 1) // 2]
+    epsilon = median_low(args.epsilons)
     depth = QUICK if set(args.attacks) == {"quick"} else Depth()
     images = study.images[: args.num_check_images]
     return {

@@ -11,13 +11,20 @@ from torch import Tensor
 
 from srl_utils.attacks.corruptions import CORRUPTIONS, Corruption
 from srl_utils.attacks.denoiser import Denoiser
-from srl_utils.attacks.gradient import APGDConfig, PGDConfig, apgd, pgd
+from srl_utils.attacks.gradient import APGDConfig, apgd, pgd
 from srl_utils.attacks.protections import PROTECTIONS, Protection, Victim, protect
 from srl_utils.attacks.random_search import SquareConfig, square_attack
 from srl_utils.autoencoders import frozen
 from srl_utils.codecs import Codec
 from srl_utils.errors import UserError
-from srl_utils.evaluation.reconstruction import CLEAN, Generators, Perturbation, noise, on_reconstruction
+from srl_utils.evaluation.reconstruction import (
+    CLEAN,
+    Generators,
+    Perturbation,
+    noise,
+    on_reconstruction,
+    settling_pgd,
+)
 from srl_utils.losses import PerceptualDistance, ReconstructionLoss
 
 ITERATED = re.compile(r"(pgd|apgd|square)-(\d+)(?:x(\d+))?(-lpips)?")
@@ -121,14 +128,7 @@ def _expand(name: str, epsilons: Sequence[float], supplies: Supplies) -> Iterato
 def _iterated(name: str, match: re.Match[str], epsilon: float, supplies: Supplies) -> Perturbation:
     kind, count, restarts = match[1], int(match[2]), int(match[3] or 1)
     if kind == "pgd":
-        run, config = pgd, PGDConfig(
-            epsilon=epsilon,
-            # Far enough to cross the ball in ten steps, and short enough to settle in a hundred.
-            step_size=epsilon * max(2.5 / count, 1 / 8) if count else epsilon,
-            num_steps=count,
-            num_restarts=restarts,
-            keep_best=True,
-        )
+        run, config = pgd, settling_pgd(epsilon, count, restarts)
     elif kind == "apgd":
         run, config = apgd, APGDConfig(epsilon=epsilon, num_steps=count, num_restarts=restarts)
     else:

@@ -26,6 +26,7 @@ from srl_utils.evaluation.figures import draw_figures, safe_name
 from srl_utils.evaluation.reconstruction import Record
 from srl_utils.evaluation.report import METRIC_TITLES, markdown_table, measured
 from srl_utils.evaluation.sanity import Check
+from srl_utils.images import format_pixel_distance
 
 HIGHER_IS_BETTER = frozenset({"psnr", "ssim"})
 SECTIONS = {
@@ -83,7 +84,7 @@ class Line:
 
     @property
     def epsilon(self) -> str:
-        return f"{255 * self.setting.epsilon:.3g}/255" if self.setting.epsilon else "0"
+        return format_pixel_distance(self.setting.epsilon) if self.setting.epsilon else "0"
 
     @property
     def metric(self) -> str:

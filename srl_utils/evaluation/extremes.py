@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, median_low
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from srl_utils.codecs import Codec
 from srl_utils.evaluation.reconstruction import Record, image_generators
 from srl_utils.evaluation.report import extremes_picture
 from srl_utils.evaluation.study import Cell, Study
+from srl_utils.images import format_pixel_distance
 from srl_utils.losses import ReconstructionLoss
 from srl_utils.metrics import psnr
 
@@ -27,7 +29,7 @@ def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
         path = study.output_dir / "figures" / f"extremes-{number}.png"
         picture = _picture(study, cell, extreme_images(records, cell, codec))
         write_atomically(path, lambda aside, picture=picture: picture.save(aside, format="PNG"))
-        budget = f"{255 * cell.perturbation.epsilon:.3g}/255"
+        budget = format_pixel_distance(cell.perturbation.epsilon)
         title = f"Worst, median and best image of {codec.name} under {cell.perturbation.name} ({budget}) on itself"
         pictures[title] = path
     return pictures
@@ -38,10 +40,9 @@ def strongest_cell(study: Study, records: Sequence[Record], codec: Codec) -> Cel
     own = [cell for cell in study.cells() if cell.perturbation.adversarial and cell.source is codec]
     if not own:
         return None
-    epsilons = sorted({cell.perturbation.epsilon for cell in own})
-    middle = epsilons[(len(epsilons) - 1) // 2]
+    middle = median_low({cell.perturbation.epsilon for cell in own})
     candidates = [cell for cell in own if cell.perturbation.epsilon == middle]
-    return min(candidates, key=lambda cell: _mean(list(_psnr_by_image(records, cell, codec).values())))
+    return min(candidates, key=lambda cell: fmean(_psnr_by_image(records, cell, codec).values()))
 
 
 def extreme_images(records: Sequence[Record], cell: Cell, codec: Codec) -> dict[str, int]:
@@ -78,7 +79,3 @@ def _picture(study: Study, cell: Cell, chosen: dict[str, int]) -> Image.Image:
             cells.append((output[line], f"{quality:.1f} dB"))
         lines.append((name, cells))
     return extremes_picture(lines, titles=["image", "attacked", *(codec.name for codec in study.codecs)])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

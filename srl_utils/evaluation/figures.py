@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from srl_utils.checkpoints import write_atomically
 from srl_utils.evaluation.reconstruction import CLEAN
+from srl_utils.images import format_pixel_distance
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -71,7 +72,7 @@ def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Pat
                 figure = _by_epsilon(title, attacks, clean + attacked, vaes)
                 figures[title] = _save(figure, folder / f"psnr-by-epsilon-{slug}.png")
             epsilon = _epsilon_of_bars(attacked)
-            title = f"PSNR, {name}" + (f" at epsilon {255 * epsilon:.3g}/255" if epsilon else "")
+            title = f"PSNR, {name}" + (f" at epsilon {format_pixel_distance(epsilon)}" if epsilon else "")
             groups = _by_name(clean + [row for row in attacked if row["epsilon"] in (0, epsilon)])
             figures[title] = _save(_by_attack(title, groups, vaes), folder / f"psnr-by-attack-{slug}.png")
     return figures

@@ -90,6 +90,17 @@ def strong_attack(training_attack: PGDConfig) -> Perturbation:
     )
 
 
+def settling_pgd(epsilon: float, num_steps: int, num_restarts: int) -> PGDConfig:
+    """PGD that keeps its best: steps long enough to cross the ball in ten, short enough to settle in a hundred."""
+    return PGDConfig(
+        epsilon=epsilon,
+        step_size=epsilon * max(2.5 / num_steps, 1 / 8) if num_steps else epsilon,
+        num_steps=num_steps,
+        num_restarts=num_restarts,
+        keep_best=True,
+    )
+
+
 def noise(epsilon: float) -> Perturbation:
     """White noise with standard deviation `epsilon`: about the energy of an attack, without its aim."""
     return Perturbation(

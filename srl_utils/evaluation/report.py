@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srl_utils.codecs import Codec
 from srl_utils.evaluation.reconstruction import Perturbation, image_generators
-from srl_utils.images import to_pil
+from srl_utils.images import format_pixel_distance, to_pil
 from srl_utils.losses import ReconstructionLoss
 from srl_utils.metrics import psnr
 
@@ -150,7 +150,7 @@ class _Grid:
 
 def _attack_title(cells: dict, attack: str) -> str:
     epsilon = next(row["epsilon"] for (name, _, _), row in cells.items() if name == attack)
-    return f"{attack}, {255 * epsilon:.3g}/255" if epsilon else attack
+    return f"{attack}, {format_pixel_distance(epsilon)}" if epsilon else attack
 
 
 def _cell(row: dict[str, object] | None) -> str:

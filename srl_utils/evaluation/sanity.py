@@ -17,7 +17,6 @@ from srl_utils.attacks.gradient import (
     APGDConfig,
     Budget,
     Objective,
-    PGDConfig,
     apgd,
     pgd,
     value_and_gradient,
@@ -25,7 +24,8 @@ from srl_utils.attacks.gradient import (
 from srl_utils.attacks.random_search import SquareConfig, square_attack
 from srl_utils.autoencoders import frozen
 from srl_utils.codecs import Codec
-from srl_utils.evaluation.reconstruction import image_generators
+from srl_utils.evaluation.reconstruction import image_generators, settling_pgd
+from srl_utils.images import format_pixel_distance
 from srl_utils.losses import mean_squared_error
 
 TOLERANCE = 0.98
@@ -79,9 +79,10 @@ def check_robustness(
             ),
             _never_falls(
                 "A larger epsilon is never less harmful",
-                {f"{255 * size:.3g}/255": trial.at(size).pgd(some) for size in (epsilon / 4, epsilon / 2)}
-                | {f"{255 * epsilon:.3g}/255": by_steps[some]}
-                | {f"{255 * size:.3g}/255": trial.at(size).pgd(some) for size in (2 * epsilon,)},
+                {
+                    format_pixel_distance(size): by_steps[some] if size == epsilon else trial.at(size).pgd(some)
+                    for size in (epsilon / 4, epsilon / 2, epsilon, 2 * epsilon)
+                },
             ),
             _at_least("PGD beats random noise of the same size", by_steps[some], noise, ("PGD", "noise"), 1.0),
             _at_least(
@@ -127,13 +128,7 @@ class _Trial:
         return self.objective(images).mean().item()
 
     def attacked(self, steps: int, *, restarts: int = 1) -> Tensor:
-        config = PGDConfig(
-            epsilon=self.epsilon,
-            step_size=self.epsilon * max(2.5 / steps, 1 / 8),
-            num_steps=steps,
-            num_restarts=restarts,
-            keep_best=True,
-        )
+        config = settling_pgd(self.epsilon, steps, restarts)
         return pgd(self.objective, self.clean, config, generators=self.generators)
 
     def pgd(self, steps: int, *, restarts: int = 1) -> float:

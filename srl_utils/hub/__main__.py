@@ -8,9 +8,7 @@ from pathlib import Path
 
 from srl_utils.autoencoders import AutoencoderSource, load_autoencoder, read_config
 from srl_utils.command_line import Parser, exit_code
-from srl_utils.hub.publishing import PushError, create_repository, push
-
-EXIT_PUSH_FAILED = 3
+from srl_utils.hub.publishing import EXIT_PUSH_FAILED, PushError, create_repository, push
 
 
 def main(arguments: list[str] | None = None) -> int:

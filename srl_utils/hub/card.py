@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 
+from srl_utils.images import format_pixel_distance
+
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -126,4 +128,4 @@ def _halves(facts: CardFacts) -> list[tuple[str, float]]:
 
 
 def _conditions(row: Mapping[str, Any]) -> str:
-    return f"{row['attack']}, epsilon {row['epsilon'] * 255:.3g}/255" if row["epsilon"] else str(row["attack"])
+    return f"{row['attack']}, epsilon {format_pixel_distance(row['epsilon'])}" if row["epsilon"] else str(row["attack"])

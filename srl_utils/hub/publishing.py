@@ -30,6 +30,7 @@ DROP_IN_FILES = [
 """What is uploaded: never `checkpoint-*`, whose optimizer states are no part of the model, nor `training_args.json`, which
 names folders of this machine; the card has the arguments without them."""
 
+EXIT_PUSH_FAILED = 3
 ATTEMPTS = 5
 FIRST_WAIT, LONGEST_WAIT = 2.0, 120.0  # seconds
 REQUEST_TIMEOUT = 60.0  # seconds without a byte from the server; the client by itself waits for ever
