@@ -153,6 +153,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     data_source(args).check()
     config = read_config(autoencoder_source(args))
     check_resolution(args.resolution, config)
+    load_autoencoder(autoencoder_source(args))  # what does not load now would not load later
     return config
 
 

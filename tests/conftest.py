@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before any Hugging Face library is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,10 +14,14 @@ from pathlib import Path
 import lpips
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+import train_srl_vae
 from miniature.scenes import draw_scene
+
+Run = Callable[..., tuple[int, str]]
 
 MINIATURE_VAE = Path(__file__).parents[1] / "miniature/weights/vae"
 QUANTISERS = {"with quant_conv": True, "without quant_conv": False}
@@ -133,3 +138,18 @@ def smallest_training(vae_folder: Path, photographs: Path, output_dir: Path) -> 
 def flags(photographs: Path, vae_folder: Path, tmp_path: Path) -> list[str]:
     """The smallest complete training, which writes to `tmp_path / "out"`."""
     return smallest_training(vae_folder, photographs, tmp_path / "out")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Run:
+    """Runs the training's command line in this process; returns its exit code and all it printed."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._shared_state.clear()
+        monkeypatch.setattr(sys, "argv", ["train_srl_vae.py", *map(str, arguments)])
+        code = train_srl_vae.command_line()
+        captured = capfd.readouterr()
+        return code, captured.out + captured.err
+
+    return call

@@ -10,12 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import Run
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,23 +25,6 @@ from srl_utils.losses import PerceptualDistance
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_srl_vae.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-Run = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Run:
-    """Runs the command line in this process; returns its exit code and all it printed."""
-
-    def call(*arguments: str) -> tuple[int, str]:
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._shared_state.clear()
-        monkeypatch.setattr(sys, "argv", ["train_srl_vae.py", *map(str, arguments)])
-        code = train_srl_vae.command_line()
-        captured = capfd.readouterr()
-        return code, captured.out + captured.err
-
-    return call
 
 
 def steps(output_dir: Path) -> list[dict]:
