@@ -73,7 +73,7 @@ from srl_utils.command_line import (
     positive_int,
 )
 from srl_utils.data import Batch, ImageLedger, TrainingData, open_data, training_batches
-from srl_utils.errors import UserError
+from srl_utils.errors import UserError, one_line
 from srl_utils.evaluation.judge import COMPARISON, Judge, averaged_weights
 from srl_utils.evaluation.reconstruction import image_generators
 from srl_utils.hub.card import CardFacts, base_license, render_card
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
     run.judge.judge_original(resumed=run.progress.step > 0)
     write_card(run, args.output_dir)
     with Interruption() as interruption:
-        stop = train(run, interruption)
+        stop = train_while_data_last(run, interruption)
     if stop is not None:
         return save_and_stop(run, stop)
     return finish(run)
@@ -406,6 +406,19 @@ class Stop:
 
     reason: str
     exit_code: int
+
+
+def train_while_data_last(run: Run, interruption: Interruption) -> Stop | None:
+    """`train`; data that give out in the middle end a single process after its last whole step, which can be saved.
+
+    Several processes may be in different steps by then, and end as they do when one of them dies.
+    """
+    try:
+        return train(run, interruption)
+    except UserError as error:
+        if run.accelerator.num_processes > 1:
+            raise
+        return Stop(str(error), EXIT_BAD_INPUT)
 
 
 def train(run: Run, interruption: Interruption) -> Stop | None:
@@ -896,7 +909,7 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
 def json_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """All arguments as JSON values, without the secret one."""
     return {
-        name: str(value) if isinstance(value, Path) else value
+        name: one_line(str(value)) if isinstance(value, (str, Path)) else value
         for name, value in vars(args).items()
         if name != "hub_token"
     }

@@ -41,7 +41,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    """In UTF-8; names of files that are no Unicode have their odd bytes escaped."""
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str] = ()) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from srl_utils.errors import UserError
+from srl_utils.errors import UserError, one_line
 from srl_utils.images import parse_pixel_distance
 
 EXIT_BAD_INPUT = 2
@@ -33,10 +33,11 @@ class Parser(argparse.ArgumentParser):
 
 def exit_code(command: Callable[[], int]) -> int:
     """What `command` returns; if the user can put right what stopped it, the reason in one line and 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names need not be what a terminal can show
     try:
         return command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 

@@ -39,14 +39,14 @@ QUICK = Depth(steps=(5, 20, 40), queries=100)
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     sources = vae_sources(args)
-    images = load_images(args)
+    images, unreadable = load_images(args)
     accelerator = Accelerator(cpu=joined_on_cpu(), mixed_precision=args.mixed_precision)
     dtype = HALF_PRECISION.get(accelerator.mixed_precision)
     codecs = [
         load_codec(name, source, device=accelerator.device, autocast_dtype=dtype) for name, source in sources.items()
     ]
     check_size(codecs, images)
-    notes: list[str] = []
+    notes = [f"{len(unreadable)} unreadable images were passed over: {', '.join(unreadable)}"] if unreadable else []
     metrics = build_metrics(args, accelerator, notes)
     selection = select(args.attacks, args.epsilons, build_supplies(args, accelerator, notes))
     notes += selection.notes
@@ -109,7 +109,8 @@ def parse_source(text: str) -> AutoencoderSource:
     return AutoencoderSource(pretrained_model_name_or_path=place, subfolder=subfolder)
 
 
-def load_images(args: argparse.Namespace) -> Tensor:
+def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
+    """The images, and the names of those that cannot be read."""
     if (args.dataset_name is None) == (args.data_dir is None):
         raise UserError("give either --dataset_name or --data_dir, and not both")
     source = DataSource(
@@ -119,10 +120,7 @@ def load_images(args: argparse.Namespace) -> Tensor:
         image_column=args.image_column,
         streaming=args.streaming,
     )
-    images, _ = load_validation_images(
-        source, num_images=args.num_images, resolution=args.resolution, seed=args.seed
-    )
-    return images
+    return load_validation_images(source, num_images=args.num_images, resolution=args.resolution, seed=args.seed)
 
 
 @torch.no_grad()
