@@ -59,7 +59,7 @@ from srl_utils.autoencoders import (
     read_config,
     split_moments,
 )
-from srl_utils.checkpoints import Checkpoints, register_state, save_drop_in, write_text_atomically
+from srl_utils.checkpoints import Checkpoints, load_checkpoint, register_state, save_drop_in, write_text_atomically
 from srl_utils.codecs import Codec
 from srl_utils.command_line import (
     EXIT_BAD_INPUT,
@@ -81,6 +81,7 @@ from srl_utils.hub.publishing import EXIT_PUSH_FAILED, Publisher, create_reposit
 from srl_utils.images import PIXEL_RANGE
 from srl_utils.interruption import Interruption
 from srl_utils.journal import Journal
+from srl_utils.locking import sole_run
 from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance, originality_loss
 from srl_utils.sources import PHOTOGRAPHS, DataSource
 
@@ -107,17 +108,18 @@ def main(args: argparse.Namespace) -> int:
         accelerator.print(describe(args, config, accelerator, data, plan))
         return 0
 
-    prepare_output(args, accelerator)
-    run = build_run(args, accelerator, data, plan, publisher)
-    resume(run)
-    run.journal.begin(run.progress.step)
-    run.judge.judge_original(resumed=run.progress.step > 0)
-    write_card(run, args.output_dir)
-    with Interruption() as interruption:
-        stop = train_while_data_last(run, interruption)
-    if stop is not None:
-        return save_and_stop(run, stop)
-    return finish(run)
+    with sole_run(args.output_dir, is_main_process=accelerator.is_main_process):
+        prepare_output(args, accelerator)
+        run = build_run(args, accelerator, data, plan, publisher)
+        resume(run)
+        run.journal.begin(run.progress.step)
+        run.judge.judge_original(resumed=run.progress.step > 0)
+        write_card(run, args.output_dir)
+        with Interruption() as interruption:
+            stop = train_while_data_last(run, interruption)
+        if stop is not None:
+            return save_and_stop(run, stop)
+        return finish(run)
 
 
 # --- checks and plan ------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.output_dir} holds checkpoints of an earlier run; add --resume_from_checkpoint latest to continue "
             "it, or choose another --output_dir"
         )
-    if args.resume_from_checkpoint is not None:
+    if args.resume_from_checkpoint not in (None, "latest"):
         Checkpoints(args.output_dir).resolve(args.resume_from_checkpoint)
     if args.report_to in ("wandb", "all") and args.hub_token is not None:
         raise UserError("--hub_token would be shown by wandb; log in with `hf auth login` instead")
@@ -269,10 +271,6 @@ def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accel
 
 def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
-        try:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
         record = {"arguments": json_arguments(args), "versions": package_versions()}
         write_text_atomically(args.output_dir / "training_args.json", json.dumps(record, indent=1) + "\n")
     accelerator.wait_for_everyone()
@@ -621,11 +619,13 @@ def build_run(
 def resume(run: Run) -> None:
     if run.args.resume_from_checkpoint is None:
         return
-    checkpoint = run.checkpoints.resolve(run.args.resume_from_checkpoint)
+    checkpoint = run.checkpoints.resolve(run.args.resume_from_checkpoint, tell=run.accelerator.print)
     if checkpoint is None:
         run.accelerator.print(f"no checkpoint in {run.args.output_dir} yet: starting from the beginning")
         return
-    run.accelerator.load_state(str(checkpoint))
+    load_checkpoint(run.accelerator, checkpoint)
+    if run.accelerator.is_main_process:
+        run.checkpoints.discard_leftovers()
     run.accelerator.print(f"continuing from {checkpoint}, after step {run.progress.step}")
 
 

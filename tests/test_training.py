@@ -67,6 +67,7 @@ def test_output_files(run: Run, flags: list[str], tmp_path: Path) -> None:
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.json", WEIGHTS, "README.md", "training_args.json", "metrics.jsonl", "results.json", "samples", "logs",
+        ".lock",
     }  # fmt: skip
     pictures = {path.name for path in (out / "samples").iterdir()}
     assert pictures == {"step-000000.png", "step-000002.png", "step-000004.png", "comparison.png"}

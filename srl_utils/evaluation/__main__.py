@@ -24,8 +24,10 @@ from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import PRESETS, Supplies, known_names, select
 from srl_utils.evaluation.document import Findings, write_report
 from srl_utils.evaluation.extremes import draw_extremes
+from srl_utils.evaluation.reconstruction import Record
 from srl_utils.evaluation.sanity import Check, Depth, check_robustness
 from srl_utils.evaluation.study import THREAT_MODELS, Metrics, Study
+from srl_utils.locking import sole_run
 from srl_utils.losses import PerceptualDistance, load_perceptual_distance
 from srl_utils.pictures import UnreadableImage, centre_square, decode_rgb, to_tensor
 from srl_utils.set_metrics import load_inception_features
@@ -64,24 +66,31 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for note in notes:
         accelerator.print(note)
-    records = study.run()
-    if not accelerator.is_main_process:
-        return 0
+    with sole_run(args.output_dir, is_main_process=accelerator.is_main_process):
+        records = study.run()
+        if accelerator.is_main_process:
+            conclude(args, accelerator, study, records, notes)
+    return 0
+
+
+def conclude(
+    args: argparse.Namespace, accelerator: Accelerator, study: Study, records: list[Record], notes: list[str]
+) -> None:
+    """Checks the robustness, writes the report and says where it is."""
     checks = {} if args.no_checks else run_checks(args, study)
     findings = Findings(
         title="Reconstruction under attack",
         baseline=study.baseline.name,
-        vaes=[codec.name for codec in codecs],
+        vaes=[codec.name for codec in study.codecs],
         rows=study.rows(records),
         records=records,
         checks=checks,
         notes=notes,
-        settings=settings(args, accelerator, images),
+        settings=settings(args, accelerator, study.images),
         pictures=draw_extremes(study, records),
     )
     write_report(findings, args.output_dir)
     print(f"{verdict(checks)}. Report: {args.output_dir / 'report.html'}, {args.output_dir / 'report.md'}")
-    return 0
 
 
 def vae_sources(args: argparse.Namespace) -> dict[str, AutoencoderSource]:
