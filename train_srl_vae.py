@@ -59,21 +59,30 @@ from srl_utils.autoencoders import (
     read_config,
     split_moments,
 )
-from srl_utils.checkpoints import Checkpoints, load_checkpoint, register_state, save_drop_in, write_text_atomically
+from srl_utils.checkpoints import (
+    Checkpoints,
+    load_checkpoint,
+    register_state,
+    save_drop_in,
+    state_bytes,
+    write_text_atomically,
+)
 from srl_utils.codecs import Codec
 from srl_utils.command_line import (
-    EXIT_BAD_INPUT,
     Parser,
+    decay,
     exit_code,
     fraction,
+    image_side,
     joined_on_cpu,
     non_negative_float,
     non_negative_int,
     pixel_distance,
     positive_int,
+    seed,
 )
 from srl_utils.data import Batch, ImageLedger, TrainingData, open_data, training_batches
-from srl_utils.errors import UserError, one_line
+from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.evaluation.judge import COMPARISON, Judge, averaged_weights
 from srl_utils.evaluation.reconstruction import image_generators
 from srl_utils.hub.card import CardFacts, base_license, render_card
@@ -84,6 +93,7 @@ from srl_utils.journal import Journal
 from srl_utils.locking import sole_run
 from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance, originality_loss
 from srl_utils.sources import PHOTOGRAPHS, DataSource
+from srl_utils.training_flags import training_effects
 
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"
 MAX_SKIPPED_IN_ROW = 10
@@ -111,6 +121,7 @@ def main(args: argparse.Namespace) -> int:
     with sole_run(args.output_dir, is_main_process=accelerator.is_main_process):
         prepare_output(args, accelerator)
         run = build_run(args, accelerator, data, plan, publisher)
+        run.checkpoints.check_room()
         resume(run)
         run.journal.begin(run.progress.step)
         run.judge.judge_original(resumed=run.progress.step > 0)
@@ -138,9 +149,6 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         Checkpoints(args.output_dir).resolve(args.resume_from_checkpoint)
     if args.report_to in ("wandb", "all") and args.hub_token is not None:
         raise UserError("--hub_token would be shown by wandb; log in with `hf auth login` instead")
-    hub_flags = [name for name, value in vars(args).items() if name.startswith("hub_") and value not in (None, False)]
-    if hub_flags and not args.push_to_hub:
-        raise UserError(f"--{hub_flags[0]} has no effect without --push_to_hub")
     for package, flag, wanted in (
         (args.report_to, "--report_to", args.report_to in ("tensorboard", "wandb", "trackio")),
         ("bitsandbytes", "--use_8bit_adam", args.use_8bit_adam),
@@ -414,9 +422,9 @@ def train_while_data_last(run: Run, interruption: Interruption) -> Stop | None:
     try:
         return train(run, interruption)
     except UserError as error:
-        if run.accelerator.num_processes > 1:
+        if isinstance(error, ResourceError) or run.accelerator.num_processes > 1:
             raise
-        return Stop(str(error), EXIT_BAD_INPUT)
+        return Stop(str(error), error.exit_code)
 
 
 def train(run: Run, interruption: Interruption) -> Stop | None:
@@ -559,7 +567,7 @@ def reason_to_stop(run: Run, interruption: Interruption | None) -> Stop | None:
     try:
         run.ledger.check(run.args.max_bad_images)
     except UserError as error:
-        return Stop(str(error), EXIT_BAD_INPUT)
+        return Stop(str(error), error.exit_code)
     if progress.skipped_in_row >= MAX_SKIPPED_IN_ROW:
         first = progress.step - progress.skipped_in_row + 1
         reason = f"the gradient has not been finite since step {first} ({progress.skipped} steps skipped in all)"
@@ -609,7 +617,9 @@ def build_run(
         ema=ema,
         progress=progress,
         ledger=ledger,
-        checkpoints=Checkpoints(args.output_dir, args.checkpoints_total_limit),
+        checkpoints=Checkpoints(
+            args.output_dir, args.checkpoints_total_limit, state_bytes(models.vae, models.encoder, ema)
+        ),
         journal=Journal(accelerator, args.output_dir / "metrics.jsonl"),
         judge=judge,
         publisher=publisher,
@@ -624,8 +634,8 @@ def resume(run: Run) -> None:
         run.accelerator.print(f"no checkpoint in {run.args.output_dir} yet: starting from the beginning")
         return
     load_checkpoint(run.accelerator, checkpoint)
-    if run.accelerator.is_main_process:
-        run.checkpoints.discard_leftovers()
+    if run.accelerator.is_main_process and run.args.resume_from_checkpoint == "latest":  # else there is a later one
+        run.checkpoints.tidy(checkpoint)
     run.accelerator.print(f"continuing from {checkpoint}, after step {run.progress.step}")
 
 
@@ -753,7 +763,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         add_precision_arguments, add_state_arguments, add_logging_arguments, add_hub_arguments,
     ):  # fmt: skip
         add_group(parser)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    parser.refuse_without_effect(args, training_effects(args))
+    return args
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -787,7 +799,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="split of the dataset to validate on, or the share of the training images to hold out, such as 0.05",
     )
-    group.add_argument("--resolution", type=positive_int, default=256, help="side of the training images in pixels")
+    group.add_argument("--resolution", type=image_side, default=256, help="side of the training images in pixels")
     group.add_argument("--center_crop", action="store_true", help="instead of random resized crops")
     group.add_argument("--random_flip", action="store_true", help="mirror half of the training images")
     group.add_argument("--dataloader_num_workers", type=non_negative_int, default=0, help="worker processes for images")
@@ -836,7 +848,7 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_train_steps", type=positive_int, default=None, help="overrides --num_train_epochs")
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="passes per update")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument("--seed", type=non_negative_int, default=0, help="of every random draw")
+    group.add_argument("--seed", type=seed, default=0, help="of every random draw")
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -849,8 +861,8 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr_num_cycles", type=positive_int, default=1, help="restarts of cosine_with_restarts")
     group.add_argument("--lr_power", type=non_negative_float, default=1.0, help="power of the polynomial schedule")
     group.add_argument("--use_8bit_adam", action="store_true", help="8-bit AdamW of bitsandbytes")
-    group.add_argument("--adam_beta1", type=fraction, default=0.9)
-    group.add_argument("--adam_beta2", type=fraction, default=0.999)
+    group.add_argument("--adam_beta1", type=decay, default=0.9)
+    group.add_argument("--adam_beta2", type=decay, default=0.999)
     group.add_argument("--adam_weight_decay", type=non_negative_float, default=1e-2)
     group.add_argument("--adam_epsilon", type=non_negative_float, default=1e-8)
     group.add_argument("--max_grad_norm", type=non_negative_float, default=1.0)

@@ -21,11 +21,13 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
+from torch import nn
 
 from srl_utils.autoencoder_files import first_line
 from srl_utils.autoencoders import WEIGHTS_NAME, save_autoencoder, save_variant
-from srl_utils.errors import UserError
+from srl_utils.errors import ResourceError, UserError
 from srl_utils.integrity import fault, flush, seal
+from srl_utils.resources import failed_write, gigabytes
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +47,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a path beside `path` and renames it: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    write(aside)
-    flush(aside)
-    os.replace(aside, path)
+    try:
+        write(aside)
+        flush(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)  # on a full disk it would be in the way
+        raise
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -76,6 +82,17 @@ class Checkpoints:
 
     output_dir: Path
     total_limit: int | None = None
+    num_bytes: int = 0
+    """About what one of them takes."""
+
+    def check_room(self) -> None:
+        """Raises a ResourceError unless there is room for one beside the one before it."""
+        free = shutil.disk_usage(self.output_dir).free
+        if free < 2 * self.num_bytes:
+            raise ResourceError(
+                f"{gigabytes(free)} are free in {self.output_dir}, and two checkpoints of about "
+                f"{gigabytes(self.num_bytes)} must fit beside each other; make room or choose another --output_dir"
+            )
 
     def found(self) -> list[Path]:
         """The checkpoints, oldest first: whole ones, unless the disk has damaged them since."""
@@ -119,7 +136,25 @@ class Checkpoints:
         return None
 
     def save(self, accelerator: Accelerator, step: int) -> Path:
-        """Saves the state of all processes as `checkpoint-{step}`, then prunes the oldest."""
+        """Saves the state of all processes as `checkpoint-{step}`, then prunes the oldest.
+
+        Raises:
+            ResourceError: if the disk does not take it; those before it stay as they are.
+        """
+        try:
+            return self._save(accelerator, step)
+        except Exception as error:
+            reason = failed_write(error)
+            if reason is None:
+                raise
+            shutil.rmtree(self.output_dir / f".checkpoint-{step}.partial", ignore_errors=True)
+            raise ResourceError(
+                f"checkpoint-{step} cannot be written to {self.output_dir}: {reason}; it takes about "
+                f"{gigabytes(self.num_bytes)}. Those before it are whole: make room and run the same command with "
+                "--resume_from_checkpoint latest"
+            ) from None
+
+    def _save(self, accelerator: Accelerator, step: int) -> Path:
         final = self.output_dir / f"checkpoint-{step}"
         aside = self.output_dir / f".checkpoint-{step}.partial"
         if accelerator.is_main_process:
@@ -130,27 +165,29 @@ class Checkpoints:
         if accelerator.is_main_process:
             seal(aside)
             _replace_folder(aside, final)
-            self._prune(final)
+            self.tidy(final)
         accelerator.wait_for_everyone()
         return final
 
-    def discard_leftovers(self) -> None:
-        """Removes what an interruption in the middle of a save has left, but for what only has to be found."""
-        for folder in set(self.output_dir.glob(".checkpoint-*")) - set(self.found()):
-            shutil.rmtree(folder)
-
-    def _prune(self, newest: Path) -> None:
-        """Leaves `newest` and the last others."""
+    def tidy(self, newest: Path) -> None:
+        """Leaves `newest` and the last others, and nothing that an interruption in the middle of a save has left."""
         if self.total_limit is not None:
             others = [folder for folder in self.found() if folder != newest]
             for folder in others[: max(len(others) - self.total_limit + 1, 0)]:
                 os.replace(folder, self.output_dir / f".checkpoint-{step_of(folder)}.pruned")
-        self.discard_leftovers()
+        for folder in set(self.output_dir.glob(".checkpoint-*")) - set(self.found()):
+            shutil.rmtree(folder)
 
 
 def step_of(checkpoint: Path) -> int:
     """The number in `checkpoint-N`, or in `.checkpoint-N.outdated`."""
     return int(re.search(r"-(\d+)", checkpoint.name)[1])
+
+
+def state_bytes(vae: AutoencoderKL, trained: nn.Module, ema: EMAModel | None) -> int:
+    """About what a checkpoint takes: all weights, two moments of each trained one, and perhaps its average."""
+    weights, moments = (sum(parameter.numel() for parameter in module.parameters()) for module in (vae, trained))
+    return 4 * (weights + moments * (2 if ema is None else 3))
 
 
 def register_state(

@@ -8,7 +8,15 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(Exception):
-    """Bad input or a bad setting. Command lines print its message without a traceback and exit with 2."""
+    """Bad input or a bad setting. Command lines print its message without a traceback and exit with `exit_code`."""
+
+    exit_code = 2
+
+
+class ResourceError(UserError):
+    """What the machine lacks or refuses in the middle of a run: memory, room on the disk, a permission."""
+
+    exit_code = 5
 
 
 def one_line(text: str) -> str:

@@ -122,6 +122,8 @@ def _open_splits(source: DataSource, resolution: int) -> dict[str, RawSplit]:
     with _one_line_error(f"--dataset_name {source.dataset_name}"):
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             # Made by save_to_disk: memory-mapped, so that there is nothing to gain from streaming it.
+            if source.streaming:
+                raise UserError("--streaming has no effect on a folder made by save_to_disk")
             loaded = datasets.load_from_disk(source.dataset_name)
         else:
             loaded = datasets.load_dataset(
@@ -153,6 +155,7 @@ def _open_folder(flag: str, source: DataSource) -> RawSplit:
     if not folder.is_dir():
         raise UserError(f"--{flag} {folder}: there is no such folder")
     if files := list_files(folder, picture_suffixes()):
+        _refuse_without_columns(source, flag)
         return [RawImage(path, str(path)) for path in files]
     tars = [str(path) for path in list_files(folder, frozenset({".tar"}))]
     if not tars:
@@ -163,6 +166,15 @@ def _open_folder(flag: str, source: DataSource) -> RawSplit:
         return datasets.load_dataset(
             "webdataset", data_files=tars, split="train", streaming=source.streaming, cache_dir=source.cache_dir
         )
+
+
+def _refuse_without_columns(source: DataSource, flag: str) -> None:
+    """Where the folder of `flag` is all there is, what is meant for a table or a stream would be ignored."""
+    if source.dataset_name or (flag == "validation_data_dir" and source.train_data_dir):
+        return
+    for name in ("image_column", "streaming"):
+        if getattr(source, name) != DataSource.__dataclass_fields__[name].default:
+            raise UserError(f"--{name} has no effect on a folder of image files")
 
 
 def _ends_early(tar: str) -> bool:

@@ -254,8 +254,8 @@ def test_a_save_that_breaks_off_between_its_renames(tmp_path: Path, monkeypatch:
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(OSError, match="power"):
         checkpoints.save(FakeAccelerator(), 3)
-    checkpoints.discard_leftovers()
     kept = checkpoints.resolve("latest")
+    checkpoints.tidy(kept)
     assert kept.name == ".checkpoint-3.outdated" and fault(kept) is None
     checkpoints.save(FakeAccelerator(), 4)
     assert [path.name for path in checkpoints.found()] == [kept.name, "checkpoint-4"]

@@ -16,9 +16,19 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from srl_utils.attacks.protections import PROTECTIONS
 from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource
 from srl_utils.codecs import Codec, load_codec
-from srl_utils.command_line import Parser, exit_code, joined_on_cpu, non_negative_int, pixel_distance, positive_int
+from srl_utils.command_line import (
+    Effects,
+    Parser,
+    exit_code,
+    image_side,
+    joined_on_cpu,
+    pixel_distance,
+    positive_int,
+    seed,
+)
 from srl_utils.data import load_validation_images
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import PRESETS, Supplies, known_names, select
@@ -31,7 +41,7 @@ from srl_utils.locking import sole_run
 from srl_utils.losses import PerceptualDistance, load_perceptual_distance
 from srl_utils.pictures import UnreadableImage, centre_square, decode_rgb, to_tensor
 from srl_utils.set_metrics import load_inception_features
-from srl_utils.sources import DataSource
+from srl_utils.sources import PHOTOGRAPHS, DataSource
 
 METRICS = ("psnr", "ssim", "lpips", "rfid", "drift")
 BASELINE = "original"
@@ -267,7 +277,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--split", default=None, help="split of the dataset; default: its validation or test split")
     add("--image_column", default="image", help="column of the dataset that holds the image")
     add("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
-    add("--resolution", type=positive_int, default=256, help="side of the images in pixels")
+    add("--resolution", type=image_side, default=256, help="side of the images in pixels")
     add("--num_images", type=positive_int, default=64)
     add("--attacks", nargs="+", default=["quick"], help=f"presets or names: {', '.join(known_names())}")
     add("--epsilons", nargs="+", type=pixel_distance, default=[2 / 255, 4 / 255, 8 / 255, 16 / 255])
@@ -278,12 +288,31 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--target", type=Path, default=None, help="image that targeted protections make others look like")
     add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
     add("--batch_size", type=positive_int, default=16)
-    add("--seed", type=non_negative_int, default=0)
+    add("--seed", type=seed, default=0)
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: accelerate's configuration")
     add("--no_checks", action="store_true", help="leave out the checks of the robustness")
     add("--num_check_images", type=positive_int, default=8, help="images that the checks use")
     add("--output_dir", type=Path, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    command.refuse_without_effect(args, effects(args))
+    return args
+
+
+def effects(args: argparse.Namespace) -> Effects:
+    """By flag, whether it has an effect beside the others, and what it needs to have one."""
+    names = {part for name in args.attacks for part in PRESETS.get(name, (name,))}
+    protections = [PROTECTIONS[name] for name in names if name in PROTECTIONS]
+    data_set = args.dataset_name not in (None, PHOTOGRAPHS)
+    return {
+        "split": (args.dataset_name is not None, "--dataset_name"),
+        "image_column": (data_set or args.data_dir is not None, "a data set with columns"),
+        "streaming": (data_set or args.data_dir is not None, "a data set that can be streamed"),
+        "inception_weights": ("rfid" in args.metrics, "rfid among --metrics"),
+        "pipeline": (any(protection.needs_denoiser for protection in protections), "an attack on a denoiser"),
+        "target": (any(protection.has_target for protection in protections), "an attack with a target"),
+        "max_attack_steps": (bool(protections), "a published protection among --attacks"),
+        "num_check_images": (not args.no_checks, "the checks, which --no_checks leaves out"),
+    }
 
 
 if __name__ == "__main__":
