@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from srl_utils.errors import UserError, one_line
+from srl_utils.errors import UserError, one_line, without_tokens
 from srl_utils.images import parse_pixel_distance
 from srl_utils.resources import explained
 
@@ -64,7 +64,7 @@ def exit_code(command: Callable[[], int]) -> int:
         told = error if isinstance(error, UserError) else explained(error)
         if told is None:
             raise
-        print(f"error: {one_line(str(told))}", file=sys.stderr)
+        print(f"error: {without_tokens(one_line(str(told)))}", file=sys.stderr)
         return told.exit_code
 
 

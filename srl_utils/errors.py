@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+TOKEN = re.compile(r"hf_\w{4,}")  # of the Hub
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -25,3 +26,8 @@ def one_line(text: str) -> str:
     Names come from data sets and disks: what is printed or written must be one line that any file can hold.
     """
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def without_tokens(text: str) -> str:
+    """`text` without tokens of the Hub, which stand in mistyped arguments and in what a server says of them."""
+    return TOKEN.sub("hf_***", text)

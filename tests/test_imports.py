@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation.figures": {"checkpoints", "evaluation.reconstruction", "images"},
     "evaluation.document": {
         "checkpoints", "evaluation.differences", "evaluation.figures", "evaluation.reconstruction",
-        "evaluation.report", "evaluation.sanity", "images",
+        "evaluation.report", "evaluation.sanity", "images", "markdown",
     },
     "evaluation.sanity": {
         "attacks.draws", "attacks.gradient", "attacks.random_search", "autoencoders", "codecs",
@@ -84,7 +84,8 @@ ALLOWED: dict[str, set[str]] = {
         "losses",
     },
     "hub": set(),
-    "hub.card": {"images"},
+    "markdown": set(),
+    "hub.card": {"images", "markdown"},
     "hub.publishing": {"errors"},
     "hub.__main__": {"autoencoders", "command_line", "hub.publishing"},
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ from srl_utils.set_metrics import InceptionFeatures, frechet_distance
 
 TRANSFER, ADAPTIVE, NO_THREAT = "transfer", "adaptive", "none"
 THREAT_MODELS = (TRANSFER, ADAPTIVE)
+LONGEST_NAME = 150  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,14 @@ class Cell:
     @property
     def key(self) -> str:
         made_on = f"-on-{self.source.name}" if self.perturbation.adversarial else ""
-        return re.sub(r"[^\w.-]+", "_", f"{self.perturbation.name}-{self.perturbation.epsilon:.5f}{made_on}")
+        return file_name(f"{self.perturbation.name}-{self.perturbation.epsilon:.5f}{made_on}")
+
+
+def file_name(text: str) -> str:
+    """A name for a file that is another one for each other text, and `text` itself where that is harmless."""
+    harmless = re.sub(r"[^a-zA-Z0-9.-]+", "_", text)[:LONGEST_NAME]
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return text if harmless == text else f"{harmless}-{digest}"
 
 
 @dataclass(frozen=True, kw_only=True)
