@@ -15,7 +15,7 @@ from srl_utils.errors import UserError, one_line, without_tokens
 from srl_utils.images import parse_pixel_distance
 from srl_utils.resources import explained
 
-LARGEST_SIDE = 2**14  # pixels; an image of that side takes 3 GB as numbers
+LARGEST_SIDE = 2**12  # pixels; 16 images of that side take 3 GB as numbers
 LARGEST_SEED = 2**63 - 1  # what torch takes
 
 

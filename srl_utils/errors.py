@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class ResourceError(UserError):
-    """What the machine lacks or refuses in the middle of a run: memory, room on the disk, a permission."""
+    """What the machine lacks in the middle of a run: memory, room on the disk, another process of the run."""
 
     exit_code = 5
 

@@ -8,7 +8,7 @@ import re
 
 import torch
 
-from srl_utils.errors import ResourceError
+from srl_utils.errors import ResourceError, UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
@@ -25,8 +25,13 @@ LESS_MEMORY = (
 )
 
 
-def explained(error: BaseException) -> ResourceError | None:
-    """What the user can do about `error`; None if the machine is not to blame."""
+def explained(error: BaseException) -> UserError | None:
+    """What the user can do about `error`: bad input where the system refuses a name, else what the machine lacks.
+
+    None if `error` is of another kind.
+    """
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        return UserError(f"{os.strerror(error.errno)}: {error.filename}")
     if reason := out_of_memory(error):
         return ResourceError(reason)
     if reason := failed_write(error):
@@ -48,13 +53,12 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def failed_write(error: BaseException) -> str | None:
-    """Why the system refused to write, such as `No space left on device`; None if `error` is of another kind."""
+    """Why the disk did not take it, such as `No space left on device`; None if `error` is of another kind."""
     number = error.errno if isinstance(error, OSError) else None
     if told := TOLD_ERRNO.search(str(error)):
         number = int(told[1])
-    if number in FULL | REFUSED:
-        name = getattr(error, "filename", None)
-        return f"{os.strerror(number)}{f': {name}' if name else ''}"
+    if number in FULL:
+        return os.strerror(number)
     return "writing failed, as on a full disk" if TORCH_WRITE.search(str(error)) else None
 
 

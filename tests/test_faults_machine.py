@@ -50,7 +50,7 @@ class Machine:
         """The exit code and all that was printed."""
         words = [self.python, "-c", RESTRICTED, largest, *self.flags, "--output_dir", output_dir]
         ended = subprocess.run(
-            [str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+            [str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
         )
         return ended.returncode, ended.stdout
 
