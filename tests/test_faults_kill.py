@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SEED, KILLS = 0, 25
 DEADLINE = 240  # seconds that any run here may take
+PATIENCE = 10  # seconds that a launcher may take to see that a process has ended
 STEPS = 6
 
 # Ends the process by SIGKILL in the middle of the file operation of that number. What has been written so far stands.
@@ -78,7 +79,7 @@ class Job:
             port = free.getsockname()[1]
         self.pid_files = [place.with_name(f"{place.name}-pid-{rank}") for rank in range(processes)]
         self.logs = [place.with_name(f"{place.name}-log-{rank}") for rank in range(processes)]
-        self.processes = []
+        self.processes, self.killed = [], False
         for rank, (pid_file, log) in enumerate(zip(self.pid_files, self.logs, strict=True)):
             pid_file.unlink(missing_ok=True)
             group = {
@@ -97,6 +98,7 @@ class Job:
             )
 
     def kill(self, rank: int) -> None:
+        self.killed = True
         pid = int(wait_for(lambda: self.pid_files[rank].exists() and self.pid_files[rank].read_text()))
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -109,12 +111,11 @@ class Job:
         return [self._wait_for(rank) for rank in range(len(self.processes))]
 
     def _wait_for(self, rank: int) -> int:
-        try:
-            return self.processes[rank].wait(DEADLINE)
-        except subprocess.TimeoutExpired:
-            assert "steps:" not in self.printed(), "a rank that had begun to train outlived the other"
-            self.kill(rank)
-            return self.processes[rank].wait(DEADLINE)
+        with suppress(subprocess.TimeoutExpired):
+            return self.processes[rank].wait(PATIENCE if self.killed and "steps:" not in self.printed() else DEADLINE)
+        assert self.killed and "steps:" not in self.printed(), "a rank that had begun to train outlived the other"
+        self.kill(rank)
+        return self.processes[rank].wait(DEADLINE)
 
     def printed(self) -> str:
         return "".join(log.read_text() for log in self.logs)
