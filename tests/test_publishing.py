@@ -116,7 +116,7 @@ PUBLISHED = {
     "samples/comparison.png", "samples/step-000000.png",
 }  # fmt: skip
 PRIVATE = {
-    "checkpoint-5/optimizer.bin", "checkpoint-5/vae/config.json", "logs/run/events.out", "hub.log",
+    ".lock", "checkpoint-5/optimizer.bin", "checkpoint-5/vae/config.json", "logs/run/events.out", "hub.log",
     ".snapshot/config.json", ".config.json.partial", "samples/notes.txt", "pytorch_model.bin", "training_args.json",
 }  # fmt: skip
 
@@ -555,7 +555,7 @@ def test_the_end_is_the_drop_in_alone(published: Run) -> None:
     names = (PUBLISHED | {HALF.replace("fp16", "bf16")}) | {f"samples/step-{step:06d}.png" for step in range(5)}
     assert_holds(published.repository, published.out, names)
     left = {path.name for path in published.out.iterdir()} - {name.split("/")[0] for name in names}
-    assert left == {"logs", "hub.log", "training_args.json", *(f"checkpoint-{step}" for step in range(1, 5))}
+    assert left == {".lock", "logs", "hub.log", "training_args.json", *(f"checkpoint-{step}" for step in range(1, 5))}
     assert published.repository.private
 
 
@@ -639,7 +639,7 @@ def test_a_failing_push_costs_no_training(
     hub.repositories.clear()
     code, printed = machine.run("sh", "-c", command)
     assert code == 0, printed
-    assert_holds(hub.repositories["user/model"], out, set(ours) - {"hub.log", "training_args.json"})
+    assert_holds(hub.repositories["user/model"], out, set(ours) - {".lock", "hub.log", "training_args.json"})
     assert hub.repositories["user/model"].private
 
 
