@@ -178,9 +178,43 @@ def split_moments(moments: Tensor) -> Moments:
     return Moments(posterior.mean, posterior.var)
 
 
-def frozen_copy(encoder: LatentEncoder) -> LatentEncoder:
-    """E_theta0: the encoder as it is now, never to change."""
-    return copy.deepcopy(encoder).requires_grad_(False).eval()
+NETWORK = TypeVar("NETWORK", LatentEncoder, LatentDecoder)
+
+
+def frozen_copy(network: NETWORK) -> NETWORK:
+    """The network as it is now, never to change, such as E_theta0.
+
+    What autocast would cast at every call, the weights of convolutions and linear layers, is held in its precision.
+    """
+    twin = copy.deepcopy(network).requires_grad_(False).eval()
+    if twin.autocast_dtype is not None:
+        for layer in twin.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.to(twin.autocast_dtype)
+    return twin
+
+
+class EncoderMirror:
+    """A frozen twin of the encoder that is being trained, for attacks on it.
+
+    Autograd and compiled backward passes then compute no weight gradients, and no weight is cast more than once a
+    step. Weights held in the same precision share their memory; `refresh` brings the others up to date.
+    """
+
+    def __init__(self, original: LatentEncoder) -> None:
+        self.encoder = frozen_copy(original)
+        self._copied: list[tuple[nn.Parameter, nn.Parameter]] = []
+        for own, trained in zip(self.encoder.parameters(), original.parameters(), strict=True):
+            if own.dtype == trained.dtype:
+                own.data = trained.data
+            else:
+                self._copied.append((own, trained))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """After the original's weights have changed, be it by a step of the optimizer or from a checkpoint."""
+        for own, trained in self._copied:
+            own.copy_(trained)
 
 
 @contextmanager

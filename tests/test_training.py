@@ -21,7 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_srl_vae
+from srl_utils.execution import choose_execution
 from srl_utils.losses import PerceptualDistance
+from srl_utils.step import Step
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_srl_vae.py"
@@ -296,25 +298,25 @@ def test_non_finite_steps_are_skipped(
 def test_ten_non_finite_steps_in_a_row_save_and_stop(
     run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the documented rule, exit code and message."""
+    """Oracle: the documented rule, exit code and message. The values of step 12 are heard of during step 13."""
     poison_steps(monkeypatch, set(range(3, 100)))
     code, printed = run(*flags, "--max_train_steps", "20")
     assert code == train_srl_vae.EXIT_NOT_FINITE
     assert "since step 3" in printed
-    assert (tmp_path / "out/checkpoint-12").is_dir()
+    assert (tmp_path / "out/checkpoint-13").is_dir()
 
 
 def poison_steps(monkeypatch: pytest.MonkeyPatch, poisoned: set[int]) -> None:
     """Makes the loss of the given steps (counted from 1) NaN."""
-    honest, calls = train_srl_vae.srl_loss, []
+    honest, calls = Step.loss, []
 
-    def poisonous(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, terms = honest(*arguments)
+    def poisonous(step: Step, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, terms = honest(step, *arguments)
         calls.append(None)
         factor = float("nan") if len(calls) in poisoned else 1.0
         return loss * factor, terms * factor
 
-    monkeypatch.setattr(train_srl_vae, "srl_loss", poisonous)
+    monkeypatch.setattr(Step, "loss", poisonous)
 
 
 def test_too_many_bad_images_save_and_stop(
@@ -361,7 +363,7 @@ honest = script.optimizer_step
 
 def checked(run, *arguments, **keywords):
     values = honest(run, *arguments, **keywords)
-    weights = torch.cat([p.detach().flatten() for p in run.models.encoder.parameters()])[None]
+    weights = torch.cat([p.detach().flatten() for p in run.networks.encoder.parameters()])[None]
     copies = gather(weights)
     assert len(copies) == 2 and torch.equal(copies[0], copies[1]), "the ranks differ"
     run.accelerator.print("ranks agree at step", run.progress.step)  # from one rank: two would interleave
@@ -500,8 +502,10 @@ def test_exit_code_of_the_script(tmp_path: Path) -> None:
 )
 def test_force_upcast_is_honoured(wanted: str, force_upcast: bool, used: str) -> None:
     """Oracle: diffusers, which runs a VAE with force_upcast in float32 instead of float16."""
-    args = train_srl_vae.parse_args(["--mixed_precision", wanted])
-    assert train_srl_vae.resolve_precision(args, {"force_upcast": force_upcast}) == used
+    execution = choose_execution(
+        torch.device("cpu"), precision=wanted, torch_compile=False, force_upcast=force_upcast, flops=1e9
+    )
+    assert execution.precision == used
 
 
 @pytest.mark.slow

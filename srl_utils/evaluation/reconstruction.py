@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -82,12 +82,14 @@ def reconstruction_attack(config: PGDConfig) -> Perturbation:
     )
 
 
-def strong_attack(training_attack: PGDConfig) -> Perturbation:
+def usual_attack(epsilon: float) -> Perturbation:
+    """Ten steps of epsilon/4, whatever the training does, so that trainings can be compared."""
+    return reconstruction_attack(settling_pgd(epsilon, 10, 1))
+
+
+def strong_attack(epsilon: float) -> Perturbation:
     """An attack the training does not see: 50 steps of epsilon/8, 2 restarts, the best iterate of each image."""
-    epsilon = training_attack.epsilon
-    return reconstruction_attack(
-        replace(training_attack, num_steps=50, step_size=epsilon / 8, num_restarts=2, random_start=True)
-    )
+    return reconstruction_attack(settling_pgd(epsilon, 50, 2))
 
 
 def settling_pgd(epsilon: float, num_steps: int, num_restarts: int) -> PGDConfig:
