@@ -32,6 +32,7 @@ from srl_utils.autoencoders import (
     frozen_copy,
     latent_shape,
     split_moments,
+    with_summed_gradients,
 )
 from srl_utils.images import PIXEL_RANGE
 from srl_utils.losses import ReconstructionLoss, Target, originality_loss
@@ -83,6 +84,7 @@ def build_networks(
     wrapped_encoder = wrap(encoder.requires_grad_(True).train())
     mirror = EncoderMirror(encoder)  # of the wrapped one: DistributedDataParallel moves the weights
     if torch_compile:
+        decoder = with_summed_gradients(decoder)
         for module in (encoder, mirror.encoder, reference, decoder):
             module.compile(dynamic=False)
         if loss.perceptual is not None:
