@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         "autoencoders", "codecs", "errors", "evaluation.reconstruction", "losses",
     },
     "evaluation.study": {
-        "checkpoints", "codecs", "errors", "evaluation.reconstruction", "losses", "set_metrics"
+        "checkpoints", "codecs", "errors", "evaluation.reconstruction", "images", "losses", "set_metrics"
     },
     "evaluation.extremes": {
         "checkpoints", "codecs", "evaluation.reconstruction", "evaluation.report", "evaluation.study", "images",

@@ -169,5 +169,6 @@ def _protected(protection: Protection, epsilon: float | None, supplies: Supplies
             )
 
     return Perturbation(
-        name=protection.name, threat_model="adaptive", epsilon=epsilon or 0.0, apply=apply, passes=2 * steps
-    )
+        name=protection.name, threat_model="adaptive", epsilon=epsilon or 0.0, apply=apply,
+        passes=steps * protection.passes_per_step,
+    )  # fmt: skip
