@@ -32,7 +32,7 @@ from srl_utils.images import to_pil
 from srl_utils.losses import ReconstructionLoss
 
 EPSILON = 8 / 255
-SHALLOW = Depth(steps=(5, 15, 30), queries=60)
+SHALLOW = Depth(steps=(4, 10, 20), queries=50)
 
 
 def codec(vae: nn.Module, name: str) -> Codec:
