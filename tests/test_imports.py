@@ -59,8 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluation.__main__": {
         "autoencoders", "codecs", "command_line", "data", "errors", "evaluation.catalogue", "evaluation.document",
-        "evaluation.extremes", "evaluation.sanity", "evaluation.study", "losses", "pictures", "set_metrics",
-        "sources",
+        "evaluation.extremes", "evaluation.sanity", "evaluation.study", "losses", "metrics", "pictures",
+        "set_metrics", "sources",
     },
     "pictures": {"images", "errors"},
     "sources": {"photographs", "errors", "pictures"},

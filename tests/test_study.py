@@ -191,8 +191,11 @@ def test_what_cannot_run_is_said(images) -> None:
     assert "--pipeline" in flags["advdm"]
     assert "--target" in flags["nightshade"]
     assert "nightshade" not in str(select(["nightshade"], [EPSILON], Supplies(target=images(1))).notes)
-    with pytest.raises(UserError, match="pgd-x is not known"):
-        select(["pgd-x"], [EPSILON], Supplies())
+    for name in ("pgd-x", "pgd-0", "pgd-2x0", "square-5x2", "jpeg-6"):
+        with pytest.raises(UserError, match=f"{name} is not known"):
+            select([name], [EPSILON], Supplies())
+    with pytest.raises(UserError, match="no attack is left; advdm was left out"):
+        select(["advdm"], [EPSILON], Supplies())
 
 
 # --- is this robustness real? ---------------------------------------------------------------------------
@@ -323,7 +326,10 @@ def test_two_processes_and_a_kill_change_nothing(arguments, tmp_path: Path, one_
         (["--vae", "a=nowhere"], "no VAE configuration at 'nowhere'"),
         (["--vae", "original=x"], "two VAEs of the name original"),
         (["--dataset_name", "scikit-image"], "--dataset_name or --data_dir"),
-        (["--data_dir", "nowhere"], "nowhere: there is no such folder"),
+        (["--data_dir", "nowhere"], "--data_dir nowhere: there is no such folder"),
+        (["--split", "val"], "--split is one of a --dataset_name"),
+        (["--resolution", "8"], "SSIM needs at least 11 px"),
+        (["--output_dir", __file__], "is no folder"),
         (["--epsilons", "300"], "outside"),
         (["--epsilons", "0"], "an attack of size 0"),
         (["--vae", "=x"], "expected NAME=PLACE"),

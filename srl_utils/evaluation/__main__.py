@@ -29,6 +29,7 @@ from srl_utils.evaluation.extremes import draw_extremes
 from srl_utils.evaluation.sanity import Check, Depth, check_robustness
 from srl_utils.evaluation.study import THREAT_MODELS, Metrics, Study
 from srl_utils.losses import PerceptualDistance, load_perceptual_distance
+from srl_utils.metrics import SSIM_WINDOW
 from srl_utils.pictures import UnreadableImage, centre_square, decode_rgb, to_tensor
 from srl_utils.set_metrics import CLIP_MODEL, SET_METRICS, load_clip_similarity, load_inception_features
 from srl_utils.sources import DataSource
@@ -43,7 +44,8 @@ QUICK = Depth(steps=(5, 20, 40), queries=100)
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     sources = vae_sources(args)
-    images = load_images(args)
+    notes: list[str] = []
+    images = load_images(args, notes)
     accelerator = Accelerator(
         cpu=joined_on_cpu(),
         mixed_precision=args.mixed_precision,
@@ -54,7 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
         load_codec(name, source, device=accelerator.device, autocast_dtype=dtype) for name, source in sources.items()
     ]
     check_fit(codecs, images)
-    notes: list[str] = []
     metrics = build_metrics(args, accelerator, len(images), notes)
     selection = select(args.attacks, args.epsilons, build_supplies(args, accelerator, notes))
     notes += selection.notes
@@ -119,9 +120,18 @@ def parse_source(text: str) -> AutoencoderSource:
     return AutoencoderSource(pretrained_model_name_or_path=place, subfolder=subfolder)
 
 
-def load_images(args: argparse.Namespace) -> Tensor:
+def load_images(args: argparse.Namespace, notes: list[str]) -> Tensor:
+    """`[n,3,R,R]` in [-1,1]; where there are fewer than asked for, a note says so.
+
+    Raises:
+        UserError: if it is not clear which images are meant, or if there are none.
+    """
     if (args.dataset_name is None) == (args.data_dir is None):
         raise UserError("give either --dataset_name or --data_dir, and not both")
+    if args.data_dir and args.split:
+        raise UserError("--split is one of a --dataset_name; --data_dir has none")
+    if args.resolution < SSIM_WINDOW:
+        raise UserError(f"--resolution {args.resolution}: SSIM needs at least {SSIM_WINDOW} px")
     source = DataSource(
         dataset_name=args.dataset_name,
         validation_data_dir=args.data_dir,
@@ -129,9 +139,14 @@ def load_images(args: argparse.Namespace) -> Tensor:
         image_column=args.image_column,
         streaming=args.streaming,
     )
-    images, _ = load_validation_images(
-        source, num_images=args.num_images, resolution=args.resolution, seed=args.seed
-    )
+    try:
+        images, _ = load_validation_images(
+            source, num_images=args.num_images, resolution=args.resolution, seed=args.seed
+        )
+    except UserError as error:  # which names the flags of the training
+        raise UserError(str(error).replace("--validation_data_dir", "--data_dir")) from None
+    if len(images) < args.num_images:
+        notes.append(f"there are {len(images)} images and not the {args.num_images} of --num_images")
     return images
 
 
@@ -270,6 +285,12 @@ def settings(args: argparse.Namespace, accelerator: Accelerator, images: Tensor)
     }
 
 
+def folder(text: str) -> Path:
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return Path(text)
+
+
 def budget(text: str) -> float:
     epsilon = pixel_distance(text)
     if epsilon == 0:
@@ -309,7 +330,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: accelerate's configuration")
     add("--no_checks", action="store_true", help="leave out the checks of the robustness")
     add("--num_check_images", type=positive_int, default=8, help="images that the checks use")
-    add("--output_dir", type=Path, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
+    add("--output_dir", type=folder, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
     return parser.parse_args(arguments)
 
 
