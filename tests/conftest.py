@@ -8,6 +8,9 @@ import sys
 
 # Before any Hugging Face library is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is: tensors this small gain nothing from a second thread, and on a busy machine two that wait for each
+# other take many times as long. Nor may a sum round differently in processes that were given another number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path

@@ -140,7 +140,8 @@ class Study:
         """Means with intervals in the project's row format, and what has one value for all images and no interval."""
         rows = to_rows(records)
         if self.metrics.inception is not None:
-            rows += [row for cell in self.cells() for row in self._set_rows(cell)]
+            cells = tqdm(list(self.cells()), desc="Inception metrics", unit="")  # a FID takes seconds
+            rows += [row for cell in cells for row in self._set_rows(cell)]
         return rows
 
     def _cells_of(self, perturbation: Perturbation) -> Iterator[Cell]:
