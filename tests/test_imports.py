@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         "losses", "metrics",
     },
     "evaluation.__main__": {
-        "autoencoders", "codecs", "command_line", "data", "errors", "evaluation.catalogue", "evaluation.document",
+        "autoencoders", "checkpoints", "codecs", "command_line", "data", "errors", "evaluation.catalogue", "evaluation.document",
         "evaluation.extremes", "evaluation.sanity", "evaluation.study", "losses", "metrics", "pictures",
         "set_metrics", "sources",
     },

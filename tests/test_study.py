@@ -120,8 +120,10 @@ def test_cells_of_like_names_stay_apart(study, tiny_vae, other_tiny_vae, tmp_pat
                 study, codecs=[codecs[0], judged], perturbations=[perturbation],
                 output_dir=tmp_path / f"alone-{place}-{perturbation.epsilon!r}",
             ).run()  # fmt: skip
-            wanted = [record for record in mixed if record.vae == judged.name and record.epsilon == perturbation.epsilon]
-            assert wanted == [record for record in alone if record.vae == judged.name]
+            wanted = (judged.name, perturbation.epsilon)
+            assert [record for record in mixed if (record.vae, record.epsilon) == wanted] == [
+                record for record in alone if record.vae == judged.name
+            ]
 
 
 def test_another_study_in_the_folder_is_refused(study) -> None:
@@ -145,7 +147,7 @@ class Overflowing(nn.Module):
 
 
 def test_values_that_are_not_finite_end_the_study(study) -> None:
-    """Oracle: specification; one line that names the VAE, the images and the attack, instead of a mean over the rest."""
+    """Oracle: specification; one line that names VAE, images and attack, instead of a mean over the rest."""
     robust = study.codecs[1]
     largest = robust.encode(study.images).detach().abs().amax(dim=(1, 2, 3)).sort().values
     broken = replace(robust, decoder=Overflowing(robust.decoder, limit=(largest[-2] + largest[-1]).item() / 2))
@@ -253,8 +255,19 @@ def arguments(tiny_vae, other_tiny_vae, images, tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def written(folder: Path) -> dict[str, bytes]:
+    """Every file but the documents' last section, which tells of the machine."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in ("report.md", "report.html"):
+        files[name] = files[name].split(b"How it was run")[0]
+    return files
+
+
 def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the real command; rows in the project's format, documents, figures, and the checks' verdict."""
+    """Oracle: the real command; rows in the project's format, documents, figures, and the checks' verdict.
+
+    Given again it computes nothing and writes the same.
+    """
     monkeypatch.setattr(command, "Depth", lambda: SHALLOW)
     assert command.main(arguments) == 0
     rows = json.loads((tmp_path / "out/results.json").read_text())
@@ -268,14 +281,16 @@ def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monk
     printed = capsys.readouterr().out
     assert "checks of the robustness" in printed
     assert "glaze was left out" in printed
+    assert "there are 4 images and not the 64 of --num_images" in printed
 
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("computed again")
 
-def written(folder: Path) -> dict[str, bytes]:
-    """Every file but the documents' last section, which tells of the machine."""
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for name in ("report.md", "report.html"):
-        files[name] = files[name].split(b"How it was run")[0]
-    return files
+    monkeypatch.setattr(command, "check_robustness", refuse)
+    monkeypatch.setattr(Study, "_compute", refuse)
+    before = written(tmp_path / "out")
+    assert command.main(arguments) == 0
+    assert written(tmp_path / "out") == before
 
 
 def test_two_processes_and_a_kill_change_nothing(arguments, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import shlex
 import sys
+from dataclasses import asdict
 from datetime import date, timedelta
 from hashlib import sha256
 from importlib.metadata import version
@@ -19,6 +21,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource
+from srl_utils.checkpoints import write_text_atomically
 from srl_utils.codecs import Codec, load_codec
 from srl_utils.command_line import Parser, exit_code, joined_on_cpu, non_negative_int, pixel_distance, positive_int
 from srl_utils.data import load_validation_images
@@ -231,14 +234,18 @@ def try_lpips(accelerator: Accelerator, notes: list[str]) -> PerceptualDistance 
 
 
 def run_checks(args: argparse.Namespace, study: Study) -> dict[str, list[Check]]:
-    """Of every VAE but the baseline, on a few images and at the middle one of the epsilons."""
+    """Of every VAE but the baseline, on a few images and at the middle one of the epsilons; those done are kept."""
     epsilon = median_low(args.epsilons)
     depth = QUICK if set(args.attacks) == {"quick"} else Depth()
     images = study.images[: args.num_check_images]
-    return {
-        codec.name: check_robustness(codec, study.baseline, images, epsilon=epsilon, seed=args.seed, depth=depth)
-        for codec in study.codecs[1:]
-    }
+    checks = {}
+    for number, codec in enumerate(study.codecs[1:], start=1):
+        path = args.output_dir / "checks" / f"{number}-{epsilon!r}-{len(images)}-{depth.name}.json"
+        if not path.exists():
+            found = check_robustness(codec, study.baseline, images, epsilon=epsilon, seed=args.seed, depth=depth)
+            write_text_atomically(path, json.dumps([asdict(check) for check in found], indent=1) + "\n")
+        checks[codec.name] = [Check(**check) for check in json.loads(path.read_text())]
+    return checks
 
 
 def verdict(checks: dict[str, list[Check]]) -> str:

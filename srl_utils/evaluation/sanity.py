@@ -6,6 +6,7 @@ Athalye et al., "Obfuscated Gradients Give a False Sense of Security", ICML 2018
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -54,6 +55,10 @@ class Depth:
 
     steps: tuple[int, int, int] = (10, 50, 200)
     queries: int = 500
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(number) for number in (*self.steps, self.queries))
 
 
 def check_robustness(
@@ -183,5 +188,5 @@ def _at_least(question: str, one: float, other: float, names: tuple[str, str], t
 
 
 def _psnr(damage: float) -> str:
-    """Of images in [-1,1], whose range is 2."""
-    return f"{10 * torch.log10(torch.tensor(4 / damage)).item():.2f} dB"
+    """Of images in [-1,1], whose range is 2; at most 100 dB."""
+    return f"{10 * math.log10(4 / max(damage, 4e-10)):.2f} dB"
