@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -291,6 +292,15 @@ def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monk
     before = written(tmp_path / "out")
     assert command.main(arguments) == 0
     assert written(tmp_path / "out") == before
+
+
+def test_a_pipeline_for_other_latents_is_refused(study) -> None:
+    """Oracle: specification; the tiny VAEs have four channels."""
+    unets = (SimpleNamespace(config=SimpleNamespace(in_channels=channels)) for channels in (4, 9))
+    fitting, other = (SimpleNamespace(components={"unet": unet}) for unet in unets)
+    command.check_pipeline(fitting, study.codecs, study.images)
+    with pytest.raises(UserError, match="latents of 9 channels, and those of original have 4"):
+        command.check_pipeline(other, study.codecs, study.images)
 
 
 def test_two_processes_and_a_kill_change_nothing(arguments, tmp_path: Path) -> None:

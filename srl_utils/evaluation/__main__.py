@@ -60,7 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     check_fit(codecs, images)
     metrics = build_metrics(args, accelerator, len(images), notes)
-    selection = select(args.attacks, args.epsilons, build_supplies(args, accelerator, notes))
+    supplies = build_supplies(args, accelerator, notes)
+    if supplies.pipeline is not None:
+        check_pipeline(supplies.pipeline, codecs, images)
+    selection = select(args.attacks, args.epsilons, supplies)
     notes += selection.notes
     study = Study(
         accelerator=accelerator,
@@ -165,7 +168,22 @@ def check_fit(codecs: list[Codec], images: Tensor) -> None:
                 "px; take a multiple of its down-sampling factor"
             )
         if not reconstruction.isfinite().all():
-            raise UserError(f"{codec.name} returns values that are not finite, for a clean image already")
+            raise UserError(
+                f"{codec.name} returns values that are not finite, for a clean image already; if its weights are intact, "
+                "try --mixed_precision no or bf16"
+            )
+
+
+@torch.no_grad()
+def check_pipeline(pipeline: DiffusionPipeline, codecs: list[Codec], images: Tensor) -> None:
+    """Refuses a pipeline whose UNet is for other latents than those of a VAE."""
+    unet = pipeline.components.get("unet")
+    for codec in codecs:
+        channels = codec.encode(images[:1].to(codec.device)).shape[1]
+        if unet is not None and unet.config.in_channels != channels:
+            raise UserError(
+                f"--pipeline takes latents of {unet.config.in_channels} channels, and those of {codec.name} have {channels}"
+            )
 
 
 def build_metrics(args: argparse.Namespace, accelerator: Accelerator, num_images: int, notes: list[str]) -> Metrics:
@@ -283,7 +301,7 @@ def settings(args: argparse.Namespace, accelerator: Accelerator, images: Tensor)
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     packages = ("torch", "diffusers", "torchmetrics", "accelerate")
     return {
-        "command": shlex.join(["python", "-m", "srl_utils.evaluation", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "srl_utils.evaluation", *args.arguments]),
         "images": f"{len(images)} of {args.dataset_name or Path(args.data_dir).name}, {args.resolution} px",
         "seed": str(args.seed),
         "device": f"{accelerator.num_processes} x {device}, mixed precision {accelerator.mixed_precision}",
@@ -338,7 +356,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--no_checks", action="store_true", help="leave out the checks of the robustness")
     add("--num_check_images", type=positive_int, default=8, help="images that the checks use")
     add("--output_dir", type=folder, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
-    return parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    return parser.parse_args(given, argparse.Namespace(arguments=given))
 
 
 if __name__ == "__main__":
