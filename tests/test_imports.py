@@ -55,16 +55,16 @@ ALLOWED: dict[str, set[str]] = {
         "autoencoders", "codecs", "errors", "evaluation.reconstruction", "losses",
     },
     "evaluation.study": {
-        "checkpoints", "codecs", "errors", "evaluation.reconstruction", "losses", "set_metrics"
+        "checkpoints", "codecs", "errors", "evaluation.reconstruction", "images", "losses", "set_metrics"
     },
     "evaluation.extremes": {
         "checkpoints", "codecs", "evaluation.reconstruction", "evaluation.report", "evaluation.study", "images",
         "losses", "metrics",
     },
     "evaluation.__main__": {
-        "autoencoders", "codecs", "command_line", "data", "errors", "evaluation.catalogue", "evaluation.document",
-        "evaluation.extremes", "evaluation.sanity", "evaluation.study", "losses", "pictures", "set_metrics",
-        "sources",
+        "autoencoders", "checkpoints", "codecs", "command_line", "data", "errors", "evaluation.catalogue", "evaluation.document",
+        "evaluation.extremes", "evaluation.sanity", "evaluation.study", "losses", "metrics", "pictures",
+        "set_metrics", "sources",
     },
     "pictures": {"images", "errors"},
     "sources": {"photographs", "errors", "pictures"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import launch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
@@ -341,20 +341,6 @@ def test_too_many_bad_images_save_and_stop(
 # --- several processes ----------------------------------------------------------------------------------
 
 
-def launch(*arguments: object, processes: int = 1, script: Path = SCRIPT) -> subprocess.CompletedProcess:
-    """`accelerate launch` on the CPU; for several processes it must be told, or it starts a single one there."""
-    several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", processes,
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--num_cpu_threads_per_process", "1", script, *arguments,
-    ]  # fmt: skip
-    return subprocess.run(
-        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-
-
 CHECK_RANKS = """
 import sys, torch, train_srl_vae as script
 from accelerate.utils import gather
@@ -404,7 +390,7 @@ def test_two_processes_follow_one(run: Run, flags: list[str], tmp_path: Path, ac
 
 def test_accelerate_launch(flags: list[str], tmp_path: Path) -> None:
     """Oracle: the documented command, from the shell, with the table at its end."""
-    result = launch(*flags)
+    result = launch(*flags, script=SCRIPT)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "| images" in result.stdout
     assert "is won back" in result.stdout

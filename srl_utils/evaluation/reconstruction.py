@@ -32,8 +32,8 @@ class Perturbation:
     epsilon: float
     """Units of a [0,1] image."""
     apply: Callable[[Codec, ReconstructionLoss, Tensor, Generators], Tensor]
-    passes: int = 1
-    """Through the VAE per image, about: what it costs."""
+    passes: float = 0
+    """Through encoder and decoder per image, about: what it costs to make."""
 
     @property
     def adversarial(self) -> bool:
@@ -58,7 +58,7 @@ CLEAN = Perturbation(
 
 
 def on_reconstruction(
-    name: str, attack: Attack, *, epsilon: float, passes: int, own_loss: ReconstructionLoss | None = None
+    name: str, attack: Attack, *, epsilon: float, passes: float, own_loss: ReconstructionLoss | None = None
 ) -> Perturbation:
     """`attack` on the reconstruction loss of a VAE; `own_loss` replaces the one the evaluation attacks with."""
 
