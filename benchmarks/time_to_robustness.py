@@ -48,6 +48,10 @@ from srl_utils.sources import DataSource
 from srl_utils.step import Networks, build_networks
 
 SCRIPT = Path(__file__).parents[1] / "train_srl_vae.py"
+COLUMNS = [
+    "arm", "seconds to the mark", "ratio", "clean (dB)", "drift", "steps", "first step (s)", "at the end: attacked (dB)",
+    "clean (dB)", "drift", "seconds",
+]  # fmt: skip
 MEASURES = ("clean", "attacked", "drift")
 
 
@@ -193,10 +197,7 @@ def describe(
         f"Before training: clean {start.clean:.2f} dB, attacked {start.attacked:.2f} dB.",
         f"The mark is what '{first}' reaches in the end: attacked {mark:.2f} dB, mean over seeds.",
         "",
-        markdown_table(
-            ["arm", "seconds to the mark", "ratio", "clean (dB)", "drift", "steps", "first step (s)", "at the end: attacked", "clean", "drift", "seconds"],
-            list(table_rows(curves, start, mark)),
-        ),
+        markdown_table([COLUMNS, *table_rows(curves, start, mark)]),
         "",
         *(f"- {name}: `{flags}`" for name, flags in arms.items()),
         "",
