@@ -93,7 +93,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "pgd_steps": 1,
         "pgd_step_size": 10 / 255,
         "originality_units": "scaled",
-        "originality_weight": 0.1,
+        "originality_weight": 0.03,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 10,
     },
