@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | test-hub | miniature | clean
+# make setup | demo | test | test-slow | faults | test-hub | miniature | clean
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -11,7 +11,7 @@ DEMO := accelerate launch --num_processes 1 --num_machines 1 --mixed_precision n
 	--lr_warmup_steps 10 --pgd_steps 3 --lpips_weight 0 --originality_units scaled --originality_weight 0.1 \
 	--random_flip --num_validation_images 16 --validation_steps 190 --output_dir outputs/demo
 
-.PHONY: setup demo test test-slow test-hub miniature clean
+.PHONY: setup demo test test-slow faults test-hub miniature clean
 
 setup: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(RUN) python -m pytest -m slow
+
+# Attacks on whole runs: docs/reliability.md says which.
+faults: $(VENV)/.installed-test
+	$(RUN) python -m pytest -m faults
 
 # The Hub's tests with the oldest huggingface_hub, the newest 1.x and the newest 2.x: versions as pip's `~=` reads them.
 # What has to be of another version is in .venv-hub, the rest in $(VENV). With the oldest go a diffusers and a datasets

@@ -54,21 +54,30 @@ from srl_utils.autoencoders import (
     load_autoencoder,
     read_config,
 )
-from srl_utils.checkpoints import Checkpoints, register_state, save_drop_in, write_text_atomically
+from srl_utils.checkpoints import (
+    Checkpoints,
+    load_checkpoint,
+    register_state,
+    save_drop_in,
+    state_bytes,
+    write_text_atomically,
+)
 from srl_utils.codecs import Codec
 from srl_utils.command_line import (
-    EXIT_BAD_INPUT,
     Parser,
+    decay,
     exit_code,
     fraction,
+    image_side,
     joined_on_cpu,
     non_negative_float,
     non_negative_int,
     pixel_distance,
     positive_int,
+    seed,
 )
 from srl_utils.data import Batch, ImageLedger, TrainingData, open_data, training_batches
-from srl_utils.errors import UserError
+from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.evaluation.judge import COMPARISON, Judge, averaged_weights
 from srl_utils.evaluation.reconstruction import image_generators
 from srl_utils.execution import Execution, check_execution, choose_execution, requested_precision
@@ -76,11 +85,13 @@ from srl_utils.hub.card import CardFacts, base_license, render_card
 from srl_utils.hub.publishing import EXIT_PUSH_FAILED, Publisher, create_repository
 from srl_utils.interruption import Interruption
 from srl_utils.journal import Journal
+from srl_utils.locking import sole_run
 from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance
 from srl_utils.overfitting import OverfittingGuard
 from srl_utils.readback import Readback
 from srl_utils.sources import PHOTOGRAPHS, DataSource
 from srl_utils.step import TERMS, Networks, Step, build_networks
+from srl_utils.training_flags import training_effects
 
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"
 MAX_SKIPPED_IN_ROW = 10
@@ -118,17 +129,19 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     accelerator.print(f"Running on {accelerator.device} in {plan.execution}")
-    prepare_output(args, accelerator)
-    run = build_run(args, accelerator, data, plan, publisher)
-    resume(run)
-    run.journal.begin(run.progress.step)
-    run.judge.judge_original(resumed=run.progress.step > 0)
-    write_card(run, args.output_dir)
-    with Interruption() as interruption:
-        stop = train(run, interruption)
-    if stop is not None:
-        return save_and_stop(run, stop)
-    return finish(run)
+    with sole_run(args.output_dir, is_main_process=accelerator.is_main_process):
+        prepare_output(args, accelerator)
+        run = build_run(args, accelerator, data, plan, publisher)
+        run.checkpoints.check_room()
+        resume(run)
+        run.journal.begin(run.progress.step)
+        run.judge.judge_original(resumed=run.progress.step > 0)
+        write_card(run, args.output_dir)
+        with Interruption() as interruption:
+            stop = train(run, interruption)
+        if stop is not None:
+            return save_and_stop(run, stop)
+        return finish(run)
 
 
 # --- checks and plan ------------------------------------------------------------------------------------
@@ -143,13 +156,10 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.output_dir} holds checkpoints of an earlier run; add --resume_from_checkpoint latest to continue "
             "it, or choose another --output_dir"
         )
-    if args.resume_from_checkpoint is not None:
+    if args.resume_from_checkpoint not in (None, "latest"):
         Checkpoints(args.output_dir).resolve(args.resume_from_checkpoint)
     if args.report_to in ("wandb", "all") and args.hub_token is not None:
         raise UserError("--hub_token would be shown by wandb; log in with `hf auth login` instead")
-    hub_flags = [name for name, value in vars(args).items() if name.startswith("hub_") and value not in (None, False)]
-    if hub_flags and not args.push_to_hub:
-        raise UserError(f"--{hub_flags[0]} has no effect without --push_to_hub")
     for package, flag, wanted in (
         (args.report_to, "--report_to", args.report_to in ("tensorboard", "wandb", "trackio")),
         ("bitsandbytes", "--use_8bit_adam", args.use_8bit_adam),
@@ -160,6 +170,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     data_source(args).check()
     config = read_config(autoencoder_source(args))
     check_resolution(args.resolution, config)
+    load_autoencoder(autoencoder_source(args))  # what does not load now would not load later
     return config
 
 
@@ -265,10 +276,6 @@ def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accel
 
 def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
-        try:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
         record = {"arguments": json_arguments(args), "versions": package_versions()}
         write_text_atomically(args.output_dir / "training_args.json", json.dumps(record, indent=1) + "\n")
     accelerator.wait_for_everyone()
@@ -442,7 +449,11 @@ def train(run: Run, interruption: Interruption) -> Stop | None:
     shown = validate(run) if progress.step == 0 else {}
     first, started = progress.step, time.perf_counter()
     while progress.step < run.plan.max_train_steps:
-        values, bad_images = optimizer_step(run, batches, interrupted=interruption.signal is not None)
+        try:
+            values, bad_images = optimizer_step(run, batches, interrupted=interruption.signal is not None)
+        except UserError as error:
+            hear(run, readback.drain(), interruption, bar, shown)
+            return stop_without_data(run, error)
         started, seconds = time.perf_counter(), time.perf_counter() - started
         facts = StepFacts(
             step=progress.step,
@@ -471,6 +482,16 @@ def train(run: Run, interruption: Interruption) -> Stop | None:
             started = time.perf_counter()
     bar.close()
     return None
+
+
+def stop_without_data(run: Run, error: UserError) -> Stop:
+    """Data that give out in the middle end a single process after its last whole step, which can be saved.
+
+    Several processes may be in different steps by then, and end as they do when one of them dies.
+    """
+    if isinstance(error, ResourceError) or run.accelerator.num_processes > 1:
+        raise error
+    return Stop(str(error), error.exit_code)
 
 
 class Waiting:
@@ -610,7 +631,7 @@ def reason_to_stop(run: Run, step: int, interruption: Interruption | None) -> St
     try:
         run.ledger.check(run.args.max_bad_images)
     except UserError as error:
-        return Stop(str(error), EXIT_BAD_INPUT)
+        return Stop(str(error), error.exit_code)
     if progress.skipped_in_row >= MAX_SKIPPED_IN_ROW:
         first = step - progress.skipped_in_row + 1
         reason = f"the gradient has not been finite since step {first} ({progress.skipped} steps skipped in all)"
@@ -665,7 +686,9 @@ def build_run(
         progress=progress,
         ledger=ledger,
         guard=guard,
-        checkpoints=Checkpoints(args.output_dir, args.checkpoints_total_limit),
+        checkpoints=Checkpoints(
+            args.output_dir, args.checkpoints_total_limit, state_bytes(networks.vae, networks.encoder, ema)
+        ),
         journal=Journal(accelerator, args.output_dir / "metrics.jsonl"),
         judge=judge,
         publisher=publisher,
@@ -675,11 +698,13 @@ def build_run(
 def resume(run: Run) -> None:
     if run.args.resume_from_checkpoint is None:
         return
-    checkpoint = run.checkpoints.resolve(run.args.resume_from_checkpoint)
+    checkpoint = run.checkpoints.resolve(run.args.resume_from_checkpoint, tell=run.accelerator.print)
     if checkpoint is None:
         run.accelerator.print(f"no checkpoint in {run.args.output_dir} yet: starting from the beginning")
         return
-    run.accelerator.load_state(str(checkpoint))
+    load_checkpoint(run.accelerator, checkpoint)
+    if run.accelerator.is_main_process and run.args.resume_from_checkpoint == "latest":  # else there is a later one
+        run.checkpoints.tidy(checkpoint)
     run.accelerator.print(f"continuing from {checkpoint}, after step {run.progress.step}")
 
 
@@ -820,7 +845,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         add_group(parser)
     recipe = parser.parse_known_args(arguments)[0].recipe
     parser.set_defaults(**RECIPES[recipe])
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    parser.refuse_without_effect(args, training_effects(args))
+    return args
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -854,7 +881,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="split of the dataset to validate on, or the share of the training images to hold out, such as 0.05",
     )
-    group.add_argument("--resolution", type=positive_int, default=256, help="side of the training images in pixels")
+    group.add_argument("--resolution", type=image_side, default=256, help="side of the training images in pixels")
     group.add_argument("--center_crop", action="store_true", help="instead of random resized crops")
     group.add_argument("--random_flip", action="store_true", help="mirror half of the training images")
     group.add_argument("--dataloader_num_workers", type=non_negative_int, default=0, help="worker processes for images")
@@ -911,7 +938,7 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--attack_batch_size", type=positive_int, default=None, help="attack that many images at a time, to save memory"
     )
-    group.add_argument("--seed", type=non_negative_int, default=0, help="of every random draw")
+    group.add_argument("--seed", type=seed, default=0, help="of every random draw")
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -924,8 +951,8 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr_num_cycles", type=positive_int, default=1, help="restarts of cosine_with_restarts")
     group.add_argument("--lr_power", type=non_negative_float, default=1.0, help="power of the polynomial schedule")
     group.add_argument("--use_8bit_adam", action="store_true", help="8-bit AdamW of bitsandbytes")
-    group.add_argument("--adam_beta1", type=fraction, default=0.9)
-    group.add_argument("--adam_beta2", type=fraction, default=0.999)
+    group.add_argument("--adam_beta1", type=decay, default=0.9)
+    group.add_argument("--adam_beta2", type=decay, default=0.999)
     group.add_argument("--adam_weight_decay", type=non_negative_float, default=1e-2)
     group.add_argument("--adam_epsilon", type=non_negative_float, default=1e-8)
     group.add_argument("--max_grad_norm", type=non_negative_float, default=1.0)
@@ -991,7 +1018,7 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
 def json_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """All arguments as JSON values, without the secret one."""
     return {
-        name: str(value) if isinstance(value, Path) else value
+        name: one_line(str(value)) if isinstance(value, (str, Path)) else value
         for name, value in vars(args).items()
         if name != "hub_token"
     }

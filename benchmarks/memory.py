@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._known = WeakIdKeyDictionary()
 
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         self.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         return result

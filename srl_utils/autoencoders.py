@@ -16,6 +16,7 @@ from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from srl_utils.autoencoder_files import check_parameters, completed_config, first_line, refuse_pickles
 from srl_utils.errors import UserError
 
 VAE = TypeVar("VAE", bound=ModelMixin)
@@ -36,25 +37,29 @@ class AutoencoderSource:
 def read_config(
     source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (AutoencoderKL,)
 ) -> dict[str, Any]:
-    """The VAE's configuration, without loading its weights.
+    """The VAE's configuration with diffusers' defaults for what it leaves out, without loading its weights.
 
     Raises:
-        UserError: if there is none, if it is of none of the `kinds`, or if it does not take RGB images.
+        UserError: if there is none, if it is of none of the `kinds`, if it cannot be, or if it does not take RGB images.
     """
     arguments = asdict(source)
     arguments.pop("variant")
     name = source.pretrained_model_name_or_path
+    refuse_pickles(name, source.subfolder, kinds[0])
     try:
         config = AutoencoderKL.load_config(**arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]
         hint = "" if source.subfolder else " (for the VAE of a whole pipeline add --subfolder vae)"
         raise UserError(f"no VAE configuration at '{name}': {reason}{hint}") from None
-    kind = config.get("_class_name", "configuration of no known class") if isinstance(config, dict) else "list"
-    if kind not in (known.__name__ for known in kinds):
-        raise UserError(f"'{name}' is a {kind}, not an {' or '.join(known.__name__ for known in kinds)}")
-    if config.get("in_channels", 3) != 3:
-        raise UserError(f"'{name}' takes images of {config['in_channels']} channels; only RGB is supported")
+    said = config.get("_class_name", "configuration of no known class") if isinstance(config, dict) else "list"
+    kind = next((known for known in kinds if known.__name__ == said), None)
+    if kind is None:
+        raise UserError(f"'{name}' is a {said}, not an {' or '.join(known.__name__ for known in kinds)}")
+    config = completed_config(config, kind, name)
+    for channels in (config["in_channels"], config["out_channels"]):
+        if channels != 3:
+            raise UserError(f"'{name}' takes or makes images of {channels} channels; only RGB is supported")
     return config
 
 
@@ -62,7 +67,7 @@ def load_autoencoder(source: AutoencoderSource, kind: type[VAE] = AutoencoderKL)
     """The VAE in float32, whatever the precision of the stored weights.
 
     Raises:
-        UserError: if the weights cannot be had as safetensors or do not fit the configuration.
+        UserError: if the weights cannot be had as safetensors, do not fit the configuration, or are not all finite.
     """
     name = source.pretrained_model_name_or_path
     try:
@@ -70,11 +75,11 @@ def load_autoencoder(source: AutoencoderSource, kind: type[VAE] = AutoencoderKL)
             **asdict(source), use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load the VAE '{name}': {reason}") from None
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise UserError(f"cannot load the VAE '{name}': its weights lack {len(missing)} tensors, such as {missing[0]}")
+        raise UserError(f"cannot load the VAE '{name}': {first_line(error)}") from None
+    for keys, fault in (("missing_keys", "lack"), ("unexpected_keys", "hold beyond what its configuration describes")):
+        if found := sorted(loading[keys]):
+            raise UserError(f"cannot load the VAE '{name}': its weights {fault} {len(found)} tensors, such as {found[0]}")
+    check_parameters(vae, name)
     return vae.float()
 
 

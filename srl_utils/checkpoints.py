@@ -1,8 +1,13 @@
-"""Saving without ever losing anything: atomic writes, checkpoints that continue exactly, pruning after saving."""
+"""Saving without ever losing anything: atomic writes, checkpoints that continue exactly, pruning after saving.
+
+A checkpoint is written aside, sealed with a manifest of its checksums, and renamed; one that does not agree with its
+manifest is passed over for the one before it.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,9 +21,15 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
+from torch import nn
 
+from srl_utils.autoencoder_files import first_line
 from srl_utils.autoencoders import WEIGHTS_NAME, save_autoencoder, save_variant
-from srl_utils.errors import UserError
+from srl_utils.errors import ResourceError, UserError
+from srl_utils.integrity import fault, flush, seal
+from srl_utils.resources import failed_write, gigabytes
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 EMA_FILE = "ema.pt"
@@ -36,12 +47,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a path beside `path` and renames it: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    write(aside)
-    os.replace(aside, path)
+    try:
+        write(aside)
+        flush(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)  # on a full disk it would be in the way
+        raise
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    """In UTF-8; names of files that are no Unicode have their odd bytes escaped."""
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str] = ()) -> None:
@@ -54,6 +71,7 @@ def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str
     for variant in variants:
         save_variant(vae, aside, variant)
     for file in aside.iterdir():
+        flush(file)
         os.replace(file, output_dir / file.name)
     aside.rmdir()
 
@@ -64,22 +82,38 @@ class Checkpoints:
 
     output_dir: Path
     total_limit: int | None = None
+    num_bytes: int = 0
+    """About what one of them takes."""
+
+    def check_room(self) -> None:
+        """Raises a ResourceError unless there is room for one beside the one before it."""
+        free = shutil.disk_usage(self.output_dir).free
+        if free < 2 * self.num_bytes:
+            raise ResourceError(
+                f"{gigabytes(free)} are free in {self.output_dir}, and two checkpoints of about "
+                f"{gigabytes(self.num_bytes)} must fit beside each other; make room or choose another --output_dir"
+            )
 
     def found(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """The checkpoints, oldest first: whole ones, unless the disk has damaged them since."""
         folders = [path for path in self.output_dir.glob("checkpoint-*") if re.search(r"-\d+$", path.name)]
-        return sorted(folders, key=step_of)
+        replaced = [path for path in self.output_dir.glob(".checkpoint-*.outdated") if not _final(path).exists()]
+        return sorted(folders + replaced, key=step_of)
 
-    def resolve(self, resume_from: str) -> Path | None:
-        """The folder to continue from: the newest for `latest` (None where there is none), else the path.
+    def resolve(self, resume_from: str, *, tell: Callable[[str], object] = logger.warning) -> Path | None:
+        """The folder to continue from: the newest whole one for `latest` (None where there is none), else the path.
+
+        `tell` is called with a line on each that is passed over.
 
         Raises:
-            UserError: if the path is not a checkpoint.
+            UserError: if the path is not a checkpoint, if it is damaged, or if all that there are are damaged.
         """
         if resume_from == "latest":
-            return self.found()[-1] if self.found() else None
+            return self._newest_whole(tell)
         for candidate in (Path(resume_from), self.output_dir / resume_from):
             if (candidate / STATE_FILE).is_file():
+                if damage := fault(candidate):
+                    raise UserError(f"--resume_from_checkpoint {candidate} is damaged: {damage}; 'latest' passes it over")
                 return candidate
         present = ", ".join(path.name for path in self.found()) or "none"
         raise UserError(
@@ -87,34 +121,73 @@ class Checkpoints:
             f"'latest' or a folder is expected, {self.output_dir} holds: {present}"
         )
 
+    def _newest_whole(self, tell: Callable[[str], object]) -> Path | None:
+        folders = self.found()
+        for folder in reversed(folders):
+            damage = fault(folder)
+            if damage is None:
+                return folder
+            tell(f"{folder} is damaged and passed over: {damage}")
+        if folders:
+            raise UserError(
+                f"none of the checkpoints in {self.output_dir} is whole; remove them to start from the beginning, or "
+                "choose another --output_dir"
+            )
+        return None
+
     def save(self, accelerator: Accelerator, step: int) -> Path:
-        """Saves the state of all processes as `checkpoint-{step}`, then prunes the oldest."""
+        """Saves the state of all processes as `checkpoint-{step}`, then prunes the oldest.
+
+        Raises:
+            ResourceError: if the disk does not take it; those before it stay as they are.
+        """
+        try:
+            return self._save(accelerator, step)
+        except Exception as error:
+            reason = failed_write(error)
+            if reason is None:
+                raise
+            shutil.rmtree(self.output_dir / f".checkpoint-{step}.partial", ignore_errors=True)
+            raise ResourceError(
+                f"checkpoint-{step} cannot be written to {self.output_dir}: {reason}; it takes about "
+                f"{gigabytes(self.num_bytes)}. Those before it are whole: make room and run the same command with "
+                "--resume_from_checkpoint latest"
+            ) from None
+
+    def _save(self, accelerator: Accelerator, step: int) -> Path:
         final = self.output_dir / f"checkpoint-{step}"
         aside = self.output_dir / f".checkpoint-{step}.partial"
         if accelerator.is_main_process:
-            self._discard_leftovers()
+            shutil.rmtree(aside, ignore_errors=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(aside))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            seal(aside)
             _replace_folder(aside, final)
-            self._prune()
+            self.tidy(final)
         accelerator.wait_for_everyone()
         return final
 
-    def _prune(self) -> None:
+    def tidy(self, newest: Path) -> None:
+        """Leaves `newest` and the last others, and nothing that an interruption in the middle of a save has left."""
         if self.total_limit is not None:
-            for folder in self.found()[: -self.total_limit]:
-                shutil.rmtree(folder)
-
-    def _discard_leftovers(self) -> None:
-        for folder in self.output_dir.glob(".checkpoint-*"):
+            others = [folder for folder in self.found() if folder != newest]
+            for folder in others[: max(len(others) - self.total_limit + 1, 0)]:
+                os.replace(folder, self.output_dir / f".checkpoint-{step_of(folder)}.pruned")
+        for folder in set(self.output_dir.glob(".checkpoint-*")) - set(self.found()):
             shutil.rmtree(folder)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number in `checkpoint-N`."""
-    return int(checkpoint.name.rsplit("-", 1)[1])
+    """The number in `checkpoint-N`, or in `.checkpoint-N.outdated`."""
+    return int(re.search(r"-(\d+)", checkpoint.name)[1])
+
+
+def state_bytes(vae: AutoencoderKL, trained: nn.Module, ema: EMAModel | None) -> int:
+    """About what a checkpoint takes: all weights, two moments of each trained one, and perhaps its average."""
+    weights, moments = (sum(parameter.numel() for parameter in module.parameters()) for module in (vae, trained))
+    return 4 * (weights + moments * (2 if ema is None else 3))
 
 
 def register_state(
@@ -149,10 +222,29 @@ def register_state(
     accelerator.register_load_state_pre_hook(load)
 
 
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Loads what `register_state` has registered.
+
+    Raises:
+        UserError: if `checkpoint` is of another VAE or other settings, or holds what is no state at all.
+    """
+    try:
+        accelerator.load_state(str(checkpoint))
+    except Exception as error:  # whatever does not fit: keys, shapes, kinds of files
+        raise UserError(f"{checkpoint} does not fit this run: {first_line(error)}") from None
+
+
 def _replace_folder(aside: Path, final: Path) -> None:
-    """Renames `aside` to `final`; a folder of that name, from a run that was rewound, gives way."""
-    outdated = final.with_name(f".{final.name}.outdated")
+    """Renames `aside` to `final`; a folder of that name, from a run that was rewound, gives way, but stays to the end."""
     if final.exists():
-        os.replace(final, outdated)
+        os.replace(final, _outdated(final))
     os.replace(aside, final)
-    shutil.rmtree(outdated, ignore_errors=True)
+    flush(final.parent)
+
+
+def _outdated(final: Path) -> Path:
+    return final.with_name(f".{final.name}.outdated")
+
+
+def _final(outdated: Path) -> Path:
+    return outdated.with_name(outdated.name.removeprefix(".").removesuffix(".outdated"))

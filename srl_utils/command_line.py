@@ -6,14 +6,17 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from srl_utils.errors import UserError
+from srl_utils.errors import UserError, one_line, without_tokens
 from srl_utils.images import parse_pixel_distance
+from srl_utils.resources import explained
 
-EXIT_BAD_INPUT = 2
+LARGEST_SIDE = 2**14  # pixels; an image of that side takes 3 GB as numbers
+LARGEST_SEED = 2**63 - 1  # what torch takes
 
 
 def joined_on_cpu() -> bool:
@@ -24,20 +27,45 @@ def joined_on_cpu() -> bool:
     return not torch.accelerator.is_available() and "LOCAL_RANK" in os.environ
 
 
+Effects = Mapping[str, tuple[bool, str]]
+"""By the name of a flag: whether it has an effect in the mode that the other flags choose, and what it needs for one."""
+
+
 class Parser(argparse.ArgumentParser):
-    """Reports a bad argument as a `UserError`, in one line."""
+    """Reports a bad argument as a `UserError`, in one line; takes no abbreviations, which would change with new flags."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else list(args)
+        if any(not word.strip() or word.endswith("=") for word in words):
+            raise UserError(f"an empty argument: {' '.join(repr(word) for word in words)}")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> None:
         raise UserError(message)
 
+    def refuse_without_effect(self, args: argparse.Namespace, effects: Effects) -> None:
+        """Raises a UserError at the first flag that was set and has no effect."""
+        for flag, (effective, need) in effects.items():
+            if not effective and getattr(args, flag) != self.get_default(flag):
+                raise UserError(f"--{flag} has no effect without {need}")
+
 
 def exit_code(command: Callable[[], int]) -> int:
-    """What `command` returns; if the user can put right what stopped it, the reason in one line and 2."""
+    """What `command` returns; if the user can put right what stopped it, the reason in one line and its exit code."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names need not be what a terminal can show
     try:
         return command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    except Exception as error:
+        told = error if isinstance(error, UserError) else explained(error)
+        if told is None:
+            raise
+        print(f"error: {without_tokens(one_line(str(told)))}", file=sys.stderr)
+        return told.exit_code
 
 
 def positive_int(text: str) -> int:
@@ -58,6 +86,27 @@ def non_negative_float(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
+    return value
+
+
+def image_side(text: str) -> int:
+    value = positive_int(text)
+    if value > LARGEST_SIDE:
+        raise argparse.ArgumentTypeError(f"{text} is more than {LARGEST_SIDE} pixels")
+    return value
+
+
+def seed(text: str) -> int:
+    value = non_negative_int(text)
+    if value > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is more than {LARGEST_SEED}")
+    return value
+
+
+def decay(text: str) -> float:
+    value = fraction(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError("1 would never forget; it must be below")
     return value
 
 

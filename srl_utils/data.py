@@ -168,7 +168,7 @@ def open_data(
     """Opens the training and validation images and makes sure that both can be read.
 
     Raises:
-        UserError: if there are none, if flags conflict, or if none of the first images can be decoded.
+        UserError: if there are none, if flags conflict, or if none of the images tried can be decoded.
     """
     framing = Framing(resolution=resolution, seed=seed, center_crop=center_crop, random_flip=random_flip)
     training, validation = open_images(source, resolution, seed)
@@ -312,15 +312,16 @@ class ImageLedger:
         self.bad_images = dict.fromkeys(state["bad_images"])
 
 
-def _first(images: Images, number: int) -> Iterator[RawImage]:
+def _probes(images: Images, number: int) -> Iterator[RawImage]:
+    """Some images from all over, for bad ones are often neighbours; of a stream the first."""
     if isinstance(images, StreamImages):
         return islice(images, number)
-    return (images[index] for index in range(min(number, len(images))))
+    return (images[index] for index in np.linspace(0, len(images), min(number, len(images)), endpoint=False).astype(int))
 
 
 def _check_readable(images: Images) -> None:
     problems: list[str] = []
-    for raw in _first(images, PROBED_IMAGES):
+    for raw in _probes(images, PROBED_IMAGES):
         try:
             decode_rgb(raw.source)
             return
@@ -328,7 +329,7 @@ def _check_readable(images: Images) -> None:
             problems.append(f"{raw.name}: {error}")
     if not problems:
         raise UserError("the training data holds no images; check its files and --max_train_samples")
-    raise UserError(f"none of the first {len(problems)} training images can be read; {problems[0]}")
+    raise UserError(f"none of {len(problems)} training images tried can be read; {problems[0]}")
 
 
 def _decode_evenly(images: Images, number: int, resolution: int) -> tuple[Tensor, list[str]]:

@@ -2,6 +2,32 @@
 
 from __future__ import annotations
 
+import re
+
+TOKEN = re.compile(r"hf_\w{4,}")  # of the Hub
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 class UserError(Exception):
-    """Bad input or a bad setting. Command lines print its message without a traceback and exit with 2."""
+    """Bad input or a bad setting. Command lines print its message without a traceback and exit with `exit_code`."""
+
+    exit_code = 2
+
+
+class ResourceError(UserError):
+    """What the machine lacks or refuses in the middle of a run: memory, room on the disk, a permission."""
+
+    exit_code = 5
+
+
+def one_line(text: str) -> str:
+    """`text` with control characters, line ends and the bytes of names that are no Unicode as escapes such as `\\n`.
+
+    Names come from data sets and disks: what is printed or written must be one line that any file can hold.
+    """
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def without_tokens(text: str) -> str:
+    """`text` without tokens of the Hub, which stand in mistyped arguments and in what a server says of them."""
+    return TOKEN.sub("hf_***", text)

@@ -34,4 +34,6 @@ class Journal:
                 file.write(json.dumps({"step": step, **row}) + "\n")
 
     def _rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        """Whole lines: a run that was killed, or whose disk was full, may have left part of one at the end."""
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]

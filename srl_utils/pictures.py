@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import math
 import os
 import warnings
@@ -18,8 +19,10 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from srl_utils.errors import UserError
+from srl_utils.errors import UserError, one_line
 from srl_utils.images import from_pil
+
+logger = logging.getLogger(__name__)
 
 # Pillow only recognises the first five (their pixels need other software) and hands the last to Ghostscript.
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
@@ -58,10 +61,10 @@ class RawImage(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The label or else a hash of the content: the same in each epoch, whatever the order."""
+        """The label in one line, or else a hash of the content: the same in each epoch, whatever the order."""
         content = self.source.get("bytes") if isinstance(self.source, dict) else self.source
         if self.label or not isinstance(content, bytes):
-            return self.label or "a sample without image"
+            return one_line(self.label) or "a sample without image"
         return f"image with SHA-256 {hashlib.sha256(content).hexdigest()[:12]}"
 
 
@@ -113,17 +116,22 @@ class Framing:
 def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     """The files below `folder` with one of these lower-case suffixes, sorted; no hidden files or folders.
 
-    Links to folders are followed, and each folder is listed once, so a loop of links ends.
+    Links to folders are followed, and each folder is listed once, so a loop of links ends. A folder that may not be
+    read is passed over, and named in the log.
     """
     found: list[Path] = []
     visited: set[str] = set()
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
+    for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=_note_unlisted):
         real = os.path.realpath(directory)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and real not in visited)
         if real not in visited:
             found += [Path(directory, name) for name in names if not name.startswith(".")]
         visited.add(real)
     return sorted(path for path in found if path.suffix.lower() in suffixes)
+
+
+def _note_unlisted(error: OSError) -> None:
+    logger.warning("folder passed over: %s (%s)", one_line(str(error.filename)), error.strerror)
 
 
 def decode_rgb(source: object) -> Image.Image:
@@ -198,6 +206,8 @@ def _open(source: object) -> Image.Image:
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source), formats=picture_formats())
     if isinstance(source, (str, Path)):
+        if Path(source).exists() and not Path(source).is_file():  # a pipe would wait for ever, a device never end
+            raise UnreadableImage("no regular file")
         return Image.open(source, formats=picture_formats())
     raise UnreadableImage(f"{type(source).__name__} instead of a picture")
 

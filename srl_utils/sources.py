@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,18 +11,20 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets.exceptions import DatasetsError
 from torch.utils.data import Subset
 
-from srl_utils.errors import UserError
+from srl_utils.errors import UserError, one_line
 from srl_utils.photographs import Split, photograph_tiles, recoloured
 from srl_utils.pictures import RawImage, list_files, picture_suffixes
+
+logger = logging.getLogger(__name__)
 
 PHOTOGRAPHS = "scikit-image"
 LARGEST_TILE = 256  # pixels; every photograph holds one
 VALIDATION_SPLITS = ("validation", "val", "test")
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
 SHUFFLE_BUFFER = 1000
+TAR_END = 1024  # bytes
 HELD_OUT_SEED = 3  # second word of a seed: keeps these draws apart from those of pictures.py and data.py
 
 
@@ -118,6 +122,8 @@ def _open_splits(source: DataSource, resolution: int) -> dict[str, RawSplit]:
     with _one_line_error(f"--dataset_name {source.dataset_name}"):
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             # Made by save_to_disk: memory-mapped, so that there is nothing to gain from streaming it.
+            if source.streaming:
+                raise UserError("--streaming has no effect on a folder made by save_to_disk")
             loaded = datasets.load_from_disk(source.dataset_name)
         else:
             loaded = datasets.load_dataset(
@@ -149,21 +155,43 @@ def _open_folder(flag: str, source: DataSource) -> RawSplit:
     if not folder.is_dir():
         raise UserError(f"--{flag} {folder}: there is no such folder")
     if files := list_files(folder, picture_suffixes()):
+        _refuse_without_columns(source, flag)
         return [RawImage(path, str(path)) for path in files]
     tars = [str(path) for path in list_files(folder, frozenset({".tar"}))]
     if not tars:
         raise UserError(f"--{flag} {folder}: there are no image files (.png, .jpg, ...) and no .tar files in it")
+    for tar in filter(_ends_early, tars):
+        logger.warning("%s ends early: what is missing from it cannot be counted", one_line(tar))
     with _one_line_error(f"--{flag} {folder}"):
         return datasets.load_dataset(
             "webdataset", data_files=tars, split="train", streaming=source.streaming, cache_dir=source.cache_dir
         )
 
 
+def _refuse_without_columns(source: DataSource, flag: str) -> None:
+    """Where the folder of `flag` is all there is, what is meant for a table or a stream would be ignored."""
+    if source.dataset_name or (flag == "validation_data_dir" and source.train_data_dir):
+        return
+    for name in ("image_column", "streaming"):
+        if getattr(source, name) != DataSource.__dataclass_fields__[name].default:
+            raise UserError(f"--{name} has no effect on a folder of image files")
+
+
+def _ends_early(tar: str) -> bool:
+    """Whether the file lacks the zeros that close a tar, which readers in sequence take for its end."""
+    with open(tar, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAR_END))
+        return file.read() != bytes(TAR_END)
+
+
 @contextmanager
 def _one_line_error(what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what a broken connection raises differs between the versions of the libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         advice = "check the name, --dataset_config_name and the network connection"
         raise UserError(f"{what} cannot be read: {reason}; {advice}") from error

@@ -18,10 +18,14 @@ from pathlib import Path
 import lpips
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+import train_srl_vae
 from miniature.scenes import draw_scene
+
+Run = Callable[..., tuple[int, str]]
 
 ROOT = Path(__file__).parents[1]
 MINIATURE_VAE = ROOT / "miniature/weights/vae"
@@ -153,3 +157,18 @@ def launch(*arguments: object, processes: int = 1, script: object) -> subprocess
         [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=240,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Run:
+    """Runs the training's command line in this process; returns its exit code and all it printed."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._shared_state.clear()
+        monkeypatch.setattr(sys, "argv", ["train_srl_vae.py", *map(str, arguments)])
+        code = train_srl_vae.command_line()
+        captured = capfd.readouterr()
+        return code, captured.out + captured.err
+
+    return call

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from srl_utils.checkpoints import STATE_FILE, Checkpoints, save_drop_in, write_atomically, write_text_atomically
 from srl_utils.errors import UserError
+from srl_utils.integrity import MANIFEST, fault, seal
 from srl_utils.interruption import Interruption
 from srl_utils.journal import Journal
 
@@ -22,6 +26,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / STATE_FILE).write_text("{}")
+    seal(path)
     return path
 
 
@@ -95,7 +100,7 @@ def test_saving_over_a_checkpoint_of_a_rewound_run(tmp_path: Path) -> None:
     """Oracle: the new content stands, and nothing of the old one."""
     (checkpoint(tmp_path, 3) / "outdated").write_text("")
     Checkpoints(tmp_path).save(FakeAccelerator(), 3)
-    assert [path.name for path in (tmp_path / "checkpoint-3").iterdir()] == [STATE_FILE]
+    assert {path.name for path in (tmp_path / "checkpoint-3").iterdir()} == {STATE_FILE, MANIFEST}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
@@ -152,3 +157,107 @@ def test_the_first_signal_is_noted_and_the_second_acts() -> None:
     with Interruption():
         pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- damage ---------------------------------------------------------------------------------------------
+
+
+def three_files(folder: Path) -> Path:
+    """A sealed folder with something to damage."""
+    (folder / "vae").mkdir(parents=True)
+    for name in (STATE_FILE, "optimizer.bin", "vae/weights"):
+        (folder / name).write_bytes(name.encode() * 100)
+    seal(folder)
+    return folder
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("name", [STATE_FILE, "optimizer.bin", "vae/weights", MANIFEST])
+@pytest.mark.parametrize("damage", [flipped, cut, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_damage_of_any_file_is_found_and_named(name: str, damage: Callable[[Path], object], tmp_path: Path) -> None:
+    """Oracle: the file that was damaged by a bit, a byte or altogether; before that there is no fault."""
+    folder = three_files(tmp_path / "folder")
+    assert fault(folder) is None
+    damage(folder / name)
+    assert Path(name).name in fault(folder) or name == MANIFEST
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_change_of_a_byte_goes_unseen(tmp_path: Path, data: st.DataObject) -> None:
+    """Oracle: SHA-256, and of the manifest's own bytes the content that it says (spaces between its words aside)."""
+    folder = tmp_path / "folder"
+    if not folder.exists():
+        three_files(folder)
+    path = folder / data.draw(st.sampled_from(["optimizer.bin", "vae/weights", MANIFEST]))
+    before = path.read_bytes()
+    place, value = data.draw(st.integers(0, len(before) - 1)), data.draw(st.integers(0, 255))
+    path.write_bytes(before[:place] + bytes([value]) + before[place + 1 :])
+    try:
+        same = json.loads(before) == json.loads(path.read_bytes()) if path.name == MANIFEST else value == before[place]
+    except ValueError:
+        same = False
+    try:
+        assert (fault(folder) is None) == same
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path) -> None:
+    """Oracle: the one before it, with a line on each that is passed over; a damaged one asked for is refused."""
+    for step in (1, 2, 3):
+        checkpoint(tmp_path, step)
+    flipped(tmp_path / "checkpoint-3" / STATE_FILE)
+    (tmp_path / "checkpoint-2" / MANIFEST).unlink()
+    told: list[str] = []
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.resolve("latest", tell=told.append) == tmp_path / "checkpoint-1"
+    assert [("checkpoint-3" in line, "checkpoint-2" in line) for line in told] == [(True, False), (False, True)]
+    with pytest.raises(UserError, match=f"checkpoint-3 is damaged: {STATE_FILE} differs from its checksum"):
+        checkpoints.resolve("checkpoint-3")
+    cut(tmp_path / "checkpoint-1" / STATE_FILE)
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        checkpoints.resolve("latest", tell=told.append)
+
+
+def test_what_was_just_saved_is_never_pruned(tmp_path: Path) -> None:
+    """Oracle: the limit and the step just saved, with a higher number left over from a run that was rewound."""
+    for step in (1, 2, 9):
+        checkpoint(tmp_path, step)
+    Checkpoints(tmp_path, total_limit=5).save(FakeAccelerator(), 3)
+    assert len(Checkpoints(tmp_path).found()) == 4
+    Checkpoints(tmp_path, total_limit=1).save(FakeAccelerator(), 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_save_that_breaks_off_between_its_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the checkpoint of the same step that was there before is still found, and kept until the next is there."""
+    checkpoint(tmp_path, 3)
+    honest, renames = os.replace, []
+
+    def fail_second(source: Path, target: Path) -> None:
+        renames.append(target)
+        if len(renames) == 2:
+            raise OSError("power is gone")
+        honest(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_second)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(OSError, match="power"):
+        checkpoints.save(FakeAccelerator(), 3)
+    kept = checkpoints.resolve("latest")
+    checkpoints.tidy(kept)
+    assert kept.name == ".checkpoint-3.outdated" and fault(kept) is None
+    checkpoints.save(FakeAccelerator(), 4)
+    assert [path.name for path in checkpoints.found()] == [kept.name, "checkpoint-4"]
+    checkpoints.save(FakeAccelerator(), 3)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4"}

@@ -20,7 +20,7 @@ from small_pipelines import build_pipeline, small_vae
 from torch import Tensor
 
 from srl_utils.autoencoders import save_autoencoder
-from srl_utils.command_line import EXIT_BAD_INPUT, exit_code
+from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
 from srl_utils.pictures import UnreadableImage
 from srl_utils.pipelines import sanitize
@@ -348,7 +348,7 @@ def test_bad_input_ends_in_one_line(
 ) -> None:
     """Oracle: exit code 2 and a last line with the reason; no file is written or changed."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert sanitize_command("--vae", vae_at, *arguments(folder)) == EXIT_BAD_INPUT
+    assert sanitize_command("--vae", vae_at, *arguments(folder)) == UserError.exit_code
     *bar, line = capsys.readouterr().err.strip().split("\n")
     assert line.startswith("error: ") and message in line
     assert all(part.lstrip("\r").startswith("sanitize: ") for part in bar)
@@ -357,5 +357,5 @@ def test_bad_input_ends_in_one_line(
 
 def test_the_vae_has_to_be_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
     """Oracle: exit code 2 and argparse's reason in one line."""
-    assert sanitize_command(folder, folder.parent / "out") == EXIT_BAD_INPUT
+    assert sanitize_command(folder, folder.parent / "out") == UserError.exit_code
     assert capsys.readouterr().err == "error: the following arguments are required: --vae\n"

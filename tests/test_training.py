@@ -9,13 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import launch
+from conftest import Run, launch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,23 +26,6 @@ from srl_utils.step import Step
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_srl_vae.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-Run = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Run:
-    """Runs the command line in this process; returns its exit code and all it printed."""
-
-    def call(*arguments: str) -> tuple[int, str]:
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._shared_state.clear()
-        monkeypatch.setattr(sys, "argv", ["train_srl_vae.py", *map(str, arguments)])
-        code = train_srl_vae.command_line()
-        captured = capfd.readouterr()
-        return code, captured.out + captured.err
-
-    return call
 
 
 def steps(output_dir: Path) -> list[dict]:
@@ -87,6 +68,7 @@ def test_output_files(run: Run, flags: list[str], tmp_path: Path) -> None:
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.json", WEIGHTS, "README.md", "training_args.json", "metrics.jsonl", "results.json", "samples", "logs",
+        ".lock",
     }  # fmt: skip
     pictures = {path.name for path in (out / "samples").iterdir()}
     assert pictures == {"step-000000.png", "step-000002.png", "step-000004.png", "comparison.png"}

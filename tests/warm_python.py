@@ -8,7 +8,8 @@
 that ends it ends the program.
 
 Two variables of a program's environment save more time: no `time.sleep` lasts longer than LONGEST_SLEEP seconds, and
-PUBLISHING, a JSON object, replaces constants of srl_utils.hub.publishing.
+PUBLISHING, a JSON object, replaces constants of srl_utils.hub.publishing. A third one, PID_FILE, is where the program
+writes its process id, for a test that means to kill it.
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ def run_for(line: socket.socket) -> int:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if "PID_FILE" in os.environ:
+        Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
     publishing = importlib.import_module("srl_utils.hub.publishing")
     for name, value in json.loads(os.environ.get("PUBLISHING", "{}")).items():
         setattr(publishing, name, value)

@@ -20,22 +20,34 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from srl_utils.attacks.protections import PROTECTIONS
 from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource
 from srl_utils.checkpoints import write_text_atomically
 from srl_utils.codecs import Codec, load_codec
-from srl_utils.command_line import Parser, exit_code, joined_on_cpu, non_negative_int, pixel_distance, positive_int
+from srl_utils.command_line import (
+    Effects,
+    Parser,
+    exit_code,
+    image_side,
+    joined_on_cpu,
+    pixel_distance,
+    positive_int,
+    seed,
+)
 from srl_utils.data import load_validation_images
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import PRESETS, Supplies, known_names, select
 from srl_utils.evaluation.document import Findings, write_report
 from srl_utils.evaluation.extremes import draw_extremes
+from srl_utils.evaluation.reconstruction import Record
 from srl_utils.evaluation.sanity import Check, Depth, check_robustness
 from srl_utils.evaluation.study import THREAT_MODELS, Metrics, Study
+from srl_utils.locking import sole_run
 from srl_utils.losses import PerceptualDistance, load_perceptual_distance
 from srl_utils.metrics import SSIM_WINDOW
 from srl_utils.pictures import UnreadableImage, centre_square, decode_rgb, to_tensor
 from srl_utils.set_metrics import CLIP_MODEL, SET_METRICS, load_clip_similarity, load_inception_features
-from srl_utils.sources import DataSource
+from srl_utils.sources import PHOTOGRAPHS, DataSource
 
 METRICS = ("psnr", "ssim", "lpips", "clip", *SET_METRICS, "drift")
 BASELINE = "original"
@@ -79,24 +91,31 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for note in notes:
         accelerator.print(note)
-    records = study.run()
-    if not accelerator.is_main_process:
-        return 0
+    with sole_run(args.output_dir, is_main_process=accelerator.is_main_process):
+        records = study.run()
+        if accelerator.is_main_process:
+            conclude(args, accelerator, study, records, notes)
+    return 0
+
+
+def conclude(
+    args: argparse.Namespace, accelerator: Accelerator, study: Study, records: list[Record], notes: list[str]
+) -> None:
+    """Checks the robustness, writes the report and says where it is."""
     checks = {} if args.no_checks else run_checks(args, study)
     findings = Findings(
         title="Reconstruction under attack",
         baseline=study.baseline.name,
-        vaes=[codec.name for codec in codecs],
+        vaes=[codec.name for codec in study.codecs],
         rows=study.rows(records),
         records=records,
         checks=checks,
         notes=notes,
-        settings=settings(args, accelerator, images),
+        settings=settings(args, accelerator, study.images),
         pictures=draw_extremes(study, records),
     )
     write_report(findings, args.output_dir)
     print(f"{verdict(checks)}. Report: {args.output_dir / 'report.html'}, {args.output_dir / 'report.md'}")
-    return 0
 
 
 def vae_sources(args: argparse.Namespace) -> dict[str, AutoencoderSource]:
@@ -146,11 +165,13 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> Tensor:
         streaming=args.streaming,
     )
     try:
-        images, _ = load_validation_images(
+        images, unreadable = load_validation_images(
             source, num_images=args.num_images, resolution=args.resolution, seed=args.seed
         )
     except UserError as error:  # which names the flags of the training
         raise UserError(str(error).replace("--validation_data_dir", "--data_dir")) from None
+    if unreadable:
+        notes.append(f"{len(unreadable)} unreadable images were passed over: {', '.join(unreadable)}")
     if len(images) < args.num_images:
         notes.append(f"there are {len(images)} images and not the {args.num_images} of --num_images")
     return images
@@ -339,7 +360,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--split", default=None, help="split of the dataset; default: its validation or test split")
     add("--image_column", default="image", help="column of the dataset that holds the image")
     add("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
-    add("--resolution", type=positive_int, default=256, help="side of the images in pixels")
+    add("--resolution", type=image_side, default=256, help="side of the images in pixels")
     add("--num_images", type=positive_int, default=64)
     add("--attacks", nargs="+", default=["quick"], help=f"presets or names: {', '.join(known_names())}")
     add("--epsilons", nargs="+", type=budget, default=[2 / 255, 4 / 255, 8 / 255, 16 / 255])
@@ -351,13 +372,33 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--target", type=Path, default=None, help="image that targeted protections make others look like")
     add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
     add("--batch_size", type=positive_int, default=16)
-    add("--seed", type=non_negative_int, default=0)
+    add("--seed", type=seed, default=0)
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: accelerate's configuration")
     add("--no_checks", action="store_true", help="leave out the checks of the robustness")
     add("--num_check_images", type=positive_int, default=8, help="images that the checks use")
     add("--output_dir", type=folder, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
     given = sys.argv[1:] if arguments is None else arguments
-    return parser.parse_args(given, argparse.Namespace(arguments=given))
+    args = parser.parse_args(given, argparse.Namespace(arguments=given))
+    command.refuse_without_effect(args, effects(args))
+    return args
+
+
+def effects(args: argparse.Namespace) -> Effects:
+    """By flag, whether it has an effect beside the others, and what it needs to have one."""
+    names = {part for name in args.attacks for part in PRESETS.get(name, (name,))}
+    protections = [PROTECTIONS[name] for name in names if name in PROTECTIONS]
+    data_set = args.dataset_name not in (None, PHOTOGRAPHS)
+    return {
+        "split": (args.dataset_name is not None, "--dataset_name"),
+        "image_column": (data_set or args.data_dir is not None, "a data set with columns"),
+        "streaming": (data_set or args.data_dir is not None, "a data set that can be streamed"),
+        "inception_weights": (not set(SET_METRICS).isdisjoint(args.metrics), "rfid, kid or is among --metrics"),
+        "clip_model": ("clip" in args.metrics, "clip among --metrics"),
+        "pipeline": (any(protection.needs_denoiser for protection in protections), "an attack on a denoiser"),
+        "target": (any(protection.has_target for protection in protections), "an attack with a target"),
+        "max_attack_steps": (bool(protections), "a published protection among --attacks"),
+        "num_check_images": (not args.no_checks, "the checks, which --no_checks leaves out"),
+    }
 
 
 if __name__ == "__main__":

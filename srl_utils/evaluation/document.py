@@ -11,7 +11,6 @@ import csv
 import hashlib
 import io
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from srl_utils.evaluation.reconstruction import Record
 from srl_utils.evaluation.report import METRIC_TITLES, markdown_table, measured
 from srl_utils.evaluation.sanity import Check
 from srl_utils.images import format_pixel_distance
+from srl_utils.markdown import as_text
 
 HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "is"})
 SECTIONS = {
@@ -36,8 +36,6 @@ SECTIONS = {
     "transfer": ("Transferred attacks", "Made on the baseline, shown to every VAE."),
     "adaptive": ("Adaptive attacks", "Made on the VAE under judgement: what its robustness is worth."),
 }
-# What could be markup in Markdown, or in the HTML that it may hold. Underscores within words are none.
-MARKDOWN_MARKUP = re.compile(r"[\\`*\[\]<>&|~#]|(?<!\w)_|_(?!\w)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,10 +272,8 @@ def _content_hash(text: str) -> str:
 
 
 def _escape_markdown(value: object) -> object:
-    """A value as one line of text in which nothing is markup; character references never are."""
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return MARKDOWN_MARKUP.sub(lambda match: f"&#{ord(match[0])};", " ".join(value.split()))
+    """A text that is no `Markup` as text alone."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else as_text(value)
 
 
 def _markdown_table(section: Section) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -11,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 
 from srl_utils.images import format_pixel_distance
+from srl_utils.markdown import as_code, as_text
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
 LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -50,7 +52,7 @@ class CardFacts:
 def render_card(facts: CardFacts) -> str:
     """The card as text: YAML metadata with a model-index of the judged VAE's results, then prose."""
     on_hub = not Path(facts.base_model).exists()
-    base_name = facts.base_model if on_hub else Path(facts.base_model).resolve().name
+    base_name = as_text(facts.base_model) if on_hub else as_code(Path(facts.base_model).resolve().name)
     judged = [row for row in facts.results if row["vae"] == facts.judged_vae]
     data = ModelCardData(
         library_name="diffusers",
@@ -67,8 +69,11 @@ def render_card(facts: CardFacts) -> str:
         template_path=str(TEMPLATE),
         **{
             **asdict(facts),
-            "name": Path(facts.model_id).name,
-            "base": f"[{base_name}](https://huggingface.co/{base_name})" if on_hub else f"`{base_name}`",
+            "name": as_text(Path(facts.model_id).name),
+            "base": f"[{base_name}](https://huggingface.co/{base_name})" if on_hub else base_name,
+            "data": as_text(facts.data),
+            "subfolder": as_code(facts.subfolder) if facts.subfolder else None,
+            "model_literal": json.dumps(facts.model_id),  # in Python's code, where it must stay one text
             "judged": bool(judged),
             "findings": [line for row in judged if (line := _finding(row, facts))],
             "halves": _halves(facts),

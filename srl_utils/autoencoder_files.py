@@ -1,0 +1,131 @@
+"""What can be wrong with the files of a VAE, said in one line: found on shapes alone, before memory is spent.
+
+A configuration is a stranger's text. What it says is checked against the signature of the diffusers class that it
+names, so that a new argument of that class needs no line here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from srl_utils.errors import UserError
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+MAX_BILLIONS = 2  # of weights; the VAE of Stable Diffusion has 0.08
+LARGEST_INTEGER = 2**16  # of channels, groups, entries and pixels
+LARGEST_DEPTH = 64  # of layers in a block, and of blocks
+DEPTHS = re.compile(r"layers_per_|num_.*_blocks")
+
+
+def completed_config(config: dict[str, Any], kind: type[ModelMixin], name: str) -> dict[str, Any]:
+    """`config` with the defaults of `kind` for what it leaves out, as diffusers reads it.
+
+    Raises:
+        UserError: if it says what `kind` does not know or what cannot be, or describes no network that can be built.
+    """
+    parameters = inspect.signature(kind.__init__).parameters
+    defaults = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
+    complete = {**defaults, **config}
+    for key, default in defaults.items():
+        if not _possible(complete[key], default, LARGEST_DEPTH if DEPTHS.search(key) else LARGEST_INTEGER):
+            raise UserError(f"the configuration of '{name}' cannot be: its {key} is {_short(complete[key])}")
+    if not complete.get("scaling_factor", 1.0) > 0:
+        raise UserError(f"the configuration of '{name}' cannot be: its scaling_factor is {complete['scaling_factor']}")
+    network = _network({key: complete[key] for key in defaults}, kind, name, left_out=sorted(defaults.keys() - config))
+    unknown = sorted(key for key in config.keys() - network.config.keys() if not key.startswith("_"))
+    if unknown:
+        raise UserError(
+            f"the configuration of '{name}' says {unknown[0]}, which {kind.__name__} does not know in this version of "
+            "diffusers; update diffusers, or remove the entry from its config.json"
+        )
+    return complete
+
+
+def _network(arguments: dict[str, Any], kind: type[ModelMixin], name: str, left_out: list[str]) -> ModelMixin:
+    """The network on the meta device: shapes without memory."""
+    try:
+        with torch.device("meta"):
+            network = kind(**arguments)
+    except Exception as error:  # on what does not fit together diffusers and torch raise nearly anything
+        hint = f"; it leaves out {', '.join(left_out)}" if left_out else ""
+        raise UserError(f"the configuration of '{name}' describes no {kind.__name__}: {first_line(error)}{hint}") from None
+    billions = sum(parameter.numel() for parameter in network.parameters()) / 1e9
+    if billions > MAX_BILLIONS:
+        raise UserError(f"the configuration of '{name}' describes a network of {billions:.0f} billion weights")
+    return network
+
+
+def _possible(value: object, default: object, largest: int) -> bool:
+    """Whether `value` is of the kind of `default`: a count from 1 on, a finite number, a text, a list of the same."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int):
+        return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    if isinstance(default, (tuple, list)):
+        fits = isinstance(value, (tuple, list)) and 1 <= len(value) <= LARGEST_DEPTH
+        return fits and all(_possible(entry, default[0], largest) for entry in value)
+    if default is None:  # what a VAE may do without are numbers and lists of numbers
+        entries = value if isinstance(value, (tuple, list)) else [value]
+        return value is None or all(_possible(entry, 0.0, largest) for entry in entries)
+    return isinstance(value, type(default))
+
+
+def check_parameters(vae: nn.Module, name: str) -> None:
+    """Raises a UserError unless all weights are finite."""
+    for key, tensor in vae.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"cannot use the VAE '{name}': its {key} holds NaN or infinite values")
+
+
+def refuse_pickles(name: str, subfolder: str | None, kind: type[ModelMixin]) -> None:
+    """Refuses weights on this machine that come as a pickle or in a single file.
+
+    Raises:
+        UserError: with the command that converts them; diffusers reads nothing but tensors from a pickle.
+    """
+    place = Path(name, subfolder or "")
+    if place.is_file():
+        raise UserError(
+            f"'{name}' is a file; a folder with a config.json and safetensors is expected. To convert it: "
+            + _conversion(kind, f"from_single_file({name!r})", name)
+        )
+    if not place.is_dir() or any(place.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for path in place.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        where = "" if subfolder is None else f", subfolder={subfolder!r}"
+        raise UserError(
+            f"'{name}' holds its weights as a pickle ({pickles[0]}), which can run code when it is loaded. To convert "
+            "it: " + _conversion(kind, f"from_pretrained({name!r}{where}, use_safetensors=False)", name)
+        )
+
+
+def _conversion(kind: type[ModelMixin], load: str, name: str) -> str:
+    target = f"{Path(name).with_suffix('')}-safetensors"
+    program = f"from diffusers import {kind.__name__} as VAE; VAE.{load}.save_pretrained({target!r})"
+    return f"python -c {shlex.quote(program)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, and of what lies at the bottom of it."""
+    said = next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
+    origin = error.__cause__ or error.__context__
+    while origin is not None and (origin.__cause__ or origin.__context__):
+        origin = origin.__cause__ or origin.__context__
+    return said if origin is None else f"{said.rstrip('.')} ({first_line(origin)})"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,59 @@
+"""What the machine ran out of, and which flags need less of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+import torch
+
+from srl_utils.errors import ResourceError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+# safetensors and torch tell of a failed write in words of their own.
+TOLD_ERRNO = re.compile(r"os error (\d+)")
+TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|iostream error")
+MEMORY = re.compile(r"out of memory|can't allocate memory|DefaultCPUAllocator|Cannot allocate memory")
+WANTED = re.compile(r"allocate ([\d.]+ (?:bytes|[KMGTPE]iB))")
+LESS_MEMORY = (
+    "a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing, --mixed_precision "
+    "bf16 or a smaller --resolution need less (in an evaluation --batch_size and --resolution)"
+)
+
+
+def explained(error: BaseException) -> ResourceError | None:
+    """What the user can do about `error`; None if the machine is not to blame."""
+    if reason := out_of_memory(error):
+        return ResourceError(reason)
+    if reason := failed_write(error):
+        return ResourceError(f"{reason}; what was saved before is whole, and the same command goes on from it")
+    return None
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """One line on an allocation that failed, with its size where it is told and the flags that help; else None."""
+    text = str(error)
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not (
+        isinstance(error, RuntimeError) and MEMORY.search(text)
+    ):
+        return None
+    wanted = WANTED.search(text)
+    return f"out of memory{f' (for {wanted[1]} more)' if wanted else ''}: {LESS_MEMORY}"
+
+
+def failed_write(error: BaseException) -> str | None:
+    """Why the system refused to write, such as `No space left on device`; None if `error` is of another kind."""
+    number = error.errno if isinstance(error, OSError) else None
+    if told := TOLD_ERRNO.search(str(error)):
+        number = int(told[1])
+    if number in FULL | REFUSED:
+        name = getattr(error, "filename", None)
+        return f"{os.strerror(number)}{f': {name}' if name else ''}"
+    return "writing failed, as on a full disk" if TORCH_WRITE.search(str(error)) else None
+
+
+def gigabytes(num_bytes: int) -> str:
+    """Such as `1.25 GB`."""
+    return f"{num_bytes / 1e9:.3g} GB"

@@ -1,0 +1,184 @@
+"""Command lines of every kind: no traceback, no flag ignored in silence. Hypothesis draws them from the parsers."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+from conftest import Run, smallest_training
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import train_srl_vae
+from srl_utils.command_line import Parser
+from srl_utils.errors import UserError
+from srl_utils.evaluation import __main__ as evaluation
+
+DOZENS = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+HOSTILE = st.sampled_from([
+    "", " ", "0", "-1", "1", "2", "3", "0.5", "1.5", "nan", "inf", "-inf", "1e400", "1e-400", "8/255", "1/0", "0/0", "--",
+    "9" * 400, "9" * 5000, "0x10", "1_0", "\u0663", "true", "None", "../../x", "/", "~", "x" * 300, "a\nb", "\u202e",
+    "\udcff", "<script>", "$(touch x)", "%s", "{0}", "latest", "scikit-image", "bf16",
+])  # fmt: skip
+
+
+TRAINING = ["--train_data_dir", "photographs"]
+EVALUATION = ["reconstruction", "--baseline", "a", "--vae", "b", "--data_dir", "photographs"]
+COMMANDS = {"training": (train_srl_vae.parse_args, TRAINING), "evaluation": (evaluation.parse_args, EVALUATION)}
+
+
+def flags_of(command: str) -> list[argparse.Action]:
+    """The flags that a command line knows, from its parser."""
+    parse, arguments = COMMANDS[command]
+    parsers: list[Parser] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parser, "refuse_without_effect", lambda parser, *_: parsers.append(parser))
+        parse(arguments)
+    return [action for action in parsers[0]._actions if action.option_strings and action.dest != "help"]
+
+
+def words_of(action: argparse.Action) -> st.SearchStrategy[list[str]]:
+    """The flag with one of its choices, a number, or something hostile."""
+    name = st.just(action.option_strings[0])
+    if action.nargs == 0:
+        return name.map(lambda flag: [flag])
+    values = HOSTILE | st.integers(-2, 2**70).map(str) | st.floats().map(str) | st.text(max_size=8)
+    if action.choices:
+        values = st.sampled_from(sorted(action.choices)) | values
+    several = st.lists(values, min_size=0 if action.nargs == "+" else 1, max_size=3 if action.nargs == "+" else 1)
+    return st.tuples(name, several).map(lambda parts: [parts[0], *parts[1]])
+
+
+def command_lines(command: str) -> st.SearchStrategy[list[str]]:
+    flags = st.one_of([words_of(action) for action in flags_of(command)])
+    return st.lists(flags, max_size=6).map(lambda parts: [word for part in parts for word in part])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_any_command_line_is_taken_or_refused_in_one_line(command: str, examples: int) -> None:
+    """Oracle: the promise, for thousands of drawn command lines: a namespace or a UserError, nothing else."""
+    parse, required = COMMANDS[command]
+    outcomes = {"taken": 0, "refused": 0}
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(command_lines(command))
+    def attempt(words: list[str]) -> None:
+        try:
+            args = parse([*required, *words])
+        except UserError:
+            outcomes["refused"] += 1
+            return
+        outcomes["taken"] += 1
+        if command == "training":
+            train_srl_vae.json_arguments(args)
+            train_srl_vae.training_command(args)
+
+    attempt()
+    assert min(outcomes.values()) > examples / 50, outcomes
+
+
+WITHOUT_EFFECT = {
+    "training": [
+        ("--lpips_net alex", "--lpips_weight 0", "--lpips_weight 1"),
+        ("--originality_units scaled", "--originality_weight 0", "--originality_weight 1"),
+        ("--num_train_epochs 2", "--max_train_steps 3", ""),
+        ("--lr_warmup_steps 3", "", "--lr_scheduler constant_with_warmup"),
+        ("--lr_num_cycles 3", "--lr_scheduler cosine", "--lr_scheduler cosine_with_restarts"),
+        ("--lr_power 2", "--lr_scheduler linear", "--lr_scheduler polynomial"),
+        ("--logging_dir here", "--report_to wandb", "--report_to tensorboard"),
+        ("--tracker_project_name mine", "--report_to none", "--report_to wandb"),
+        ("--hub_private_repo", "", "--push_to_hub"),
+        ("--hub_token hf_x", "", "--push_to_hub"),
+        ("--dataloader_num_workers 4", "--streaming", ""),
+        ("--revision main", "--pretrained_model_name_or_path {here}", ""),
+    ],
+    "evaluation": [
+        ("--inception_weights w.pth", "--metrics psnr", "--metrics psnr rfid"),
+        ("--pipeline p", "--attacks clean pgd-3", "--attacks photoguard-diffusion"),
+        ("--target t.png", "--attacks pgd-3", "--attacks mist-textural"),
+        ("--max_attack_steps 3", "--attacks pgd-3", "--attacks pid"),
+        ("--num_check_images 3", "--no_checks", ""),
+        ("--split test", "", None),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "mode", "other"),
+    [(command, *case) for command, cases in WITHOUT_EFFECT.items() for case in cases],
+)
+def test_a_flag_without_effect_is_an_error(
+    command: str, flag: str, mode: str, other: str | None, tmp_path: Path
+) -> None:
+    """Oracle: the code that reads the flag; in one mode nothing does, in the other something does."""
+    parse, required = COMMANDS[command]
+    with pytest.raises(UserError, match=f"{flag.split()[0]} has no effect without"):
+        parse([*required, *mode.format(here=tmp_path).split(), *flag.split()])
+    if other is not None:
+        parse([*required, *other.split(), *flag.split()])
+
+
+@pytest.mark.parametrize("flag", [["--image_column", "picture"], ["--streaming", "--max_train_steps", "2"]])
+def test_a_folder_of_images_has_no_columns_and_no_stream(run: Run, flags: list[str], flag: list[str]) -> None:
+    """Oracle: the folder holds image files, of which neither is true."""
+    code, printed = run(*flags, *flag)
+    assert code == 2 and f"{flag[0]} has no effect on a folder of image files" in printed
+
+
+VALUES = {
+    "--resolution": ["16", "18", "17", "1", "16384", "99999999"],
+    "--pgd_steps": ["0", "3", "-1"],
+    "--epsilon": ["0", "8/255", "1", "2", "1/0"],
+    "--lpips_weight": ["0"],
+    "--originality_weight": ["0", "0.1", "nan"],
+    "--originality_units": ["scaled"],
+    "--lr_scheduler": ["cosine", "polynomial", "constant"],
+    "--lr_power": ["0", "2"],
+    "--lr_warmup_steps": ["0", "7"],
+    "--learning_rate": ["0", "1e-8", "1e300"],
+    "--adam_beta1": ["0", "1"],
+    "--seed": ["0", str(2**63 - 1), str(2**64)],
+    "--train_batch_size": ["1", "3", "1000000"],
+    "--gradient_accumulation_steps": ["2", "100000"],
+    "--validation_split": ["0.5", "1", "nan", "train", "0.0001"],
+    "--validation_data_dir": ["{photographs}", "{photographs}/nested", "/dev/null", "{long}"],
+    "--train_data_dir": ["{photographs}", "/dev/null", "/proc/self", "{long}"],
+    "--dataset_name": ["scikit-image", "nobody/nothing", "../../etc", "{photographs}"],
+    "--max_train_samples": ["1", "2", "1000000"],
+    "--num_validation_images": ["1", "1000"],
+    "--output_dir": ["{long}", "/dev/null/x", "/proc/x", "a/../b"],
+    "--resume_from_checkpoint": ["latest", "/", "{long}"],
+    "--pretrained_model_name_or_path": ["/dev/null", "../../x", "{long}", "nobody/nothing"],
+    "--mixed_precision": ["bf16", "fp16", "no"],
+    "--save_variant": ["fp16"],
+    "--max_bad_images": ["0", "1"],
+    "--dataloader_num_workers": ["0", "1000"],
+}
+SWITCHES = ["--center_crop", "--random_flip", "--sample_posterior", "--use_ema", "--scale_lr", "--streaming"]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")
+def test_any_dry_run_ends_well_or_in_one_line(run: Run, vae_folder: Path, photographs: Path, tmp_path: Path) -> None:
+    """Oracle: exit code 0, or 2 with one line; the command as users run it, to the end of its checks."""
+    places = {"photographs": photographs, "long": "x" * 300}
+    pairs = [(flag, value) for flag, values in VALUES.items() for value in values] + [(flag, None) for flag in SWITCHES]
+
+    @DOZENS
+    @given(st.lists(st.sampled_from(pairs), min_size=1, max_size=4, unique_by=lambda pair: pair[0]))
+    def attempt(chosen: list[tuple[str, str | None]]) -> None:
+        words = [word.format(**places) for pair in chosen for word in pair if word is not None]
+        code, printed = run(*smallest_training(vae_folder, photographs, tmp_path / "out"), *words, "--dry_run")
+        errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+        assert (code, len(errors)) in ((0, 0), (2, 1)), printed
+        assert not re.search("Traceback", printed)
+        assert not (tmp_path / "out").exists()
+
+    attempt()

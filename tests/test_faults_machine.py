@@ -1,0 +1,232 @@
+"""Disks that fill, folders that may not be written to, and memory that does not suffice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils.other import TORCH_SAFE_GLOBALS
+from conftest import Run, smallest_training
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from warm_python import warm_python
+
+import train_srl_vae
+from srl_utils.checkpoints import Checkpoints, state_bytes
+from srl_utils.errors import ResourceError, UserError
+from srl_utils.integrity import fault
+from srl_utils.journal import Journal
+from srl_utils.locking import sole_run
+from srl_utils.resources import explained
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+NOBODY = 65534
+# No file of the program may grow beyond so many bytes.
+RESTRICTED = """
+import resource, runpy, sys
+largest = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+sys.argv[0] = "train_srl_vae.py"
+runpy.run_path("train_srl_vae.py", run_name="__main__")
+"""
+UNLIMITED = 2**60
+
+
+class Machine:
+    """Runs the training in a process of its own, with limits."""
+
+    def __init__(self, python: Path, flags: list[str]) -> None:
+        self.python, self.flags = python, flags
+
+    def train(self, output_dir: Path, *, largest: int = UNLIMITED) -> tuple[int, str]:
+        """The exit code and all that was printed."""
+        words = [self.python, "-c", RESTRICTED, largest, *self.flags, "--output_dir", output_dir]
+        ended = subprocess.run(
+            [str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+        )
+        return ended.returncode, ended.stdout
+
+
+@pytest.fixture(scope="module")
+def machine(vae_folder: Path, photographs: Path) -> Iterator[Machine]:
+    """Four steps, a checkpoint after each, two kept."""
+    with warm_python({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}) as python:
+        yield Machine(python, [
+            *smallest_training(vae_folder, photographs, Path()), "--checkpointing_steps", "1", "--num_validation_images",
+            "2", "--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest",
+        ])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that has room enough."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    code, printed = machine.train(out)
+    assert code == 0, printed
+    return out
+
+
+def assert_stopped_clearly(code: int, printed: str, out: Path) -> None:
+    """One line, its exit code, no traceback, and all checkpoints that are there are whole."""
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert code == ResourceError.exit_code and len(errors) == 1, printed
+    assert "Traceback" not in printed, printed
+    assert not [fault(folder) for folder in Checkpoints(out).found() if fault(folder)]
+    assert not list(out.glob("*.partial")) and not list(out.glob(".checkpoint-*"))
+
+
+def assert_goes_on(machine: Machine, out: Path, undisturbed: Path) -> None:
+    """The same command, with room, ends with the weights of the undisturbed run."""
+    code, printed = machine.train(out)
+    assert code == 0, printed
+    ours, theirs = load_file(out / WEIGHTS), load_file(undisturbed / WEIGHTS)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("share", [0.0001, 0.003, 0.02, 0.1, 0.5, 0.9, 1.1])
+def test_a_file_that_may_not_grow(share: float, machine: Machine, undisturbed: Path, tmp_path: Path) -> None:
+    """Oracle: the promise, for whatever write fails first: settings, card, pictures, journal, weights or moments."""
+    largest = int(share * (undisturbed / WEIGHTS).stat().st_size)
+    code, printed = machine.train(tmp_path / "out", largest=largest)
+    assert_stopped_clearly(code, printed, tmp_path / "out")
+    assert_goes_on(machine, tmp_path / "out", undisturbed)
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A mounted file system of so many kilobytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", disk]).returncode:
+        pytest.skip("mounting needs root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("small_disk", [8, 300, 700, 800, 900, 1000, 1200], indirect=True)
+def test_a_disk_that_fills(small_disk: Path, machine: Machine, undisturbed: Path) -> None:
+    """Oracle: the promise, on a real full file system; with more room the same command ends as if undisturbed."""
+    out = small_disk / "out"
+    code, printed = machine.train(out)
+    assert_stopped_clearly(code, printed, out)
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    assert_goes_on(machine, out, undisturbed)
+
+
+def test_too_little_room_is_known_at_once(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a disk with less room than two checkpoints is refused before the first step, with both figures."""
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    code, printed = run(*flags)
+    assert code == ResourceError.exit_code and "1e-06 GB are free" in printed and "two checkpoints" in printed
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def bytes_of(state: object) -> int:
+    """Of all tensors of more than one number in nested dictionaries and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes if state.numel() > 1 else 0
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(bytes_of, parts))
+
+
+def test_what_a_checkpoint_takes_and_that_it_needs_no_unpickling(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: torch's loader of nothing but tensors, and the bytes of those that a real checkpoint holds."""
+    assert run(*flags, "--checkpointing_steps", "4", "--use_ema")[0] == 0
+    folder = tmp_path / "out/checkpoint-4"
+    with torch.serialization.safe_globals(TORCH_SAFE_GLOBALS):
+        pickled = {
+            path.name: torch.load(path, weights_only=True) for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pkl")
+        }
+    assert set(pickled) == {"optimizer.bin", "ema.pt", "random_states_0.pkl"}
+    held = bytes_of(load_file(folder / "vae" / WEIGHTS)) + bytes_of(pickled["optimizer.bin"]) + bytes_of(pickled["ema.pt"])
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    assert state_bytes(vae, torch.nn.ModuleList([vae.encoder, vae.quant_conv]), object()) == held
+
+
+@pytest.fixture
+def closed_folder() -> Iterator[Path]:
+    """A folder that nobody may write to."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("place", ["", "new/folder"])
+def test_a_folder_that_may_not_be_written_to(place: str, closed_folder: Path) -> None:
+    """Oracle: the system's refusal, as bad input, by what the command enters before it computes anything."""
+    privileged = os.geteuid() == 0
+    if privileged:
+        os.seteuid(NOBODY)
+    try:
+        with (
+            pytest.raises(UserError, match="cannot be written to: Permission denied"),
+            sole_run(closed_folder / place, is_main_process=True),
+        ):
+            pass
+    finally:
+        if privileged:
+            os.seteuid(0)
+
+
+def test_a_folder_below_a_file(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: as above; there can be no folder there."""
+    (tmp_path / "file").write_text("")
+    code, printed = run(*flags, "--output_dir", tmp_path / "file/out")
+    assert code == 2 and "cannot be written to: Not a directory" in printed
+
+
+# --- memory and words -----------------------------------------------------------------------------------
+
+
+def numbers_of(num_bytes: int) -> object:
+    return np.empty(num_bytes, dtype=np.uint8)
+
+
+def tensor_of(num_bytes: int) -> object:
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("allocate", [numbers_of, tensor_of])
+def test_out_of_memory_names_the_flags_that_help(
+    allocate: object, run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a real allocation of an exbibyte in the middle of a run: exit code 5 and flags that the parser knows."""
+    monkeypatch.setattr(train_srl_vae, "optimizer_step", lambda *_, **__: allocate(2**60))
+    code, printed = run(*flags)
+    line = printed.split("error: ")[1]
+    assert code == ResourceError.exit_code and line.startswith("out of memory"), printed
+    assert str(2**60) in line or "1.00 EiB" in line
+    for flag in ("--train_batch_size", "--gradient_checkpointing", "--mixed_precision", "--resolution"):
+        assert flag in line
+
+
+def test_the_words_of_a_gpu() -> None:
+    """Oracle: torch's own message for CUDA, whose figure is repeated; a bug is not taken for want of memory."""
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 79 GiB")
+    assert "for 20.00 MiB more" in str(explained(error))
+    assert explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert explained(FileNotFoundError(2, "No such file or directory")) is None
+
+
+def test_a_journal_cut_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    """Oracle: the whole lines, whatever a kill or a full disk has left behind them."""
+
+    class Alone:
+        is_main_process = True
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    Journal(Alone(), path).begin(2)
+    assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
