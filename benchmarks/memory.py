@@ -13,6 +13,7 @@ import copy
 import weakref
 from collections.abc import Iterable
 
+import lpips
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -105,8 +106,6 @@ def step_bytes(
 
 
 def random_perceptual_distance() -> PerceptualDistance:
-    import lpips
-
     return PerceptualDistance(lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False))
 
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import AutoencoderKL
 
-from benchmarks import time_to_robustness, train_step
+from benchmarks import memory, time_to_robustness, train_step
+from benchmarks.memory import LiveBytes
 from benchmarks.time_to_robustness import Point, reach
 
 SMALL = ["--resolution", "16", "--batch_size", "2", "--pgd_steps", "1", "--repeats", "2", "--no-torch_compile"]
@@ -28,12 +30,37 @@ def test_train_step_tells_both_times(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize("name", train_step.SHAPES)
 def test_full_size_shapes_have_the_known_size(name: str) -> None:
     """Oracle: the published VAE of Stable Diffusion has 83.65 million parameters, 34.2 of them in the encoder."""
-    import torch
-
     with torch.device("meta"):
         vae = AutoencoderKL(**train_step.SHAPES[name])
     assert vae.num_parameters() == 83_653_863
     assert sum(parameter.numel() for parameter in vae.encoder.parameters()) == pytest.approx(34.2e6, rel=0.01)
+
+
+def test_live_bytes_are_those_of_tensors_in_use() -> None:
+    """Oracle: closed form; a view is no new memory, and what nobody refers to is free again."""
+    with LiveBytes() as live:
+        first = torch.zeros(1000)
+        second = first + 1
+        view = second[10:]
+        assert live.now == live.peak == 8000
+        del second
+        assert live.now == 8000, "the view still needs it"
+        del view
+        first.mul(2).add(1)
+        assert live.now == 4000
+    assert live.peak == 12000
+
+
+def test_memory_of_a_step_grows_with_the_batch_and_falls_with_checkpointing() -> None:
+    """Oracle: monotonicity, on the full-size shape at a size that is quick to count."""
+    args = memory.parse_args(["--resolution", "64", "--lpips_weight", "0"])
+    one, two, checkpointed = (
+        memory.step_bytes(args, size, checkpointing=checkpointing, attack_batch_size=None)
+        for size, checkpointing in ((1, False), (2, False), (2, True))
+    )
+    weights = 4 * 83_653_863
+    assert weights < one < two
+    assert checkpointed < two
 
 
 def point(step: int, seconds: float, attacked: float, clean: float = 25.0, drift: float = 0.0) -> Point:

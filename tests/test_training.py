@@ -461,6 +461,24 @@ def test_exit_code_of_the_script(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+# --- recipes --------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_only_sets_flags() -> None:
+    """Oracle: the flags themselves, given one by one; each can still be given beside the recipe, before or after it."""
+    parse = train_srl_vae.parse_args
+    paper, fast = vars(parse([])), vars(parse(["--recipe", "fast"]))
+    assert vars(parse(["--recipe", "paper"])) == paper
+    assert {name for name in paper if paper[name] != fast[name]} == {"recipe", *train_srl_vae.RECIPES["fast"]}
+    by_hand = parse([
+        "--pgd_steps", "1", "--pgd_step_size", "10/255", "--originality_units", "scaled", "--originality_weight", "0.03",
+        "--lr_scheduler", "cosine", "--lr_warmup_steps", "10",
+    ])  # fmt: skip
+    assert {**vars(by_hand), "recipe": "fast"} == fast
+    for arguments in (["--recipe", "fast", "--pgd_steps", "4"], ["--pgd_steps", "4", "--recipe", "fast"]):
+        assert vars(parse(arguments)) == {**fast, "pgd_steps": 4}
+
+
 # --- precision ------------------------------------------------------------------------------------------
 
 
