@@ -17,6 +17,8 @@ TOLD_ERRNO = re.compile(r"os error (\d+)")
 TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|iostream error")
 MEMORY = re.compile(r"out of memory|can't allocate memory|DefaultCPUAllocator|Cannot allocate memory")
 WANTED = re.compile(r"allocate ([\d.]+ (?:bytes|[KMGTPE]iB))")
+LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Connection refused|gloo|NCCL|Broken pipe", re.IGNORECASE)
+WHOLE = "what was saved before is whole: run the same command with --resume_from_checkpoint latest"
 LESS_MEMORY = (
     "a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing, --mixed_precision "
     "bf16 or a smaller --resolution need less (in an evaluation --batch_size and --resolution)"
@@ -28,7 +30,9 @@ def explained(error: BaseException) -> ResourceError | None:
     if reason := out_of_memory(error):
         return ResourceError(reason)
     if reason := failed_write(error):
-        return ResourceError(f"{reason}; what was saved before is whole, and the same command goes on from it")
+        return ResourceError(f"{reason}; {WHOLE}")
+    if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+        return ResourceError(f"another process of this run has ended or cannot be reached; {WHOLE}")
     return None
 
 

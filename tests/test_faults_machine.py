@@ -76,8 +76,7 @@ def undisturbed(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def assert_stopped_clearly(code: int, printed: str, out: Path) -> None:
     """One line, its exit code, no traceback, and all checkpoints that are there are whole."""
-    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert code == ResourceError.exit_code and len(errors) == 1, printed
+    assert code == ResourceError.exit_code and printed.count("error: ") == 1, printed  # it may follow a progress bar
     assert "Traceback" not in printed, printed
     assert not [fault(folder) for folder in Checkpoints(out).found() if fault(folder)]
     assert not list(out.glob("*.partial")) and not list(out.glob(".checkpoint-*"))
@@ -113,7 +112,7 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("small_disk", [8, 300, 700, 800, 900, 1000, 1200], indirect=True)
+@pytest.mark.parametrize("small_disk", [8, 60, 150, 250, 350, 450, 550], indirect=True)
 def test_a_disk_that_fills(small_disk: Path, machine: Machine, undisturbed: Path) -> None:
     """Oracle: the promise, on a real full file system; with more room the same command ends as if undisturbed."""
     out = small_disk / "out"
@@ -212,11 +211,13 @@ def test_out_of_memory_names_the_flags_that_help(
         assert flag in line
 
 
-def test_the_words_of_a_gpu() -> None:
-    """Oracle: torch's own message for CUDA, whose figure is repeated; a bug is not taken for want of memory."""
+def test_the_words_of_torch() -> None:
+    """Oracle: torch's own messages, whose figure is repeated; a bug is not taken for a fault of the machine."""
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 79 GiB")
     assert "for 20.00 MiB more" in str(explained(error))
     assert explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]")
+    assert "another process of this run has ended" in str(explained(lost))
     assert explained(FileNotFoundError(2, "No such file or directory")) is None
 
 

@@ -1,0 +1,147 @@
+"""python -m benchmarks.long_run --output_dir outputs/long-run --figure docs/long-run.png
+
+Trains a tiny VAE for 3,000 steps with workers, validation and checkpoints, and watches the process from outside:
+resident memory of it and its workers, their open file handles, and the processor time that a step takes. That, unlike the
+clock, does not depend on what else the machine does. Prints what grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import psutil
+import torch
+from diffusers import AutoencoderKL
+
+from miniature.scenes import draw_scene
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+INTERVAL = 1.0  # seconds between two looks
+TENTHS = 10
+
+
+class Look(NamedTuple):
+    """What was seen at one moment, of the process and its workers together."""
+
+    step: int
+    memory: float
+    """MiB resident."""
+    handles: int
+    """Open files, sockets and pipes."""
+    processor: float
+    """Seconds of processor time since the start, of the process alone."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--figure", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    args = parser.parse_args(arguments)
+    out = args.output_dir / "run"
+    looks = watch(training(prepare(args.output_dir), out, args.steps), out / "metrics.jsonl")
+    (args.output_dir / "looks.json").write_text(json.dumps([look._asdict() for look in looks]))
+    draw(looks, args.figure)
+    print(summary(looks))
+    return 0
+
+
+def prepare(folder: Path) -> list[str]:
+    """The flags that name a VAE of two blocks and 64 pictures of 40 px, both made here."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, **blocks).save_pretrained(folder / "vae")
+    (folder / "photographs").mkdir(parents=True, exist_ok=True)
+    for index in range(64):
+        draw_scene(5, index, size=40).image.save(folder / "photographs" / f"{index:02d}.png")
+    return [
+        "--pretrained_model_name_or_path", str(folder / "vae"), "--train_data_dir", str(folder / "photographs"),
+    ]  # fmt: skip
+
+
+def training(flags: list[str], out: Path, steps: int) -> psutil.Popen:
+    return psutil.Popen(
+        [
+            sys.executable, "train_srl_vae.py", *flags, "--resolution", "16", "--train_batch_size", "4", "--pgd_steps", "2",
+            "--lpips_weight", "0", "--max_train_steps", str(steps), "--dataloader_num_workers", "2",
+            "--validation_steps", "100", "--num_validation_images", "2", "--checkpointing_steps", "100",
+            "--checkpoints_total_limit", "2", "--output_dir", str(out),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def watch(process: psutil.Popen, journal: Path) -> list[Look]:
+    """One look a second from the first step to the last; what follows is the judgement of the result."""
+    looks = []
+    while process.poll() is None:
+        time.sleep(INTERVAL)
+        step = steps_in(journal)
+        try:
+            family = [process, *process.children(recursive=True)]
+            memory = sum(member.memory_info().rss for member in family) / 2**20
+            handles = sum(member.num_fds() for member in family)
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:  # a worker, or all, ended between two questions
+            continue
+        if step:
+            looks.append(Look(step, memory, handles, times.user + times.system))
+    if process.returncode:
+        raise SystemExit(f"the training ended with {process.returncode}")
+    return [look for look in looks if look.step < looks[-1].step]
+
+
+def steps_in(journal: Path) -> int:
+    """The last step that the journal tells of."""
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def costs(looks: Sequence[Look]) -> np.ndarray:
+    """Milliseconds of processor time per step, validation and checkpoints included, in each tenth of the run: `[10]`."""
+    steps, seconds = np.array([(look.step, look.processor) for look in looks], dtype=float).T
+    edges = np.interp(np.linspace(steps[0], steps[-1], TENTHS + 1), steps, seconds)
+    return np.diff(edges) / ((steps[-1] - steps[0]) / TENTHS) * 1000
+
+
+def summary(looks: Sequence[Look]) -> str:
+    """The second tenth of the run against the last: in the first, libraries are still setting themselves up."""
+    parts = np.array_split(np.array(looks, dtype=float), TENTHS)
+    (_, memory, handles, _), (_, memory_end, handles_end, _) = (np.median(part, axis=0) for part in (parts[1], parts[-1]))
+    cost = costs(looks)
+    return (
+        f"{looks[-1].step} steps: resident memory {memory:.0f} -> {memory_end:.0f} MiB, file handles {handles:.0f} -> "
+        f"{handles_end:.0f}, processor time per step {cost[1]:.1f} -> {cost[-1]:.1f} ms ({cost[-1] / cost[1] - 1:+.1%})"
+    )
+
+
+def draw(looks: Sequence[Look], path: Path) -> None:
+    steps, memory, handles, _ = np.array(looks, dtype=float).T
+    figure, axes = plt.subplots(3, 1, figsize=(7, 6), sharex=True, layout="constrained")
+    axes[0].plot(steps, memory)
+    axes[1].plot(steps, handles)
+    axes[2].stairs(costs(looks), np.linspace(steps[0], steps[-1], TENTHS + 1))
+    labels = ("resident memory (MiB)", "file handles", "processor time\nper step (ms)")
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set_ylabel(label)
+        axis.set_ylim(0, 1.2 * axis.dataLim.ymax)
+    axes[-1].set_xlabel("step")
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
