@@ -4,9 +4,9 @@
         --arms paper="--recipe paper --max_train_steps 120" fast="--recipe fast --max_train_steps 200" --seeds 0 1 2
 
 Every arm is a run of `train_srl_vae.py` with its own flags, and keeps checkpoints. The VAE in each checkpoint is judged on
-held-out photographs: as they are, and under APGD made on that very VAE. The first arm's last checkpoint sets the mark;
+held-out photographs: as they are, and under APGD made on that very VAE. The first arm's last checkpoint sets the mark for each seed;
 the report says when each arm reaches it, and what its clean images and latents are like by then. Finished trainings and
-judgements are kept, so the same command goes on after an interruption.
+judgements are kept, so the same command goes on after an interruption. Warm-ups are told apart.
 """
 
 from __future__ import annotations
@@ -189,15 +189,16 @@ def describe(
     args: argparse.Namespace, arms: dict[str, str], start: Point, curves: dict[str, dict[int, list[Point]]]
 ) -> str:
     first = next(iter(curves))
-    mark = fmean(curve[-1].attacked for curve in curves[first].values())
+    marks = {seed: curve[-1].attacked for seed, curve in curves[first].items()}
     lines = [
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{date.today().isoformat()}; {len(args.seeds)} seeds; attack {strongest(args).name} at "
         f"{255 * args.epsilon:.3g}/255 on {args.num_images} held-out images.",
         f"Before training: clean {start.clean:.2f} dB, attacked {start.attacked:.2f} dB.",
-        f"The mark is what '{first}' reaches in the end: attacked {mark:.2f} dB, mean over seeds.",
+        f"The mark is what '{first}' has reached in the end with the same seed: attacked {fmean(marks.values()):.2f} dB in "
+        "the mean.",
         "",
-        markdown_table([COLUMNS, *table_rows(curves, start, mark)]),
+        markdown_table([COLUMNS, *table_rows(curves, start, marks)]),
         "",
         *(f"- {name}: `{flags}`" for name, flags in arms.items()),
         "",
@@ -205,10 +206,10 @@ def describe(
     return "\n".join(lines)
 
 
-def table_rows(curves: dict[str, dict[int, list[Point]]], start: Point, mark: float) -> Iterator[list[str]]:
+def table_rows(curves: dict[str, dict[int, list[Point]]], start: Point, marks: dict[int, float]) -> Iterator[list[str]]:
     reference: list[float] = []
     for name, by_seed in curves.items():
-        reached = [reach(curve, start, mark) for curve in by_seed.values()]
+        reached = [reach(curve, start, marks[seed]) for seed, curve in by_seed.items()]
         last = [curve[-1] for curve in by_seed.values()]
         ends = [spread([getattr(point, part) for point in last], digits) for part, digits in (("attacked", 2), ("clean", 2), ("drift", 4), ("seconds", 1))]
         if None in reached:
