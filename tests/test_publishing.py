@@ -555,7 +555,7 @@ def test_the_end_is_the_drop_in_alone(published: Run) -> None:
     names = (PUBLISHED | {HALF.replace("fp16", "bf16")}) | {f"samples/step-{step:06d}.png" for step in range(5)}
     assert_holds(published.repository, published.out, names)
     left = {path.name for path in published.out.iterdir()} - {name.split("/")[0] for name in names}
-    assert left == {"logs", "hub.log", "training_args.json", *(f"checkpoint-{step}" for step in range(1, 5))}
+    assert left == {".lock", "logs", "hub.log", "training_args.json", *(f"checkpoint-{step}" for step in range(1, 5))}
     assert published.repository.private
 
 
