@@ -639,7 +639,7 @@ def test_a_failing_push_costs_no_training(
     hub.repositories.clear()
     code, printed = machine.run("sh", "-c", command)
     assert code == 0, printed
-    assert_holds(hub.repositories["user/model"], out, set(ours) - {"hub.log", "training_args.json"})
+    assert_holds(hub.repositories["user/model"], out, set(ours) - {".lock", "hub.log", "training_args.json"})
     assert hub.repositories["user/model"].private
 
 

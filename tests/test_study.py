@@ -308,7 +308,11 @@ def test_two_processes_and_a_kill_change_nothing(arguments, tmp_path: Path) -> N
 
     Two processes share out the batches. A third is killed in the middle of a cell, and the command given again.
     """
-    arguments = [*arguments, "--attacks", "clean", "noise", "pgd-20", "--batch_size", "1", "--no_checks"]
+    checks = arguments.index("--num_check_images")
+    arguments = [
+        *arguments[:checks], *arguments[checks + 2 :],
+        "--attacks", "clean", "noise", "pgd-20", "--batch_size", "1", "--no_checks",
+    ]  # fmt: skip
     whole, shared, killed = (tmp_path / name for name in ("whole", "shared", "killed"))
     assert command.main([*arguments, "--output_dir", str(whole)]) == 0
     result = launch("srl_utils.evaluation", *arguments, "--output_dir", shared, processes=2, script="-m")
@@ -340,7 +344,7 @@ def test_two_processes_and_a_kill_change_nothing(arguments, tmp_path: Path) -> N
         (["--vae", "original=x"], "two VAEs of the name original"),
         (["--dataset_name", "scikit-image"], "--dataset_name or --data_dir"),
         (["--data_dir", "nowhere"], "--data_dir nowhere: there is no such folder"),
-        (["--split", "val"], "--split is one of a --dataset_name"),
+        (["--split", "val"], "--split has no effect without --dataset_name"),
         (["--resolution", "8"], "SSIM needs at least 11 px"),
         (["--output_dir", __file__], "is no folder"),
         (["--epsilons", "300"], "outside"),

@@ -153,8 +153,6 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> Tensor:
     """
     if (args.dataset_name is None) == (args.data_dir is None):
         raise UserError("give either --dataset_name or --data_dir, and not both")
-    if args.data_dir and args.split:
-        raise UserError("--split is one of a --dataset_name; --data_dir has none")
     if args.resolution < SSIM_WINDOW:
         raise UserError(f"--resolution {args.resolution}: SSIM needs at least {SSIM_WINDOW} px")
     source = DataSource(
