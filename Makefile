@@ -7,9 +7,8 @@ THREADS := $(shell nproc)
 DEMO := accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS) \
 	train_srl_vae.py --pretrained_model_name_or_path miniature/weights/vae --dataset_name scikit-image \
-	--resolution 64 --train_batch_size 8 --max_train_steps 380 --learning_rate 5e-4 --lr_scheduler cosine \
-	--lr_warmup_steps 10 --pgd_steps 3 --lpips_weight 0 --originality_units scaled --originality_weight 0.1 \
-	--random_flip --num_validation_images 16 --validation_steps 190 --output_dir outputs/demo
+	--recipe fast --resolution 64 --train_batch_size 8 --max_train_steps 600 --learning_rate 5e-4 --lpips_weight 0 \
+	--random_flip --no-torch_compile --num_validation_images 16 --validation_steps 300 --output_dir outputs/demo
 
 .PHONY: setup demo test test-slow faults test-hub miniature clean
 

@@ -20,15 +20,16 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,28 +37,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import GradScalerKwargs, ProjectConfiguration, gather_object
-from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from srl_utils.arithmetic import step_arithmetic
-from srl_utils.attacks.gradient import PGDConfig, pgd
+from srl_utils.arithmetic import StepArithmetic, step_arithmetic
+from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.autoencoders import (
     HALF_PRECISION,
     AutoencoderSource,
     LatentDecoder,
     LatentEncoder,
-    Moments,
     check_resolution,
-    frozen,
-    frozen_copy,
     inference_dtype,
-    latent_shape,
     load_autoencoder,
     read_config,
-    split_moments,
 )
 from srl_utils.checkpoints import (
     Checkpoints,
@@ -85,20 +80,35 @@ from srl_utils.data import Batch, ImageLedger, TrainingData, open_data, training
 from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.evaluation.judge import COMPARISON, Judge, averaged_weights
 from srl_utils.evaluation.reconstruction import image_generators
+from srl_utils.execution import Execution, check_execution, choose_execution, requested_precision
 from srl_utils.hub.card import CardFacts, base_license, render_card
 from srl_utils.hub.publishing import EXIT_PUSH_FAILED, Publisher, create_repository
-from srl_utils.images import PIXEL_RANGE
 from srl_utils.interruption import Interruption
 from srl_utils.journal import Journal
 from srl_utils.locking import sole_run
-from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance, originality_loss
+from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance
+from srl_utils.overfitting import OverfittingGuard
+from srl_utils.readback import Readback
 from srl_utils.sources import PHOTOGRAPHS, DataSource
+from srl_utils.step import TERMS, Networks, Step, build_networks
 from srl_utils.training_flags import training_effects
 
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"
 MAX_SKIPPED_IN_ROW = 10
 MAX_VARIANT_DIFFERENCE = 0.1  # dB
 EXIT_NOT_FINITE = 4
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {},  # the defaults of the flags
+    # Found by benchmarks/time_to_robustness.py, see benchmarks/RESULTS.md.
+    "fast": {
+        "pgd_steps": 1,
+        "pgd_step_size": 10 / 255,
+        "originality_units": "scaled",
+        "originality_weight": 0.03,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 10,
+    },
+}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -113,11 +123,12 @@ def main(args: argparse.Namespace) -> int:
         random_flip=args.random_flip,
         num_validation_images=args.num_validation_images,
     )
-    plan = plan_steps(args, accelerator, data)
+    plan = plan_steps(args, config, accelerator, data)
     if args.dry_run:
-        accelerator.print(describe(args, config, accelerator, data, plan))
+        accelerator.print(describe(args, accelerator, data, plan))
         return 0
 
+    accelerator.print(f"Running on {accelerator.device} in {plan.execution}")
     with sole_run(args.output_dir, is_main_process=accelerator.is_main_process):
         prepare_output(args, accelerator)
         run = build_run(args, accelerator, data, plan, publisher)
@@ -127,7 +138,7 @@ def main(args: argparse.Namespace) -> int:
         run.judge.judge_original(resumed=run.progress.step > 0)
         write_card(run, args.output_dir)
         with Interruption() as interruption:
-            stop = train_while_data_last(run, interruption)
+            stop = train(run, interruption)
         if stop is not None:
             return save_and_stop(run, stop)
         return finish(run)
@@ -155,11 +166,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs the package {package}: pip install {package}")
-    on_gpu = torch.cuda.is_available()
-    if args.torch_compile and not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UserError("--torch_compile on the CPU needs a C++ compiler (g++); install one or drop the flag")
-    if requested_precision(args) == "fp16" and not on_gpu:
-        raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no")
+    check_execution(requested_precision(args.mixed_precision), args.torch_compile)
     data_source(args).check()
     config = read_config(autoencoder_source(args))
     check_resolution(args.resolution, config)
@@ -184,30 +191,21 @@ def attack_config(args: argparse.Namespace) -> PGDConfig:
     )
 
 
-def requested_precision(args: argparse.Namespace) -> str:
-    """The flag, else what `accelerate launch` or its configuration asks for."""
-    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-
-
-def resolve_precision(args: argparse.Namespace, config: dict[str, Any]) -> str:
-    """`no`, `bf16` or `fp16`; a VAE with `force_upcast` overflows in fp16 and runs in float32, as in diffusers."""
-    precision = requested_precision(args)
-    if precision == "fp16" and config.get("force_upcast", True):
-        return "no"
-    return precision
-
-
 @dataclass(frozen=True)
 class Plan:
-    """How many samples make a step and how many steps make the run."""
+    """How many samples make a step, how many steps make the run, and how the networks run."""
 
     samples_per_pass: int
     """Over all processes; one pass is one forward and backward of the loss."""
     samples_per_step: int
     max_train_steps: int
+    arithmetic: StepArithmetic
+    execution: Execution
 
 
-def plan_steps(args: argparse.Namespace, accelerator: Accelerator, data: TrainingData) -> Plan:
+def plan_steps(
+    args: argparse.Namespace, config: dict[str, Any], accelerator: Accelerator, data: TrainingData
+) -> Plan:
     samples_per_pass = args.train_batch_size * accelerator.num_processes
     samples_per_step = samples_per_pass * args.gradient_accumulation_steps
     steps = args.max_train_steps
@@ -215,36 +213,38 @@ def plan_steps(args: argparse.Namespace, accelerator: Accelerator, data: Trainin
         if data.num_images is None:
             raise UserError("the length of a stream is not known: --max_train_steps must be given with --streaming")
         steps = math.ceil(args.num_train_epochs * data.num_images / samples_per_step)
-    return Plan(samples_per_pass, samples_per_step, steps)
-
-
-def describe(
-    args: argparse.Namespace,
-    config: dict[str, Any],
-    accelerator: Accelerator,
-    data: TrainingData,
-    plan: Plan,
-) -> str:
-    """The resolved configuration and the arithmetic of a step."""
     arithmetic = step_arithmetic(
         config,
         resolution=args.resolution,
         pgd_steps=args.pgd_steps,
         lpips_net=args.lpips_net if args.lpips_weight else None,
+        originality=args.originality_weight > 0,
     )
+    execution = choose_execution(
+        accelerator.device,
+        precision=requested_precision(args.mixed_precision),
+        torch_compile=args.torch_compile,
+        force_upcast=config.get("force_upcast", True),
+        flops=arithmetic.image * steps * samples_per_step / accelerator.num_processes,
+    )
+    return Plan(samples_per_pass, samples_per_step, steps, arithmetic, execution)
+
+
+def describe(args: argparse.Namespace, accelerator: Accelerator, data: TrainingData, plan: Plan) -> str:
+    """The resolved configuration and the arithmetic of a step."""
+    arithmetic = plan.arithmetic
     seen = plan.samples_per_step * plan.max_train_steps
     epochs = f", {seen / data.num_images:.2f} epochs" if data.num_images else ""
     settings = "\n".join(f"  {name:<32}{value}" for name, value in sorted(json_arguments(args).items()))
     return (
         f"Configuration\n{settings}\n"
-        f"Device {accelerator.device}, {accelerator.num_processes} process(es), "
-        f"mixed precision {accelerator.mixed_precision}\n"
+        f"Device {accelerator.device}, {accelerator.num_processes} process(es), {plan.execution}\n"
         f"Data: {data.description}\n"
         f"Step: {args.train_batch_size} images x {accelerator.num_processes} process(es) x "
         f"{args.gradient_accumulation_steps} accumulated = {plan.samples_per_step} images\n"
         f"Run: {plan.max_train_steps} steps, {seen} images{epochs}\n"
         f"Arithmetic per image\n{arithmetic.table()}\n"
-        f"  {'one step':<24}{(arithmetic.attack + arithmetic.outer) * plan.samples_per_step / 1e12:>12.4f} TFLOP"
+        f"  {'one step':<24}{arithmetic.image * plan.samples_per_step / 1e12:>12.4f} TFLOP"
     )
 
 
@@ -252,11 +252,12 @@ def describe(
 
 
 def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accelerator:
-    precision = resolve_precision(args, config)
+    scaled = requested_precision(args.mixed_precision) == "fp16" and not config.get("force_upcast", True)
     accelerator = Accelerator(
         cpu=joined_on_cpu(),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=precision,
+        # The networks bring their own autocast; accelerate is needed for the scaler that gradients in fp16 need.
+        mixed_precision="fp16" if scaled else "no",
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(
             project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
@@ -267,10 +268,6 @@ def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accel
             InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
         ],
     )
-    if precision != requested_precision(args):
-        accelerator.print(
-            "this VAE's configuration has force_upcast, so it runs in float32 instead of fp16; bf16 would be faster"
-        )
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -297,46 +294,36 @@ def open_repository(args: argparse.Namespace, accelerator: Accelerator) -> Publi
     return Publisher(repo_id, args.output_dir, token=args.hub_token, private=args.hub_private_repo)
 
 
-@dataclass(frozen=True)
-class Models:
-    """The VAE and the parts of it that the step uses; `wrapped_encoder` is what the outer step must call."""
-
-    vae: AutoencoderKL
-    encoder: LatentEncoder
-    wrapped_encoder: torch.nn.Module
-    decoder: LatentDecoder
-    reference: LatentEncoder
-    loss: ReconstructionLoss
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.decoder.parameters()).device
-
-
-def build_models(args: argparse.Namespace, accelerator: Accelerator) -> Models:
+def build_step(args: argparse.Namespace, accelerator: Accelerator, execution: Execution) -> Step:
+    """Loads the networks and sets up what is done with them."""
     perceptual = load_perceptual_distance(args.lpips_net) if args.lpips_weight else None
     loss = ReconstructionLoss(perceptual, weight=args.lpips_weight).to(accelerator.device)
-    vae = load_autoencoder(autoencoder_source(args))
-    vae.to(accelerator.device, memory_format=torch.channels_last).requires_grad_(False)
+    vae = load_autoencoder(autoencoder_source(args)).to(accelerator.device)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    dtype = HALF_PRECISION.get(accelerator.mixed_precision)
-    encoder = LatentEncoder(vae, autocast_dtype=dtype)
-    reference = frozen_copy(encoder)
-    decoder = LatentDecoder(vae, autocast_dtype=dtype)
-    encoder.requires_grad_(True).train()
-    if args.torch_compile:
-        for module in (encoder, reference, decoder):
-            module.compile(dynamic=False)
-    return Models(vae, encoder, accelerator.prepare_model(encoder), decoder, reference, loss)
+    networks = build_networks(
+        vae,
+        loss,
+        autocast_dtype=execution.autocast_dtype,
+        torch_compile=execution.torch_compile,
+        wrap=accelerator.prepare_model,
+    )
+    return Step(
+        networks=networks,
+        attack=attack_config(args),
+        originality_weight=args.originality_weight,
+        latent_scale=vae.config.scaling_factor if args.originality_units == "scaled" else 1.0,
+        sample_posterior=args.sample_posterior,
+        attack_batch_size=args.attack_batch_size,
+    )
 
 
 def build_optimizer(
-    args: argparse.Namespace, accelerator: Accelerator, models: Models, plan: Plan
+    args: argparse.Namespace, accelerator: Accelerator, encoder: LatentEncoder, plan: Plan
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, EMAModel | None]:
     learning_rate = args.learning_rate * (plan.samples_per_step if args.scale_lr else 1)
     optimizer = adamw_class(args)(
-        models.encoder.parameters(),
+        encoder.parameters(),
         lr=learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -351,15 +338,15 @@ def build_optimizer(
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    ema = EMAModel(models.encoder.parameters()) if args.use_ema else None
+    ema = EMAModel(encoder.parameters()) if args.use_ema else None
     if ema is not None:
         ema.to(accelerator.device)
     return accelerator.prepare_optimizer(optimizer), scheduler, ema
 
 
-def adamw_class(args: argparse.Namespace) -> type[torch.optim.Optimizer]:
+def adamw_class(args: argparse.Namespace) -> Callable[..., torch.optim.Optimizer]:
     if not args.use_8bit_adam:
-        return torch.optim.AdamW
+        return partial(torch.optim.AdamW, fused=True)
     import bitsandbytes  # an optional dependency
 
     return bitsandbytes.optim.AdamW8bit
@@ -378,6 +365,10 @@ class Progress:
     skipped_in_row: int = 0
     seconds: float = 0.0
     """In the steps alone, over all the sessions of the run."""
+    first_steps: float = 0.0
+    """Of them, in the first step of each session, where compiling happens."""
+    waiting: float = 0.0
+    """Of them, waiting for images."""
 
     def state_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -394,16 +385,21 @@ class Run:
     accelerator: Accelerator
     data: TrainingData
     plan: Plan
-    models: Models
+    step: Step
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None
     progress: Progress
     ledger: ImageLedger
+    guard: OverfittingGuard
     checkpoints: Checkpoints
     journal: Journal
     judge: Judge
     publisher: Publisher | None
+
+    @property
+    def networks(self) -> Networks:
+        return self.step.networks
 
 
 @dataclass(frozen=True)
@@ -414,31 +410,36 @@ class Stop:
     exit_code: int
 
 
-def train_while_data_last(run: Run, interruption: Interruption) -> Stop | None:
-    """`train`; data that give out in the middle end a single process after its last whole step, which can be saved.
+@dataclass(frozen=True, kw_only=True)
+class StepFacts:
+    """What the host knows of a step before the device has computed it."""
 
-    Several processes may be in different steps by then, and end as they do when one of them dies.
-    """
-    try:
-        return train(run, interruption)
-    except UserError as error:
-        if isinstance(error, ResourceError) or run.accelerator.num_processes > 1:
-            raise
-        return Stop(str(error), error.exit_code)
+    step: int
+    learning_rate: float
+    seconds: float
+    waited: float
+    bad_images: list[str]
 
 
 def train(run: Run, interruption: Interruption) -> Stop | None:
-    """Steps until `max_train_steps`, with validation and checkpoints; returns why it stopped earlier, if so."""
+    """Steps until `max_train_steps`, with validation and checkpoints; returns why it stopped earlier, if so.
+
+    The host hears of a step's values while the device computes the next one, so a reason to stop that is in them ends
+    the run one step later. Validation and checkpoints wait for all values first.
+    """
     args, progress = run.args, run.progress
-    batches = training_batches(
-        run.data,
-        batch_size=args.train_batch_size,
-        rank=run.accelerator.process_index,
-        world_size=run.accelerator.num_processes,
-        first_position=progress.samples,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=run.accelerator.device.type == "cuda",
+    batches = Waiting(
+        training_batches(
+            run.data,
+            batch_size=args.train_batch_size,
+            rank=run.accelerator.process_index,
+            world_size=run.accelerator.num_processes,
+            first_position=progress.samples,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=run.accelerator.device.type == "cuda",
+        )
     )
+    readback: Readback[StepFacts] = Readback()
     bar = tqdm(
         total=run.plan.max_train_steps,
         initial=progress.step,
@@ -446,109 +447,171 @@ def train(run: Run, interruption: Interruption) -> Stop | None:
         disable=not run.accelerator.is_local_main_process,
     )
     shown = validate(run) if progress.step == 0 else {}
+    first, started = progress.step, time.perf_counter()
     while progress.step < run.plan.max_train_steps:
-        started = time.perf_counter()
-        values = optimizer_step(run, batches, interrupted=interruption.signal is not None)
-        interrupted = values.pop("interrupted") > 0
-        seconds = time.perf_counter() - started
-        progress.seconds += seconds
-        values["images_per_second"] = run.plan.samples_per_step / seconds
-        run.journal.write(progress.step, values)
-        if progress.step % args.validation_steps == 0 and progress.step < run.plan.max_train_steps:
+        try:
+            values, bad_images = optimizer_step(run, batches, interrupted=interruption.signal is not None)
+        except UserError as error:
+            hear(run, readback.drain(), interruption, bar, shown)
+            return stop_without_data(run, error)
+        started, seconds = time.perf_counter(), time.perf_counter() - started
+        facts = StepFacts(
+            step=progress.step,
+            learning_rate=run.scheduler.get_last_lr()[0],
+            seconds=seconds,
+            waited=batches.take_seconds(),
+            bad_images=bad_images,
+        )
+        count_time(progress, facts, first=facts.step == first + 1)
+        arrived = readback.push(facts, values)
+        ends = progress.step == run.plan.max_train_steps
+        validates = progress.step % args.validation_steps == 0 and not ends
+        saves = progress.step % args.checkpointing_steps == 0
+        if ends or validates or saves:
+            arrived += readback.drain()
+        stop = hear(run, arrived, interruption, bar, shown)
+        if stop is not None:
+            hear(run, readback.drain(), interruption, bar, shown)
+            return stop
+        if validates:
             shown = validate(run)
             publish_snapshot(run, shown)
-        bar.update()
-        bar.set_postfix_str(postfix(values, shown))
-        stop = reason_to_stop(run, interruption if interrupted else None)
-        if stop is not None:
-            return stop
-        if progress.step % args.checkpointing_steps == 0:
+        if saves:
             run.checkpoints.save(run.accelerator, progress.step)
+        if validates or saves:
+            started = time.perf_counter()
     bar.close()
     return None
 
 
-def optimizer_step(run: Run, batches: Iterator[Batch], *, interrupted: bool) -> dict[str, float]:
-    """One update of the encoder; returns the step's values, averaged over its samples and the processes."""
-    accelerator, encoder, progress = run.accelerator, run.models.wrapped_encoder, run.progress
+def stop_without_data(run: Run, error: UserError) -> Stop:
+    """Data that give out in the middle end a single process after its last whole step, which can be saved.
+
+    Several processes may be in different steps by then, and end as they do when one of them dies.
+    """
+    if isinstance(error, ResourceError) or run.accelerator.num_processes > 1:
+        raise error
+    return Stop(str(error), error.exit_code)
+
+
+class Waiting:
+    """An iterator that measures how long it is waited for."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches, self.seconds = batches, 0.0
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds += time.perf_counter() - started
+        return batch
+
+    def take_seconds(self) -> float:
+        """Seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+def optimizer_step(run: Run, batches: Waiting, *, interrupted: bool) -> tuple[Tensor, list[str]]:
+    """One update of the encoder, queued on the device.
+
+    Returns the step's values, averaged over its samples and the processes, in the order of `VALUES`, and the names of
+    this process's unreadable images.
+    """
+    accelerator, encoder, progress = run.accelerator, run.networks.wrapped_encoder, run.progress
     passes, bad_images = [], []
     for _ in range(run.args.gradient_accumulation_steps):
         batch = next(batches)
         run.ledger.update(batch)
         bad_images += batch.bad_images
         with accelerator.accumulate(encoder):
-            loss, terms = srl_loss(run.args, run.models, batch)
+            loss, terms = run.step.loss(batch.images, image_generators(run.args.seed, batch.positions))
             accelerator.backward(loss)
             passes.append(terms)
             if accelerator.sync_gradients:
                 gradient_norm = accelerator.clip_grad_norm_(encoder.parameters(), run.args.max_grad_norm)
-                finite = bool(torch.isfinite(gradient_norm))
-                if finite or accelerator.scaler is not None:  # the fp16 scaler skips by itself, and learns from it
-                    run.optimizer.step()
+                update_weights(run, gradient_norm)
             run.optimizer.zero_grad()
     run.scheduler.step()
-    if run.ema is not None and finite:
-        run.ema.step(run.models.encoder.parameters())
+    if run.ema is not None:
+        run.ema.step(run.networks.encoder.parameters())
     progress.step += 1
     progress.samples += run.plan.samples_per_step
-    progress.skipped += not finite
-    progress.skipped_in_row = 0 if finite else progress.skipped_in_row + 1
-    signals = torch.tensor([float(interrupted), float(len(bad_images))], device=accelerator.device)
-    means = accelerator.reduce(torch.cat([torch.stack(passes).mean(dim=0), signals]), reduction="mean").tolist()
-    *terms, interrupted_share, bad_share = means
-    if bad_share > 0:
-        run.ledger.add(gather_object(bad_images))
-    return {
-        **dict(zip(TERMS, terms, strict=True)),
-        "gradient_norm": float(gradient_norm),
-        "learning_rate": run.scheduler.get_last_lr()[0],
-        "skipped_steps": progress.skipped,
-        "interrupted": interrupted_share,
-    }
+    others = [torch.full_like(gradient_norm, float(value)) for value in (interrupted, len(bad_images))]
+    values = torch.cat([torch.stack(passes).mean(dim=0), torch.stack([gradient_norm, *others])])
+    return accelerator.reduce(values, reduction="mean"), bad_images
 
 
-TERMS = ("loss", "mse", "lpips", "originality", "attacked_psnr")
+VALUES = (*TERMS, "gradient_norm", "interrupted", "bad_images")
 
 
-def srl_loss(args: argparse.Namespace, models: Models, batch: Batch) -> tuple[Tensor, Tensor]:
-    """L_robust + alpha L_orig of a batch, and the terms of the loss as a vector in the order of `TERMS`."""
-    clean = batch.images.to(models.device, memory_format=torch.channels_last, non_blocking=True)
-    generators = image_generators(args.seed, batch.positions)
-    target = models.loss.target(clean)
-    latent_noise = draw_latent_noise(models, clean, generators) if args.sample_posterior else None
-
-    def objective(images: Tensor) -> Tensor:
-        latent = split_moments(models.encoder(images)).latent(latent_noise)
-        return models.loss(models.decoder(latent), target)
-
-    with frozen(models.encoder):
-        adversarial = pgd(objective, clean, attack_config(args), generators=generators)
-
-    # One forward pass through the wrapper for both batches: its backward pass averages over the processes.
-    both = split_moments(models.wrapped_encoder(torch.cat([adversarial, clean])))
-    attacked, undisturbed = (Moments(*part) for part in zip(*(half.chunk(2) for half in both), strict=True))
-    with torch.no_grad():
-        reference = split_moments(models.reference(clean))
-    reconstruction = models.loss.terms(models.decoder(attacked.latent(latent_noise)), target)
-    robust = reconstruction.mse + args.lpips_weight * reconstruction.lpips
-    scale = models.vae.config.scaling_factor if args.originality_units == "scaled" else 1.0
-    originality = originality_loss(*undisturbed, *reference, scale=scale)
-    loss = (robust + args.originality_weight * originality).mean()
-    attacked_psnr = -10 * torch.log10(reconstruction.mse / PIXEL_RANGE**2)
-    terms = (loss, reconstruction.mse.mean(), reconstruction.lpips.mean(), originality.mean(), attacked_psnr.mean())
-    return loss, torch.stack([term.detach() for term in terms])
+def update_weights(run: Run, gradient_norm: Tensor) -> None:
+    """A step of the optimizer, unless the gradient is not finite."""
+    if run.accelerator.scaler is not None:  # skips by itself, and learns from it
+        run.optimizer.step()
+    elif run.args.use_8bit_adam:
+        if torch.isfinite(gradient_norm):  # this optimizer has to be told by the host, which waits for the answer
+            run.optimizer.step()
+    else:
+        # What a gradient scaler tells torch's fused optimizers: on the device, nobody waits.
+        run.optimizer.optimizer.found_inf = 1.0 - torch.isfinite(gradient_norm).float()
+        run.optimizer.step()
 
 
-def draw_latent_noise(models: Models, clean: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """One sample of the posterior's noise per image, kept through its attack: `[N,C,h,w]`."""
-    shape = latent_shape(models.vae.config, clean.shape[-1])
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(clean.device)
+def count_time(progress: Progress, facts: StepFacts, *, first: bool) -> None:
+    progress.seconds += facts.seconds
+    progress.waiting += facts.waited
+    progress.first_steps += facts.seconds if first else 0.0
+
+
+def hear(
+    run: Run,
+    arrived: list[tuple[StepFacts, list[float]]],
+    interruption: Interruption,
+    bar: tqdm,
+    shown: dict[str, float],
+) -> Stop | None:
+    """Writes down the steps whose values have arrived; returns the first reason to stop among them."""
+    reasons = []
+    for facts, numbers in arrived:
+        values = dict(zip(VALUES, numbers, strict=True))
+        interrupted, bad_images = values.pop("interrupted") > 0, values.pop("bad_images") > 0
+        if bad_images:
+            run.ledger.add(gather_object(facts.bad_images))
+        finite = math.isfinite(values["gradient_norm"])
+        run.progress.skipped += not finite
+        run.progress.skipped_in_row = 0 if finite else run.progress.skipped_in_row + 1
+        if finite:
+            run.guard.count(values["attacked_psnr"])
+        values |= {
+            "learning_rate": facts.learning_rate,
+            "skipped_steps": run.progress.skipped,
+            "images_per_second": run.plan.samples_per_step / facts.seconds,
+            "data_wait": facts.waited / facts.seconds,
+        }
+        run.journal.write(facts.step, values)
+        bar.update()
+        bar.set_postfix_str(postfix(values, shown))
+        reasons.append(reason_to_stop(run, facts.step, interruption if interrupted else None))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+@contextmanager
+def judged_weights(run: Run) -> Iterator[None]:
+    """Within, what is judged and saved are the weights that the run is after: the average, where one is kept."""
+    with averaged_weights(run.ema, run.networks.encoder):
+        run.networks.mirror.refresh()
+        yield
+    run.networks.mirror.refresh()
 
 
 def validate(run: Run) -> dict[str, float]:
-    with averaged_weights(run.ema, run.models.encoder):
+    with judged_weights(run):
         values = run.judge.judge_progress(run.progress.step)
     run.journal.write(run.progress.step, values)
+    warning = run.guard.judge(values[f"validation/{run.judge.attack.name}/psnr"])
+    if warning is not None:
+        run.accelerator.print(f"Warning, step {run.progress.step}: {warning}")
     return values
 
 
@@ -562,19 +625,20 @@ def postfix(values: dict[str, float], validation: dict[str, float]) -> str:
     return ", ".join([*parts, f"{values['images_per_second']:.1f} img/s"])
 
 
-def reason_to_stop(run: Run, interruption: Interruption | None) -> Stop | None:
+def reason_to_stop(run: Run, step: int, interruption: Interruption | None) -> Stop | None:
+    """Why the run should end after what was heard of `step`, if it should."""
     progress = run.progress
     try:
         run.ledger.check(run.args.max_bad_images)
     except UserError as error:
         return Stop(str(error), error.exit_code)
     if progress.skipped_in_row >= MAX_SKIPPED_IN_ROW:
-        first = progress.step - progress.skipped_in_row + 1
+        first = step - progress.skipped_in_row + 1
         reason = f"the gradient has not been finite since step {first} ({progress.skipped} steps skipped in all)"
         return Stop(f"{reason}; a lower --learning_rate or --mixed_precision no may help", EXIT_NOT_FINITE)
     if interruption is not None:
         number = interruption.signal or signal.SIGTERM  # None where only another process got the signal
-        return Stop(f"stopped by {signal.Signals(number).name} after step {progress.step}", 128 + number)
+        return Stop(f"stopped by {signal.Signals(number).name} at step {progress.step}", 128 + number)
     return None
 
 
@@ -588,37 +652,42 @@ def build_run(
     plan: Plan,
     publisher: Publisher | None,
 ) -> Run:
-    models = build_models(args, accelerator)
-    optimizer, scheduler, ema = build_optimizer(args, accelerator, models, plan)
-    progress, ledger = Progress(), ImageLedger(data.num_images, world_size=accelerator.num_processes)
+    step = build_step(args, accelerator, plan.execution)
+    networks = step.networks
+    optimizer, scheduler, ema = build_optimizer(args, accelerator, networks.encoder, plan)
+    progress, guard = Progress(), OverfittingGuard()
+    ledger = ImageLedger(data.num_images, world_size=accelerator.num_processes)
     register_state(
-        accelerator, models.vae, ema, {"progress": progress, "images": ledger, "scheduler": scheduler}
+        accelerator,
+        networks.vae,
+        ema,
+        {"progress": progress, "images": ledger, "scheduler": scheduler, "guard": guard},
     )
     judge = Judge(
         accelerator,
-        original=Codec(ORIGINAL, models.reference, models.decoder),
-        current=Codec(FINE_TUNED, models.encoder, models.decoder),
-        loss=models.loss,
+        original=Codec(ORIGINAL, networks.reference, networks.decoder),
+        current=Codec(FINE_TUNED, networks.mirror.encoder, networks.decoder),
+        loss=networks.loss,
         images=data.validation_images,
-        # At least ten steps, so that runs that train with fewer can be compared.
-        attack=replace(attack_config(args), num_steps=max(args.pgd_steps, 10)),
+        epsilon=args.epsilon,
         output_dir=args.output_dir,
         seed=args.seed,
-        batch_size=args.train_batch_size,
+        batch_size=args.attack_batch_size or args.train_batch_size,
     )
     return Run(
         args=args,
         accelerator=accelerator,
         data=data,
         plan=plan,
-        models=models,
+        step=step,
         optimizer=optimizer,
         scheduler=scheduler,
         ema=ema,
         progress=progress,
         ledger=ledger,
+        guard=guard,
         checkpoints=Checkpoints(
-            args.output_dir, args.checkpoints_total_limit, state_bytes(models.vae, models.encoder, ema)
+            args.output_dir, args.checkpoints_total_limit, state_bytes(networks.vae, networks.encoder, ema)
         ),
         journal=Journal(accelerator, args.output_dir / "metrics.jsonl"),
         judge=judge,
@@ -653,17 +722,28 @@ def save_and_stop(run: Run, stop: Stop) -> int:
 def finish(run: Run) -> int:
     """Saves the drop-in first, then judges it, writes the card, and pushes last."""
     args = run.args
-    with averaged_weights(run.ema, run.models.encoder):
+    with judged_weights(run):
         if run.accelerator.is_main_process:
-            save_drop_in(run.models.vae, args.output_dir, variants=args.save_variant)
+            save_drop_in(run.networks.vae, args.output_dir, variants=args.save_variant)
     validate(run)
-    with averaged_weights(run.ema, run.models.encoder):
+    with judged_weights(run):
         table = run.judge.judge_result()
     variants = "".join(judge_variant(run, variant) for variant in args.save_variant)
     write_card(run, args.output_dir)
     run.accelerator.end_training()
-    run.accelerator.print(f"\n{table}\n{variants}\nSaved to {args.output_dir}. {run.ledger.summary()}")
+    run.accelerator.print(f"\n{table}\n{variants}\n{time_summary(run.progress)}")
+    run.accelerator.print(f"Saved to {args.output_dir}. {run.ledger.summary()}")
     return publish_result(run)
+
+
+def time_summary(progress: Progress) -> str:
+    """One line on where the training's time went, validation and checkpoints left out."""
+    if progress.seconds == 0:
+        return "No steps were left to make."
+    return (
+        f"The steps took {progress.seconds:.1f} s, {progress.first_steps:.1f} s of them the first step with its warm-up; "
+        f"{progress.waiting / progress.seconds:.1%} of the time was spent waiting for images."
+    )
 
 
 def judge_variant(run: Run, variant: str) -> str:
@@ -688,8 +768,8 @@ def publish_snapshot(run: Run, validation: dict[str, float]) -> None:
 
     def save(folder: Path) -> None:
         folder.mkdir(parents=True)
-        with averaged_weights(run.ema, run.models.encoder):
-            save_drop_in(run.models.vae, folder)
+        with judged_weights(run):
+            save_drop_in(run.networks.vae, folder)
         for name in ("metrics.jsonl", "results.json"):
             shutil.copy(run.args.output_dir / name, folder)
         write_card(run, folder)
@@ -763,6 +843,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         add_precision_arguments, add_state_arguments, add_logging_arguments, add_hub_arguments,
     ):  # fmt: skip
         add_group(parser)
+    recipe = parser.parse_known_args(arguments)[0].recipe
+    parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args(arguments)
     parser.refuse_without_effect(args, training_effects(args))
     return args
@@ -811,6 +893,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("SRL-VAE")
     group.add_argument(
+        "--recipe",
+        choices=sorted(RECIPES),
+        default="paper",
+        help="values of other flags, each of which can still be given: the paper's, or ones that are robust sooner",
+    )
+    group.add_argument(
         "--epsilon", type=pixel_distance, default=8 / 255, help="L-inf budget, units of a [0,1] image; 8/255 or 0.0314"
     )
     group.add_argument("--pgd_steps", type=non_negative_int, default=10, help="steps of the attack; 0 means no attack")
@@ -835,7 +923,6 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sample_posterior", action="store_true", help="sample the latent instead of taking its mean")
     group.add_argument("--validation_steps", type=positive_int, default=100, help="validate every that many steps")
     group.add_argument("--num_validation_images", type=positive_int, default=16, help="held-out images to validate on")
-    group.add_argument("--torch_compile", action="store_true", help="compile encoder and decoder")
     group.add_argument(
         "--dry_run", action="store_true", help="check everything, print configuration and arithmetic of a step, stop"
     )
@@ -848,6 +935,9 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_train_steps", type=positive_int, default=None, help="overrides --num_train_epochs")
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="passes per update")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    group.add_argument(
+        "--attack_batch_size", type=positive_int, default=None, help="attack that many images at a time, to save memory"
+    )
     group.add_argument("--seed", type=seed, default=0, help="of every random draw")
 
 
@@ -874,7 +964,14 @@ def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),
         default=None,
-        help="precision of the networks (the trained weights stay float32); default: what accelerate is configured for",
+        help="precision of the networks (the trained weights stay float32); default: a half precision that accelerate is "
+        "configured for, else what suits the device",
+    )
+    group.add_argument(
+        "--torch_compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compile encoder and decoder; default: where the run is long enough to repay it",
     )
     group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer")
     group.add_argument("--use_ema", action="store_true", help="keep, judge and save an average of the weights")

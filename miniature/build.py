@@ -32,7 +32,6 @@ from srl_utils.photographs import load_photographs
 
 SIZE = 64
 PHOTOGRAPH_SIDE = 512  # pixels, of the shorter side: crops of down to SIZE show them at their full resolution
-LATENT_CHANNELS = 8
 # Shares of a batch: photographs teach the statistics that are judged, dead leaves keep a network that sees
 # twelve photographs from learning them by heart, scenes are what the miniature diffusion model will draw.
 SHARES = {"scene": 0.4, "dead leaves": 0.15, "photograph": 0.45}
@@ -44,34 +43,48 @@ WARMUP_STEPS = 200
 
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    state = State.begin(args.device)
+    state = State.begin(args.device, args.architecture)
     state_path = args.work_dir / "state.pt"
     state.load(state_path)
     train(args, state, state_path)
     vae = state.vae.to(memory_format=torch.contiguous_format).eval()  # safetensors takes no other format
     vae.register_to_config(scaling_factor=measure_scaling_factor(vae))
     vae.save_pretrained(args.output_dir)
-    names = ("pixel_steps", "adversarial_steps", "batch_size", "learning_rate", "adversarial_learning_rate", "seed")
+    names = ("architecture", "pixel_steps", "adversarial_steps", "batch_size", "learning_rate", "adversarial_learning_rate", "seed")
     build = {name: getattr(args, name) for name in names}
     write_measurements(vae, args.output_dir, build={**build, "torch_compile": args.torch_compile})
 
 
-def small_autoencoder() -> AutoencoderKL:
-    """Down-samples by 4; no attention, so that it serves any image size at a cost linear in the pixels.
+# Both down-sample by 4, and groups of 4 to 8 channels are normalised together, as in the SD-VAE.
+ARCHITECTURES: dict[str, dict[str, object]] = {
+    # What ships. No attention, so that it serves any image size at a cost linear in the pixels.
+    "small": {
+        "block_out_channels": (32, 64, 64),
+        "layers_per_block": 1,
+        "latent_channels": 8,
+        "norm_num_groups": 8,
+        "mid_block_add_attention": False,
+    },
+    # Half the latents and a deeper network with attention, to see whether what holds for one holds for another.
+    "attention": {
+        "block_out_channels": (32, 64, 96),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "norm_num_groups": 16,
+        "mid_block_add_attention": True,
+    },
+}
 
-    Groups of 4 to 8 channels are normalised together, as in the SD-VAE.
-    """
+
+def build_autoencoder(architecture: str) -> AutoencoderKL:
+    """One of `ARCHITECTURES`, with random weights."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 64),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
         sample_size=SIZE,
-        mid_block_add_attention=False,
+        **ARCHITECTURES[architecture],
     )
 
 
@@ -104,8 +117,8 @@ class State:
     step: int = 0
 
     @classmethod
-    def begin(cls, device: str) -> State:
-        vae = small_autoencoder().to(device, memory_format=torch.channels_last)
+    def begin(cls, device: str, architecture: str) -> State:
+        vae = build_autoencoder(architecture).to(device, memory_format=torch.channels_last)
         discriminator = patch_discriminator().to(device, memory_format=torch.channels_last)
         return cls(
             vae,
@@ -149,7 +162,9 @@ def train(args: argparse.Namespace, state: State, state_path: Path) -> None:
         textured = textured.to(args.device, torch.float32)
         generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + state.step)
         noise = torch.randn(
-            (len(images), LATENT_CHANNELS, SIZE // 4, SIZE // 4), generator=generator, device=args.device
+            (len(images), state.vae.config.latent_channels, SIZE // 4, SIZE // 4),
+            generator=generator,
+            device=args.device,
         )
         judge = state.discriminator.requires_grad_(False) if adversarial else None
         with torch.autocast(images.device.type, torch.bfloat16):
@@ -260,6 +275,7 @@ def sample_batches(args: argparse.Namespace, first_step: int) -> Iterator[tuple[
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("miniature/weights/vae"))
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="small")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/miniature"), help="state for resuming")
     parser.add_argument("--pixel_steps", type=int, default=5_000)
     parser.add_argument("--adversarial_steps", type=int, default=1_200)

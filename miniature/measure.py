@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from miniature.scenes import draw_dead_leaves, draw_scene
-from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.autoencoders import LatentDecoder, LatentEncoder
 from srl_utils.codecs import Codec
 from srl_utils.evaluation.reconstruction import CLEAN, evaluate, noise, strong_attack, to_rows
@@ -51,7 +50,7 @@ def measure(vae: AutoencoderKL, extra: dict[str, Tensor] | None = None) -> dict[
         "dead leaves": dead_leaves(UNSEEN_SEED + 1, NUM_IMAGES),
         **(extra or {}),
     }
-    perturbations = [CLEAN, noise(EPSILON), strong_attack(PGDConfig(epsilon=EPSILON))]
+    perturbations = [CLEAN, noise(EPSILON), strong_attack(EPSILON)]
     return {
         name: to_rows(
             evaluate(

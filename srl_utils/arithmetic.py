@@ -22,6 +22,8 @@ class StepArithmetic:
     perceptual: int
     """Forward passes; `perceptual` is 0 without LPIPS."""
     pgd_steps: int
+    originality: bool
+    """Whether the clean images are encoded, by the encoder and by its original."""
 
     @property
     def attack(self) -> int:
@@ -32,7 +34,13 @@ class StepArithmetic:
     def outer(self) -> int:
         """Attacked pass (weight gradients in the encoder only), clean pass, reference pass, target features."""
         attacked = 3 * self.encoder + 2 * self.decoder + 2 * self.perceptual
-        return attacked + 3 * self.encoder + self.encoder + self.perceptual
+        clean = 4 * self.encoder if self.originality else 0
+        return attacked + clean + self.perceptual
+
+    @property
+    def image(self) -> int:
+        """Everything for one image."""
+        return self.attack + self.outer
 
     def table(self) -> str:
         rows = {
@@ -41,13 +49,13 @@ class StepArithmetic:
             "LPIPS forward": self.perceptual,
             f"attack ({self.pgd_steps} steps)": self.attack,
             "outer step": self.outer,
-            "one image, whole step": self.attack + self.outer,
+            "one image, whole step": self.image,
         }
         return "\n".join(f"  {name:<24}{flops / 1e12:>12.4f} TFLOP" for name, flops in rows.items())
 
 
 def step_arithmetic(
-    config: dict[str, Any], *, resolution: int, pgd_steps: int, lpips_net: str | None
+    config: dict[str, Any], *, resolution: int, pgd_steps: int, lpips_net: str | None, originality: bool = True
 ) -> StepArithmetic:
     """Counts the passes of a VAE of this configuration on shapes alone: no weights, no memory."""
     with torch.device("meta"):
@@ -60,6 +68,7 @@ def step_arithmetic(
         decoder=_count(LatentDecoder(vae), latent),
         perceptual=_count(perceptual.net, image) if perceptual else 0,
         pgd_steps=pgd_steps,
+        originality=originality,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -183,9 +184,77 @@ def split_moments(moments: Tensor) -> Moments:
     return Moments(posterior.mean, posterior.var)
 
 
-def frozen_copy(encoder: LatentEncoder) -> LatentEncoder:
-    """E_theta0: the encoder as it is now, never to change."""
-    return copy.deepcopy(encoder).requires_grad_(False).eval()
+NETWORK = TypeVar("NETWORK", LatentEncoder, LatentDecoder)
+
+
+def frozen_copy(network: NETWORK) -> NETWORK:
+    """The network as it is now, never to change, such as E_theta0.
+
+    What autocast would cast at every call, the weights of convolutions and linear layers, is held in its precision.
+    """
+    twin = copy.deepcopy(network).requires_grad_(False).eval()
+    if twin.autocast_dtype is not None:
+        for layer in twin.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.to(twin.autocast_dtype)
+    return twin
+
+
+class EncoderMirror:
+    """A frozen twin of the encoder that is being trained, for attacks on it.
+
+    Autograd and compiled backward passes then compute no weight gradients, and no weight is cast more than once a
+    step. Weights held in the same precision share their memory; `refresh` brings the others up to date.
+    """
+
+    def __init__(self, original: LatentEncoder) -> None:
+        self.encoder = frozen_copy(original)
+        self._copied: list[tuple[nn.Parameter, nn.Parameter]] = []
+        for own, trained in zip(self.encoder.parameters(), original.parameters(), strict=True):
+            if own.dtype == trained.dtype:
+                own.data = trained.data
+            else:
+                self._copied.append((own, trained))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """After the original's weights have changed, be it by a step of the optimizer or from a checkpoint."""
+        for own, trained in self._copied:
+            own.copy_(trained)
+
+
+class _Doubling(torch.autograd.Function):
+    """Nearest-neighbour enlargement by 2 whose gradient is a sum over 2x2 pixels."""
+
+    @staticmethod
+    def forward(context: object, images: Tensor) -> Tensor:
+        return nn.functional.interpolate(images, scale_factor=2.0, mode="nearest")
+
+    @staticmethod
+    def backward(context: object, gradient: Tensor) -> Tensor:
+        return 4 * nn.functional.avg_pool2d(gradient, 2)
+
+
+class Doubled(nn.Module):
+    """What diffusers' `Upsample2D` does before its convolution, on `[N,C,h,w]`, in a form that compiles well."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _Doubling.apply(images)
+
+
+def with_summed_gradients(decoder: LatentDecoder) -> LatentDecoder:
+    """Rebuilds a decoder's up-sampling, in place, so that its compiled backward pass does not scatter gradients.
+
+    Of torch's own nearest-neighbour interpolation torch.compile makes a gather, whose gradient adds pixel by pixel to
+    indexed places: an eighth of an attack's step on the CPU (benchmarks/RESULTS.md). The values stay the same.
+    """
+    for stage in decoder.modules():
+        if isinstance(stage, nn.ModuleList):
+            for index, layer in enumerate(stage):
+                if isinstance(layer, Upsample2D) and layer.use_conv and layer.interpolate:
+                    layer.interpolate = False
+                    stage[index] = nn.Sequential(Doubled(), layer)
+    return decoder
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from diffusers import (
@@ -41,6 +42,15 @@ class Codec:
     decoder: nn.Module
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
+
+    @property
+    def digest(self) -> str:
+        """Of the weights: two VAEs with the same one are the same, wherever they were loaded from."""
+        state = sha256()
+        for module in (self.encoder, self.decoder):
+            for tensor in module.state_dict().values():
+                state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return state.hexdigest()[:16]
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count, islice, pairwise
@@ -42,6 +43,7 @@ from srl_utils.sources import DataSource, Images, StreamImages, open_images, ope
 logger = logging.getLogger(__name__)
 
 PROBED_IMAGES = 16
+BATCHES_AHEAD = 2
 STREAM_TRIAL = 200  # images read before the share of bad ones in a stream means anything
 ORDER_SEED = 2  # second word of seeds: pictures.py has 1 and sources.py 3, so that no two share random numbers
 
@@ -218,6 +220,8 @@ def training_batches(
 ) -> Iterator[Batch]:
     """The batches of process `rank`, without end, from `first_position` of the whole run on.
 
+    They are made ahead of their use: by `num_workers` processes, or else by a thread of this one.
+
     Raises:
         UserError: while iterating, if too many images in a row cannot be read.
     """
@@ -240,8 +244,9 @@ def training_batches(
         generator=torch.Generator(),
     )
     batches = _without_worker_traceback(loader)
-    if num_workers:
-        atexit.register(_end_workers, weakref.ref(batches))
+    if not num_workers:
+        return _made_ahead(batches)
+    atexit.register(_end_workers, weakref.ref(batches))
     return batches
 
 
@@ -380,6 +385,19 @@ def _without_worker_traceback(loader: DataLoader) -> Iterator[Batch]:
             raise
         # torch puts the traceback of the worker in front of the message.
         raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
+
+
+def _made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, `BATCHES_AHEAD` of them made by a thread before they are asked for; decoding lets other threads run."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
+        coming = deque(pool.submit(next, batches) for _ in range(BATCHES_AHEAD))
+        try:
+            while True:
+                batch = coming.popleft().result()
+                coming.append(pool.submit(next, batches))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _end_workers(batches: weakref.ref[Iterator[Batch]]) -> None:

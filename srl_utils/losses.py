@@ -21,6 +21,10 @@ class Target(NamedTuple):
     images: Tensor
     features: list[Tensor]
 
+    def part(self, start: int, stop: int) -> Target:
+        """Of the images `start` to `stop` alone."""
+        return Target(self.images[start:stop], [layer[start:stop] for layer in self.features])
+
 
 class ReconstructionTerms(NamedTuple):
     """Per image `[N]`: the squared error and the perceptual distance, the latter not yet weighted."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pickle
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.error import HTTPError
@@ -37,6 +38,8 @@ INCEPTION = "inception-v3-compat"
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_LAYERS = {"pool": "2048", "logits": "logits_unbiased"}
 """What torch-fidelity calls them: FID and KID are of the pool, the Inception Score of the logits without bias."""
+SUBSET_SIZE, SPLITS = 1000, 10
+"""torch-fidelity's, of KID and of the Inception Score."""
 CLIP_MODEL = "openai/clip-vit-base-patch32"
 NETWORK_TIMEOUT = 10.0
 """In seconds, for each wait for a server."""
@@ -110,7 +113,7 @@ def frechet_distance(features: Tensor, others: Tensor) -> float:
 
 
 def kernel_distance(
-    features: Tensor, others: Tensor, *, subset_size: int = 1000, subsets: int = 100, seed: int = 2020
+    features: Tensor, others: Tensor, *, subset_size: int = SUBSET_SIZE, subsets: int = 100, seed: int = 2020
 ) -> Spread:
     """KID (Binkowski et al. 2018) of two sets of `pool` features `[N,2048]`, `[M,2048]`; unbiased, so also negative.
 
@@ -127,7 +130,7 @@ def kernel_distance(
     return Spread(result[KEY_METRIC_KID_MEAN], result[KEY_METRIC_KID_STD])
 
 
-def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Spread:
+def inception_score(logits: Tensor, *, splits: int = SPLITS, seed: int = 2020) -> Spread:
     """Inception Score (Salimans et al. 2016) of `logits` `[N,1008]`, over `splits` parts of the shuffled images.
 
     Biased as FID is; the defaults, seed included, are torch-fidelity's.
@@ -138,6 +141,30 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Sp
     _require(2 * splits, f"the Inception Score in {splits} splits", logits)
     result = isc_features_to_metric(logits.cpu(), splits, rng_seed=seed)
     return Spread(result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD])
+
+
+class SetMetric(NamedTuple):
+    """A value for a whole set of images."""
+
+    least: int
+    """Images below which it has none."""
+    value: Callable[[dict[str, Tensor], dict[str, Tensor]], float]
+    """Of the features of the images and of their reconstructions, as `InceptionFeatures.features` returns them."""
+
+
+SET_METRICS = {
+    "rfid": SetMetric(2, lambda real, shown: frechet_distance(real["pool"], shown["pool"])),
+    "kid": SetMetric(2, lambda real, shown: _kernel_distance_of_any(real["pool"], shown["pool"])),
+    "is": SetMetric(2 * SPLITS, lambda _, shown: inception_score(shown["logits"], splits=SPLITS).mean),
+}
+"""By the name that results give them."""
+
+
+def _kernel_distance_of_any(features: Tensor, others: Tensor) -> float:
+    """With fewer images than a usual subset the only subset is all of them."""
+    if len(features) <= SUBSET_SIZE:
+        return kernel_distance(features, others, subset_size=len(features), subsets=1).mean
+    return kernel_distance(features, others).mean
 
 
 class ClipSimilarity:
@@ -194,6 +221,8 @@ def load_clip_similarity(name: str = CLIP_MODEL) -> ClipSimilarity:
     Raises:
         UserError: if the model, its processor or its tokenizer is not to be had, or transformers is not installed.
     """
+    if find_spec("transformers") is None:
+        raise UserError(f"the CLIP model '{name}' needs transformers; pip install transformers")
     try:
         return _load_clip(name)
     except UNREADABLE as error:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 
 # Before any Hugging Face library is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is: tensors this small gain nothing from a second thread, and on a busy machine two that wait for each
+# other take many times as long. Nor may a sum round differently in processes that were given another number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +27,8 @@ from miniature.scenes import draw_scene
 
 Run = Callable[..., tuple[int, str]]
 
-MINIATURE_VAE = Path(__file__).parents[1] / "miniature/weights/vae"
+ROOT = Path(__file__).parents[1]
+MINIATURE_VAE = ROOT / "miniature/weights/vae"
 QUANTISERS = {"with quant_conv": True, "without quant_conv": False}
 
 
@@ -138,6 +143,20 @@ def smallest_training(vae_folder: Path, photographs: Path, output_dir: Path) -> 
 def flags(photographs: Path, vae_folder: Path, tmp_path: Path) -> list[str]:
     """The smallest complete training, which writes to `tmp_path / "out"`."""
     return smallest_training(vae_folder, photographs, tmp_path / "out")
+
+
+def launch(*arguments: object, processes: int = 1, script: object) -> subprocess.CompletedProcess:
+    """`accelerate launch` on the CPU, of a file or, with `-m` for the script, a module; for several processes it must be told, or it starts a single one there."""
+    several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", processes,
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--num_cpu_threads_per_process", "1", script, *arguments,
+    ]  # fmt: skip
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -10,6 +10,9 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import threading
+import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from srl_utils.data import (
     Batch,
@@ -30,6 +34,7 @@ from srl_utils.data import (
     training_batches,
 )
 from srl_utils.errors import UserError
+from srl_utils.pictures import Sample
 
 COUNT = 12
 RESOLUTION = 8
@@ -309,6 +314,30 @@ def test_workers_change_nothing(kind: str, num_workers: int, tmp_path: Path) -> 
     other_positions, other_images = joined(first_batches(data, 5, num_workers=num_workers))
     assert positions == other_positions == list(range(20))
     assert images.equal(other_images)
+
+
+def test_batches_are_made_ahead_of_their_use(tmp_path: Path) -> None:
+    """Oracle: the samples that were asked for; while one batch is in use, the next ones are made."""
+    data, asked = folder_data(tmp_path), []
+    batches = training_batches(replace(data, samples=Watched(data.samples, asked)), batch_size=2)
+    assert next(batches).positions == [0, 1]
+    deadline = time.monotonic() + 10
+    while len(asked) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert asked == [0, 1, 2, 3, 4, 5]
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+class Watched(Dataset):
+    """The same samples; notes which are asked for."""
+
+    def __init__(self, samples: Dataset, asked: list[int]) -> None:
+        self.samples, self.asked = samples, asked
+
+    def __getitem__(self, position: int) -> Sample:
+        self.asked.append(position)
+        return self.samples[position]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,6 +17,7 @@ from srl_utils.evaluation.reconstruction import (
     reconstruction_attack,
     strong_attack,
     to_rows,
+    usual_attack,
 )
 from srl_utils.evaluation.report import comparison_picture, comparison_table, reconstruction_picture, won_back
 from srl_utils.losses import PerceptualDistance, ReconstructionLoss
@@ -104,8 +105,7 @@ def test_strong_attack_is_not_weaker(codec, images) -> None:
     """
     clean, loss = images(3), ReconstructionLoss()
     target, error = loss.target(clean), {}
-    config = PGDConfig(epsilon=EPSILON)
-    for attack in (CLEAN, reconstruction_attack(config), strong_attack(config)):
+    for attack in (CLEAN, usual_attack(EPSILON), strong_attack(EPSILON)):
         attacked = attack.apply(codec, loss, clean, image_generators(0, range(3)))
         assert (attacked - clean).abs().max() <= 2 * EPSILON + 1.2e-7  # one rounding near 1
         with torch.no_grad():

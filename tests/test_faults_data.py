@@ -63,9 +63,9 @@ def test_training_finishes_on_a_mixture(
 ) -> None:
     """Oracle: the list of what was put there. Every bad file is named once, in one line, and all are counted."""
     images = GOOD + len(LISTED) + len(UNUSUAL)
-    place = flags.index("--validation_split")
+    split = flags.index("--validation_split")
     code, printed = run(
-        *flags[:place], *flags[place + 2 :], "--train_data_dir", mixture, "--validation_data_dir", mixture / "unusual",
+        *flags[:split], *flags[split + 2 :], "--train_data_dir", mixture, "--validation_data_dir", mixture / "unusual",
         "--pgd_steps", "0", "--train_batch_size", "16", "--max_train_steps", -(-images // 16),
         "--max_bad_images", "0.5",
     )  # fmt: skip

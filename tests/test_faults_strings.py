@@ -16,7 +16,6 @@ from test_card import FULL
 
 from srl_utils.errors import one_line, without_tokens
 from srl_utils.evaluation.__main__ import main as evaluate
-from srl_utils.evaluation.study import file_name
 from srl_utils.hub.card import render_card
 
 MARKER = "hf_MarkerMarkerMarker"
@@ -65,14 +64,6 @@ def test_names_of_vaes_cannot_leave_the_folder_nor_be_taken_for_each_other(vae_f
     rows = json.loads((inside / "out/results.json").read_text())
     assert sorted(row["vae"] for row in rows) == sorted([*names, "original"])
     assert "<script>alert" not in (inside / "out/report.html").read_text(encoding="utf-8")
-
-
-def test_file_names_differ_as_their_texts_do() -> None:
-    """Oracle: harmless names stay, others get no separator and none the name of another."""
-    assert file_name("pgd-10-0.03137-on-robust") == "pgd-10-0.03137-on-robust"
-    names = [file_name(text) for text in [*HOSTILE, "a b", "a_b", "a/b", "\udcff"]]
-    assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"[a-zA-Z0-9._-]{1,160}", name) for name in names if name != "..")
 
 
 def test_training_on_hostile_places(run: Run, flags: list[str], photographs: Path, vae_folder: Path, tmp_path: Path) -> None:

@@ -29,6 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "autoencoder_files": {"errors"},
     "autoencoders": {"autoencoder_files", "errors", "losses"},
     "arithmetic": {"autoencoders"},
+    "execution": {"autoencoders", "errors"},
+    "overfitting": set(),
+    "readback": set(),
+    "step": {"attacks.draws", "attacks.gradient", "autoencoders", "images", "losses"},
     "codecs": {"autoencoders"},
     "metrics": {"images"},
     "set_metrics": {"errors", "images"},
@@ -52,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
         "autoencoders", "codecs", "errors", "evaluation.reconstruction", "losses",
     },
     "evaluation.study": {
-        "checkpoints", "codecs", "errors", "evaluation.reconstruction", "losses", "set_metrics"
+        "checkpoints", "codecs", "errors", "evaluation.reconstruction", "images", "losses", "set_metrics"
     },
     "evaluation.extremes": {
         "checkpoints", "codecs", "evaluation.reconstruction", "evaluation.report", "evaluation.study", "images",
@@ -60,9 +64,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training_flags": {"command_line", "sources"},
     "evaluation.__main__": {
-        "attacks.protections", "autoencoders", "codecs", "command_line", "data", "errors", "evaluation.catalogue", "evaluation.document",
-        "evaluation.extremes", "evaluation.reconstruction", "evaluation.sanity", "evaluation.study", "locking", "losses",
-        "pictures", "set_metrics", "sources",
+        "attacks.protections", "autoencoders", "checkpoints", "codecs", "command_line", "data", "errors",
+        "evaluation.catalogue", "evaluation.document", "evaluation.extremes", "evaluation.reconstruction",
+        "evaluation.sanity", "evaluation.study", "locking", "losses", "metrics", "pictures", "set_metrics", "sources",
     },
     "pictures": {"images", "errors"},
     "sources": {"photographs", "errors", "pictures"},
@@ -80,8 +84,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "journal": {"checkpoints"},
     "evaluation.judge": {
-        "attacks.gradient", "autoencoders", "checkpoints", "codecs", "evaluation.reconstruction", "evaluation.report",
-        "losses",
+        "autoencoders", "checkpoints", "codecs", "evaluation.reconstruction", "evaluation.report", "losses",
     },
     "hub": set(),
     "markdown": set(),

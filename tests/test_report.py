@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import io
 import itertools
@@ -217,6 +218,16 @@ def test_results_are_the_rows(complete) -> None:
     assert {row["ci95"] is None for row in findings.rows} == {True, False}
 
 
+def test_values_of_images_can_be_read_back(tmp_path: Path) -> None:
+    """Oracle: the records themselves, through the standard library's reader; names with commas, quotes and breaks."""
+    records = example_records(vaes=("original", 'a,"b"\nc'), metrics=["ssim"])
+    write_report(example_findings(records), tmp_path)
+    with (tmp_path / "per_image.csv").open(newline="") as file:
+        title, *lines = csv.reader(file)
+    assert title == list(Record._fields)
+    assert [Record(*line[:3], float(line[3]), line[4], int(line[5]), float(line[6])) for line in lines] == records
+
+
 def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     """Oracle: the same findings but for the title give the same bytes but for the documents; nothing half written
     is left, and nothing of the old title."""
@@ -232,7 +243,7 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     second = contents()
     assert {path for path in first if first[path] != second[path]} == {Path("report.html"), Path("report.md")}
     assert {str(path) for path in first} == {
-        "results.json", "report.md", "report.html", "figures/psnr-by-attack-none.png",
+        "results.json", "per_image.csv", "report.md", "report.html", "figures/psnr-by-attack-none.png",
         "figures/psnr-by-attack-transfer.png", "figures/psnr-by-attack-adaptive.png",
         "figures/psnr-by-epsilon-transfer.png", "figures/psnr-by-epsilon-adaptive.png",
     }  # fmt: skip

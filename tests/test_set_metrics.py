@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ from srl_utils.losses import LPIPS_TRUNKS, load_perceptual_distance
 from srl_utils.set_metrics import (
     INCEPTION_LAYERS,
     INCEPTION_WEIGHTS,
+    SET_METRICS,
     ClipSimilarity,
     InceptionFeatures,
     frechet_distance,
@@ -548,23 +550,44 @@ def test_alex_lpips_equals_the_package(torch_home, images) -> None:
 # --- in a report -------------------------------------------------------------------------------------------
 
 
-def test_rfid_of_the_evaluation(inception, inception_weights, image_sets, tiny_vae, tmp_path) -> None:
-    """Oracle: FID of reconstructions and images, computed here, against the row of the real command; no interval."""
+def test_metrics_of_the_evaluation(
+    inception, inception_weights, clip, clip_folder, image_sets, tiny_vae, tmp_path, capsys
+) -> None:
+    """Oracle: FID, KID and CLIP similarity computed here, against the rows of the real command.
+
+    Only what has values per image has an interval, and the Inception Score, for which there are too few, is left out.
+    """
     tiny_vae.save_pretrained(tmp_path / "vae")
     (tmp_path / "photos").mkdir()
     for number, image in enumerate(image_sets[0]):
         to_pil(image).save(tmp_path / f"photos/{number}.png")
     evaluation.main([
         "reconstruction", "--baseline", str(tmp_path / "vae"), "--vae", f"same={tmp_path / 'vae'}", "--data_dir",
-        str(tmp_path / "photos"), "--resolution", "64", "--num_images", str(SET_SIZE), "--attacks", "clean", "--metrics",
-        "psnr", "rfid", "--inception_weights", str(inception_weights), "--no_checks", "--output_dir", str(tmp_path / "out"),
+        str(tmp_path / "photos"), "--resolution", "64", "--num_images", str(SET_SIZE), "--attacks", "clean",
+        "--metrics", "psnr", "rfid", "kid", "is", "clip", "--inception_weights", str(inception_weights),
+        "--clip_model", str(clip_folder), "--no_checks", "--output_dir", str(tmp_path / "out"),
     ])  # fmt: skip
+    assert "is was left out: it needs at least 20 images, and there are 8" in capsys.readouterr().out
     images = torch.stack([from_pil(to_pil(image)) for image in image_sets[0]])
     with torch.no_grad():
         reconstructions = tiny_vae.decode(tiny_vae.encode(images).latent_dist.mean).sample
     pools = [inception.features(each)["pool"] for each in (images, reconstructions)]
-    rows = [row for row in json.loads((tmp_path / "out/results.json").read_text()) if row["metric"] == "rfid"]
-    assert [row["vae"] for row in rows] == ["original", "same"]
+    expected = {
+        "rfid": frechet_distance(*pools),
+        "kid": kernel_distance(*pools, subset_size=SET_SIZE, subsets=1).mean,
+        "clip": clip.image_image(reconstructions, images).mean().item(),
+    }
+    rows = [row for row in json.loads((tmp_path / "out/results.json").read_text()) if row["metric"] != "psnr"]
+    measured = sorted((row["vae"], row["metric"]) for row in rows)
+    assert measured == sorted(itertools.product(["original", "same"], expected))
     for row in rows:
-        assert row["ci95"] is None and row["n"] == SET_SIZE
-        assert row["value"] == pytest.approx(frechet_distance(*pools), rel=1e-2)
+        assert (row["ci95"] is None) == (row["metric"] != "clip") and row["n"] == SET_SIZE
+        assert row["value"] == pytest.approx(expected[row["metric"]], rel=1e-2)
+
+
+def test_set_metrics_are_the_published_ones() -> None:
+    """Oracle: the functions above with torch-fidelity's own defaults, from the number of images that these need."""
+    real, shown = ({"pool": _noise(count, 4), "logits": _noise(count, 6)} for count in (1001, 1002))
+    assert SET_METRICS["rfid"].value(real, shown) == frechet_distance(real["pool"], shown["pool"])
+    assert SET_METRICS["kid"].value(real, shown) == kernel_distance(real["pool"], shown["pool"]).mean
+    assert SET_METRICS["is"].value(real, shown) == inception_score(shown["logits"]).mean

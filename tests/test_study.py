@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
+from conftest import ROOT, launch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,16 +22,15 @@ from srl_utils.codecs import Codec
 from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
 from srl_utils.evaluation import __main__ as command
-from srl_utils.evaluation import study as study_module
 from srl_utils.evaluation.catalogue import PRESETS, Supplies, select
 from srl_utils.evaluation.reconstruction import CLEAN, Record, evaluate, noise
 from srl_utils.evaluation.sanity import Depth, check_robustness
-from srl_utils.evaluation.study import Metrics, Study
+from srl_utils.evaluation.study import Job, Metrics, Study
 from srl_utils.images import to_pil
 from srl_utils.losses import ReconstructionLoss
 
 EPSILON = 8 / 255
-SHALLOW = Depth(steps=(5, 15, 30), queries=60)
+SHALLOW = Depth(steps=(4, 10, 20), queries=50)
 
 
 def codec(vae: nn.Module, name: str) -> Codec:
@@ -79,28 +83,48 @@ def test_transfer_shows_everyone_what_was_made_on_the_baseline(study) -> None:
     assert len(transferred) == len(adapted) and transferred != adapted
 
 
-def test_finished_cells_are_not_computed_again(study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the records of an undisturbed run; after a crash only the missing cells are computed."""
-    computed: list[str] = []
+def test_finished_batches_are_not_computed_again(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the records of an undisturbed run, to the last bit; a crash within a cell costs one batch of it."""
+    computed: list[tuple[str, list[int]]] = []
     compute = Study._compute
 
-    def counting(self: Study, cell: study_module.Cell, advance: object) -> None:
-        if len(computed) == 3:
+    def crashing(self: Study, job: Job) -> None:
+        if len(computed) == 4:  # three batches make a cell
             raise KeyboardInterrupt
-        computed.append(cell.key)
-        compute(self, cell, advance)
+        computed.append((job.cell.title, list(job.batch)))
+        compute(self, job)
 
-    monkeypatch.setattr(Study, "_compute", counting)
+    def counting(self: Study, job: Job) -> None:
+        computed.append((job.cell.title, list(job.batch)))
+        compute(self, job)
+
+    monkeypatch.setattr(Study, "_compute", crashing)
     with pytest.raises(KeyboardInterrupt):
         study.run()
-    monkeypatch.setattr(Study, "_compute", compute)
-    again: list[str] = []
-    monkeypatch.setattr(Study, "_compute", lambda self, cell, advance: (again.append(cell.key), compute(self, cell, advance)))
+    monkeypatch.setattr(Study, "_compute", counting)
     resumed = study.run()
-    assert len(computed) == 3 and not set(computed) & set(again)
-    fresh = replace(study, output_dir=study.output_dir / "fresh").run()
-    assert resumed == fresh
+    cells = list(study.cells())
+    assert computed == [(cell.title, batch) for cell in cells for batch in ([0, 1], [2, 3], [4])]
+    assert resumed == replace(study, output_dir=study.output_dir / "fresh").run()
     assert all(isinstance(record, Record) for record in resumed)
+
+
+def test_cells_of_like_names_stay_apart(study, tiny_vae, other_tiny_vae, tmp_path: Path) -> None:
+    """Oracle: each VAE and budget alone; names that no file could have, and budgets that differ in the tenth digit."""
+    names = ("original", "a/b", "a_b", "../up")
+    codecs = [codec(vae, name) for vae, name in zip((tiny_vae, other_tiny_vae) * 2, names, strict=True)]
+    perturbations = select(["pgd-1"], [EPSILON, EPSILON + 1e-10], Supplies()).perturbations
+    mixed = replace(study, codecs=codecs, perturbations=perturbations, output_dir=tmp_path / "mixed").run()
+    for place, judged in enumerate(codecs[1:]):
+        for perturbation in perturbations:
+            alone = replace(
+                study, codecs=[codecs[0], judged], perturbations=[perturbation],
+                output_dir=tmp_path / f"alone-{place}-{perturbation.epsilon!r}",
+            ).run()  # fmt: skip
+            wanted = (judged.name, perturbation.epsilon)
+            assert [record for record in mixed if (record.vae, record.epsilon) == wanted] == [
+                record for record in alone if record.vae == judged.name
+            ]
 
 
 def test_another_study_in_the_folder_is_refused(study) -> None:
@@ -109,6 +133,27 @@ def test_another_study_in_the_folder_is_refused(study) -> None:
     replace(study, perturbations=[CLEAN, noise(1 / 255)]).run()
     with pytest.raises(UserError, match="seed"):
         replace(study, fingerprint={"seed": 1}).run()
+
+
+class Overflowing(nn.Module):
+    """A decoder that breaks on latents which only an attack reaches."""
+
+    def __init__(self, decoder: nn.Module, limit: float) -> None:
+        super().__init__()
+        self.decoder, self.limit = decoder, limit
+
+    def forward(self, latents: Tensor) -> Tensor:
+        broken = latents.abs().amax(dim=(1, 2, 3), keepdim=True) > self.limit
+        return self.decoder(latents).masked_fill(broken, float("nan"))
+
+
+def test_values_that_are_not_finite_end_the_study(study) -> None:
+    """Oracle: specification; one line that names VAE, images and attack, instead of a mean over the rest."""
+    robust = study.codecs[1]
+    largest = robust.encode(study.images).detach().abs().amax(dim=(1, 2, 3)).sort().values
+    broken = replace(robust, decoder=Overflowing(robust.decoder, limit=(largest[-2] + largest[-1]).item() / 2))
+    with pytest.raises(UserError, match=r"robust returns values that are not finite for the images \d under clean"):
+        replace(study, codecs=[study.codecs[0], broken]).run()
 
 
 def test_drift_of_the_baseline_is_zero(study) -> None:
@@ -146,8 +191,11 @@ def test_what_cannot_run_is_said(images) -> None:
     assert "--pipeline" in flags["advdm"]
     assert "--target" in flags["nightshade"]
     assert "nightshade" not in str(select(["nightshade"], [EPSILON], Supplies(target=images(1))).notes)
-    with pytest.raises(UserError, match="pgd-x is not known"):
-        select(["pgd-x"], [EPSILON], Supplies())
+    for name in ("pgd-x", "pgd-0", "pgd-2x0", "square-5x2", "jpeg-6"):
+        with pytest.raises(UserError, match=f"{name} is not known"):
+            select([name], [EPSILON], Supplies())
+    with pytest.raises(UserError, match="no attack is left; advdm was left out"):
+        select(["advdm"], [EPSILON], Supplies())
 
 
 # --- is this robustness real? ---------------------------------------------------------------------------
@@ -208,8 +256,19 @@ def arguments(tiny_vae, other_tiny_vae, images, tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def written(folder: Path) -> dict[str, bytes]:
+    """Every file but the documents' last section, which tells of the machine."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in ("report.md", "report.html"):
+        files[name] = files[name].split(b"How it was run")[0]
+    return files
+
+
 def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the real command; rows in the project's format, documents, figures, and the checks' verdict."""
+    """Oracle: the real command; rows in the project's format, documents, figures, and the checks' verdict.
+
+    Given again it computes nothing and writes the same.
+    """
     monkeypatch.setattr(command, "Depth", lambda: SHALLOW)
     assert command.main(arguments) == 0
     rows = json.loads((tmp_path / "out/results.json").read_text())
@@ -223,6 +282,57 @@ def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monk
     printed = capsys.readouterr().out
     assert "checks of the robustness" in printed
     assert "glaze was left out" in printed
+    assert "there are 4 images and not the 64 of --num_images" in printed
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(command, "check_robustness", refuse)
+    monkeypatch.setattr(Study, "_compute", refuse)
+    before = written(tmp_path / "out")
+    assert command.main(arguments) == 0
+    assert written(tmp_path / "out") == before
+
+
+def test_a_pipeline_for_other_latents_is_refused(study) -> None:
+    """Oracle: specification; the tiny VAEs have four channels."""
+    unets = (SimpleNamespace(config=SimpleNamespace(in_channels=channels)) for channels in (4, 9))
+    fitting, other = (SimpleNamespace(components={"unet": unet}) for unet in unets)
+    command.check_pipeline(fitting, study.codecs, study.images)
+    with pytest.raises(UserError, match="latents of 9 channels, and those of original have 4"):
+        command.check_pipeline(other, study.codecs, study.images)
+
+
+def test_two_processes_and_a_kill_change_nothing(arguments, tmp_path: Path) -> None:
+    """Oracle: one undisturbed process; every file is the same to the last byte.
+
+    Two processes share out the batches. A third is killed in the middle of a cell, and the command given again.
+    """
+    checks = arguments.index("--num_check_images")
+    arguments = [
+        *arguments[:checks], *arguments[checks + 2 :],
+        "--attacks", "clean", "noise", "pgd-20", "--batch_size", "1", "--no_checks",
+    ]  # fmt: skip
+    whole, shared, killed = (tmp_path / name for name in ("whole", "shared", "killed"))
+    assert command.main([*arguments, "--output_dir", str(whole)]) == 0
+    result = launch("srl_utils.evaluation", *arguments, "--output_dir", shared, processes=2, script="-m")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 x CPU" in (shared / "report.md").read_text()
+    assert written(shared) == written(whole)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "srl_utils.evaluation", *arguments, "--output_dir", str(killed)],
+        cwd=ROOT, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(done := list(killed.glob("cells/pgd-*/*.json"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, "it was not killed in time"
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert len(done) < len(list(whole.glob("cells/pgd-*/*.json"))) and not (killed / "results.json").exists()
+    assert command.main([*arguments, "--output_dir", str(killed)]) == 0
+    assert written(killed) == written(whole)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +343,13 @@ def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monk
         (["--vae", "a=nowhere"], "no VAE configuration at 'nowhere'"),
         (["--vae", "original=x"], "two VAEs of the name original"),
         (["--dataset_name", "scikit-image"], "--dataset_name or --data_dir"),
-        (["--data_dir", "nowhere"], "nowhere: there is no such folder"),
+        (["--data_dir", "nowhere"], "--data_dir nowhere: there is no such folder"),
+        (["--split", "val"], "--split has no effect without --dataset_name"),
+        (["--resolution", "8"], "SSIM needs at least 11 px"),
+        (["--output_dir", __file__], "is no folder"),
         (["--epsilons", "300"], "outside"),
+        (["--epsilons", "0"], "an attack of size 0"),
+        (["--vae", "=x"], "expected NAME=PLACE"),
         (["--target", "nowhere.png"], "--target nowhere.png cannot be read"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, launch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_srl_vae
+from srl_utils.execution import choose_execution
 from srl_utils.losses import PerceptualDistance
+from srl_utils.step import Step
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_srl_vae.py"
@@ -279,25 +280,25 @@ def test_non_finite_steps_are_skipped(
 def test_ten_non_finite_steps_in_a_row_save_and_stop(
     run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the documented rule, exit code and message."""
+    """Oracle: the documented rule, exit code and message. The values of step 12 are heard of during step 13."""
     poison_steps(monkeypatch, set(range(3, 100)))
     code, printed = run(*flags, "--max_train_steps", "20")
     assert code == train_srl_vae.EXIT_NOT_FINITE
     assert "since step 3" in printed
-    assert (tmp_path / "out/checkpoint-12").is_dir()
+    assert (tmp_path / "out/checkpoint-13").is_dir()
 
 
 def poison_steps(monkeypatch: pytest.MonkeyPatch, poisoned: set[int]) -> None:
     """Makes the loss of the given steps (counted from 1) NaN."""
-    honest, calls = train_srl_vae.srl_loss, []
+    honest, calls = Step.loss, []
 
-    def poisonous(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, terms = honest(*arguments)
+    def poisonous(step: Step, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, terms = honest(step, *arguments)
         calls.append(None)
         factor = float("nan") if len(calls) in poisoned else 1.0
         return loss * factor, terms * factor
 
-    monkeypatch.setattr(train_srl_vae, "srl_loss", poisonous)
+    monkeypatch.setattr(Step, "loss", poisonous)
 
 
 def test_too_many_bad_images_save_and_stop(
@@ -322,20 +323,6 @@ def test_too_many_bad_images_save_and_stop(
 # --- several processes ----------------------------------------------------------------------------------
 
 
-def launch(*arguments: object, processes: int = 1, script: Path = SCRIPT) -> subprocess.CompletedProcess:
-    """`accelerate launch` on the CPU; for several processes it must be told, or it starts a single one there."""
-    several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", processes,
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--num_cpu_threads_per_process", "1", script, *arguments,
-    ]  # fmt: skip
-    return subprocess.run(
-        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-
-
 CHECK_RANKS = """
 import sys, torch, train_srl_vae as script
 from accelerate.utils import gather
@@ -344,7 +331,7 @@ honest = script.optimizer_step
 
 def checked(run, *arguments, **keywords):
     values = honest(run, *arguments, **keywords)
-    weights = torch.cat([p.detach().flatten() for p in run.models.encoder.parameters()])[None]
+    weights = torch.cat([p.detach().flatten() for p in run.networks.encoder.parameters()])[None]
     copies = gather(weights)
     assert len(copies) == 2 and torch.equal(copies[0], copies[1]), "the ranks differ"
     run.accelerator.print("ranks agree at step", run.progress.step)  # from one rank: two would interleave
@@ -385,7 +372,7 @@ def test_two_processes_follow_one(run: Run, flags: list[str], tmp_path: Path, ac
 
 def test_accelerate_launch(flags: list[str], tmp_path: Path) -> None:
     """Oracle: the documented command, from the shell, with the table at its end."""
-    result = launch(*flags)
+    result = launch(*flags, script=SCRIPT)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "| images" in result.stdout
     assert "is won back" in result.stdout
@@ -474,6 +461,24 @@ def test_exit_code_of_the_script(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+# --- recipes --------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_only_sets_flags() -> None:
+    """Oracle: the flags themselves, given one by one; each can still be given beside the recipe, before or after it."""
+    parse = train_srl_vae.parse_args
+    paper, fast = vars(parse([])), vars(parse(["--recipe", "fast"]))
+    assert vars(parse(["--recipe", "paper"])) == paper
+    assert {name for name in paper if paper[name] != fast[name]} == {"recipe", *train_srl_vae.RECIPES["fast"]}
+    by_hand = parse([
+        "--pgd_steps", "1", "--pgd_step_size", "10/255", "--originality_units", "scaled", "--originality_weight", "0.03",
+        "--lr_scheduler", "cosine", "--lr_warmup_steps", "10",
+    ])  # fmt: skip
+    assert {**vars(by_hand), "recipe": "fast"} == fast
+    for arguments in (["--recipe", "fast", "--pgd_steps", "4"], ["--pgd_steps", "4", "--recipe", "fast"]):
+        assert vars(parse(arguments)) == {**fast, "pgd_steps": 4}
+
+
 # --- precision ------------------------------------------------------------------------------------------
 
 
@@ -483,8 +488,10 @@ def test_exit_code_of_the_script(tmp_path: Path) -> None:
 )
 def test_force_upcast_is_honoured(wanted: str, force_upcast: bool, used: str) -> None:
     """Oracle: diffusers, which runs a VAE with force_upcast in float32 instead of float16."""
-    args = train_srl_vae.parse_args(["--mixed_precision", wanted])
-    assert train_srl_vae.resolve_precision(args, {"force_upcast": force_upcast}) == used
+    execution = choose_execution(
+        torch.device("cpu"), precision=wanted, torch_compile=False, force_upcast=force_upcast, flops=1e9
+    )
+    assert execution.precision == used
 
 
 @pytest.mark.slow

@@ -28,7 +28,10 @@ def draw(sample: Callable[..., Tensor], shape: Sequence[int], generators: Genera
     if generators is None or len(generators) != len(like):
         given = "none" if generators is None else len(generators)
         raise ValueError(f"random draws need one generator per image: {given} for {len(like)}")
-    return torch.stack([sample(tuple(shape), generator=generator) for generator in generators]).to(like)
+    drawn = torch.stack([sample(tuple(shape), generator=generator) for generator in generators])
+    if like.device.type == "cuda":
+        drawn = drawn.pin_memory()  # from ordinary memory the copy would wait for all that the GPU has been given to do
+    return drawn.to(like, non_blocking=True)
 
 
 def draw_signs(shape: Sequence[int], generators: Generators | None, *, like: Tensor) -> Tensor:

@@ -59,10 +59,18 @@ class Task:
     """As many images as `clean`, or None for a protection without a target."""
     generators: Generators
 
+    @torch.no_grad()
+    def target_posterior(self) -> Moments:
+        """Of the target, which stays the same through all steps."""
+        return self.victim.encode(self.target)
+
+    def draw(self, posterior: Moments) -> Tensor:
+        """Raw latents `[N,C,h,w]`."""
+        return posterior.latent(draw_normal(self.generators, like=posterior.mean))
+
     def sample(self, images: Tensor) -> Tensor:
-        """Raw latents `[N,C,h,w]`, drawn from the posterior of `images`."""
-        moments = self.victim.encode(images)
-        return moments.latent(draw_normal(self.generators, like=moments.mean))
+        """The same, drawn from the posterior of `images`."""
+        return self.draw(self.victim.encode(images))
 
     def sample_scaled(self, images: Tensor) -> Tensor:
         """The same at the denoiser's scale."""
@@ -97,6 +105,8 @@ class Protection:
     default_target: Callable[[int, int], Tensor] | None = None
     """Height and width to the image `[1,3,H,W]` that it heads for unless it is given one."""
     needs_target: bool = False
+    passes_per_step: float = 0.6
+    """What a step costs in passes through encoder and decoder, about; by default the encoder forth and back."""
 
     @property
     def needs_denoiser(self) -> bool:
@@ -226,10 +236,8 @@ def latent_distance(task: Task) -> Objective:
     Nightshade (Shan et al., arXiv 2310.13828), Shawn-Shan/nightshade-release: opt.py and gen_poison.py. The paper's
     bound of 0.07 LPIPS and its optimizer are UNCONFIRMED; the release has an L-infinity bound.
     """
-    encode = task.victim.encode
-    with torch.no_grad():
-        goal = 0.0 if task.target is None else encode(task.target).mean
-    return lambda images: (encode(images).mean - goal).flatten(1).norm(dim=1)
+    goal = 0.0 if task.target is None else task.target_posterior().mean
+    return lambda images: (task.victim.encode(images).mean - goal).flatten(1).norm(dim=1)
 
 
 EDIT = {"num_steps": 4, "strength": 0.5, "guidance_scale": 7.5, "eta": 1.0}
@@ -259,10 +267,10 @@ def textural(task: Task) -> Objective:
     Liang and Wu, "Mist: Towards Improved Adversarial Examples for Diffusion Models" (arXiv 2305.12683),
     mist-project/mist: mist_v3.py and Masked_PGD.py. The target is drawn by `mist_pattern` and not the authors' picture.
     """
+    posterior = task.target_posterior()
 
     def loss(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            goal = task.sample_scaled(task.target)
+        goal = task.victim.scale(task.draw(posterior))
         return (task.sample_scaled(images) - goal).square().flatten(1).sum(dim=1)
 
     return loss
@@ -332,10 +340,10 @@ def style_distance(task: Task) -> Objective:
     AAAAAAsuka/Impress: glaze.py, README and scripts/new/test_all.sh (500 steps of 0.01 for images in [-1,1], weight 30;
     glaze_origin.py's argument parser says 0.001). Its bound is a soft one: images do change visibly.
     """
+    posterior = task.target_posterior()
 
     def loss(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            goal = task.sample(task.target)
+        goal = task.draw(posterior)
         return mean_squared_error(task.sample(images), goal)
 
     return loss
@@ -471,6 +479,7 @@ PROTECTIONS: dict[str, Protection] = {
             loss=partial(edit_distance, repetitions=10),
             minimise=True,
             config=PGDConfig(epsilon=16 / 2, norm="l2", step_size=1 / 2, num_steps=200, random_start=False),
+            passes_per_step=50,
             prompt="",
             default_target=grey,
         ),
@@ -480,6 +489,7 @@ PROTECTIONS: dict[str, Protection] = {
             loss=partial(edit_distance, repetitions=5),
             minimise=True,
             config=PGDConfig(epsilon=0.1 / 2, step_size=0.006 / 2, num_steps=200, random_start=False),
+            passes_per_step=25,
             prompt="",
             default_target=grey,
         ),
@@ -497,6 +507,7 @@ PROTECTIONS: dict[str, Protection] = {
             loss=diffusion_loss,
             minimise=False,
             config=SIXTEEN_LEVELS,
+            passes_per_step=1,
             prompt="a painting",
         ),
         Protection(
@@ -505,6 +516,7 @@ PROTECTIONS: dict[str, Protection] = {
             loss=fused,
             minimise=True,
             config=SIXTEEN_LEVELS,
+            passes_per_step=1.6,
             prompt="a painting",
             default_target=mist_pattern,
         ),
@@ -514,6 +526,7 @@ PROTECTIONS: dict[str, Protection] = {
             loss=diffusion_loss,
             minimise=False,
             config=SIXTEEN_LEVELS,
+            passes_per_step=1,
             prompt="a photo",
         ),
         Protection(
@@ -522,6 +535,7 @@ PROTECTIONS: dict[str, Protection] = {
             loss=diffusion_loss,
             minimise=True,
             config=SIXTEEN_LEVELS,
+            passes_per_step=1,
             prompt="a photo",
         ),
         Protection(
@@ -530,6 +544,7 @@ PROTECTIONS: dict[str, Protection] = {
             loss=score_distillation,
             minimise=False,
             config=replace(SIXTEEN_LEVELS, random_start=False),
+            passes_per_step=0.8,
             prompt="a photo",
         ),
         Protection(
@@ -538,6 +553,7 @@ PROTECTIONS: dict[str, Protection] = {
             loss=score_distillation,
             minimise=True,
             config=replace(SIXTEEN_LEVELS, random_start=False),
+            passes_per_step=0.8,
             prompt="a photo",
         ),
         Protection(

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import shlex
 import sys
-from datetime import date
+from dataclasses import asdict
+from datetime import date, timedelta
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median_low
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from srl_utils.attacks.protections import PROTECTIONS
 from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource
+from srl_utils.checkpoints import write_text_atomically
 from srl_utils.codecs import Codec, load_codec
 from srl_utils.command_line import (
     Effects,
@@ -39,28 +44,38 @@ from srl_utils.evaluation.sanity import Check, Depth, check_robustness
 from srl_utils.evaluation.study import THREAT_MODELS, Metrics, Study
 from srl_utils.locking import sole_run
 from srl_utils.losses import PerceptualDistance, load_perceptual_distance
+from srl_utils.metrics import SSIM_WINDOW
 from srl_utils.pictures import UnreadableImage, centre_square, decode_rgb, to_tensor
-from srl_utils.set_metrics import load_inception_features
+from srl_utils.set_metrics import CLIP_MODEL, SET_METRICS, load_clip_similarity, load_inception_features
 from srl_utils.sources import PHOTOGRAPHS, DataSource
 
-METRICS = ("psnr", "ssim", "lpips", "rfid", "drift")
+METRICS = ("psnr", "ssim", "lpips", "clip", *SET_METRICS, "drift")
 BASELINE = "original"
+LONGEST_WAIT = timedelta(days=1)
+"""Of a process for the others, which may have a long attack more to make."""
 QUICK = Depth(steps=(5, 20, 40), queries=100)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     sources = vae_sources(args)
-    images, unreadable = load_images(args)
-    accelerator = Accelerator(cpu=joined_on_cpu(), mixed_precision=args.mixed_precision)
+    notes: list[str] = []
+    images = load_images(args, notes)
+    accelerator = Accelerator(
+        cpu=joined_on_cpu(),
+        mixed_precision=args.mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+    )
     dtype = HALF_PRECISION.get(accelerator.mixed_precision)
     codecs = [
         load_codec(name, source, device=accelerator.device, autocast_dtype=dtype) for name, source in sources.items()
     ]
-    check_size(codecs, images)
-    notes = [f"{len(unreadable)} unreadable images were passed over: {', '.join(unreadable)}"] if unreadable else []
-    metrics = build_metrics(args, accelerator, notes)
-    selection = select(args.attacks, args.epsilons, build_supplies(args, accelerator, notes))
+    check_fit(codecs, images)
+    metrics = build_metrics(args, accelerator, len(images), notes)
+    supplies = build_supplies(args, accelerator, notes)
+    if supplies.pipeline is not None:
+        check_pipeline(supplies.pipeline, codecs, images)
+    selection = select(args.attacks, args.epsilons, supplies)
     notes += selection.notes
     study = Study(
         accelerator=accelerator,
@@ -70,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         metrics=metrics,
         images=images,
         output_dir=args.output_dir,
-        fingerprint=fingerprint(args, sources, images),
+        fingerprint=fingerprint(args, accelerator, codecs, metrics, images),
         seed=args.seed,
         batch_size=args.batch_size,
     )
@@ -107,13 +122,15 @@ def vae_sources(args: argparse.Namespace) -> dict[str, AutoencoderSource]:
     """The VAEs by name, the baseline first.
 
     Raises:
-        UserError: if a name is given twice.
+        UserError: if a name is given twice, or name or place is empty.
     """
     sources = {BASELINE: parse_source(args.baseline)}
     for text in args.vae:
         name, separator, place = text.partition("=")
         if not separator:
             name, place = Path(text).name, text
+        if not name or not place:
+            raise UserError(f"--vae {text}: expected NAME=PLACE or PLACE")
         if name in sources:
             raise UserError(f"--vae {text}: there are two VAEs of the name {name}; write NAME={place}")
         sources[name] = parse_source(place)
@@ -128,10 +145,16 @@ def parse_source(text: str) -> AutoencoderSource:
     return AutoencoderSource(pretrained_model_name_or_path=place, subfolder=subfolder)
 
 
-def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
-    """The images, and the names of those that cannot be read."""
+def load_images(args: argparse.Namespace, notes: list[str]) -> Tensor:
+    """`[n,3,R,R]` in [-1,1]; where there are fewer than asked for, a note says so.
+
+    Raises:
+        UserError: if it is not clear which images are meant, or if there are none.
+    """
     if (args.dataset_name is None) == (args.data_dir is None):
         raise UserError("give either --dataset_name or --data_dir, and not both")
+    if args.resolution < SSIM_WINDOW:
+        raise UserError(f"--resolution {args.resolution}: SSIM needs at least {SSIM_WINDOW} px")
     source = DataSource(
         dataset_name=args.dataset_name,
         validation_data_dir=args.data_dir,
@@ -139,36 +162,73 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
         image_column=args.image_column,
         streaming=args.streaming,
     )
-    return load_validation_images(source, num_images=args.num_images, resolution=args.resolution, seed=args.seed)
+    try:
+        images, unreadable = load_validation_images(
+            source, num_images=args.num_images, resolution=args.resolution, seed=args.seed
+        )
+    except UserError as error:  # which names the flags of the training
+        raise UserError(str(error).replace("--validation_data_dir", "--data_dir")) from None
+    if unreadable:
+        notes.append(f"{len(unreadable)} unreadable images were passed over: {', '.join(unreadable)}")
+    if len(images) < args.num_images:
+        notes.append(f"there are {len(images)} images and not the {args.num_images} of --num_images")
+    return images
 
 
 @torch.no_grad()
-def check_size(codecs: list[Codec], images: Tensor) -> None:
-    """Refuses a resolution that a VAE cannot take, before hours of work."""
+def check_fit(codecs: list[Codec], images: Tensor) -> None:
+    """Refuses a resolution that a VAE cannot take, and a VAE that returns no numbers, before hours of work."""
     for codec in codecs:
         sample = images[:1].to(codec.device)
-        shape = tuple(codec.reconstruct(sample).shape)
-        if shape != tuple(sample.shape):
+        reconstruction = codec.reconstruct(sample)
+        if reconstruction.shape != sample.shape:
             raise UserError(
-                f"--resolution {sample.shape[-1]} does not suit {codec.name}, which returns {shape[-1]} px; take a "
-                "multiple of its down-sampling factor"
+                f"--resolution {sample.shape[-1]} does not suit {codec.name}, which returns {reconstruction.shape[-1]} "
+                "px; take a multiple of its down-sampling factor"
+            )
+        if not reconstruction.isfinite().all():
+            raise UserError(
+                f"{codec.name} returns values that are not finite, for a clean image already; if its weights are intact, "
+                "try --mixed_precision no or bf16"
             )
 
 
-def build_metrics(args: argparse.Namespace, accelerator: Accelerator, notes: list[str]) -> Metrics:
+@torch.no_grad()
+def check_pipeline(pipeline: DiffusionPipeline, codecs: list[Codec], images: Tensor) -> None:
+    """Refuses a pipeline whose UNet is for other latents than those of a VAE."""
+    unet = pipeline.components.get("unet")
+    for codec in codecs:
+        channels = codec.encode(images[:1].to(codec.device)).shape[1]
+        if unet is not None and unet.config.in_channels != channels:
+            raise UserError(
+                f"--pipeline takes latents of {unet.config.in_channels} channels, and those of {codec.name} have {channels}"
+            )
+
+
+def build_metrics(args: argparse.Namespace, accelerator: Accelerator, num_images: int, notes: list[str]) -> Metrics:
     """What is measured; for what cannot be had there is a note instead."""
-    perceptual = inception = None
-    try:
-        if "lpips" in args.metrics:
-            perceptual = load_perceptual_distance("alex").to(accelerator.device)
-    except UserError as error:
-        notes.append(f"lpips was left out: {error}")
-    try:
-        if "rfid" in args.metrics:
-            inception = load_inception_features(args.inception_weights)
-    except UserError as error:
-        notes.append(f"rfid was left out: {error}")
-    return Metrics(names=args.metrics, perceptual=perceptual, inception=inception)
+    loaders = {
+        "perceptual": (("lpips",), lambda: load_perceptual_distance("alex").to(accelerator.device)),
+        "inception": (tuple(SET_METRICS), lambda: load_inception_features(args.inception_weights)),
+        "clip": (("clip",), lambda: load_clip_similarity(args.clip_model)),
+    }
+    names = [name for name in dict.fromkeys(args.metrics) if has_enough_images(name, num_images, notes)]
+    networks = {}
+    for network, (served, load) in loaders.items():
+        wanted = [name for name in names if name in served]
+        try:
+            networks[network] = load() if wanted else None
+        except UserError as error:
+            notes.append(f"{', '.join(wanted)} left out: {error}")
+            names = [name for name in names if name not in served]
+    return Metrics(names=names, **networks)
+
+
+def has_enough_images(metric: str, num_images: int, notes: list[str]) -> bool:
+    least = SET_METRICS[metric].least if metric in SET_METRICS else 1
+    if num_images < least:
+        notes.append(f"{metric} was left out: it needs at least {least} images, and there are {num_images}")
+    return num_images >= least
 
 
 def build_supplies(args: argparse.Namespace, accelerator: Accelerator, notes: list[str]) -> Supplies:
@@ -211,14 +271,18 @@ def try_lpips(accelerator: Accelerator, notes: list[str]) -> PerceptualDistance 
 
 
 def run_checks(args: argparse.Namespace, study: Study) -> dict[str, list[Check]]:
-    """Of every VAE but the baseline, on a few images and at the middle one of the epsilons."""
+    """Of every VAE but the baseline, on a few images and at the middle one of the epsilons; those done are kept."""
     epsilon = median_low(args.epsilons)
     depth = QUICK if set(args.attacks) == {"quick"} else Depth()
     images = study.images[: args.num_check_images]
-    return {
-        codec.name: check_robustness(codec, study.baseline, images, epsilon=epsilon, seed=args.seed, depth=depth)
-        for codec in study.codecs[1:]
-    }
+    checks = {}
+    for number, codec in enumerate(study.codecs[1:], start=1):
+        path = args.output_dir / "checks" / f"{number}-{epsilon!r}-{len(images)}-{depth.name}.json"
+        if not path.exists():
+            found = check_robustness(codec, study.baseline, images, epsilon=epsilon, seed=args.seed, depth=depth)
+            write_text_atomically(path, json.dumps([asdict(check) for check in found], indent=1) + "\n")
+        checks[codec.name] = [Check(**check) for check in json.loads(path.read_text())]
+    return checks
 
 
 def verdict(checks: dict[str, list[Check]]) -> str:
@@ -229,22 +293,26 @@ def verdict(checks: dict[str, list[Check]]) -> str:
 
 
 def fingerprint(
-    args: argparse.Namespace, sources: dict[str, AutoencoderSource], images: Tensor
+    args: argparse.Namespace, accelerator: Accelerator, codecs: list[Codec], metrics: Metrics, images: Tensor
 ) -> dict[str, object]:
     """What the stored values depend on; attacks and epsilons may be added later."""
     return {
-        "vaes": {name: f"{source.pretrained_model_name_or_path}:{source.subfolder}" for name, source in sources.items()},
-        "data": args.dataset_name or args.data_dir,
-        "images": list(images.shape),
-        "sum of pixels": round(images.double().sum().item(), 3),
+        "vaes": {codec.name: codec.digest for codec in codecs},
+        "images": [*images.shape, digest(images.numpy().tobytes())],
         "threat_models": sorted(args.threat_models),
-        "metrics": sorted(args.metrics),
-        "mixed_precision": args.mixed_precision,
+        "metrics": sorted(metrics.names),
+        "inception_weights": args.inception_weights and str(args.inception_weights),
+        "clip_model": args.clip_model,
+        "mixed_precision": accelerator.mixed_precision,
         "max_attack_steps": args.max_attack_steps,
         "pipeline": args.pipeline,
-        "target": args.target and args.target.name,
+        "target": args.target and digest(args.target.read_bytes()),
         "seed": args.seed,
     }
+
+
+def digest(content: bytes) -> str:
+    return sha256(content).hexdigest()[:16]
 
 
 def settings(args: argparse.Namespace, accelerator: Accelerator, images: Tensor) -> dict[str, str]:
@@ -252,13 +320,26 @@ def settings(args: argparse.Namespace, accelerator: Accelerator, images: Tensor)
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     packages = ("torch", "diffusers", "torchmetrics", "accelerate")
     return {
-        "command": shlex.join(["python", "-m", "srl_utils.evaluation", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "srl_utils.evaluation", *args.arguments]),
         "images": f"{len(images)} of {args.dataset_name or Path(args.data_dir).name}, {args.resolution} px",
         "seed": str(args.seed),
         "device": f"{accelerator.num_processes} x {device}, mixed precision {accelerator.mixed_precision}",
         "versions": ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
         "date": date.today().isoformat(),
     }
+
+
+def folder(text: str) -> Path:
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return Path(text)
+
+
+def budget(text: str) -> float:
+    epsilon = pixel_distance(text)
+    if epsilon == 0:
+        raise argparse.ArgumentTypeError("an attack of size 0 shows the clean image, which --attacks clean measures")
+    return epsilon
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -280,10 +361,11 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--resolution", type=image_side, default=256, help="side of the images in pixels")
     add("--num_images", type=positive_int, default=64)
     add("--attacks", nargs="+", default=["quick"], help=f"presets or names: {', '.join(known_names())}")
-    add("--epsilons", nargs="+", type=pixel_distance, default=[2 / 255, 4 / 255, 8 / 255, 16 / 255])
+    add("--epsilons", nargs="+", type=budget, default=[2 / 255, 4 / 255, 8 / 255, 16 / 255])
     add("--threat_models", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS))
     add("--metrics", nargs="+", choices=METRICS, default=["psnr", "ssim", "lpips", "drift"])
-    add("--inception_weights", type=Path, default=None, help="torch-fidelity's Inception weights, for rfid")
+    add("--inception_weights", type=Path, default=None, help="torch-fidelity's Inception weights, for rfid, kid and is")
+    add("--clip_model", default=CLIP_MODEL, help="CLIP model (Hub id or folder), for clip; needs transformers")
     add("--pipeline", default=None, help="diffusion pipeline (folder or Hub id) for attacks that need a denoiser")
     add("--target", type=Path, default=None, help="image that targeted protections make others look like")
     add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
@@ -292,8 +374,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: accelerate's configuration")
     add("--no_checks", action="store_true", help="leave out the checks of the robustness")
     add("--num_check_images", type=positive_int, default=8, help="images that the checks use")
-    add("--output_dir", type=Path, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
-    args = parser.parse_args(arguments)
+    add("--output_dir", type=folder, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
+    given = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(given, argparse.Namespace(arguments=given))
     command.refuse_without_effect(args, effects(args))
     return args
 
@@ -307,7 +390,8 @@ def effects(args: argparse.Namespace) -> Effects:
         "split": (args.dataset_name is not None, "--dataset_name"),
         "image_column": (data_set or args.data_dir is not None, "a data set with columns"),
         "streaming": (data_set or args.data_dir is not None, "a data set that can be streamed"),
-        "inception_weights": ("rfid" in args.metrics, "rfid among --metrics"),
+        "inception_weights": (not set(SET_METRICS).isdisjoint(args.metrics), "rfid, kid or is among --metrics"),
+        "clip_model": ("clip" in args.metrics, "clip among --metrics"),
         "pipeline": (any(protection.needs_denoiser for protection in protections), "an attack on a denoiser"),
         "target": (any(protection.has_target for protection in protections), "an attack with a target"),
         "max_attack_steps": (bool(protections), "a published protection among --attacks"),

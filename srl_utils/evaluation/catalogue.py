@@ -27,7 +27,7 @@ from srl_utils.evaluation.reconstruction import (
 )
 from srl_utils.losses import PerceptualDistance, ReconstructionLoss
 
-ITERATED = re.compile(r"(pgd|apgd|square)-(\d+)(?:x(\d+))?(-lpips)?")
+ITERATED = re.compile(r"(?!square-\d+x)(pgd|apgd|square)-([1-9]\d*)(?:x([1-9]\d*))?(-lpips)?")
 SEVERE = re.compile(r"([a-z-]+?)-([1-5])")
 NOISE = "noise"
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -70,7 +70,7 @@ class Selection:
 def known_names() -> list[str]:
     return [
         "clean", NOISE, *PRESETS, "pgd-STEPS[xRESTARTS][-lpips]", "apgd-STEPS[xRESTARTS][-lpips]",
-        "square-QUERIES", *(f"{name}[-SEVERITY]" for name in CORRUPTIONS), *PROTECTIONS,
+        "square-QUERIES[-lpips]", *(f"{name}[-SEVERITY]" for name in CORRUPTIONS), *PROTECTIONS,
     ]  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def select(names: Sequence[str], epsilons: Sequence[float], supplies: Supplies) 
     """Every attack with a budget at every one of `epsilons`, in the order of `names`, none twice.
 
     Raises:
-        UserError: if a name is not known.
+        UserError: if a name is not known, or if none of the attacks can be made.
     """
     chosen = list(dict.fromkeys(part for name in names for part in PRESETS.get(name, (name,))))
     selection = Selection()
@@ -90,6 +90,8 @@ def select(names: Sequence[str], epsilons: Sequence[float], supplies: Supplies) 
             continue
         for perturbation in _expand(name, epsilons, supplies):
             found.setdefault((perturbation.name, perturbation.epsilon), perturbation)
+    if not found:
+        raise UserError(f"no attack is left; {'; '.join(selection.notes)}")
     selection.perturbations = list(found.values())
     return selection
 
@@ -169,5 +171,6 @@ def _protected(protection: Protection, epsilon: float | None, supplies: Supplies
             )
 
     return Perturbation(
-        name=protection.name, threat_model="adaptive", epsilon=epsilon or 0.0, apply=apply, passes=2 * steps
-    )
+        name=protection.name, threat_model="adaptive", epsilon=epsilon or 0.0, apply=apply,
+        passes=steps * protection.passes_per_step,
+    )  # fmt: skip

@@ -7,7 +7,9 @@ a path as it is.
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +30,7 @@ from srl_utils.evaluation.sanity import Check
 from srl_utils.images import format_pixel_distance
 from srl_utils.markdown import as_text
 
-HIGHER_IS_BETTER = frozenset({"psnr", "ssim"})
+HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "is"})
 SECTIONS = {
     "none": ("Clean images and corruptions", "Nobody aims at a VAE here."),
     "transfer": ("Transferred attacks", "Made on the baseline, shown to every VAE."),
@@ -118,16 +120,40 @@ class Figure:
 
 
 def write_report(findings: Findings, output_dir: Path) -> None:
-    """Writes `results.json`, `report.md`, `report.html` and `figures/*.png`; each file changes in one rename."""
+    """Writes `results.json`, `per_image.csv`, `report.md`, `report.html` and `figures/*.png`.
+
+    Each file changes in one rename.
+    """
     folder = output_dir / "figures"
     drawn = draw_figures(findings.rows, findings.vaes, folder)
     figures = [Figure(title, path) for title, path in drawn.items()] + list(_brought_in(findings.pictures, folder))
     contents = {"findings": findings, "sections": list(_sections(findings)), "figures": figures}
     contents["failures"] = [(vae, check) for vae, check in _checks(findings) if not check.passed]
     contents["checked"] = len(list(_checks(findings)))
+    contents["legend"] = _legend(findings)
     write_text_atomically(output_dir / "results.json", json.dumps(list(findings.rows), indent=1) + "\n")
+    write_text_atomically(output_dir / "per_image.csv", _csv(findings.records))
     write_text_atomically(output_dir / "report.md", _render_markdown(contents))
     write_text_atomically(output_dir / "report.html", _render_html(contents))
+
+
+def _csv(records: Sequence[Record]) -> str:
+    """A line for each value of each image, so that other runs on the same images can be compared with it in pairs."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows([Record._fields, *records])
+    return file.getvalue()
+
+
+def _legend(findings: Findings) -> dict[str, str]:
+    """Titles of the metrics that occur: which are better when higher or lower, and which have no interval."""
+    present = {row["metric"]: row["ci95"] is not None for row in findings.rows}
+    groups = {
+        "higher": [metric for metric in present if metric in HIGHER_IS_BETTER],
+        "lower": [metric for metric in present if metric not in HIGHER_IS_BETTER],
+        "overall": [metric for metric, has_interval in present.items() if not has_interval],
+    }
+    return {name: " and ".join(METRIC_TITLES[metric] for metric in group) for name, group in groups.items()}
 
 
 # --- what the tables say ---

@@ -20,8 +20,13 @@ from srl_utils.metrics import psnr
 
 
 def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
-    """One picture for each VAE, in `figures/`, by title: its worst, median and best image and all that became of it."""
+    """One picture for each VAE, in `figures/`, by title: its worst, median and best image and all that became of it.
+
+    None where the PSNR, by which they are chosen, was not measured.
+    """
     pictures = {}
+    if "psnr" not in study.metrics.names:
+        return pictures
     for number, codec in enumerate(study.codecs):
         cell = strongest_cell(study, records, codec)
         if cell is None:

@@ -15,7 +15,6 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor
 
-from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.autoencoders import LatentEncoder
 from srl_utils.checkpoints import write_text_atomically
 from srl_utils.codecs import Codec
@@ -25,9 +24,9 @@ from srl_utils.evaluation.reconstruction import (
     Record,
     evaluate,
     noise,
-    reconstruction_attack,
     strong_attack,
     to_rows,
+    usual_attack,
 )
 from srl_utils.evaluation.report import comparison_picture, comparison_table, reconstruction_picture, won_back
 from srl_utils.losses import ReconstructionLoss
@@ -45,7 +44,8 @@ class Judge:
         current: the VAE as it is; the same objects throughout the training.
         loss: the objective of the attacks.
         images: `[n,3,H,W]` in [-1,1], held out from training.
-        attack: the training's attack.
+        epsilon: of the attacks, units of a [0,1] image. They do not depend on how the training attacks, so that runs can
+            be compared.
         output_dir: gets `results.json` and `samples/*.png`.
         seed: of the attacks' random starts and of the noise.
         batch_size: images attacked at a time by each process.
@@ -59,15 +59,15 @@ class Judge:
         current: Codec,
         loss: ReconstructionLoss,
         images: Tensor,
-        attack: PGDConfig,
+        epsilon: float,
         output_dir: Path,
         seed: int,
         batch_size: int,
     ) -> None:
         self.accelerator, self.original, self.current, self.loss = accelerator, original, current, loss
         self.images, self.output_dir, self.seed, self.batch_size = images, output_dir, seed, batch_size
-        self.training_attack, self.strong_attack = reconstruction_attack(attack), strong_attack(attack)
-        self.noise = noise(attack.epsilon)
+        self.attack, self.strong_attack = usual_attack(epsilon), strong_attack(epsilon)
+        self.noise = noise(epsilon)
         self.rows: list[dict[str, Any]] = []
 
     def judge_original(self, *, resumed: bool) -> None:
@@ -80,7 +80,7 @@ class Judge:
 
     def judge_progress(self, step: int) -> dict[str, float]:
         """Clean and attacked quality of the current weights, by metric name; draws some reconstructions."""
-        rows = self._measure(self.current, [CLEAN, self.training_attack])
+        rows = self._measure(self.current, [CLEAN, self.attack])
         self._record(rows)
         shown = self.images[:PICTURED]
         self._draw(f"step-{step:06d}.png", lambda: reconstruction_picture(self.current, shown))
@@ -107,7 +107,7 @@ class Judge:
         return f"{table}\n\nOf the PSNR that {self.strong_attack.name} costs the original VAE, {share:.0%} is won back."
 
     def _everything(self) -> list[Perturbation]:
-        return [CLEAN, self.training_attack, self.strong_attack, self.noise]
+        return [CLEAN, self.attack, self.strong_attack, self.noise]
 
     def _measure(self, codec: Codec, perturbations: list[Perturbation]) -> list[dict[str, Any]]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -32,8 +32,8 @@ class Perturbation:
     epsilon: float
     """Units of a [0,1] image."""
     apply: Callable[[Codec, ReconstructionLoss, Tensor, Generators], Tensor]
-    passes: int = 1
-    """Through the VAE per image, about: what it costs."""
+    passes: float = 0
+    """Through encoder and decoder per image, about: what it costs to make."""
 
     @property
     def adversarial(self) -> bool:
@@ -58,7 +58,7 @@ CLEAN = Perturbation(
 
 
 def on_reconstruction(
-    name: str, attack: Attack, *, epsilon: float, passes: int, own_loss: ReconstructionLoss | None = None
+    name: str, attack: Attack, *, epsilon: float, passes: float, own_loss: ReconstructionLoss | None = None
 ) -> Perturbation:
     """`attack` on the reconstruction loss of a VAE; `own_loss` replaces the one the evaluation attacks with."""
 
@@ -82,12 +82,14 @@ def reconstruction_attack(config: PGDConfig) -> Perturbation:
     )
 
 
-def strong_attack(training_attack: PGDConfig) -> Perturbation:
+def usual_attack(epsilon: float) -> Perturbation:
+    """Ten steps of epsilon/4, whatever the training does, so that trainings can be compared."""
+    return reconstruction_attack(settling_pgd(epsilon, 10, 1))
+
+
+def strong_attack(epsilon: float) -> Perturbation:
     """An attack the training does not see: 50 steps of epsilon/8, 2 restarts, the best iterate of each image."""
-    epsilon = training_attack.epsilon
-    return reconstruction_attack(
-        replace(training_attack, num_steps=50, step_size=epsilon / 8, num_restarts=2, random_start=True)
-    )
+    return reconstruction_attack(settling_pgd(epsilon, 50, 2))
 
 
 def settling_pgd(epsilon: float, num_steps: int, num_restarts: int) -> PGDConfig:

@@ -17,8 +17,11 @@ from srl_utils.metrics import psnr
 
 Rows = Sequence[dict[str, object]]
 
-METRIC_TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID", "drift": "latent drift"}
-DECIMALS = {"psnr": 2, "ssim": 4, "lpips": 4, "rfid": 2, "drift": 4}
+METRIC_TITLES = {
+    "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "clip": "CLIP similarity", "rfid": "rFID", "kid": "KID",
+    "is": "Inception Score", "drift": "latent drift",
+}  # fmt: skip
+DECIMALS = {"psnr": 2, "ssim": 4, "lpips": 4, "clip": 4, "rfid": 2, "kid": 4, "is": 2, "drift": 4}
 
 
 def comparison_table(rows: Rows, vaes: Sequence[str]) -> str:

@@ -6,11 +6,14 @@ Athalye et al., "Obfuscated Gradients Give a False Sense of Security", ICML 2018
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from srl_utils.attacks.draws import draw_signs
 from srl_utils.attacks.gradient import (
@@ -33,6 +36,7 @@ TOLERANCE = 0.98
 APGD_TOLERANCE = 0.9
 """APGD's steps adapt to budgets of a hundred steps; at these few it may be a little behind."""
 MAX_ZERO_GRADIENTS = 0.05
+NUM_CHECKS = 9
 HUGE_EPSILON = 128 / 255
 
 
@@ -52,6 +56,10 @@ class Depth:
     steps: tuple[int, int, int] = (10, 50, 200)
     queries: int = 500
 
+    @property
+    def name(self) -> str:
+        return "-".join(str(number) for number in (*self.steps, self.queries))
+
 
 def check_robustness(
     codec: Codec, baseline: Codec, images: Tensor, *, epsilon: float, seed: int, depth: Depth = Depth()
@@ -66,41 +74,40 @@ def check_robustness(
         seed: of the attacks' starts.
         depth: numbers of steps and queries.
     """
-    trial = _Trial(codec, images.to(codec.device), epsilon, seed)
-    few, some, many = depth.steps
+    clean = images.to(codec.device)
+    trials = (_Trial(each, clean, epsilon, seed) for each in (codec, baseline))
     with frozen(codec.encoder), frozen(baseline.encoder):
-        by_steps = {steps: trial.pgd(steps) for steps in depth.steps}
-        noise = trial.damage(trial.noise())
-        transferred = trial.damage(_Trial(baseline, trial.clean, epsilon, seed).attacked(some))
-        checks = [
-            _never_falls("More steps never weaken the attack", {f"{n} steps": by_steps[n] for n in depth.steps}),
-            _never_falls(
-                "Restarts never weaken the attack", {"1 start": by_steps[few], "3 starts": trial.pgd(few, restarts=3)}
-            ),
-            _never_falls(
-                "A larger epsilon is never less harmful",
-                {
-                    format_pixel_distance(size): by_steps[some] if size == epsilon else trial.at(size).pgd(some)
-                    for size in (epsilon / 4, epsilon / 2, epsilon, 2 * epsilon)
-                },
-            ),
-            _at_least("PGD beats random noise of the same size", by_steps[some], noise, ("PGD", "noise"), 1.0),
-            _at_least(
-                "APGD is at least as strong as PGD at equal cost",
-                trial.damage(trial.apgd(some)), by_steps[some], ("APGD", "PGD"), APGD_TOLERANCE,
-            ),
-            _at_least(
-                "White-box attacks are at least as strong as transferred ones",
-                by_steps[some], transferred, ("white-box", "transfer"), TOLERANCE,
-            ),
-            _at_least(
-                "An attack without gradients is not stronger than one with",
-                by_steps[many], trial.damage(trial.square(depth.queries)), ("PGD", "Square"), TOLERANCE,
-            ),
-            trial.gradients(),
-            trial.at(HUGE_EPSILON).wins_completely(some),
-        ]  # fmt: skip
-    return checks
+        return list(tqdm(_checks(*trials, depth), desc=f"checks of {codec.name}", total=NUM_CHECKS, unit=""))
+
+
+def _checks(trial: _Trial, on_baseline: _Trial, depth: Depth) -> Iterator[Check]:
+    few, some, many = depth.steps
+    by_steps = {steps: trial.pgd(steps) for steps in depth.steps}
+    yield _never_falls("More steps never weaken the attack", {f"{n} steps": by_steps[n] for n in depth.steps})
+    yield _never_falls(
+        "Restarts never weaken the attack", {"1 start": by_steps[few], "3 starts": trial.pgd(few, restarts=3)}
+    )
+    sizes = (trial.epsilon / 4, trial.epsilon / 2, trial.epsilon, 2 * trial.epsilon)
+    yield _never_falls(
+        "A larger epsilon is never less harmful",
+        {format_pixel_distance(e): by_steps[some] if e == trial.epsilon else trial.at(e).pgd(some) for e in sizes},
+    )
+    noise = trial.damage(trial.noise())
+    yield _at_least("PGD beats random noise of the same size", by_steps[some], noise, ("PGD", "noise"), 1.0)
+    yield _at_least(
+        "APGD is at least as strong as PGD at equal cost",
+        trial.damage(trial.apgd(some)), by_steps[some], ("APGD", "PGD"), APGD_TOLERANCE,
+    )  # fmt: skip
+    yield _at_least(
+        "White-box attacks are at least as strong as transferred ones",
+        by_steps[some], trial.damage(on_baseline.attacked(some)), ("white-box", "transfer"), TOLERANCE,
+    )  # fmt: skip
+    yield _at_least(
+        "An attack without gradients is not stronger than one with",
+        by_steps[many], trial.damage(trial.square(depth.queries)), ("PGD", "Square"), TOLERANCE,
+    )  # fmt: skip
+    yield trial.gradients()
+    yield trial.at(HUGE_EPSILON).wins_completely(some)
 
 
 @dataclass(frozen=True)
@@ -181,5 +188,5 @@ def _at_least(question: str, one: float, other: float, names: tuple[str, str], t
 
 
 def _psnr(damage: float) -> str:
-    """Of images in [-1,1], whose range is 2."""
-    return f"{10 * torch.log10(torch.tensor(4 / damage)).item():.2f} dB"
+    """Of images in [-1,1], whose range is 2; at most 100 dB."""
+    return f"{10 * math.log10(4 / max(damage, 4e-10)):.2f} dB"

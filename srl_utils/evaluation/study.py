@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -29,24 +28,22 @@ from srl_utils.evaluation.reconstruction import (
     to_records,
     to_rows,
 )
+from srl_utils.images import format_pixel_distance
 from srl_utils.losses import PerceptualDistance, ReconstructionLoss
-from srl_utils.set_metrics import InceptionFeatures, frechet_distance
+from srl_utils.set_metrics import SET_METRICS, ClipSimilarity, InceptionFeatures
 
 TRANSFER, ADAPTIVE, NO_THREAT = "transfer", "adaptive", "none"
 THREAT_MODELS = (TRANSFER, ADAPTIVE)
-LONGEST_NAME = 150  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What is measured: PSNR and SSIM always, the others where their networks are given.
-
-    A name of `names` that is missing here could not be had; whoever built this has said so.
-    """
+    """What is measured, and the networks that some of it needs."""
 
     names: Sequence[str]
     perceptual: PerceptualDistance | None = None
     inception: InceptionFeatures | None = None
+    clip: ClipSimilarity | None = None
 
 
 @dataclass(frozen=True)
@@ -60,16 +57,24 @@ class Cell:
     """Under which threat models the results of each VAE count."""
 
     @property
-    def key(self) -> str:
-        made_on = f"-on-{self.source.name}" if self.perturbation.adversarial else ""
-        return file_name(f"{self.perturbation.name}-{self.perturbation.epsilon:.5f}{made_on}")
+    def title(self) -> str:
+        epsilon = self.perturbation.epsilon
+        budget = f" {format_pixel_distance(epsilon)}" if epsilon else ""
+        made_on = f" on {self.source.name}" if self.perturbation.adversarial else ""
+        return f"{self.perturbation.name}{budget}{made_on}"
 
 
-def file_name(text: str) -> str:
-    """A name for a file that is another one for each other text, and `text` itself where that is harmless."""
-    harmless = re.sub(r"[^a-zA-Z0-9.-]+", "_", text)[:LONGEST_NAME]
-    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    return text if harmless == text else f"{harmless}-{digest}"
+@dataclass(frozen=True)
+class Job:
+    """A batch of one cell, the numbers of its images."""
+
+    cell: Cell
+    batch: Sequence[int]
+
+    @property
+    def cost(self) -> int:
+        """In passes through a VAE, about."""
+        return round(len(self.batch) * (self.cell.perturbation.passes + len(self.cell.judged)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +86,7 @@ class Study:
     threat_models: `transfer`, attacks made on the baseline; `adaptive`, made on the VAE under judgement.
     metrics: what is measured.
     images: all of them, `[n,3,H,W]` in [-1,1], on the CPU.
-    output_dir: gets `cells/`, from which an interrupted study goes on.
+    output_dir: gets `cells/`, from which an interrupted study goes on; all processes have to see it.
     fingerprint: what the cells' values depend on beyond their keys; another one is refused.
     seed: of the attacks' starts and of the noise.
     batch_size: images attacked at a time by each process.
@@ -103,26 +108,28 @@ class Study:
         return self.codecs[0]
 
     def run(self) -> list[Record]:
-        """Computes the cells that are not there yet; returns the values of all of them, image by image.
+        """Computes the batches that are not there yet; returns the values of all cells, image by image.
 
         Raises:
-            UserError: if `output_dir` holds cells of another study.
+            UserError: if `output_dir` holds cells of another study, or if a VAE returns values that are not finite.
         """
         self._check_fingerprint()
-        cells = list(self.cells())
-        missing = [cell for cell in cells if not self._path(cell).exists()]
+        missing = [job for cell in self.cells() for job in self._missing(cell)]
         self.accelerator.wait_for_everyone()  # before any process writes what another looks for
+        own = missing[self.accelerator.process_index :: self.accelerator.num_processes]
         with tqdm(
-            total=sum(self._cost(cell) for cell in missing),
+            total=sum(job.cost for job in own),
             desc="passes",
             unit="",
+            smoothing=0.1,
             disable=not self.accelerator.is_local_main_process,
         ) as bar:
-            for cell in missing:
-                bar.set_postfix_str(cell.key)
-                self._compute(cell, bar.update)
+            for job in own:
+                bar.set_postfix_str(job.cell.title)
+                self._compute(job)
+                bar.update(job.cost)
         self.accelerator.wait_for_everyone()
-        return [record for cell in cells for record in self._read(cell)]
+        return [record for cell in self.cells() for record in self._read(cell)]
 
     def cells(self) -> Iterator[Cell]:
         """In the order of the perturbations."""
@@ -130,10 +137,11 @@ class Study:
             yield from self._cells_of(perturbation)
 
     def rows(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Means with intervals in the project's row format, and rFID, which has no value per image."""
+        """Means with intervals in the project's row format, and what has one value for all images and no interval."""
         rows = to_rows(records)
         if self.metrics.inception is not None:
-            rows += [row for cell in self.cells() for row in self._rfid(cell)]
+            cells = tqdm(list(self.cells()), desc="Inception metrics", unit="")  # a FID takes seconds
+            rows += [row for cell in cells for row in self._set_rows(cell)]
         return rows
 
     def _cells_of(self, perturbation: Perturbation) -> Iterator[Cell]:
@@ -150,88 +158,90 @@ class Study:
             for codec in everyone[1:]:
                 yield Cell(perturbation, codec, (codec,), {codec.name: (ADAPTIVE,)})
 
-    def _compute(self, cell: Cell, advance: Callable[[int], object]) -> None:
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        numbers = range(rank, len(self.images), world)
-        records: list[Record] = []
-        features: list[tuple[str, int, np.ndarray]] = []
+    def _missing(self, cell: Cell) -> Iterator[Job]:
+        """Batches of the images without values; they do not depend on the number of processes."""
+        done = {record.index for record in self._read(cell)}
+        numbers = [number for number in range(len(self.images)) if number not in done]
         for start in range(0, len(numbers), self.batch_size):
-            batch = numbers[start : start + self.batch_size]
-            clean = self.images[list(batch)].to(self.accelerator.device, memory_format=torch.channels_last)
-            shown = cell.perturbation.apply(
-                cell.source, ReconstructionLoss(), clean, image_generators(self.seed, batch)
-            )
-            for codec in cell.judged:
-                values, pooled = self._judge(codec, cell, shown, clean)
-                for threat_model in cell.threat_models[codec.name]:
-                    records += to_records(codec.name, cell.perturbation, threat_model, batch, values)
-                features += [(codec.name, number, row) for number, row in zip(batch, pooled, strict=False)]
-            advance(self._cost_of(cell, len(batch)) * world)
-        records = [Record(*record) for record in gather_object(records)]
-        features = gather_object(features)
-        if self.accelerator.is_main_process:
-            self._write(cell, records, features)
-        self.accelerator.wait_for_everyone()
+            yield Job(cell, numbers[start : start + self.batch_size])
 
-    @torch.no_grad()
-    def _judge(
-        self, codec: Codec, cell: Cell, shown: Tensor, clean: Tensor
-    ) -> tuple[dict[str, Tensor], np.ndarray | tuple[()]]:
-        """Values per image, and the Inception features `[N,2048]` where rFID is asked for."""
-        reconstruction = codec.reconstruct(shown)
+    def _compute(self, job: Job) -> None:
+        cell, numbers = job.cell, job.batch
+        clean = self.images[numbers].to(self.accelerator.device, memory_format=torch.channels_last)
+        shown = cell.perturbation.apply(cell.source, ReconstructionLoss(), clean, image_generators(self.seed, numbers))
+        records: list[Record] = []
+        features: dict[str, Tensor] = {}
+        for codec in cell.judged:
+            with torch.no_grad():
+                reconstruction = codec.reconstruct(shown)
+                _check_finite(reconstruction, job, codec)
+                values = self._measure(cell, codec, reconstruction, clean)
+            for threat_model in cell.threat_models[codec.name]:
+                records += to_records(codec.name, cell.perturbation, threat_model, numbers, values)
+            features |= self._features(reconstruction, f"{codec.name}/")
+        self._write(job, records, features)
+
+    def _measure(self, cell: Cell, codec: Codec, reconstruction: Tensor, clean: Tensor) -> dict[str, Tensor]:
         values = measure(reconstruction, clean, self.metrics.perceptual)
         if cell.perturbation.name == "clean":
             values["drift"] = drift(codec, self.baseline, clean)
-        values = {name: value for name, value in values.items() if name in self.metrics.names}
+        if self.metrics.clip is not None:
+            values["clip"] = self.metrics.clip.image_image(reconstruction, clean)
+        return {name: value for name, value in values.items() if name in self.metrics.names}
+
+    def _features(self, images: Tensor, prefix: str = "") -> dict[str, Tensor]:
+        """Of Inception, by layer, on the CPU; nothing where no metric wants them."""
         if self.metrics.inception is None:
-            return values, ()
-        return values, self.metrics.inception.features(reconstruction)["pool"].cpu().numpy()
+            return {}
+        return {prefix + layer: value.cpu() for layer, value in self.metrics.inception.features(images).items()}
 
     # --- what is kept ---
 
-    def _path(self, cell: Cell) -> Path:
-        return self.output_dir / "cells" / f"{cell.key}.json"
+    def _folder(self, cell: Cell) -> Path:
+        """Numbers instead of names: any two VAEs or budgets have two folders, whatever they are called."""
+        made_on = f"-on-{self.codecs.index(cell.source)}" if cell.perturbation.adversarial else ""
+        return self.output_dir / "cells" / f"{cell.perturbation.name}-{cell.perturbation.epsilon!r}{made_on}"
 
-    def _write(self, cell: Cell, records: Sequence[Record], features: Sequence[tuple[str, int, np.ndarray]]) -> None:
-        """The values last: their file says that the cell is complete."""
+    def _write(self, job: Job, records: Sequence[Record], features: dict[str, Tensor]) -> None:
+        """The values last: their file says that the batch is complete."""
+        path = self._folder(job.cell) / f"{job.batch[0]:06d}.json"
         if features:
-            by_vae = {
-                codec.name: np.stack([row for name, _, row in sorted(features, key=_place) if name == codec.name])
-                for codec in cell.judged
-            }
-            write_atomically(self._path(cell).with_suffix(".npz"), lambda aside: _save_arrays(aside, by_vae))
-        ordered = sorted(records, key=lambda record: (record.vae, record.threat_model, record.metric, record.index))
-        write_text_atomically(self._path(cell), json.dumps(ordered) + "\n")
+            write_atomically(path.with_suffix(".safetensors"), lambda aside: save_file(features, aside))
+        write_text_atomically(path, json.dumps(records) + "\n")
+
+    def _batches(self, cell: Cell) -> list[Path]:
+        return sorted(self._folder(cell).glob("*.json"))
 
     def _read(self, cell: Cell) -> list[Record]:
-        return [Record(*record) for record in json.loads(self._path(cell).read_text())]
+        records = chain.from_iterable(json.loads(path.read_text()) for path in self._batches(cell))
+        return sorted(
+            (Record(*record) for record in records),
+            key=lambda record: (record.vae, record.threat_model, record.metric, record.index),
+        )
 
-    def _rfid(self, cell: Cell) -> Iterator[dict[str, Any]]:
-        real = self._clean_features()
-        with np.load(self._path(cell).with_suffix(".npz")) as features:
-            for codec in cell.judged:
-                value = frechet_distance(real, torch.from_numpy(features[codec.name]))
+    def _set_rows(self, cell: Cell) -> Iterator[dict[str, Any]]:
+        batches = [load_file(path.with_suffix(".safetensors")) for path in self._batches(cell)]
+        for codec in cell.judged:
+            shown = {layer: torch.cat([batch[f"{codec.name}/{layer}"] for batch in batches]) for layer in self._real}
+            for metric in (name for name in SET_METRICS if name in self.metrics.names):
+                value = SET_METRICS[metric].value(self._real, shown)
                 for threat_model in cell.threat_models[codec.name]:
                     yield {
                         "vae": codec.name,
                         "attack": cell.perturbation.name,
                         "threat_model": threat_model,
                         "epsilon": cell.perturbation.epsilon,
-                        "metric": "rfid",
+                        "metric": metric,
                         "value": value,
                         "ci95": None,
-                        "n": len(real),
+                        "n": len(self.images),
                     }
 
-    def _clean_features(self) -> Tensor:
-        """Of the images themselves, `[n,2048]`."""
-        path = self.output_dir / "cells" / "images.npz"
-        if not path.exists():
-            batches = self.images.split(self.batch_size)
-            pooled = [self.metrics.inception.features(batch.to(self.accelerator.device))["pool"].cpu() for batch in batches]
-            write_atomically(path, lambda aside: _save_arrays(aside, {"images": torch.cat(pooled).numpy()}))
-        with np.load(path) as stored:
-            return torch.from_numpy(stored["images"])
+    @cached_property
+    def _real(self) -> dict[str, Tensor]:
+        """Inception's features of the images themselves, by layer."""
+        batches = [self._features(batch.to(self.accelerator.device)) for batch in self.images.split(self.batch_size)]
+        return {layer: torch.cat([batch[layer] for batch in batches]) for layer in batches[0]}
 
     def _check_fingerprint(self) -> None:
         path = self.output_dir / "study.json"
@@ -247,19 +257,12 @@ class Study:
         if self.accelerator.is_main_process:
             write_text_atomically(path, text)
 
-    # --- what it costs ---
 
-    def _cost(self, cell: Cell) -> int:
-        return self._cost_of(cell, len(self.images))
-
-    def _cost_of(self, cell: Cell, images: int) -> int:
-        return images * (cell.perturbation.passes + len(cell.judged))
-
-
-def _place(feature: tuple[str, int, np.ndarray]) -> tuple[str, int]:
-    return feature[:2]
-
-
-def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:  # numpy would add a suffix to a name
-        np.savez(file, **arrays)
+def _check_finite(reconstruction: Tensor, job: Job, codec: Codec) -> None:
+    finite = reconstruction.isfinite().flatten(1).all(dim=1).tolist()
+    if not all(finite):
+        broken = ", ".join(str(number) for number, good in zip(job.batch, finite, strict=True) if not good)
+        raise UserError(
+            f"{codec.name} returns values that are not finite for the images {broken} under {job.cell.title}; a mean "
+            "over the rest would say nothing. Try --mixed_precision no or bf16"
+        )

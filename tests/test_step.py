@@ -1,0 +1,183 @@
+"""The fast step against the textbook's, and each of the things that make it fast against the plain one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from benchmarks.textbook import TextbookStep
+from srl_utils.attacks.gradient import PGDConfig
+from srl_utils.autoencoders import (
+    EncoderMirror,
+    LatentDecoder,
+    LatentEncoder,
+    frozen_copy,
+    with_summed_gradients,
+)
+from srl_utils.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.step import TERMS, Step, build_networks
+
+ATTACK = PGDConfig(epsilon=8 / 255, step_size=0.02, num_steps=3, random_start=False)
+LEARNING_RATE = 1e-4
+
+
+def our_step(vae: AutoencoderKL, loss: ReconstructionLoss | None = None, **settings: object) -> Step:
+    return Step(networks=build_networks(vae, loss or ReconstructionLoss()), attack=ATTACK, **settings)
+
+
+def train(step: Step, batches: list[Tensor], generators: Callable) -> list[float]:
+    """AdamW on each batch; returns the losses."""
+    encoder = step.networks.encoder
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=LEARNING_RATE, fused=True)
+    losses = []
+    for images in batches:
+        loss, _ = step.loss(images, generators(*range(len(images))))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("lpips_weight", [0.0, 0.5])
+def test_the_fast_step_is_the_textbooks(lpips_weight, either_tiny_vae, random_lpips, images, generators) -> None:
+    """Oracle: the textbook step, which shares no code, in float32 from the same weights, over four steps.
+
+    Convolutions in another memory layout round in another order, and signs of gradients near 0 with them: losses agree
+    to 1e-4, and weights to 1% of what they moved. The package's LPIPS has its eps elsewhere (`PerceptualDistance`), which
+    Adam's division by the gradient's size makes more of: there it is 5e-3 and 20%.
+    """
+    loss_tolerance, weight_tolerance = (5e-3, 0.2) if lpips_weight else (1e-4, 0.01)
+    perceptual = random_lpips if lpips_weight else None
+    plain = TextbookStep(
+        copy.deepcopy(either_tiny_vae), perceptual, epsilon=ATTACK.radius, step_size=0.04, num_steps=3,
+        lpips_weight=lpips_weight, originality_weight=0.1, learning_rate=LEARNING_RATE,
+    )  # fmt: skip
+    loss = ReconstructionLoss(PerceptualDistance(perceptual) if perceptual else None, weight=lpips_weight)
+    fast = our_step(copy.deepcopy(either_tiny_vae), loss, originality_weight=0.1)
+    batches = [images(4, 32, seed=seed) for seed in range(4)]
+    expected = [plain(batch, batch).item() for batch in batches]
+    assert train(fast, batches, generators) == pytest.approx(expected, rel=loss_tolerance)
+    before, ours, theirs = (
+        torch.cat([tensor.flatten() for tensor in vae.state_dict().values()])
+        for vae in (either_tiny_vae, fast.networks.vae, plain.vae)
+    )
+    assert (ours - theirs).norm() < weight_tolerance * (theirs - before).norm()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("sample_posterior", [False, True])
+def test_attacking_in_parts_changes_nothing(size, sample_posterior, tiny_vae, random_lpips, images, generators) -> None:
+    """Oracle: the attack on all images at once; an image's start, noise and target are its own in any part."""
+    loss = ReconstructionLoss(PerceptualDistance(random_lpips), weight=0.5)
+    step = replace(
+        our_step(tiny_vae, loss, sample_posterior=sample_posterior), attack=replace(ATTACK, random_start=True)
+    )
+    _, whole = step.loss(images(5, 32), generators(*range(5)))
+    _, parts = replace(step, attack_batch_size=size).loss(images(5, 32), generators(*range(5)))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_terms_are_those_of_the_loss(tiny_vae, images, generators) -> None:
+    """Oracle: closed form, the loss is the weighted sum of its terms; PSNR of one image is that of its error."""
+    step = our_step(tiny_vae, originality_weight=0.3)
+    train(step, [images(1)], generators)  # so that originality is not 0
+    loss, terms = step.loss(images(1), generators(0))
+    values = dict(zip(TERMS, terms.tolist(), strict=True))
+    assert values["originality"] > 0
+    assert loss.item() == pytest.approx(values["mse"] + 0.3 * values["originality"], rel=1e-6)
+    assert values["attacked_psnr"] == pytest.approx(10 * torch.log10(torch.tensor(4 / values["mse"])).item(), rel=1e-5)
+
+
+def test_latent_scale_enters_originality(tiny_vae, images, generators) -> None:
+    """Oracle: closed form; means weigh with the scale's square, variances with its fourth power."""
+    step = our_step(tiny_vae)
+    train(step, [images(2)], generators)
+    (mean, variance), (old_mean, old_variance) = (
+        torch.chunk(network(images(2)), 2, dim=1) for network in (step.networks.encoder, step.networks.reference)
+    )
+    variance, old_variance = variance.clamp(-30, 20).exp(), old_variance.clamp(-30, 20).exp()
+    _, terms = replace(step, latent_scale=0.5).loss(images(2), generators(0, 1))
+    expected = 0.5**2 * (mean - old_mean).square().mean() + 0.5**4 * (variance - old_variance).square().mean()
+    assert terms[TERMS.index("originality")].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_without_originality_clean_images_are_not_encoded(tiny_vae, images, generators) -> None:
+    """Oracle: counted passes; the loss is the reconstruction's alone."""
+    step = our_step(tiny_vae, originality_weight=0.0)
+    seen = []
+    step.networks.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    step.networks.reference.register_forward_hook(lambda *_: pytest.fail("the reference was asked"))
+    loss, terms = step.loss(images(3), generators(0, 1, 2))
+    assert seen == [3]
+    assert loss.item() == pytest.approx(terms[TERMS.index("mse")].item())
+
+
+def test_the_attack_computes_no_weight_gradients(tiny_vae, images, generators) -> None:
+    """Oracle: specification; whatever the attack differentiates through is frozen, the encoder is not."""
+    step = our_step(tiny_vae)
+    networks = step.networks
+    for module in (networks.mirror.encoder, networks.decoder, networks.reference, networks.loss):
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert all(parameter.requires_grad for parameter in networks.encoder.parameters())
+    step.loss(images(2), generators(0, 1))[0].backward()
+    assert all(parameter.grad is not None for parameter in networks.encoder.parameters())
+
+
+# --- frozen twins ---------------------------------------------------------------------------------------
+
+
+def test_a_mirror_in_float32_is_the_same_memory(tiny_vae, images) -> None:
+    """Oracle: invariance; weights changed in place are changed in the mirror, which costs nothing to refresh."""
+    encoder = LatentEncoder(tiny_vae)
+    mirror = EncoderMirror(encoder)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(1.1)
+    assert torch.equal(mirror.encoder(images(1)), encoder(images(1)))
+    assert not any(parameter.requires_grad for parameter in mirror.encoder.parameters())
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_a_mirror_in_half_precision_follows_when_refreshed(tiny_vae, images) -> None:
+    """Oracle: autocast, which casts the weights at every call: the same bits, once refreshed and not before."""
+    encoder = LatentEncoder(tiny_vae, autocast_dtype=torch.bfloat16)
+    mirror = EncoderMirror(encoder)
+    assert torch.equal(mirror.encoder(images(1)), encoder(images(1)))
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(1.1)
+    assert not torch.equal(mirror.encoder(images(1)), encoder(images(1)))
+    mirror.refresh()
+    assert torch.equal(mirror.encoder(images(1)), encoder(images(1)))
+
+
+def test_half_weights_held_are_half_weights_cast(tiny_vae, images) -> None:
+    """Oracle: autocast on the float32 weights, the same bits; the original keeps its own."""
+    decoder = LatentDecoder(tiny_vae, autocast_dtype=torch.bfloat16)
+    latents, before = torch.randn(1, 4, 8, 8), copy.deepcopy(decoder.state_dict())
+    held = frozen_copy(decoder)
+    assert {parameter.dtype for parameter in held.parameters()} == {torch.bfloat16, torch.float32}
+    assert torch.equal(held(latents), decoder(latents))
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
+
+
+def test_summed_gradients_are_the_same(tiny_vae) -> None:
+    """Oracle: diffusers' own up-sampling, values to the bit and gradients to rounding."""
+    decoder = LatentDecoder(tiny_vae)
+    rebuilt = with_summed_gradients(frozen_copy(decoder))
+    assert any(type(module).__name__ == "Doubled" for module in rebuilt.modules())
+    assert not any(type(module).__name__ == "Doubled" for module in decoder.modules())
+    latents = torch.randn(2, 4, 8, 8, requires_grad=True)
+    expected, value = decoder(latents), rebuilt(latents)
+    assert torch.equal(value, expected)
+    weights = torch.randn_like(value)
+    (gradient,), (expected_gradient,) = (torch.autograd.grad((output * weights).sum(), latents) for output in (value, expected))
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
