@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from os.path import isdir  # which, unlike pathlib's, says False of a name too long to be one
 
 import torch
 
@@ -16,7 +16,7 @@ def training_effects(args: argparse.Namespace) -> Effects:
     tracked = args.report_to != "none"
     data_set = args.dataset_name not in (None, PHOTOGRAPHS)
     return {
-        "revision": (not Path(args.pretrained_model_name_or_path).is_dir(), "a model of the Hub"),
+        "revision": (not isdir(args.pretrained_model_name_or_path), "a model of the Hub"),
         "dataset_config_name": (data_set, "--dataset_name of a data set with configurations"),
         "image_column": (data_set or args.train_data_dir is not None, "a data set with columns"),
         "streaming": (data_set or args.train_data_dir is not None, "a data set that can be streamed"),
