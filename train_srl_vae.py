@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import GradScalerKwargs, ProjectConfiguration, gather_object
+from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -80,7 +81,7 @@ from srl_utils.data import Batch, ImageLedger, TrainingData, open_data, training
 from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.evaluation.judge import COMPARISON, Judge, averaged_weights
 from srl_utils.evaluation.reconstruction import image_generators
-from srl_utils.execution import Execution, check_execution, choose_execution, requested_precision
+from srl_utils.execution import Execution, check_execution, choose_execution, requested_precision, runs_in_fp16
 from srl_utils.hub.card import CardFacts, base_license, render_card
 from srl_utils.hub.publishing import EXIT_PUSH_FAILED, Publisher, create_repository
 from srl_utils.interruption import Interruption
@@ -112,8 +113,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def main(args: argparse.Namespace) -> int:
-    config = check(args)
-    accelerator = build_accelerator(args, config)
+    vae = check(args)
+    accelerator = build_accelerator(args, vae.config)
     publisher = open_repository(args, accelerator)
     data = open_data(
         data_source(args),
@@ -123,7 +124,7 @@ def main(args: argparse.Namespace) -> int:
         random_flip=args.random_flip,
         num_validation_images=args.num_validation_images,
     )
-    plan = plan_steps(args, config, accelerator, data)
+    plan = plan_steps(args, vae.config, accelerator, data)
     if args.dry_run:
         accelerator.print(describe(args, accelerator, data, plan))
         return 0
@@ -131,7 +132,7 @@ def main(args: argparse.Namespace) -> int:
     accelerator.print(f"Running on {accelerator.device} in {plan.execution}")
     with sole_run(args.output_dir, is_main_process=accelerator.is_main_process):
         prepare_output(args, accelerator)
-        run = build_run(args, accelerator, data, plan, publisher)
+        run = build_run(args, accelerator, vae, data, plan, publisher)
         run.checkpoints.check_room()
         resume(run)
         run.journal.begin(run.progress.step)
@@ -147,8 +148,8 @@ def main(args: argparse.Namespace) -> int:
 # --- checks and plan ------------------------------------------------------------------------------------
 
 
-def check(args: argparse.Namespace) -> dict[str, Any]:
-    """Refuses what cannot work before anything is loaded; returns the VAE's configuration."""
+def check(args: argparse.Namespace) -> AutoencoderKL:
+    """Refuses what cannot work before anything takes long; returns the VAE."""
     if args.output_dir.is_file():
         raise UserError(f"--output_dir {args.output_dir} is a file; a folder is expected")
     if args.resume_from_checkpoint is None and Checkpoints(args.output_dir).found():
@@ -168,10 +169,8 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{flag} needs the package {package}: pip install {package}")
     check_execution(requested_precision(args.mixed_precision), args.torch_compile)
     data_source(args).check()
-    config = read_config(autoencoder_source(args))
-    check_resolution(args.resolution, config)
-    load_autoencoder(autoencoder_source(args))  # what does not load now would not load later
-    return config
+    check_resolution(args.resolution, read_config(autoencoder_source(args)))
+    return load_autoencoder(autoencoder_source(args))
 
 
 def autoencoder_source(args: argparse.Namespace) -> AutoencoderSource:
@@ -224,7 +223,7 @@ def plan_steps(
         accelerator.device,
         precision=requested_precision(args.mixed_precision),
         torch_compile=args.torch_compile,
-        force_upcast=config.get("force_upcast", True),
+        force_upcast=config["force_upcast"],
         flops=arithmetic.image * steps * samples_per_step / accelerator.num_processes,
     )
     return Plan(samples_per_pass, samples_per_step, steps, arithmetic, execution)
@@ -252,7 +251,7 @@ def describe(args: argparse.Namespace, accelerator: Accelerator, data: TrainingD
 
 
 def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accelerator:
-    scaled = requested_precision(args.mixed_precision) == "fp16" and not config.get("force_upcast", True)
+    scaled = runs_in_fp16(requested_precision(args.mixed_precision), config["force_upcast"])
     accelerator = Accelerator(
         cpu=joined_on_cpu(),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -294,11 +293,13 @@ def open_repository(args: argparse.Namespace, accelerator: Accelerator) -> Publi
     return Publisher(repo_id, args.output_dir, token=args.hub_token, private=args.hub_private_repo)
 
 
-def build_step(args: argparse.Namespace, accelerator: Accelerator, execution: Execution) -> Step:
-    """Loads the networks and sets up what is done with them."""
+def build_step(
+    args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL, execution: Execution
+) -> Step:
+    """Sets up the networks and what is done with them."""
     perceptual = load_perceptual_distance(args.lpips_net) if args.lpips_weight else None
     loss = ReconstructionLoss(perceptual, weight=args.lpips_weight).to(accelerator.device)
-    vae = load_autoencoder(autoencoder_source(args)).to(accelerator.device)
+    vae.to(accelerator.device)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     networks = build_networks(
@@ -648,11 +649,12 @@ def reason_to_stop(run: Run, step: int, interruption: Interruption | None) -> St
 def build_run(
     args: argparse.Namespace,
     accelerator: Accelerator,
+    vae: AutoencoderKL,
     data: TrainingData,
     plan: Plan,
     publisher: Publisher | None,
 ) -> Run:
-    step = build_step(args, accelerator, plan.execution)
+    step = build_step(args, accelerator, vae, plan.execution)
     networks = step.networks
     optimizer, scheduler, ema = build_optimizer(args, accelerator, networks.encoder, plan)
     progress, guard = Progress(), OverfittingGuard()

@@ -29,17 +29,16 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor
 
-from srl_utils.attacks.gradient import APGDConfig, apgd
 from srl_utils.autoencoders import WEIGHTS_NAME, AutoencoderSource, load_autoencoder
 from srl_utils.checkpoints import STATE_FILE, Checkpoints, step_of, write_text_atomically
 from srl_utils.codecs import Codec
 from srl_utils.command_line import Parser, exit_code, non_negative_int, pixel_distance, positive_int
 from srl_utils.data import load_validation_images
+from srl_utils.evaluation.catalogue import Supplies, select
 from srl_utils.evaluation.reconstruction import (
     CLEAN,
     Perturbation,
     evaluate,
-    on_reconstruction,
 )
 from srl_utils.evaluation.report import markdown_table
 from srl_utils.execution import can_compile
@@ -150,13 +149,8 @@ class Judge:
 
 
 def strongest(args: argparse.Namespace) -> Perturbation:
-    config = APGDConfig(epsilon=args.epsilon, num_steps=args.apgd_steps, num_restarts=args.apgd_restarts)
-    return on_reconstruction(
-        f"apgd-{args.apgd_steps}x{args.apgd_restarts}",
-        lambda objective, clean, generators: apgd(objective, clean, config, generators=generators),
-        epsilon=args.epsilon,
-        passes=2 * args.apgd_steps * args.apgd_restarts,
-    )
+    name = f"apgd-{args.apgd_steps}x{args.apgd_restarts}"
+    return select([name], [args.epsilon], Supplies()).perturbations[0]
 
 
 def load_images(args: argparse.Namespace) -> Tensor:

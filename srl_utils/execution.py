@@ -55,6 +55,11 @@ def check_execution(precision: str | None, torch_compile: bool | None) -> None:
         raise UserError(f"--torch_compile needs {missing}; install it or drop the flag")
 
 
+def runs_in_fp16(precision: str | None, force_upcast: bool) -> bool:
+    """Whether fp16 is asked for and not overruled: a VAE with `force_upcast` overflows in it, as diffusers knows."""
+    return precision == "fp16" and not force_upcast
+
+
 def choose_execution(
     device: torch.device, *, precision: str | None, torch_compile: bool | None, force_upcast: bool, flops: float
 ) -> Execution:
@@ -74,7 +79,7 @@ def choose_execution(
     if precision is None:
         precision, reason = _choose_precision(device, torch_compile)
         reasons.append(reason)
-    elif precision == "fp16" and force_upcast:
+    elif precision == "fp16" and not runs_in_fp16(precision, force_upcast):
         precision = "no"
         reasons.append("the VAE's configuration has force_upcast: float32 instead of fp16; bf16 would be faster")
     return Execution(precision, torch_compile, "; ".join(reasons) or "as asked for")

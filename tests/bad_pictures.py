@@ -58,7 +58,7 @@ UNREADABLE: dict[str, bytes | Callable[[Path], object]] = {
     "text.jpg": b"no picture but a text, renamed\n" * 50,
     "html.png": b"<html><body>404 Not Found</body></html>",
     "git-lfs pointer.png": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
-    "script.gif": b"#!/bin/sh\ntouch /tmp/proof\n",
+    "script.gif": b"#!/bin/sh\ntouch proof\n",
     "zip.png": b"PK\x03\x04" + bytes(200),
     "pdf.jpg": b"%PDF-1.7\n" + bytes(200),
     "postscript.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",

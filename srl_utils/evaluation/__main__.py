@@ -36,7 +36,7 @@ from srl_utils.command_line import (
 )
 from srl_utils.data import load_validation_images
 from srl_utils.errors import UserError
-from srl_utils.evaluation.catalogue import PRESETS, Supplies, known_names, select
+from srl_utils.evaluation.catalogue import Supplies, expanded, known_names, select
 from srl_utils.evaluation.document import Findings, write_report
 from srl_utils.evaluation.extremes import draw_extremes
 from srl_utils.evaluation.reconstruction import Record
@@ -258,7 +258,7 @@ def load_target(args: argparse.Namespace) -> Tensor:
 
 
 def wants_perceptual(args: argparse.Namespace) -> bool:
-    chosen = {part for name in args.attacks for part in PRESETS.get(name, (name,))}
+    chosen = expanded(args.attacks)
     return "glaze" in chosen or any(name.endswith("-lpips") for name in chosen)
 
 
@@ -383,7 +383,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 def effects(args: argparse.Namespace) -> Effects:
     """By flag, whether it has an effect beside the others, and what it needs to have one."""
-    names = {part for name in args.attacks for part in PRESETS.get(name, (name,))}
+    names = expanded(args.attacks)
     protections = [PROTECTIONS[name] for name in names if name in PROTECTIONS]
     data_set = args.dataset_name not in (None, PHOTOGRAPHS)
     return {

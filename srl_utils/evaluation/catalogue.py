@@ -74,13 +74,18 @@ def known_names() -> list[str]:
     ]  # fmt: skip
 
 
+def expanded(names: Sequence[str]) -> list[str]:
+    """The attacks' names with those of the presets in their place, none twice."""
+    return list(dict.fromkeys(part for name in names for part in PRESETS.get(name, (name,))))
+
+
 def select(names: Sequence[str], epsilons: Sequence[float], supplies: Supplies) -> Selection:
     """Every attack with a budget at every one of `epsilons`, in the order of `names`, none twice.
 
     Raises:
         UserError: if a name is not known, or if none of the attacks can be made.
     """
-    chosen = list(dict.fromkeys(part for name in names for part in PRESETS.get(name, (name,))))
+    chosen = expanded(names)
     selection = Selection()
     found: dict[tuple[str, float], Perturbation] = {}
     for name in chosen:
