@@ -155,8 +155,7 @@ def strongest(args: argparse.Namespace) -> Perturbation:
 
 def load_images(args: argparse.Namespace) -> Tensor:
     source = DataSource(dataset_name=args.dataset_name, validation_data_dir=args.data_dir)
-    images, _ = load_validation_images(source, num_images=args.num_images, resolution=args.resolution, seed=0)
-    return images
+    return load_validation_images(source, num_images=args.num_images, resolution=args.resolution, seed=0).images
 
 
 # --- what is said of the curves -------------------------------------------------------------------------

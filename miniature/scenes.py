@@ -65,11 +65,14 @@ class Scene:
     background: tuple[str, str]  # (kind, colour)
 
 
-def draw_scene(seed: int, index: int = 0, *, size: int = 64) -> Scene:
-    """Scene number `index` of the endless series `seed`: an RGB image of `size` x `size` and its caption."""
+def draw_scene(seed: int, index: int = 0, *, size: int = 64, pair_share: float = 0.5) -> Scene:
+    """Scene number `index` of the endless series `seed`: an RGB image of `size` x `size` and its caption.
+
+    `pair_share` is the probability of two objects instead of one.
+    """
     rng = np.random.default_rng((seed, index, 0))
     background = (str(rng.choice(BACKGROUNDS)), str(rng.choice(list(COLORS))))
-    objects, relation = _arrange(rng, background_color=background[1])
+    objects, relation = _arrange(rng, background_color=background[1], pair_share=pair_share)
     canvas = _background(rng, *background)
     for item in objects:
         canvas = _paint(rng, canvas, item)
@@ -96,10 +99,12 @@ def draw_dead_leaves(seed: int, index: int = 0, *, size: int = 64) -> Image.Imag
 # --- scenes ---------------------------------------------------------------------------------------------
 
 
-def _arrange(rng: np.random.Generator, *, background_color: str) -> tuple[tuple[SceneObject, ...], str | None]:
+def _arrange(
+    rng: np.random.Generator, *, background_color: str, pair_share: float
+) -> tuple[tuple[SceneObject, ...], str | None]:
     """One object anywhere, or two that truly stand in the returned relation and do not touch."""
     free_colors = [name for name in COLORS if name != background_color]
-    count = 1 + int(rng.random() < 0.5)
+    count = 1 + int(rng.random() < pair_share)
     colors = rng.choice(free_colors, size=count, replace=False)
     shapes = rng.choice(SHAPES, size=count, replace=False)
     sizes = rng.choice(list(SIZES), size=count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 
 import torch
@@ -43,7 +44,7 @@ class Codec:
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of the weights: two VAEs with the same one are the same, wherever they were loaded from."""
         state = sha256()
@@ -51,6 +52,11 @@ class Codec:
             for tensor in module.state_dict().values():
                 state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return state.hexdigest()[:16]
+
+    @property
+    def vae(self) -> ModelMixin:
+        """The model of which encoder and decoder are parts, as pipelines take it."""
+        return self.encoder.vae
 
     @property
     def device(self) -> torch.device:

@@ -57,6 +57,14 @@ class Batch(NamedTuple):
     upscaled: int
 
 
+class ValidationImages(NamedTuple):
+    """Images `[n,3,R,R]` in [-1,1], the names of the unreadable ones passed over, and a caption for each, "" for none."""
+
+    images: Tensor
+    unreadable: list[str]
+    captions: list[str]
+
+
 class TrainingSamples(Dataset):
     """Map-style images in a new order each epoch, as samples indexed by position."""
 
@@ -173,7 +181,7 @@ def open_data(
     framing = Framing(resolution=resolution, seed=seed, center_crop=center_crop, random_flip=random_flip)
     training, validation = open_images(source, resolution, seed)
     _check_readable(training)
-    validation_images, _ = _decode_evenly(validation, num_validation_images, resolution)
+    validation_images = _decode_evenly(validation, num_validation_images, resolution).images
     # The last part of a path: the description is published with the model.
     place = source.dataset_name or Path(source.train_data_dir).name
     if isinstance(training, StreamImages):
@@ -190,13 +198,13 @@ def open_data(
 
 def load_validation_images(
     source: DataSource, *, num_images: int, resolution: int, seed: int = 0
-) -> tuple[Tensor, list[str]]:
+) -> ValidationImages:
     """Central squares spread evenly over the validation images (of a stream: the first), always the same ones.
 
     A `source` with `validation_data_dir` needs no training data. The seed matters for held-out training images.
 
     Returns:
-        Up to `num_images` images `[n,3,R,R]` in [-1,1], and the names of the unreadable ones passed over.
+        Up to `num_images` images.
 
     Raises:
         UserError: if there are no validation images or none of them can be decoded.
@@ -332,20 +340,22 @@ def _check_readable(images: Images) -> None:
     raise UserError(f"none of {len(problems)} training images tried can be read; {problems[0]}")
 
 
-def _decode_evenly(images: Images, number: int, resolution: int) -> tuple[Tensor, list[str]]:
+def _decode_evenly(images: Images, number: int, resolution: int) -> ValidationImages:
     decoded: list[Tensor] = []
+    captions: list[str] = []
     unreadable: list[str] = []
     for candidates in _stretches(images, number):
         for raw in candidates:
             try:
                 decoded.append(to_tensor(centre_square(decode_rgb(raw.source), resolution=resolution)))
+                captions.append(raw.caption)
                 break
             except UnreadableImage as error:
                 unreadable.append(raw.name)
                 logger.warning("unreadable validation image, passed over: %s (%s)", raw.name, error)
     if not decoded:
         raise UserError(f"none of {len(unreadable)} validation images can be read; check the validation data")
-    return torch.stack(decoded), unreadable
+    return ValidationImages(torch.stack(decoded), unreadable, captions)
 
 
 def _stretches(images: Images, number: int) -> list[Iterator[RawImage]]:

@@ -54,10 +54,11 @@ def picture_suffixes() -> frozenset[str]:
 
 
 class RawImage(NamedTuple):
-    """An undecoded picture: what `decode_rgb` takes, and its path, key or row ("" if it has none)."""
+    """An undecoded picture: what `decode_rgb` takes, its path, key or row, and its caption ("" if it has none)."""
 
     source: object
     label: str
+    caption: str = ""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Metrics that see through a pretrained network: Inception's, of sets of images, and CLIP's, of pairs.
+"""Metrics that see through a pretrained network: Inception's or a classifier's, of sets of images, CLIP's, of pairs.
 
 Networks run in float32 without gradient, on the device of the images and in the batches that the caller makes.
 Images are taken as the 8-bit pictures they would be saved as; values beyond [-1,1] are clipped.
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -32,7 +32,7 @@ from srl_utils.errors import UserError
 from srl_utils.images import to_unit_range
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPProcessor
+    from transformers import BaseImageProcessor, CLIPModel, CLIPProcessor, PreTrainedModel
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -55,6 +55,13 @@ class Spread(NamedTuple):
 
     mean: float
     std: float
+
+
+class Features(Protocol):
+    """A network whose view of images is what sets of them are compared by."""
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """`pool` `[N,D]` and `logits` `[N,K]`, float32, of images `[N,3,H,W]` in [-1,1]."""
 
 
 class InceptionFeatures:
@@ -149,15 +156,16 @@ class SetMetric(NamedTuple):
     least: int
     """Images below which it has none."""
     value: Callable[[dict[str, Tensor], dict[str, Tensor]], float]
-    """Of the features of the images and of their reconstructions, as `InceptionFeatures.features` returns them."""
+    """Of the `Features` of the images and of what was made of them."""
 
 
 SET_METRICS = {
     "rfid": SetMetric(2, lambda real, shown: frechet_distance(real["pool"], shown["pool"])),
+    "fid": SetMetric(2, lambda real, shown: frechet_distance(real["pool"], shown["pool"])),
     "kid": SetMetric(2, lambda real, shown: _kernel_distance_of_any(real["pool"], shown["pool"])),
     "is": SetMetric(2 * SPLITS, lambda _, shown: inception_score(shown["logits"], splits=SPLITS).mean),
 }
-"""By the name that results give them."""
+"""By the name that results give them: rfid is what the FID of reconstructions is called."""
 
 
 def _kernel_distance_of_any(features: Tensor, others: Tensor) -> float:
@@ -197,10 +205,9 @@ class ClipSimilarity:
 
     @torch.no_grad()
     def _see(self, images: Tensor) -> Tensor:
-        # On the CPU: transformers 4 resizes with PIL, and so the value does not depend on the device.
-        pixels = self.processor.image_processor(list(_to_bytes(images).cpu()), return_tensors="pt")["pixel_values"]
+        pixels = _processed(self.processor.image_processor, images)
         with torch.autocast(images.device.type, enabled=False):
-            return _embedding(self.model.to(images.device).get_image_features(pixel_values=pixels.to(images.device)))
+            return _embedding(self.model.to(images.device).get_image_features(pixel_values=pixels))
 
     @torch.no_grad()
     def _read(self, texts: Sequence[str], device: torch.device) -> Tensor:
@@ -215,6 +222,60 @@ class ClipSimilarity:
         return _embedding(features)
 
 
+class ImageClassifier:
+    """A classifier that sees what an image shows, and whose features stand in for Inception's where those do not fit.
+
+    Its labels are words as prompts have them, such as "red circle" or "golden retriever".
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
+        self.model = model.float().eval().requires_grad_(False)
+        self.processor = processor
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """`pool` `[N,D]`, the last layer's mean over the image, and `logits` `[N,K]`, float32.
+
+        Raises:
+            ValueError: if a pixel is not finite.
+        """
+        pixels = _processed(self.processor, images)
+        with torch.autocast(images.device.type, enabled=False):
+            output = self.model.to(images.device)(pixel_values=pixels, output_hidden_states=True)
+        last = output.hidden_states[-1]
+        return {"pool": last.flatten(2).mean(dim=2) if last.dim() == 4 else last.mean(dim=1), "logits": output.logits}
+
+    def shown(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """`[N]`: 1 where the likeliest label of an image is among the words of its text, else 0.
+
+        Raises:
+            ValueError: if there are not as many of both, or a pixel is not finite.
+        """
+        _check_pairs(images, texts)
+        labels = [self.model.config.id2label[number] for number in self.features(images)["logits"].argmax(dim=1).tolist()]
+        return torch.tensor([float(f" {label} " in f" {text} ") for label, text in zip(labels, texts, strict=True)])
+
+
+def load_image_classifier(name: str) -> ImageClassifier:
+    """The image classifier of that name on the Hub, or in the local folder of that name.
+
+    Raises:
+        UserError: if the model or its processor is not to be had, or transformers is not installed.
+    """
+    if find_spec("transformers") is None:
+        raise UserError(f"the classifier '{name}' needs transformers; pip install transformers")
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    try:
+        model, processor = _load_whole(AutoModelForImageClassification, AutoImageProcessor, name)
+    except UNREADABLE as error:
+        raise UserError(
+            f"the classifier '{name}' cannot be had ({_reason(error)}); put its config.json, model.safetensors and "
+            "preprocessor_config.json into a folder and name that: --classifier FOLDER"
+        ) from None
+    return ImageClassifier(model, processor)
+
+
 def load_clip_similarity(name: str = CLIP_MODEL) -> ClipSimilarity:
     """The CLIP model of that name on the Hub, or in the local folder of that name.
 
@@ -223,30 +284,30 @@ def load_clip_similarity(name: str = CLIP_MODEL) -> ClipSimilarity:
     """
     if find_spec("transformers") is None:
         raise UserError(f"the CLIP model '{name}' needs transformers; pip install transformers")
+    from transformers import CLIPModel, CLIPProcessor  # seconds to import, and not among the requirements
+
     try:
-        return _load_clip(name)
+        model, processor = _load_whole(CLIPModel, CLIPProcessor, name)
+        if processor.tokenizer.get_vocab().keys() <= set(processor.tokenizer.all_special_tokens):
+            raise ValueError("it has no tokenizer")
     except UNREADABLE as error:
         raise UserError(
             f"the CLIP model '{name}' cannot be had ({_reason(error)}); put its config.json, model.safetensors, "
             "preprocessor_config.json and tokenizer.json into a folder and name that: --clip_model FOLDER"
         ) from None
+    return ClipSimilarity(model, processor)
 
 
-def _load_clip(name: str) -> ClipSimilarity:
-    from transformers import CLIPModel, CLIPProcessor  # seconds to import, and not among the requirements
-
-    # For what is absent transformers 5 puts a default, and says little: a config, random weights, an empty vocabulary.
+def _load_whole(model_class: Any, processor_class: Any, name: str) -> tuple[Any, Any]:
+    """For what is absent transformers 5 puts a default, and says little: a config, random weights, an empty vocabulary."""
     is_folder = Path(name).is_dir()
     if is_folder and not Path(name, "config.json").exists():
         raise FileNotFoundError("it has no config.json")
     local = is_folder or not _hub_answers(name)
-    model, loading = CLIPModel.from_pretrained(name, local_files_only=local, output_loading_info=True)
+    model, loading = model_class.from_pretrained(name, local_files_only=local, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
-    processor = CLIPProcessor.from_pretrained(name, local_files_only=local)
-    if processor.tokenizer.get_vocab().keys() <= set(processor.tokenizer.all_special_tokens):
-        raise ValueError("it has no tokenizer")
-    return ClipSimilarity(model, processor)
+    return model, processor_class.from_pretrained(name, local_files_only=local)
 
 
 def _hub_answers(name: str) -> bool:
@@ -282,6 +343,11 @@ def _impatience() -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+def _processed(processor: BaseImageProcessor, images: Tensor) -> Tensor:
+    """On the CPU: transformers 4 resizes with PIL, and so the value does not depend on the device."""
+    return processor(list(_to_bytes(images).cpu()), return_tensors="pt")["pixel_values"].to(images.device)
 
 
 def _to_bytes(images: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ VALIDATION_SPLITS = ("validation", "val", "test")
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
 SHUFFLE_BUFFER = 1000
 TAR_END = 1024  # bytes
+METADATA = "metadata.jsonl"
 HELD_OUT_SEED = 3  # second word of a seed: keeps these draws apart from those of pictures.py and data.py
 
 
@@ -38,6 +40,7 @@ class DataSource:
     validation_data_dir: str | None = None
     validation_split: str | None = None
     image_column: str = "image"
+    caption_column: str | None = None
     streaming: bool = False
     max_train_samples: int | None = None
     cache_dir: str | None = None
@@ -60,6 +63,7 @@ class DatasetImages(Sequence[RawImage]):
 
     dataset: datasets.Dataset
     column: str
+    caption_column: str | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -67,7 +71,8 @@ class DatasetImages(Sequence[RawImage]):
     def __getitem__(self, index: int) -> RawImage:
         row = self.dataset[int(index)]
         label = _label(row, self.column)
-        return RawImage(row[self.column], f"row {index} ({label})" if label else f"row {index}")
+        name = f"row {index} ({label})" if label else f"row {index}"
+        return RawImage(row[self.column], name, _caption(row, self.caption_column))
 
 
 @dataclass(frozen=True)
@@ -76,19 +81,20 @@ class StreamImages:
 
     dataset: datasets.IterableDataset
     column: str
+    caption_column: str | None = None
 
     def __iter__(self) -> Iterator[RawImage]:
         with _one_line_error("the streamed data set"):
             # Unlike iter(dataset), this yields the same order inside a worker of a DataLoader.
             for rows in self.dataset.iter(batch_size=1):
                 row = {name: values[0] for name, values in rows.items()}
-                yield RawImage(row.get(self.column), _label(row, self.column))
+                yield RawImage(row.get(self.column), _label(row, self.column), _caption(row, self.caption_column))
 
     def shuffled(self, *, seed: int, epoch: int) -> StreamImages:
         """The same images in the order of one epoch."""
         dataset = self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         dataset.set_epoch(epoch)
-        return StreamImages(dataset, self.column)
+        return replace(self, dataset=dataset)
 Images = Sequence[RawImage] | StreamImages
 RawSplit = list[RawImage] | datasets.Dataset | datasets.IterableDataset
 
@@ -102,7 +108,7 @@ def open_images(source: DataSource, resolution: int, seed: int) -> tuple[Images,
     training, validation = _choose_validation(source, splits, seed)
     limit = source.max_train_samples
     if limit is not None and isinstance(training, StreamImages):
-        return StreamImages(training.dataset.take(limit), training.column), validation
+        return replace(training, dataset=training.dataset.take(limit)), validation
     if limit is not None and limit < len(training):
         return Subset(training, range(limit)), validation
     return training, validation
@@ -156,7 +162,8 @@ def _open_folder(flag: str, source: DataSource) -> RawSplit:
         raise UserError(f"--{flag} {folder}: there is no such folder")
     if files := list_files(folder, picture_suffixes()):
         _refuse_without_columns(source, flag)
-        return [RawImage(path, str(path)) for path in files]
+        captions = _read_captions(folder, source.caption_column) if source.caption_column else {}
+        return [RawImage(path, str(path), captions.get(str(path.relative_to(folder)), "")) for path in files]
     tars = [str(path) for path in list_files(folder, frozenset({".tar"}))]
     if not tars:
         raise UserError(f"--{flag} {folder}: there are no image files (.png, .jpg, ...) and no .tar files in it")
@@ -166,6 +173,21 @@ def _open_folder(flag: str, source: DataSource) -> RawSplit:
         return datasets.load_dataset(
             "webdataset", data_files=tars, split="train", streaming=source.streaming, cache_dir=source.cache_dir
         )
+
+
+def _read_captions(folder: Path, column: str) -> dict[str, str]:
+    """By file name, from the `metadata.jsonl` that the datasets library wants beside the images of a folder."""
+    path = folder / METADATA
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return {str(Path(row["file_name"])): _caption(row, column) for row in rows}
+    except FileNotFoundError:
+        raise UserError(
+            f"--caption_column {column}: {folder} has no {METADATA}, with a line such as "
+            f'{{"file_name": "1.png", "{column}": "a red circle"}} for each image'
+        ) from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as lines of JSON with file_name and {column}: {error!r}") from None
 
 
 def _refuse_without_columns(source: DataSource, flag: str) -> None:
@@ -248,10 +270,20 @@ def _as_images(split: RawSplit, source: DataSource) -> Images:
         raise UserError(f"{source.dataset_name or source.train_data_dir} holds no images; check its files and splits")
     if column not in columns:
         raise UserError(f"--image_column {column}: there is no such column; the columns are {', '.join(columns)}")
+    captions = source.caption_column
+    if captions is not None and captions not in columns:
+        raise UserError(f"--caption_column {captions}: there is no such column; the columns are {', '.join(columns)}")
     if isinstance((split.features or {}).get(column), datasets.Image):
         split = split.cast_column(column, datasets.Image(decode=False))
-    split = split.select_columns([name for name in columns if name in (column, "__key__")])
-    return StreamImages(split, column) if isinstance(split, datasets.IterableDataset) else DatasetImages(split, column)
+    split = split.select_columns([name for name in columns if name in (column, captions, "__key__")])
+    kind = StreamImages if isinstance(split, datasets.IterableDataset) else DatasetImages
+    return kind(split, column, captions)
+
+
+def _caption(row: Mapping[str, object], column: str | None) -> str:
+    """Of several, as COCO has them, the first."""
+    value = row[column] if column else ""
+    return str(value[0] if isinstance(value, list) and value else value or "")
 
 
 def _label(row: Mapping[str, object], column: str) -> str:

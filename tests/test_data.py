@@ -414,7 +414,7 @@ def test_held_out_images_are_not_trained_on(split: str | None, held_out: int, tm
     training = identities(joined(first_batches(data, data.num_images, batch_size=1))[1])
     assert len(validation) == held_out
     assert sorted(validation + training) == list(range(COUNT))
-    again, names = load_validation_images(source, num_images=COUNT, resolution=RESOLUTION)
+    again, names, _ = load_validation_images(source, num_images=COUNT, resolution=RESOLUTION)
     assert again.equal(data.validation_images) and names == []
     others = [opened(source, seed=seed, num_validation_images=COUNT).validation_images for seed in range(1, 5)]
     assert any(identities(other) != validation for other in others)
@@ -427,7 +427,7 @@ def test_validation_images_are_spread_evenly(tmp_path: Path) -> None:
     for number in range(COUNT):
         (folder / f"{number:02d}.png").write_bytes(png(number) if number != 3 else b"broken")
     source = DataSource(validation_data_dir=str(folder))
-    images, unreadable = load_validation_images(source, num_images=4, resolution=RESOLUTION)
+    images, unreadable, _ = load_validation_images(source, num_images=4, resolution=RESOLUTION)
     assert identities(images) == [0, 4, 6, 9]
     assert unreadable == [str(folder / "03.png")]
     assert images.shape == (4, 3, RESOLUTION, RESOLUTION)
@@ -444,7 +444,7 @@ def test_unreadable_validation_images(tmp_path: Path) -> None:
     folder = write_parquet(tmp_path / "stream")
     source = DataSource(dataset_name=str(folder), streaming=True)
     write_parquet(folder, [b"x", png(1), b"y", png(2)], "validation")
-    images, unreadable = load_validation_images(source, num_images=4, resolution=RESOLUTION)
+    images, unreadable, _ = load_validation_images(source, num_images=4, resolution=RESOLUTION)
     assert identities(images) == [1, 2] and len(unreadable) == 2
     write_parquet(folder, [b"x", b"y"], "validation")
     with pytest.raises(UserError, match="none of 2"):

@@ -7,6 +7,7 @@ Diffusion Implicit Models" (arXiv 2010.02502), for the sampler; SDXL (arXiv 2307
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -24,17 +25,20 @@ FURTHER_CONDITIONS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_t
 
 
 class PromptEmbeddings(NamedTuple):
-    """One prompt and the prompt to steer away from, in the order in which a pipeline's `encode_prompt` returns them."""
+    """Prompts and those to steer away from, in the order in which a pipeline's `encode_prompt` returns them.
 
-    embeds: Tensor  # [1,L,D]
-    negative: Tensor  # [1,L,D]
-    pooled: Tensor | None = None  # [1,P], of SDXL
+    The first dimension is that of the images, or 1 where all share one prompt.
+    """
+
+    embeds: Tensor  # [1 or N,L,D]
+    negative: Tensor  # [1 or N,L,D]
+    pooled: Tensor | None = None  # [1 or N,P], of SDXL
     negative_pooled: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """The frozen UNet of a latent diffusion model with one prompt.
+    """The frozen UNet of a latent diffusion model with its prompt, or one for each image.
 
     Latents `[N,C,h,w]` are at the scale that the UNet was trained on, float32; it computes in its own precision.
     Timesteps are `[N]` integers. Row i of whatever is drawn comes from `generators[i]`, on the CPU. Everything
@@ -59,7 +63,7 @@ class Denoiser:
         """
         _check_unet(pipe)
         _check_scheduler(pipe)
-        embeddings = prompt if isinstance(prompt, PromptEmbeddings) else _encode_prompt(pipe, prompt)
+        embeddings = prompt if isinstance(prompt, PromptEmbeddings) else encode_prompts(pipe, [prompt])
         _check_embeddings(pipe, embeddings)
         scheduler = DDIMScheduler.from_config(
             pipe.scheduler.config, clip_sample=False, thresholding=False, timestep_spacing="leading"
@@ -156,9 +160,10 @@ class Denoiser:
 
 
 @torch.no_grad()
-def _encode_prompt(pipe: DiffusionPipeline, prompt: str) -> PromptEmbeddings:
+def encode_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> PromptEmbeddings:
+    """What the UNet of `pipe` is told by them, in float32 or as the text encoder computes."""
     settings = {"device": pipe.unet.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
-    return PromptEmbeddings(*pipe.encode_prompt(prompt=prompt, **settings))
+    return PromptEmbeddings(*pipe.encode_prompt(prompt=list(prompts), **settings))
 
 
 def _check_unet(pipe: DiffusionPipeline) -> None:

@@ -30,7 +30,7 @@ from srl_utils.evaluation.sanity import Check
 from srl_utils.images import format_pixel_distance
 from srl_utils.markdown import as_text
 
-HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "is"})
+HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "clip-text", "shown", "is"})
 SECTIONS = {
     "none": ("Clean images and corruptions", "Nobody aims at a VAE here."),
     "transfer": ("Transferred attacks", "Made on the baseline, shown to every VAE."),
@@ -50,8 +50,8 @@ class Findings:
     rows: Sequence[dict[str, Any]]
     """The project's row format; `ci95` is None where a metric has no value per image."""
     records: Sequence[Record]
-    checks: Mapping[str, Sequence[Check]]
-    """By VAE; empty where nothing was checked."""
+    checks: Mapping[str, Sequence[Check]] | None
+    """By VAE; empty where nothing was checked, None where there is nothing to check."""
     notes: Sequence[str]
     """What a reader must know, such as "LPIPS was skipped: ..."."""
     settings: Mapping[str, str]
@@ -222,7 +222,7 @@ def _verdict(metric: str, value: float, interval: tuple[float, float] | None) ->
 
 
 def _checks(findings: Findings) -> Iterator[tuple[str, Check]]:
-    return ((vae, check) for vae, checks in findings.checks.items() for check in checks)
+    return ((vae, check) for vae, checks in (findings.checks or {}).items() for check in checks)
 
 
 def _brought_in(pictures: Mapping[str, Path], folder: Path) -> Iterator[Figure]:

@@ -1,4 +1,4 @@
-"""The images that a VAE reconstructs worst, middling and best under its strongest attack, to look at."""
+"""The images with which a VAE does worst, middling and best under its strongest attack, to look at."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from srl_utils.checkpoints import write_atomically
 from srl_utils.codecs import Codec
 from srl_utils.evaluation.reconstruction import Record, image_generators
 from srl_utils.evaluation.report import extremes_picture
-from srl_utils.evaluation.study import Cell, Study
+from srl_utils.evaluation.study import Cell, Study, attempted
 from srl_utils.images import format_pixel_distance
 from srl_utils.losses import ReconstructionLoss
 from srl_utils.metrics import psnr
@@ -22,20 +22,21 @@ from srl_utils.metrics import psnr
 def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
     """One picture for each VAE, in `figures/`, by title: its worst, median and best image and all that became of it.
 
-    None where the PSNR, by which they are chosen, was not measured.
+    Of a task with several variants they show the middle one. None where the PSNR, by which they are chosen, was not
+    measured.
     """
     pictures = {}
-    if "psnr" not in study.metrics.names:
+    if "psnr" not in study.task.metrics.names:
         return pictures
     for number, codec in enumerate(study.codecs):
         cell = strongest_cell(study, records, codec)
         if cell is None:
             continue
         path = study.output_dir / "figures" / f"extremes-{number}.png"
-        picture = _picture(study, cell, extreme_images(records, cell, codec))
+        picture = _picture(study, cell, extreme_images(study, records, cell, codec))
         write_atomically(path, lambda aside, picture=picture: picture.save(aside, format="PNG"))
         budget = format_pixel_distance(cell.perturbation.epsilon)
-        title = f"Worst, median and best image of {codec.name} under {cell.perturbation.name} ({budget}) on itself"
+        title = f"Worst, median and best image of {codec.name} under {_name(study, cell)} ({budget}) on itself"
         pictures[title] = path
     return pictures
 
@@ -47,18 +48,28 @@ def strongest_cell(study: Study, records: Sequence[Record], codec: Codec) -> Cel
         return None
     middle = median_low({cell.perturbation.epsilon for cell in own})
     candidates = [cell for cell in own if cell.perturbation.epsilon == middle]
-    return min(candidates, key=lambda cell: fmean(_psnr_by_image(records, cell, codec).values()))
+    return min(candidates, key=lambda cell: fmean(_psnr_by_image(study, records, cell, codec).values()))
 
 
-def extreme_images(records: Sequence[Record], cell: Cell, codec: Codec) -> dict[str, int]:
+def extreme_images(study: Study, records: Sequence[Record], cell: Cell, codec: Codec) -> dict[str, int]:
     """Number of the worst, the median and the best image, by these names."""
-    by_image = _psnr_by_image(records, cell, codec)
+    by_image = _psnr_by_image(study, records, cell, codec)
     ordered = sorted(by_image, key=by_image.__getitem__)
     return {"worst": ordered[0], "median": ordered[len(ordered) // 2], "best": ordered[-1]}
 
 
-def _psnr_by_image(records: Sequence[Record], cell: Cell, codec: Codec) -> dict[int, float]:
-    wanted = (codec.name, cell.perturbation.name, cell.perturbation.epsilon, "psnr")
+def _variant(study: Study) -> str:
+    variants = study.task.variants
+    return variants[(len(variants) - 1) // 2]
+
+
+def _name(study: Study, cell: Cell) -> str:
+    """Of the cell's results for the variant that is shown."""
+    return attempted(cell.perturbation.name, _variant(study))
+
+
+def _psnr_by_image(study: Study, records: Sequence[Record], cell: Cell, codec: Codec) -> dict[int, float]:
+    wanted = (codec.name, _name(study, cell), cell.perturbation.epsilon, "psnr")
     threat_models = cell.threat_models[codec.name]
     return {
         record.index: record.value
@@ -68,19 +79,22 @@ def _psnr_by_image(records: Sequence[Record], cell: Cell, codec: Codec) -> dict[
 
 
 def _picture(study: Study, cell: Cell, chosen: dict[str, int]) -> Image.Image:
-    numbers = list(chosen.values())
+    numbers, variant = list(chosen.values()), _variant(study)
     clean = study.images[numbers].to(cell.source.device)
     # The same draws as in the study, so that these are the very images that were measured.
     attacked = cell.perturbation.apply(
         cell.source, ReconstructionLoss(), clean, image_generators(study.seed, numbers)
     )
     with torch.no_grad():
-        outputs = [codec.reconstruct(attacked) for codec in study.codecs]
+        outcomes = [study.task.attempt(codec, attacked, numbers, variant) for codec in study.codecs]
+        references = [study.task.reference(codec, numbers, variant).to(clean.device) for codec in study.codecs]
     lines = []
     for line, name in enumerate(chosen):
         cells = [(clean[line], ""), (attacked[line], "")]
-        for output in outputs:
-            quality = psnr(output[line : line + 1], clean[line : line + 1]).item()
-            cells.append((output[line], f"{quality:.1f} dB"))
+        cells += [(references[0][line], "")] if variant else []
+        for outcome, reference in zip(outcomes, references, strict=True):
+            quality = psnr(outcome[line : line + 1], reference[line : line + 1]).item()
+            cells.append((outcome[line], f"{quality:.1f} dB"))
         lines.append((name, cells))
-    return extremes_picture(lines, titles=["image", "attacked", *(codec.name for codec in study.codecs)])
+    wanted = [f"clean, {variant}"] if variant else []
+    return extremes_picture(lines, titles=["image", "attacked", *wanted, *(codec.name for codec in study.codecs)])

@@ -18,10 +18,14 @@ from srl_utils.metrics import psnr
 Rows = Sequence[dict[str, object]]
 
 METRIC_TITLES = {
-    "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "clip": "CLIP similarity", "rfid": "rFID", "kid": "KID",
-    "is": "Inception Score", "drift": "latent drift",
+    "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "clip": "CLIP similarity", "clip-text": "CLIP with the prompt",
+    "shown": "share as prompted", "rfid": "rFID", "fid": "FID", "kid": "KID", "is": "Inception Score",
+    "drift": "latent drift", "denoising-loss": "denoiser's loss", "difference": "largest difference",
 }  # fmt: skip
-DECIMALS = {"psnr": 2, "ssim": 4, "lpips": 4, "clip": 4, "rfid": 2, "kid": 4, "is": 2, "drift": 4}
+DECIMALS = {
+    "psnr": 2, "ssim": 4, "lpips": 4, "clip": 4, "clip-text": 4, "shown": 3, "rfid": 2, "fid": 2, "kid": 4, "is": 2,
+    "drift": 4, "denoising-loss": 4, "difference": 4,
+}  # fmt: skip
 
 
 def comparison_table(rows: Rows, vaes: Sequence[str]) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,14 @@ from tqdm.auto import tqdm
 from srl_utils.checkpoints import write_atomically, write_text_atomically
 from srl_utils.codecs import Codec
 from srl_utils.errors import UserError
-from srl_utils.evaluation.reconstruction import (
-    Perturbation,
-    Record,
-    drift,
-    image_generators,
-    measure,
-    to_records,
-    to_rows,
-)
+from srl_utils.evaluation.reconstruction import Perturbation, Record, image_generators, to_records, to_rows
+from srl_utils.evaluation.tasks import Task
 from srl_utils.images import format_pixel_distance
-from srl_utils.losses import PerceptualDistance, ReconstructionLoss
-from srl_utils.set_metrics import SET_METRICS, ClipSimilarity, InceptionFeatures
+from srl_utils.losses import ReconstructionLoss
+from srl_utils.set_metrics import SET_METRICS
 
 TRANSFER, ADAPTIVE, NO_THREAT = "transfer", "adaptive", "none"
 THREAT_MODELS = (TRANSFER, ADAPTIVE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """What is measured, and the networks that some of it needs."""
-
-    names: Sequence[str]
-    perceptual: PerceptualDistance | None = None
-    inception: InceptionFeatures | None = None
-    clip: ClipSimilarity | None = None
 
 
 @dataclass(frozen=True)
@@ -71,10 +54,9 @@ class Job:
     cell: Cell
     batch: Sequence[int]
 
-    @property
-    def cost(self) -> int:
-        """In passes through a VAE, about."""
-        return round(len(self.batch) * (self.cell.perturbation.passes + len(self.cell.judged)))
+    def cost(self, passes: float) -> int:
+        """In passes through a VAE, about, where one of them takes `passes` for its task."""
+        return round(len(self.batch) * (self.cell.perturbation.passes + passes * len(self.cell.judged)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +66,7 @@ class Study:
     codecs: the VAEs by name, the baseline first: transferred attacks are made on it, drift is measured from it.
     perturbations: what is done to the images.
     threat_models: `transfer`, attacks made on the baseline; `adaptive`, made on the VAE under judgement.
-    metrics: what is measured.
+    task: what is done with the images, and measured.
     images: all of them, `[n,3,H,W]` in [-1,1], on the CPU.
     output_dir: gets `cells/`, from which an interrupted study goes on; all processes have to see it.
     fingerprint: what the cells' values depend on beyond their keys; another one is refused.
@@ -96,7 +78,7 @@ class Study:
     codecs: Sequence[Codec]
     perturbations: Sequence[Perturbation]
     threat_models: Sequence[str]
-    metrics: Metrics
+    task: Task
     images: Tensor
     output_dir: Path
     fingerprint: dict[str, Any]
@@ -118,7 +100,7 @@ class Study:
         self.accelerator.wait_for_everyone()  # before any process writes what another looks for
         own = missing[self.accelerator.process_index :: self.accelerator.num_processes]
         with tqdm(
-            total=sum(job.cost for job in own),
+            total=sum(job.cost(self.task.passes) for job in own),
             desc="passes",
             unit="",
             smoothing=0.1,
@@ -127,7 +109,7 @@ class Study:
             for job in own:
                 bar.set_postfix_str(job.cell.title)
                 self._compute(job)
-                bar.update(job.cost)
+                bar.update(job.cost(self.task.passes))
         self.accelerator.wait_for_everyone()
         return [record for cell in self.cells() for record in self._read(cell)]
 
@@ -139,8 +121,8 @@ class Study:
     def rows(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """Means with intervals in the project's row format, and what has one value for all images and no interval."""
         rows = to_rows(records)
-        if self.metrics.inception is not None:
-            cells = tqdm(list(self.cells()), desc="Inception metrics", unit="")  # a FID takes seconds
+        if self.task.metrics.features is not None:
+            cells = tqdm(list(self.cells()), desc="metrics of sets", unit="")  # a FID takes seconds
             rows += [row for cell in cells for row in self._set_rows(cell)]
         return rows
 
@@ -171,29 +153,22 @@ class Study:
         shown = cell.perturbation.apply(cell.source, ReconstructionLoss(), clean, image_generators(self.seed, numbers))
         records: list[Record] = []
         features: dict[str, Tensor] = {}
-        for codec in cell.judged:
+        for codec, variant in product(cell.judged, self.task.variants):
             with torch.no_grad():
-                reconstruction = codec.reconstruct(shown)
-                _check_finite(reconstruction, job, codec)
-                values = self._measure(cell, codec, reconstruction, clean)
+                outcome = self.task.attempt(codec, shown, numbers, variant)
+                _check_finite(outcome, job, codec)
+                values = self.task.measure(codec, cell.perturbation, outcome, numbers, variant)
+            named = replace(cell.perturbation, name=attempted(cell.perturbation.name, variant))
             for threat_model in cell.threat_models[codec.name]:
-                records += to_records(codec.name, cell.perturbation, threat_model, numbers, values)
-            features |= self._features(reconstruction, f"{codec.name}/")
+                records += to_records(codec.name, named, threat_model, numbers, values)
+            features |= self._features(outcome, f"{codec.name}/{variant}/")
         self._write(job, records, features)
 
-    def _measure(self, cell: Cell, codec: Codec, reconstruction: Tensor, clean: Tensor) -> dict[str, Tensor]:
-        values = measure(reconstruction, clean, self.metrics.perceptual)
-        if cell.perturbation.name == "clean":
-            values["drift"] = drift(codec, self.baseline, clean)
-        if self.metrics.clip is not None:
-            values["clip"] = self.metrics.clip.image_image(reconstruction, clean)
-        return {name: value for name, value in values.items() if name in self.metrics.names}
-
     def _features(self, images: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Of Inception, by layer, on the CPU; nothing where no metric wants them."""
-        if self.metrics.inception is None:
+        """Of the network for distances of sets, by layer, on the CPU; nothing where no metric wants them."""
+        if self.task.metrics.features is None:
             return {}
-        return {prefix + layer: value.cpu() for layer, value in self.metrics.inception.features(images).items()}
+        return {prefix + layer: value.cpu() for layer, value in self.task.metrics.features.features(images).items()}
 
     # --- what is kept ---
 
@@ -221,14 +196,15 @@ class Study:
 
     def _set_rows(self, cell: Cell) -> Iterator[dict[str, Any]]:
         batches = [load_file(path.with_suffix(".safetensors")) for path in self._batches(cell)]
-        for codec in cell.judged:
-            shown = {layer: torch.cat([batch[f"{codec.name}/{layer}"] for batch in batches]) for layer in self._real}
-            for metric in (name for name in SET_METRICS if name in self.metrics.names):
-                value = SET_METRICS[metric].value(self._real, shown)
+        for codec, variant in product(cell.judged, self.task.variants):
+            real = self._reference_features[variant]
+            shown = {layer: torch.cat([batch[f"{codec.name}/{variant}/{layer}"] for batch in batches]) for layer in real}
+            for metric in (name for name in SET_METRICS if name in self.task.metrics.names):
+                value = SET_METRICS[metric].value(real, shown)
                 for threat_model in cell.threat_models[codec.name]:
                     yield {
                         "vae": codec.name,
-                        "attack": cell.perturbation.name,
+                        "attack": attempted(cell.perturbation.name, variant),
                         "threat_model": threat_model,
                         "epsilon": cell.perturbation.epsilon,
                         "metric": metric,
@@ -238,9 +214,15 @@ class Study:
                     }
 
     @cached_property
-    def _real(self) -> dict[str, Tensor]:
-        """Inception's features of the images themselves, by layer."""
-        batches = [self._features(batch.to(self.accelerator.device)) for batch in self.images.split(self.batch_size)]
+    def _reference_features(self) -> dict[str, dict[str, Tensor]]:
+        """Of the images that all outcomes are held against, by variant and layer."""
+        return {variant: self._features_of_references(variant) for variant in self.task.variants}
+
+    def _features_of_references(self, variant: str) -> dict[str, Tensor]:
+        numbers = list(range(len(self.images)))
+        parts = [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
+        references = (self.task.reference(self.baseline, part, variant) for part in parts)
+        batches = [self._features(images.to(self.accelerator.device)) for images in references]
         return {layer: torch.cat([batch[layer] for batch in batches]) for layer in batches[0]}
 
     def _check_fingerprint(self) -> None:
@@ -256,6 +238,11 @@ class Study:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_text_atomically(path, text)
+
+
+def attempted(perturbation: str, variant: str) -> str:
+    """How results name what was done to the images and then with them."""
+    return f"{perturbation}, {variant}" if variant else perturbation
 
 
 def _check_finite(reconstruction: Tensor, job: Job, codec: Codec) -> None:

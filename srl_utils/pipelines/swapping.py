@@ -74,7 +74,9 @@ def robust_vae(
         pipe.vae.to(previous.dtype)  # a call that broke off in fp16 may have left it upcast
         raise
     finally:
-        swap_vae(pipe, previous.to(pipe.vae.dtype), allow_mismatch=True)
+        if previous.dtype != pipe.vae.dtype:
+            previous.to(pipe.vae.dtype)
+        swap_vae(pipe, previous, allow_mismatch=True)
 
 
 def robustify(

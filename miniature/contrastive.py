@@ -1,0 +1,72 @@
+"""A small CLIP (Radford et al., arXiv 2103.00020), trained on scenes and their captions."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from miniature.scene_set import SIZE, SceneSet
+from miniature.training import Training, draw_numbers
+
+HALVES = [0.5, 0.5, 0.5]
+
+
+def build_clip(vocabulary: int, tokens: int, special: dict[str, int]) -> CLIPModel:
+    shared = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+    return CLIPModel(
+        CLIPConfig(
+            text_config={**shared, "num_hidden_layers": 2, "vocab_size": vocabulary, "max_position_embeddings": tokens, **special},
+            vision_config={**shared, "num_hidden_layers": 3, "image_size": SIZE, "patch_size": 8},
+            projection_dim=64,
+        )
+    )
+
+
+def build_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
+    size = {"height": SIZE, "width": SIZE}
+    images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=size, image_mean=HALVES, image_std=HALVES)
+    return CLIPProcessor(images, tokenizer)
+
+
+def train_clip(
+    scenes: SceneSet,
+    tokenizer: CLIPTokenizer,
+    *,
+    work_dir: Path,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    device: str,
+    torch_compile: bool,
+) -> CLIPModel:
+    """Trains on the captioned scenes; what was trained before in `work_dir` is gone on with."""
+    torch.manual_seed(seed)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    network = build_clip(len(tokenizer), tokenizer.model_max_length, special).to(device)
+    encoded = tokenizer(scenes.captions, padding=True, return_tensors="pt")
+    loss = partial(
+        contrastive_loss,
+        predict=torch.compile(CLIPModel.forward) if torch_compile else CLIPModel.forward,
+        scenes=scenes, tokens=encoded["input_ids"], mask=encoded["attention_mask"], batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    return Training(network, loss, work_dir / "clip.pt", steps, learning_rate).run()
+
+
+def contrastive_loss(
+    network: CLIPModel, step: int, *, predict, scenes: SceneSet, tokens: Tensor, mask: Tensor, batch_size: int, seed: int
+) -> Tensor:
+    """Cross entropy of finding each image's caption in the batch, and each caption's image."""
+    numbers = draw_numbers(seed, step, batch_size=batch_size, out_of=len(scenes.captions))
+    device = network.device
+    return predict(
+        network,
+        input_ids=tokens[numbers].to(device),
+        attention_mask=mask[numbers].to(device),
+        pixel_values=scenes.pixels(numbers).to(device),
+        return_loss=True,
+    ).loss

@@ -1,0 +1,135 @@
+"""A miniature Stable Diffusion: a CLIP text encoder and a conditional UNet on the miniature VAE's latents.
+
+Everything is of the classes that the full-size model is made of, so that `StableDiffusionPipeline.from_pretrained`,
+image-to-image and inpainting load the result. It predicts v, as Stable Diffusion 2 does, and sees pure noise at the
+last timestep (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891): without
+that, images of one flat colour would all come out of a middling brightness.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from miniature.scene_set import SceneSet
+from miniature.training import Training, draw_numbers
+from srl_utils.checkpoints import write_atomically
+
+NO_PROMPT_SHARE = 0.1
+"""Of samples that are shown without their caption: what classifier-free guidance steers away from."""
+TEXT_WIDTH = 128
+
+
+class PromptedDenoiser(nn.Module):
+    """Text encoder and UNet, trained together."""
+
+    def __init__(self, vocabulary: int, tokens: int, special: dict[str, int], latent_channels: int) -> None:
+        super().__init__()
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=vocabulary, hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=3,
+                num_attention_heads=4, max_position_embeddings=tokens, projection_dim=TEXT_WIDTH, **special,
+            )
+        )  # fmt: skip
+        self.unet = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(64, 128),
+            layers_per_block=1,
+            cross_attention_dim=TEXT_WIDTH,
+            attention_head_dim=4,
+            norm_num_groups=16,
+        )
+
+    def forward(self, noised: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        """v `[N,C,h,w]` of `noised` for captions `[N,L]`."""
+        words = self.text_encoder(tokens).last_hidden_state
+        return self.unet(noised, timesteps, encoder_hidden_states=words).sample
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,  # as the pipelines demand
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def build_pipeline(
+    scenes: SceneSet,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    *,
+    work_dir: Path,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    device: str,
+    torch_compile: bool,
+) -> StableDiffusionPipeline:
+    """Trains on the captioned scenes; what was trained before in `work_dir` is gone on with."""
+    torch.manual_seed(seed)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    network = PromptedDenoiser(len(tokenizer), tokenizer.model_max_length, special, vae.config.latent_channels)
+    network = network.to(device, memory_format=torch.channels_last)
+    latents = scaled_latents(vae.to(device), scenes, work_dir / f"latents-{len(scenes.captions)}.safetensors")
+    tokens = tokenizer([*scenes.captions, ""], padding="max_length", return_tensors="pt")["input_ids"]
+    predict = torch.compile(PromptedDenoiser.forward) if torch_compile else PromptedDenoiser.forward
+    loss = partial(
+        velocity_loss, predict=predict, scheduler=build_scheduler(), latents=latents, tokens=tokens, batch_size=batch_size, seed=seed
+    )
+    trained = Training(network, loss, work_dir / "diffusion.pt", steps, learning_rate).run()
+    trained = trained.to(memory_format=torch.contiguous_format)  # safetensors takes no other format
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=trained.text_encoder,
+        tokenizer=tokenizer,
+        unet=trained.unet.half(),  # half the size in the repository; diffusers loads it in float32
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def velocity_loss(network, step, *, predict, scheduler, latents, tokens, batch_size: int, seed: int) -> Tensor:
+    """Mean squared error of v (Salimans and Ho, arXiv 2202.00512) at timesteps and noise drawn for this step."""
+    device = next(network.parameters()).device
+    numbers = draw_numbers(seed, step, batch_size=batch_size, out_of=len(latents))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    clean = latents[numbers].float()
+    noise = torch.randn(clean.shape, generator=generator)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
+    unprompted = torch.rand(batch_size, generator=generator) < NO_PROMPT_SHARE
+    prompts = torch.where(unprompted[:, None], tokens[-1], tokens[numbers])
+    noised = scheduler.add_noise(clean, noise, timesteps).to(device, memory_format=torch.channels_last)
+    wanted = scheduler.get_velocity(clean, noise, timesteps).to(device)
+    return F.mse_loss(predict(network, noised, timesteps.to(device), prompts.to(device)).float(), wanted)
+
+
+@torch.no_grad()
+def scaled_latents(vae: AutoencoderKL, scenes: SceneSet, path: Path) -> Tensor:
+    """Posterior means `[N,C,h,w]` of all scenes at the UNet's scale, in half precision, kept at `path`."""
+    if not path.exists():
+        batches = torch.arange(len(scenes.captions)).split(256)
+        means = [vae.encode(scenes.pixels(batch).to(vae.device)).latent_dist.mean.half().cpu() for batch in batches]
+        latents = torch.cat(means) * vae.config.scaling_factor
+        write_atomically(path, lambda aside: save_file({"latents": latents}, aside))
+    return load_file(path)["latents"]

@@ -1,0 +1,43 @@
+"""Draws captioned scenes into a folder, as the datasets library reads one: pictures and a `metadata.jsonl`.
+
+    python -m miniature.draw --num_images 64 --output_dir outputs/scenes
+
+They are of another series than those that the miniature networks were trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from miniature.scenes import draw_scene
+from srl_utils.checkpoints import write_text_atomically
+
+UNSEEN_SERIES = 20_000
+
+
+def main() -> None:
+    args = parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(args.num_images):
+        scene = draw_scene(UNSEEN_SERIES + args.seed, number, pair_share=args.pair_share)
+        name = f"{number:05d}.png"
+        scene.image.save(args.output_dir / name)
+        lines.append(json.dumps({"file_name": name, "text": scene.caption}))
+    write_text_atomically(args.output_dir / "metadata.jsonl", "\n".join(lines) + "\n")
+    print(f"{args.num_images} scenes in {args.output_dir}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/scenes"))
+    parser.add_argument("--num_images", type=int, default=64)
+    parser.add_argument("--pair_share", type=float, default=0.0, help="of scenes with two objects")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

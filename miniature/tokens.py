@@ -1,0 +1,35 @@
+"""The tokenizer of the miniature world: CLIP's byte-pair encoding, learnt on the captions of scenes."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_TOKENS = 32
+VOCABULARY = 512
+
+
+def learn_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
+    """Every word of the captions becomes one token; words they lack are spelt in letters. `folder` takes the files."""
+    tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[START, END], end_of_word_suffix="</w>", min_frequency=1, show_progress=False
+    )
+    letters = [character for character in string.printable if not character.isspace()]
+    # Each letter on its own, last in a word, and before another: all that an unknown word is spelt with.
+    spelt = [f"{letter} {letter}{other}" for letter in letters for other in "ab"]
+    tokenizer.train_from_iterator([*captions, *spelt], trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.model.save(str(folder))
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)

@@ -1,0 +1,477 @@
+"""What all evaluations have in common: their flags, and what these say is to be loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import date, timedelta
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median_low
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from srl_utils.attacks.protections import PROTECTIONS
+from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource
+from srl_utils.checkpoints import write_text_atomically
+from srl_utils.codecs import Codec, load_codec
+from srl_utils.command_line import (
+    Effects,
+    fraction,
+    image_side,
+    joined_on_cpu,
+    non_negative_float,
+    pixel_distance,
+    positive_int,
+    seed,
+)
+from srl_utils.data import ValidationImages, load_validation_images
+from srl_utils.errors import UserError
+from srl_utils.evaluation.catalogue import Supplies, expanded, known_names
+from srl_utils.evaluation.document import Findings, write_report
+from srl_utils.evaluation.extremes import draw_extremes
+from srl_utils.evaluation.reconstruction import Perturbation, Record
+from srl_utils.evaluation.sanity import Check, Depth, check_robustness
+from srl_utils.evaluation.study import THREAT_MODELS, Study
+from srl_utils.evaluation.tasks import Metrics, Task
+from srl_utils.locking import sole_run
+from srl_utils.losses import PerceptualDistance, load_perceptual_distance
+from srl_utils.metrics import SSIM_WINDOW
+from srl_utils.pictures import UnreadableImage, centre_square, decode_rgb, to_tensor
+from srl_utils.set_metrics import (
+    CLIP_MODEL,
+    SET_METRICS,
+    ImageClassifier,
+    load_clip_similarity,
+    load_image_classifier,
+    load_inception_features,
+)
+from srl_utils.sources import PHOTOGRAPHS, DataSource
+
+CLIP_METRICS = ("clip", "clip-text")
+BASELINE = "original"
+LONGEST_WAIT = timedelta(days=1)
+"""Of a process for the others, which may have a long attack more to make."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the flags say is to be loaded."""
+
+    accelerator: Accelerator
+    codecs: Sequence[Codec]
+    """The baseline first."""
+    images: Tensor
+    """All of them, `[n,3,R,R]` in [-1,1], on the CPU."""
+    captions: Sequence[str]
+    pipeline: DiffusionPipeline | None
+    notes: list[str]
+    """What a reader of the report must know; more may be added."""
+
+
+def prepare(args: argparse.Namespace) -> Setup:
+    """Loads images, VAEs and the pipeline.
+
+    Raises:
+        UserError: if one of them cannot be had, or does not fit the others.
+    """
+    sources = vae_sources(args)
+    notes: list[str] = []
+    loaded = load_images(args, notes)
+    accelerator = Accelerator(
+        cpu=joined_on_cpu(),
+        mixed_precision=args.mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+    )
+    dtype = HALF_PRECISION.get(accelerator.mixed_precision)
+    codecs = [
+        load_codec(name, source, device=accelerator.device, autocast_dtype=dtype) for name, source in sources.items()
+    ]
+    check_fit(codecs, loaded.images)
+    pipeline = None
+    if args.pipeline is not None:
+        pipeline = load_pipeline(args.pipeline, dtype).to(accelerator.device)
+        check_pipeline(pipeline, codecs, loaded.images)
+    return Setup(
+        accelerator=accelerator, codecs=codecs, images=loaded.images, captions=loaded.captions, pipeline=pipeline, notes=notes
+    )
+
+
+def run_study(
+    args: argparse.Namespace, setup: Setup, task: Task, perturbations: Sequence[Perturbation], *, title: str, depth: Depth | None
+) -> int:
+    """Runs the study and writes its report; with `depth`, the robustness is checked unless the flags say otherwise."""
+    study = Study(
+        accelerator=setup.accelerator,
+        codecs=setup.codecs,
+        perturbations=perturbations,
+        threat_models=args.threat_models,
+        task=task,
+        images=setup.images,
+        output_dir=args.output_dir,
+        fingerprint=fingerprint(args, setup, task.metrics),
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    for note in setup.notes:
+        setup.accelerator.print(note)
+    with sole_run(args.output_dir, is_main_process=setup.accelerator.is_main_process):
+        records = study.run()
+        if setup.accelerator.is_main_process:
+            checks = None if depth is None else {} if args.no_checks else run_checks(args, study, depth)
+            conclude(args, setup, study.rows(records), records, title=title, checks=checks, pictures=draw_extremes(study, records))
+    return 0
+
+
+def conclude(
+    args: argparse.Namespace,
+    setup: Setup,
+    rows: Sequence[dict[str, Any]],
+    records: Sequence[Record],
+    *,
+    title: str,
+    checks: dict[str, list[Check]] | None,
+    pictures: dict[str, Path],
+) -> None:
+    """Writes the report and says where it is."""
+    findings = Findings(
+        title=title,
+        baseline=setup.codecs[0].name,
+        vaes=[codec.name for codec in setup.codecs],
+        rows=rows,
+        records=records,
+        checks=checks,
+        notes=setup.notes,
+        settings=settings(args, setup),
+        pictures=pictures,
+    )
+    write_report(findings, args.output_dir)
+    print(f"{verdict(checks)}Report: {args.output_dir / 'report.html'}, {args.output_dir / 'report.md'}")
+
+
+def run_checks(args: argparse.Namespace, study: Study, depth: Depth) -> dict[str, list[Check]]:
+    """Of every VAE but the baseline, on a few images and at the middle one of the epsilons; those done are kept."""
+    epsilon = median_low(args.epsilons)
+    images = study.images[: args.num_check_images]
+    checks = {}
+    for number, codec in enumerate(study.codecs[1:], start=1):
+        path = args.output_dir / "checks" / f"{number}-{epsilon!r}-{len(images)}-{depth.name}.json"
+        if not path.exists():
+            found = check_robustness(codec, study.baseline, images, epsilon=epsilon, seed=args.seed, depth=depth)
+            write_text_atomically(path, json.dumps([asdict(check) for check in found], indent=1) + "\n")
+        checks[codec.name] = [Check(**check) for check in json.loads(path.read_text())]
+    return checks
+
+
+def verdict(checks: dict[str, list[Check]] | None) -> str:
+    if checks is None:
+        return ""
+    failed = [f"{name}: {check.question}" for name, of_vae in checks.items() for check in of_vae if not check.passed]
+    if failed:
+        return f"{len(failed)} checks of the robustness FAILED ({'; '.join(failed)}). "
+    return "All checks of the robustness passed. " if checks else "The robustness was not checked. "
+
+
+def vae_sources(args: argparse.Namespace) -> dict[str, AutoencoderSource]:
+    """The VAEs by name, the baseline first.
+
+    Raises:
+        UserError: if a name is given twice, or name or place is empty.
+    """
+    sources = {BASELINE: parse_source(args.baseline)}
+    for text in args.vae:
+        name, separator, place = text.partition("=")
+        if not separator:
+            name, place = Path(text).name, text
+        if not name or not place:
+            raise UserError(f"--vae {text}: expected NAME=PLACE or PLACE")
+        if name in sources:
+            raise UserError(f"--vae {text}: there are two VAEs of the name {name}; write NAME={place}")
+        sources[name] = parse_source(place)
+    return sources
+
+
+def parse_source(text: str) -> AutoencoderSource:
+    """`PLACE` or `PLACE:SUBFOLDER`, the place a folder or Hub id."""
+    place, separator, subfolder = text.partition(":")
+    if not separator or Path(text).exists():
+        return AutoencoderSource(pretrained_model_name_or_path=text)
+    return AutoencoderSource(pretrained_model_name_or_path=place, subfolder=subfolder)
+
+
+def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
+    """Images and captions; where there are fewer than asked for, a note says so.
+
+    Raises:
+        UserError: if it is not clear which images are meant, or if there are none.
+    """
+    if (args.dataset_name is None) == (args.data_dir is None):
+        raise UserError("give either --dataset_name or --data_dir, and not both")
+    if args.resolution < SSIM_WINDOW:
+        raise UserError(f"--resolution {args.resolution}: SSIM needs at least {SSIM_WINDOW} px")
+    source = DataSource(
+        dataset_name=args.dataset_name,
+        validation_data_dir=args.data_dir,
+        validation_split=args.split,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        streaming=args.streaming,
+    )
+    try:
+        loaded = load_validation_images(
+            source, num_images=args.num_images, resolution=args.resolution, seed=args.seed
+        )
+    except UserError as error:  # which names the flags of the training
+        raise UserError(str(error).replace("--validation_data_dir", "--data_dir")) from None
+    if loaded.unreadable:
+        notes.append(f"{len(loaded.unreadable)} unreadable images were passed over: {', '.join(loaded.unreadable)}")
+    if len(loaded.images) < args.num_images:
+        notes.append(f"there are {len(loaded.images)} images and not the {args.num_images} of --num_images")
+    return loaded
+
+
+@torch.no_grad()
+def check_fit(codecs: list[Codec], images: Tensor) -> None:
+    """Refuses a resolution that a VAE cannot take, and a VAE that returns no numbers, before hours of work."""
+    for codec in codecs:
+        sample = images[:1].to(codec.device)
+        reconstruction = codec.reconstruct(sample)
+        if reconstruction.shape != sample.shape:
+            raise UserError(
+                f"--resolution {sample.shape[-1]} does not suit {codec.name}, which returns {reconstruction.shape[-1]} "
+                "px; take a multiple of its down-sampling factor"
+            )
+        if not reconstruction.isfinite().all():
+            raise UserError(
+                f"{codec.name} returns values that are not finite, for a clean image already; if its weights are intact, "
+                "try --mixed_precision no or bf16"
+            )
+
+
+@torch.no_grad()
+def check_pipeline(pipeline: DiffusionPipeline, codecs: list[Codec], images: Tensor) -> None:
+    """Refuses a pipeline whose UNet is for other latents than those of a VAE."""
+    unet = pipeline.components.get("unet")
+    for codec in codecs:
+        channels = codec.encode(images[:1].to(codec.device)).shape[1]
+        if unet is not None and unet.config.in_channels != channels:
+            raise UserError(
+                f"--pipeline takes latents of {unet.config.in_channels} channels, and those of {codec.name} have {channels}"
+            )
+
+
+def build_metrics(args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None) -> Metrics:
+    """What is measured; for what cannot be had there is a note instead. A `classifier` takes Inception's place."""
+    loaders = {
+        "perceptual": (("lpips",), lambda: load_perceptual_distance("alex").to(setup.accelerator.device)),
+        "features": (tuple(SET_METRICS), lambda: classifier or load_inception_features(args.inception_weights)),
+        "clip": (CLIP_METRICS, lambda: load_clip_similarity(args.clip_model)),
+    }
+    names = [name for name in dict.fromkeys(args.metrics) if has_enough_images(name, len(setup.images), setup.notes)]
+    networks = {}
+    for network, (served, load) in loaders.items():
+        wanted = [name for name in names if name in served]
+        try:
+            networks[network] = load() if wanted else None
+        except UserError as error:
+            setup.notes.append(f"{', '.join(wanted)} left out: {error}")
+            names = [name for name in names if name not in served]
+    return Metrics(names=names, **networks)
+
+
+def has_enough_images(metric: str, num_images: int, notes: list[str]) -> bool:
+    least = SET_METRICS[metric].least if metric in SET_METRICS else 1
+    if num_images < least:
+        notes.append(f"{metric} was left out: it needs at least {least} images, and there are {num_images}")
+    return num_images >= least
+
+
+def build_supplies(args: argparse.Namespace, setup: Setup) -> Supplies:
+    """What some of the attacks need."""
+    target = None if args.target is None else load_target(args).to(setup.accelerator.device)
+    perceptual = try_lpips(setup) if wants_perceptual(args) else None
+    return Supplies(pipeline=setup.pipeline, perceptual=perceptual, target=target, max_steps=args.max_attack_steps)
+
+
+def load_pipeline(place: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+    """With its weights in `dtype`, float32 by default."""
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--pipeline {place} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    pipeline.set_progress_bar_config(disable=True)  # an image takes hundreds of steps, and there are hundreds of images
+    return pipeline if dtype is None else pipeline.to(dtype)
+
+
+def load_judge(args: argparse.Namespace) -> ImageClassifier | None:
+    """The classifier, which has to know what is in the pictures.
+
+    Raises:
+        UserError: if it cannot be had, or if it is missing and something is to be judged by it.
+    """
+    if args.classifier is None and "shown" in args.metrics:
+        raise UserError("--metrics shown needs a classifier to tell what an image shows: --classifier")
+    return load_image_classifier(args.classifier) if args.classifier else None
+
+
+def load_target(args: argparse.Namespace) -> Tensor:
+    """The central square of the image, `[1,3,R,R]`."""
+    try:
+        return to_tensor(centre_square(decode_rgb(args.target), resolution=args.resolution))[None]
+    except UnreadableImage as error:
+        raise UserError(f"--target {args.target} cannot be read: {error}") from None
+
+
+def wants_perceptual(args: argparse.Namespace) -> bool:
+    chosen = expanded(args.attacks)
+    return "glaze" in chosen or any(name.endswith("-lpips") for name in chosen)
+
+
+def try_lpips(setup: Setup) -> PerceptualDistance | None:
+    try:
+        return load_perceptual_distance("vgg").to(setup.accelerator.device)
+    except UserError as error:
+        setup.notes.append(str(error))
+        return None
+
+
+def fingerprint(args: argparse.Namespace, setup: Setup, metrics: Metrics) -> dict[str, object]:
+    """What the stored values depend on; attacks and epsilons may be added later."""
+    free = {"attacks", "epsilons", "arguments", "output_dir", "batch_size", "no_checks", "num_check_images"}
+    given = {name: value for name, value in sorted(vars(args).items()) if name not in free}
+    if given.get("target"):
+        given["target"] = digest(args.target.read_bytes())
+    return {
+        **json.loads(json.dumps(given, default=str)),
+        "vaes": {codec.name: codec.digest for codec in setup.codecs},
+        "images": [*setup.images.shape, digest(setup.images.numpy().tobytes())],
+        "threat_models": sorted(args.threat_models),
+        "metrics": sorted(metrics.names),
+        "mixed_precision": setup.accelerator.mixed_precision,
+    }
+
+
+def digest(content: bytes) -> str:
+    return sha256(content).hexdigest()[:16]
+
+
+def settings(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
+    accelerator = setup.accelerator
+    on_gpu = accelerator.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    packages = ("torch", "diffusers", "torchmetrics", "accelerate")
+    return {
+        "command": shlex.join(["python", "-m", "srl_utils.evaluation", *args.arguments]),
+        "images": f"{len(setup.images)} of {args.dataset_name or Path(args.data_dir).name}, {args.resolution} px",
+        "seed": str(args.seed),
+        "device": f"{accelerator.num_processes} x {device}, mixed precision {accelerator.mixed_precision}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
+        "date": date.today().isoformat(),
+    }
+
+
+def folder(text: str) -> Path:
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return Path(text)
+
+
+def needs_denoiser(args: argparse.Namespace) -> bool:
+    return any(PROTECTIONS[name].needs_denoiser for name in expanded(args.attacks) if name in PROTECTIONS)
+
+
+def budget(text: str) -> float:
+    epsilon = pixel_distance(text)
+    if epsilon == 0:
+        raise argparse.ArgumentTypeError("an attack of size 0 shows the clean image, which --attacks clean measures")
+    return epsilon
+
+
+
+
+# --- arguments ---
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--baseline", required=True, metavar="PLACE", help="the original VAE: folder, Hub id, or either with :SUBFOLDER")
+    add("--vae", required=True, nargs="+", metavar="NAME=PLACE", help="VAEs to hold against it; the name may be left out")
+    add("--dataset_name", default=None, help="Hub dataset, local dataset folder, or scikit-image")
+    add("--data_dir", default=None, help="folder of images (nested)")
+    add("--split", default=None, help="split of the dataset; default: its validation or test split")
+    add("--image_column", default="image", help="column of the dataset that holds the image")
+    add("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
+    add("--resolution", type=image_side, default=256, help="side of the images in pixels")
+    add("--num_images", type=positive_int, default=64)
+    add("--inception_weights", type=Path, default=None, help="torch-fidelity's Inception weights, for distances of sets")
+    add("--clip_model", default=CLIP_MODEL, help="CLIP model (Hub id or folder); needs transformers")
+    add("--batch_size", type=positive_int, default=16)
+    add("--seed", type=seed, default=0)
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: accelerate's configuration")
+    add("--output_dir", type=folder, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
+
+
+def add_attack_arguments(parser: argparse.ArgumentParser, *, attacks: Sequence[str], epsilons: Sequence[float]) -> None:
+    add = parser.add_argument
+    add("--attacks", nargs="+", default=list(attacks), help=f"presets or names: {', '.join(known_names())}")
+    add("--epsilons", nargs="+", type=budget, default=list(epsilons))
+    add("--threat_models", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS))
+    add("--target", type=Path, default=None, help="image that targeted protections make others look like")
+    add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
+    add("--no_checks", action="store_true", help="leave out the checks of the robustness")
+    add("--num_check_images", type=positive_int, default=8, help="images that the checks use")
+
+
+def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--pipeline", required=True, help="diffusion pipeline (folder or Hub id)")
+    add("--caption_column", default=None, help="of the data set, or of the metadata.jsonl in --data_dir")
+    add("--classifier", default=None, help="image classifier (folder or Hub id): takes Inception's place, and judges prompts")
+    add("--num_inference_steps", type=positive_int, default=50)
+    add("--guidance_scale", type=non_negative_float, default=7.5)
+
+
+def shared_effects(args: argparse.Namespace) -> Effects:
+    """By flag, whether it has an effect beside the others, and what it needs to have one."""
+    data_set = args.dataset_name not in (None, PHOTOGRAPHS)
+    return {
+        "split": (args.dataset_name is not None, "--dataset_name"),
+        "image_column": (data_set or args.data_dir is not None, "a data set with columns"),
+        "streaming": (data_set or args.data_dir is not None, "a data set that can be streamed"),
+        "inception_weights": (not set(SET_METRICS).isdisjoint(args.metrics), "a distance of sets among --metrics"),
+        "clip_model": (not set(CLIP_METRICS).isdisjoint(args.metrics), "a similarity of CLIP among --metrics"),
+    }
+
+
+def attack_effects(args: argparse.Namespace) -> Effects:
+    protections = [PROTECTIONS[name] for name in expanded(args.attacks) if name in PROTECTIONS]
+    return {
+        "target": (any(protection.has_target for protection in protections), "an attack with a target"),
+        "max_attack_steps": (bool(protections), "a published protection among --attacks"),
+        "num_check_images": (not args.no_checks, "the checks, which --no_checks leaves out"),
+    }
+
+
+def pipeline_effects(args: argparse.Namespace) -> Effects:
+    sets = not set(SET_METRICS).isdisjoint(args.metrics)
+    return {
+        "classifier": (sets or "shown" in args.metrics, "shown or a distance of sets among --metrics"),
+        "inception_weights": (sets and args.classifier is None, "a distance of sets among --metrics and no --classifier"),
+    }
+
+
+def share(text: str) -> float:
+    value = fraction(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 would change nothing")
+    return value

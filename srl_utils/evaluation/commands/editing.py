@@ -1,0 +1,121 @@
+"""How well images, clean and protected, can be edited with each VAE in a diffusion pipeline."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from srl_utils.command_line import Effects
+from srl_utils.errors import UserError
+from srl_utils.evaluation.catalogue import select
+from srl_utils.evaluation.commands.common import (
+    Setup,
+    add_attack_arguments,
+    add_pipeline_arguments,
+    add_shared_arguments,
+    attack_effects,
+    build_metrics,
+    build_supplies,
+    load_judge,
+    pipeline_effects,
+    prepare,
+    run_study,
+    share,
+    shared_effects,
+)
+from srl_utils.evaluation.editing import Editing, build_edits, replace_words
+from srl_utils.evaluation.sanity import Depth
+
+METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid")
+PROTECTIONS = ("clean", "photoguard-encoder", "photoguard-diffusion", "mist-fused", "advdm", "glaze", "apgd-100")
+
+
+def run(args: argparse.Namespace) -> int:
+    setup = prepare(args)
+    edits = build_edits(
+        setup.pipeline, strengths=args.strengths, num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+    )  # fmt: skip
+    if args.edits is not None:
+        edits = {name: edits[name] for name in args.edits if name in edits} or edits
+    judge = load_judge(args)
+    task = Editing(
+        metrics=build_metrics(args, setup, judge),
+        baseline=setup.codecs[0],
+        edits=edits,
+        images=setup.images,
+        prompts=edit_prompts(args, setup),
+        judge=judge,
+        folder=args.output_dir / "references",
+        seed=args.seed,
+    )
+    selection = select(args.attacks, args.epsilons, build_supplies(args, setup))
+    setup.notes.extend(selection.notes)
+    setup.notes.append(
+        "edits of protected images are held against those of the clean images by the same VAE, edits of clean images "
+        f"and all sets of edits against those by {setup.codecs[0].name}"
+    )
+    return run_study(args, setup, task, selection.perturbations, title="Editing under protection", depth=Depth())
+
+
+def edit_prompts(args: argparse.Namespace, setup: Setup) -> Sequence[str]:
+    """One for each image: a line of --prompts, or the image's caption with words replaced.
+
+    Raises:
+        UserError: if there is none for an image, or the words to be replaced are nowhere.
+    """
+    if (args.prompts is None) == (args.replace is None):
+        raise UserError("say what the images are to become: either --prompts FILE or --replace OLD=NEW, and not both")
+    if args.prompts is not None:
+        return read_prompts(args.prompts, len(setup.images))
+    if not all(setup.captions):
+        raise UserError("--replace needs a caption for every image; name their column: --caption_column")
+    replacements = dict(args.replace)
+    prompts = [replace_words(caption, replacements) for caption in setup.captions]
+    unchanged = [caption for caption, prompt in zip(setup.captions, prompts, strict=True) if caption == prompt]
+    if unchanged:
+        raise UserError(f"--replace changes nothing in {len(unchanged)} captions, such as '{unchanged[0]}'")
+    return prompts
+
+
+def read_prompts(path: Path, count: int) -> list[str]:
+    """A line for each of `count` images, or one for all of them."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if len(prompts) not in (1, count):
+        raise UserError(f"--prompts {path} has {len(prompts)} lines; {count} images need as many, or one for all")
+    return prompts * count if len(prompts) == 1 else prompts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared_arguments(parser)
+    add_attack_arguments(parser, attacks=PROTECTIONS, epsilons=[8 / 255])
+    add_pipeline_arguments(parser)
+    add = parser.add_argument
+    add("--metrics", nargs="+", choices=METRICS, default=["psnr", "ssim", "lpips", "clip", "clip-text", "fid"])
+    add("--prompts", type=Path, default=None, help="text file: a line for each image, or one for all")
+    add("--replace", nargs="+", type=replacement, default=None, metavar="OLD=NEW", help="edit the captions' words instead")
+    add("--strengths", nargs="+", type=share, default=[0.3, 0.5, 0.7], help="of image-to-image")
+    add("--edits", nargs="+", default=None, metavar="NAME", help="only these, such as img2img-0.5 inpainting; default: all")
+    parser.set_defaults(num_images=16)
+
+
+def effects(args: argparse.Namespace) -> Effects:
+    """By flag, whether it has an effect beside the others, and what it needs to have one."""
+    return {
+        **shared_effects(args),
+        **attack_effects(args),
+        **pipeline_effects(args),
+        "caption_column": (args.replace is not None, "--replace, which edits captions"),
+    }
+
+
+def replacement(text: str) -> tuple[str, str]:
+    old, separator, new = text.partition("=")
+    if not (old and separator and new) or len((old + new).split()) != 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected OLD=NEW, two words")
+    return old, new

@@ -1,0 +1,190 @@
+"""Edits of images by a diffusion pipeline: what a protection spoils, and a robust VAE may make possible again.
+
+Sources: Meng et al., "SDEdit" (arXiv 2108.01073), for image-to-image; Brooks et al., "InstructPix2Pix" (arXiv
+2211.09800); the protocol of holding an edit of a protected image against that of the clean one is PhotoGuard's
+(Salman et al., arXiv 2302.06588).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from srl_utils.attacks.draws import draw_normal
+from srl_utils.checkpoints import write_atomically
+from srl_utils.codecs import Codec
+from srl_utils.errors import UserError
+from srl_utils.evaluation.reconstruction import CLEAN, Generators, Perturbation, image_generators
+from srl_utils.evaluation.tasks import Metrics
+from srl_utils.images import to_model_range, to_unit_range
+from srl_utils.pipelines import robust_vae
+from srl_utils.set_metrics import ImageClassifier
+
+INPAINTING, INSTRUCTION = "inpainting", "instruction"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One way to edit images with a pipeline."""
+
+    pipeline: DiffusionPipeline
+    arguments: Callable[[Codec, Tensor, Generators], dict[str, Any]]
+    """VAE, images `[N,3,H,W]` in [0,1] and a generator for each to what the call takes beside prompts and settings."""
+    settings: Mapping[str, Any]
+
+    def __call__(self, codec: Codec, images: Tensor, prompts: Sequence[str], generators: Generators) -> Tensor:
+        """Edits `[N,3,H,W]` in [-1,1] with the VAE of `codec`, one prompt for each; as many images, float32."""
+        shown = to_unit_range(images).clamp(0, 1)
+        with robust_vae(self.pipeline, codec.vae):
+            arguments = self.arguments(codec, shown, generators)
+            output = self.pipeline(
+                prompt=list(prompts), generator=generators, output_type="pt", **arguments, **self.settings
+            )
+        return to_model_range(output.images.float())
+
+
+def build_edits(
+    pipeline: DiffusionPipeline, *, strengths: Sequence[float], num_inference_steps: int, guidance_scale: float
+) -> dict[str, Edit]:
+    """What `pipeline` can do, by name: instructions, or inpainting, or image-to-image at
+    each strength and inpainting.
+
+    Raises:
+        UserError: if it can edit nothing.
+    """
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    if isinstance(pipeline, StableDiffusionInstructPix2PixPipeline):
+        return {INSTRUCTION: Edit(pipeline=pipeline, arguments=_image, settings=settings)}
+    full = {**settings, "strength": 1.0}
+    if "Inpaint" in type(pipeline).__name__:
+        return {INPAINTING: Edit(pipeline=pipeline, arguments=_image_and_mask, settings=full)}
+    try:
+        image_to_image = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError as error:
+        raise UserError(f"this {type(pipeline).__name__} cannot edit images: {str(error).splitlines()[0]}") from None
+    image_to_image.set_progress_bar_config(disable=True)
+    edits = {
+        f"img2img-{strength:g}": Edit(pipeline=image_to_image, arguments=_image, settings={**settings, "strength": strength})
+        for strength in strengths
+    }
+    return edits | {INPAINTING: Edit(pipeline=image_to_image, arguments=_image_and_blending, settings=full)}
+
+
+def central_mask(images: Tensor) -> Tensor:
+    """`[N,1,H,W]`: 1 in the central square of half the side, which inpainting draws anew, and 0 around it."""
+    mask = torch.zeros_like(images[:, :1])
+    rows, columns = (side // 4 for side in images.shape[2:])
+    mask[:, :, rows : 3 * rows, columns : 3 * columns] = 1
+    return mask
+
+
+def _image(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, Any]:
+    return {"image": shown}
+
+
+def _image_and_mask(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, Any]:
+    height, width = shown.shape[2:]
+    return {"image": shown, "mask_image": central_mask(shown), "height": height, "width": width}
+
+
+def _image_and_blending(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, Any]:
+    """Inpainting with a model that was not trained for it: after each step the latents around the hole are set back to
+    the image's own, as noisy as the next step expects them (Avrahami et al., "Blended Latent Diffusion", arXiv 2206.02779).
+
+    diffusers' own inpainting does the same, but takes latents of 4 channels only.
+    """
+    latents = codec.scale(codec.encode(to_model_range(shown)))
+    hole = torch.nn.functional.interpolate(central_mask(shown), latents.shape[2:])
+    noise = draw_normal(generators, like=latents)
+
+    def set_back(pipe: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        following = pipe.scheduler.timesteps[step + 1 : step + 2]
+        around = pipe.scheduler.add_noise(latents, noise, following.expand(len(latents))) if len(following) else latents
+        return {"latents": torch.where(hole > 0, tensors["latents"], around.to(tensors["latents"].dtype))}
+
+    return {"image": shown, "callback_on_step_end": set_back}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Editing:
+    """The task of editing a protected image as the clean one is edited by the same VAE, with the same noise.
+
+    Edits of the clean images themselves are held against the baseline's, and so are sets of edits.
+    """
+
+    metrics: Metrics
+    baseline: Codec
+    edits: Mapping[str, Edit]
+    images: Tensor
+    """Clean, `[n,3,H,W]` in [-1,1], on the CPU."""
+    prompts: Sequence[str]
+    """What each image is to become."""
+    judge: ImageClassifier | None
+    """Sees whether an image shows what its prompt asks for."""
+    folder: Path
+    """Keeps the edits that others are held against."""
+    seed: int
+
+    @property
+    def variants(self) -> Sequence[str]:
+        return tuple(self.edits)
+
+    @property
+    def passes(self) -> float:
+        """A step of a UNet with guidance is about as much as a pass through encoder and decoder."""
+        return sum(edit.settings["num_inference_steps"] * edit.settings.get("strength", 1.0) for edit in self.edits.values())
+
+    def attempt(self, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
+        prompts = [self.prompts[number] for number in numbers]
+        return self.edits[variant](codec, shown, prompts, image_generators(self.seed, numbers))
+
+    def reference(self, codec: Codec, numbers: Sequence[int], variant: str) -> Tensor:
+        return torch.stack([self._clean_edit(codec, number, variant) for number in numbers])
+
+    def measure(
+        self, codec: Codec, perturbation: Perturbation, outcome: Tensor, numbers: Sequence[int], variant: str
+    ) -> dict[str, Tensor]:
+        prompts = [self.prompts[number] for number in numbers]
+        values = prompt_measures(self.metrics, self.judge, outcome, prompts)
+        if perturbation.name != CLEAN.name:
+            return values | self._compare(outcome, self.reference(codec, numbers, variant))
+        if codec is self.baseline:
+            return values  # the reference itself
+        return values | self._compare(outcome, self.reference(self.baseline, numbers, variant))
+
+    def _compare(self, outcome: Tensor, reference: Tensor) -> dict[str, Tensor]:
+        return self.metrics.compare(outcome, reference.to(outcome.device))
+
+    def _clean_edit(self, codec: Codec, number: int, variant: str) -> Tensor:
+        """One file an image: processes that need the same one may both make it, and it does not change."""
+        path = self.folder / codec.digest / variant / f"{number:06d}.safetensors"
+        if not path.exists():
+            clean = self.images[number : number + 1].to(codec.device)
+            edited = self.attempt(codec, clean, [number], variant)[0].cpu().contiguous()
+            write_atomically(path, partial(save_file, {"edit": edited}))
+        return load_file(path)["edit"]
+
+
+def prompt_measures(
+    metrics: Metrics, judge: ImageClassifier | None, images: Tensor, prompts: Sequence[str]
+) -> dict[str, Tensor]:
+    """How far images `[N,3,H,W]` show what their prompts say: `clip-text` and `shown`, as far as they are wanted."""
+    values = {}
+    if metrics.clip is not None:
+        values["clip-text"] = metrics.clip.image_text(images, prompts)
+    if judge is not None:
+        values["shown"] = judge.shown(images, prompts)
+    return metrics.wanted(values)
+
+
+def replace_words(text: str, replacements: Mapping[str, str]) -> str:
+    """Each word of `text` that is a key by its value, all at once: red=blue and blue=red exchange the two."""
+    return " ".join(replacements.get(word, word) for word in text.split())

@@ -1,0 +1,83 @@
+"""What VAEs are judged by: something is done with the images that they are shown, and the outcome is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from srl_utils.codecs import Codec
+from srl_utils.evaluation.reconstruction import CLEAN, Perturbation, drift, measure
+from srl_utils.losses import PerceptualDistance
+from srl_utils.set_metrics import ClipSimilarity, Features
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What is measured, and the networks that some of it needs."""
+
+    names: Sequence[str]
+    perceptual: PerceptualDistance | None = None
+    features: Features | None = None
+    """For distances between sets of images."""
+    clip: ClipSimilarity | None = None
+
+    def compare(self, images: Tensor, reference: Tensor) -> dict[str, Tensor]:
+        """Of those that hold `[N,3,H,W]` against as many others, `[N]` each."""
+        values = measure(images, reference, self.perceptual)
+        if self.clip is not None:
+            values["clip"] = self.clip.image_image(images, reference)
+        return self.wanted(values)
+
+    def wanted(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in values.items() if name in self.names}
+
+
+class Task(Protocol):
+    """What is done with the images that a VAE is shown, and what the outcome is worth."""
+
+    metrics: Metrics
+    variants: Sequence[str]
+    """The ways in which it is done; `""` where there is only one."""
+    passes: float
+    """What all of them cost for one image and VAE, in passes through encoder and decoder, about."""
+
+    def attempt(self, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
+        """What `codec` makes of the images `[N,3,H,W]` of these numbers, as many images."""
+
+    def reference(self, codec: Codec, numbers: Sequence[int], variant: str) -> Tensor:
+        """What outcomes of `codec` are held against, `[N,3,H,W]` on the CPU; sets of them, against the baseline's."""
+
+    def measure(
+        self, codec: Codec, perturbation: Perturbation, outcome: Tensor, numbers: Sequence[int], variant: str
+    ) -> dict[str, Tensor]:
+        """`[N]` for each metric of single images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """The task of a VAE alone: to return what it is shown, as it was before anything was done to it."""
+
+    metrics: Metrics
+    baseline: Codec
+    """From whose latents drift is measured."""
+    images: Tensor
+    variants: Sequence[str] = ("",)
+    passes: float = 1
+
+    def attempt(self, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
+        return codec.reconstruct(shown)
+
+    def reference(self, codec: Codec, numbers: Sequence[int], variant: str) -> Tensor:
+        return self.images[list(numbers)]
+
+    def measure(
+        self, codec: Codec, perturbation: Perturbation, outcome: Tensor, numbers: Sequence[int], variant: str
+    ) -> dict[str, Tensor]:
+        clean = self.reference(codec, numbers, variant).to(outcome.device)
+        values = self.metrics.compare(outcome, clean)
+        if perturbation.name == CLEAN.name:
+            values |= self.metrics.wanted({"drift": drift(codec, self.baseline, clean)})
+        return values
