@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from srl_utils.autoencoder_files import completed_config
 from srl_utils.autoencoders import WEIGHTS_NAME, AutoencoderSource, load_autoencoder, read_config
 from srl_utils.errors import UserError
-from srl_utils.evaluation.__main__ import load_pipeline
 from srl_utils.evaluation.__main__ import main as evaluate
+from srl_utils.evaluation.commands.common import load_pipeline
 
 PICKLE = "diffusion_pytorch_model.bin"
 LONGEST = 10  # seconds, the promise

@@ -56,17 +56,53 @@ ALLOWED: dict[str, set[str]] = {
         "autoencoders", "codecs", "errors", "evaluation.reconstruction", "losses",
     },
     "evaluation.study": {
-        "checkpoints", "codecs", "errors", "evaluation.reconstruction", "images", "losses", "set_metrics"
+        "checkpoints", "codecs", "errors", "evaluation.reconstruction", "evaluation.tasks", "losses", "set_metrics"
     },
+    "evaluation.tasks": {"codecs", "evaluation.reconstruction", "images", "losses", "set_metrics"},
     "evaluation.extremes": {
-        "checkpoints", "codecs", "evaluation.reconstruction", "evaluation.report", "evaluation.study", "images",
-        "losses", "metrics",
+        "checkpoints", "codecs", "evaluation.reconstruction", "evaluation.report", "evaluation.study",
+        "evaluation.tasks", "images", "losses", "metrics",
+    },
+    "evaluation.editing": {
+        "attacks.draws", "checkpoints", "codecs", "errors", "evaluation.reconstruction", "evaluation.tasks", "images",
+        "pipelines", "set_metrics",
+    },
+    "evaluation.generation": {
+        "attacks.denoiser", "codecs", "evaluation.editing", "evaluation.reconstruction", "evaluation.tasks", "images",
+        "set_metrics",
+    },
+    "evaluation.finetuning": {"attacks.denoiser", "errors", "evaluation.reconstruction"},
+    "evaluation.poisoning": {
+        "checkpoints", "codecs", "errors", "evaluation.editing", "evaluation.finetuning", "evaluation.reconstruction",
+        "evaluation.tasks", "losses", "set_metrics",
     },
     "training_flags": {"command_line", "sources"},
-    "evaluation.__main__": {
+    "evaluation.commands": set(),
+    "evaluation.commands.common": {
         "attacks.protections", "autoencoders", "checkpoints", "codecs", "command_line", "data", "errors",
         "evaluation.catalogue", "evaluation.document", "evaluation.extremes", "evaluation.reconstruction",
-        "evaluation.sanity", "evaluation.study", "locking", "losses", "metrics", "pictures", "set_metrics", "sources",
+        "evaluation.report", "evaluation.sanity", "evaluation.study", "evaluation.tasks", "locking", "losses", "metrics", "pictures",
+        "set_metrics", "sources",
+    },
+    "evaluation.commands.reconstruction": {
+        "command_line", "evaluation.catalogue", "evaluation.commands.common", "evaluation.sanity", "evaluation.tasks",
+    },
+    "evaluation.commands.generation": {
+        "command_line", "errors", "evaluation.commands.common", "evaluation.editing", "evaluation.generation",
+        "evaluation.reconstruction", "evaluation.study",
+    },
+    "evaluation.commands.editing": {
+        "command_line", "errors", "evaluation.catalogue", "evaluation.commands.common", "evaluation.editing",
+        "evaluation.sanity",
+    },
+    "evaluation.commands.poisoning": {
+        "attacks.protections", "checkpoints", "command_line", "errors", "evaluation.catalogue",
+        "evaluation.commands.common", "evaluation.figures", "evaluation.finetuning", "evaluation.generation",
+        "evaluation.poisoning", "evaluation.reconstruction", "evaluation.report", "evaluation.study",
+    },
+    "evaluation.__main__": {
+        "command_line", "evaluation.commands.editing", "evaluation.commands.generation",
+        "evaluation.commands.poisoning", "evaluation.commands.reconstruction",
     },
     "pictures": {"images", "errors"},
     "sources": {"photographs", "errors", "pictures"},

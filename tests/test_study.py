@@ -23,9 +23,12 @@ from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
 from srl_utils.evaluation import __main__ as command
 from srl_utils.evaluation.catalogue import PRESETS, Supplies, select
+from srl_utils.evaluation.commands import common, reconstruction
+from srl_utils.evaluation.commands.common import check_pipeline
 from srl_utils.evaluation.reconstruction import CLEAN, Record, evaluate, noise
 from srl_utils.evaluation.sanity import Depth, check_robustness
-from srl_utils.evaluation.study import Job, Metrics, Study
+from srl_utils.evaluation.study import Job, Study
+from srl_utils.evaluation.tasks import Metrics, Reconstruction
 from srl_utils.images import to_pil
 from srl_utils.losses import ReconstructionLoss
 
@@ -40,12 +43,14 @@ def codec(vae: nn.Module, name: str) -> Codec:
 @pytest.fixture
 def study(tiny_vae, other_tiny_vae, images, tmp_path: Path) -> Study:
     """Two VAEs, five images, a clean cell, a noisy one, and two attacks."""
+    codecs = [codec(tiny_vae, "original"), codec(other_tiny_vae, "robust")]
+    metrics = Metrics(names=("psnr", "ssim", "drift"))
     return Study(
         accelerator=Accelerator(cpu=True),
-        codecs=[codec(tiny_vae, "original"), codec(other_tiny_vae, "robust")],
+        codecs=codecs,
         perturbations=select(["clean", "noise", "pgd-2", "photoguard-encoder"], [EPSILON], Supplies(max_steps=2)).perturbations,
         threat_models=("transfer", "adaptive"),
-        metrics=Metrics(names=("psnr", "ssim", "drift")),
+        task=Reconstruction(metrics=metrics, baseline=codecs[0], images=images(5)),
         images=images(5),
         output_dir=tmp_path,
         fingerprint={"seed": 0},
@@ -269,7 +274,7 @@ def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monk
 
     Given again it computes nothing and writes the same.
     """
-    monkeypatch.setattr(command, "Depth", lambda: SHALLOW)
+    monkeypatch.setattr(reconstruction, "Depth", lambda: SHALLOW)
     assert command.main(arguments) == 0
     rows = json.loads((tmp_path / "out/results.json").read_text())
     assert {row["vae"] for row in rows} == {"original", "robust"}
@@ -287,7 +292,7 @@ def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monk
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(command, "check_robustness", refuse)
+    monkeypatch.setattr(common, "check_robustness", refuse)
     monkeypatch.setattr(Study, "_compute", refuse)
     before = written(tmp_path / "out")
     assert command.main(arguments) == 0
@@ -298,9 +303,9 @@ def test_a_pipeline_for_other_latents_is_refused(study) -> None:
     """Oracle: specification; the tiny VAEs have four channels."""
     unets = (SimpleNamespace(config=SimpleNamespace(in_channels=channels)) for channels in (4, 9))
     fitting, other = (SimpleNamespace(components={"unet": unet}) for unet in unets)
-    command.check_pipeline(fitting, study.codecs, study.images)
+    check_pipeline(fitting, study.codecs, study.images)
     with pytest.raises(UserError, match="latents of 9 channels, and those of original have 4"):
-        command.check_pipeline(other, study.codecs, study.images)
+        check_pipeline(other, study.codecs, study.images)
 
 
 def test_two_processes_and_a_kill_change_nothing(arguments, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""python -m srl_utils.evaluation reconstruction | generation | editing --baseline DIR --vae robust=DIR ..."""
+"""python -m srl_utils.evaluation reconstruction | generation | editing | poisoning --baseline DIR --vae robust=DIR ..."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from srl_utils.command_line import Parser, exit_code
-from srl_utils.evaluation.commands import editing, generation, reconstruction
+from srl_utils.evaluation.commands import editing, generation, poisoning, reconstruction
 
-COMMANDS = {"reconstruction": reconstruction, "generation": generation, "editing": editing}
+COMMANDS = {"reconstruction": reconstruction, "generation": generation, "editing": editing, "poisoning": poisoning}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,8 +22,8 @@ from srl_utils.attacks.draws import draw_normal
 from srl_utils.checkpoints import write_atomically
 from srl_utils.codecs import Codec
 from srl_utils.errors import UserError
-from srl_utils.evaluation.reconstruction import CLEAN, Generators, Perturbation, image_generators
-from srl_utils.evaluation.tasks import Metrics
+from srl_utils.evaluation.reconstruction import CLEAN, Generators, image_generators
+from srl_utils.evaluation.tasks import Cell, Metrics
 from srl_utils.images import to_model_range, to_unit_range
 from srl_utils.pipelines import robust_vae
 from srl_utils.set_metrics import ImageClassifier
@@ -142,23 +142,26 @@ class Editing:
         """A step of a UNet with guidance is about as much as a pass through encoder and decoder."""
         return sum(edit.settings["num_inference_steps"] * edit.settings.get("strength", 1.0) for edit in self.edits.values())
 
-    def attempt(self, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
-        prompts = [self.prompts[number] for number in numbers]
-        return self.edits[variant](codec, shown, prompts, image_generators(self.seed, numbers))
+    def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
+        return self._edit(codec, shown, numbers, variant)
 
     def reference(self, codec: Codec, numbers: Sequence[int], variant: str) -> Tensor:
         return torch.stack([self._clean_edit(codec, number, variant) for number in numbers])
 
     def measure(
-        self, codec: Codec, perturbation: Perturbation, outcome: Tensor, numbers: Sequence[int], variant: str
+        self, cell: Cell, codec: Codec, outcome: Tensor, numbers: Sequence[int], variant: str
     ) -> dict[str, Tensor]:
         prompts = [self.prompts[number] for number in numbers]
         values = prompt_measures(self.metrics, self.judge, outcome, prompts)
-        if perturbation.name != CLEAN.name:
+        if cell.perturbation.name != CLEAN.name:
             return values | self._compare(outcome, self.reference(codec, numbers, variant))
         if codec is self.baseline:
             return values  # the reference itself
         return values | self._compare(outcome, self.reference(self.baseline, numbers, variant))
+
+    def _edit(self, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
+        prompts = [self.prompts[number] for number in numbers]
+        return self.edits[variant](codec, shown, prompts, image_generators(self.seed, numbers))
 
     def _compare(self, outcome: Tensor, reference: Tensor) -> dict[str, Tensor]:
         return self.metrics.compare(outcome, reference.to(outcome.device))
@@ -168,7 +171,7 @@ class Editing:
         path = self.folder / codec.digest / variant / f"{number:06d}.safetensors"
         if not path.exists():
             clean = self.images[number : number + 1].to(codec.device)
-            edited = self.attempt(codec, clean, [number], variant)[0].cpu().contiguous()
+            edited = self._edit(codec, clean, [number], variant)[0].cpu().contiguous()
             write_atomically(path, partial(save_file, {"edit": edited}))
         return load_file(path)["edit"]
 

@@ -13,7 +13,8 @@ from srl_utils.checkpoints import write_atomically
 from srl_utils.codecs import Codec
 from srl_utils.evaluation.reconstruction import Record, image_generators
 from srl_utils.evaluation.report import extremes_picture
-from srl_utils.evaluation.study import Cell, Study, attempted
+from srl_utils.evaluation.study import Study, attempted
+from srl_utils.evaluation.tasks import Cell
 from srl_utils.images import format_pixel_distance
 from srl_utils.losses import ReconstructionLoss
 from srl_utils.metrics import psnr
@@ -86,7 +87,7 @@ def _picture(study: Study, cell: Cell, chosen: dict[str, int]) -> Image.Image:
         cell.source, ReconstructionLoss(), clean, image_generators(study.seed, numbers)
     )
     with torch.no_grad():
-        outcomes = [study.task.attempt(codec, attacked, numbers, variant) for codec in study.codecs]
+        outcomes = [study.task.attempt(cell, codec, attacked, numbers, variant) for codec in study.codecs]
         references = [study.task.reference(codec, numbers, variant).to(clean.device) for codec in study.codecs]
     lines = []
     for line, name in enumerate(chosen):

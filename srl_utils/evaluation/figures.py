@@ -78,6 +78,32 @@ def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Pat
     return figures
 
 
+def draw_curves(rows: Rows, vaes: Sequence[str], amounts: Mapping[str, int], folder: Path, *, label: str) -> dict[str, Path]:
+    """Every metric against an amount, `amounts` by the name of the attack; a line for each VAE and threat model.
+
+    Rows without a threat (an amount of 0) are where all lines of a VAE begin.
+    """
+    known = [row for row in rows if row["attack"] in amounts]
+    metrics = list(dict.fromkeys(row["metric"] for row in known))
+    threats = [name for name in THREAT_TITLES if name != "none" and any(row["threat_model"] == name for row in known)]
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(max(5.4, 0.8 + 2.9 * len(metrics)), 3.6))
+        for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
+            lines = {}
+            for number, vae in enumerate(vaes):
+                for threat, dashes in zip(threats or ["none"], ("-", "--"), strict=False):
+                    points = sorted(
+                        (amounts[row["attack"]], row["value"])
+                        for row in known
+                        if (row["metric"], row["vae"]) == (metric, vae) and row["threat_model"] in (threat, "none")
+                    )
+                    (line,) = axes.plot(*zip(*points, strict=True), dashes, color=_colour(number), marker="o", markersize=4)
+                    lines[f"{vae}, {threat}"] = line
+            axes.set(title=metric, xlabel=label)
+        _finish(figure, f"Results against the {label}", list(lines.values()), list(lines))
+        return {f"Results against the {label}": _save(figure, folder / "curves.png")}
+
+
 def safe_name(text: str) -> str:
     """What is left of `text` that can be part of a file name anywhere."""
     kept = "".join(character if character.isascii() and character.isalnum() else " " for character in text.lower())

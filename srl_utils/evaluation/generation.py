@@ -13,8 +13,8 @@ from torch import Tensor
 from srl_utils.attacks.denoiser import Denoiser, encode_prompts
 from srl_utils.codecs import Codec
 from srl_utils.evaluation.editing import Edit, prompt_measures
-from srl_utils.evaluation.reconstruction import Generators, Perturbation, image_generators
-from srl_utils.evaluation.tasks import Metrics
+from srl_utils.evaluation.reconstruction import Generators, image_generators
+from srl_utils.evaluation.tasks import Cell, Metrics
 from srl_utils.images import PIXEL_MAX, PIXEL_MIN
 from srl_utils.set_metrics import ImageClassifier
 
@@ -60,7 +60,7 @@ class Generation:
         edits = [self.text_to_image, *self.denoised.values()]
         return sum(edit.settings["num_inference_steps"] * edit.settings.get("strength", 2.0) for edit in edits)
 
-    def attempt(self, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
+    def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
         if variant == RECONSTRUCTED:
             return codec.reconstruct(shown)
         edit = self.text_to_image if variant == TEXT_TO_IMAGE else self.denoised[variant]
@@ -70,12 +70,12 @@ class Generation:
         return self.images[list(numbers)]
 
     def measure(
-        self, codec: Codec, perturbation: Perturbation, outcome: Tensor, numbers: Sequence[int], variant: str
+        self, cell: Cell, codec: Codec, outcome: Tensor, numbers: Sequence[int], variant: str
     ) -> dict[str, Tensor]:
         values = prompt_measures(self.metrics, self.judge, outcome, self._captions(numbers))
         real = self.reference(codec, numbers, variant).to(outcome.device)
         if variant == TEXT_TO_IMAGE:
-            expected = self.attempt(self.baseline, real, numbers, variant)
+            expected = self.attempt(cell, self.baseline, real, numbers, variant)
             return values | self.metrics.wanted({"difference": largest_difference(outcome, expected)})
         if variant == RECONSTRUCTED:
             values |= self.metrics.wanted({"denoising-loss": self._denoising_loss(codec, real, numbers)})

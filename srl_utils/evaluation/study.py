@@ -20,31 +20,12 @@ from srl_utils.checkpoints import write_atomically, write_text_atomically
 from srl_utils.codecs import Codec
 from srl_utils.errors import UserError
 from srl_utils.evaluation.reconstruction import Perturbation, Record, image_generators, to_records, to_rows
-from srl_utils.evaluation.tasks import Task
-from srl_utils.images import format_pixel_distance
+from srl_utils.evaluation.tasks import Cell, Task
 from srl_utils.losses import ReconstructionLoss
 from srl_utils.set_metrics import SET_METRICS
 
 TRANSFER, ADAPTIVE, NO_THREAT = "transfer", "adaptive", "none"
 THREAT_MODELS = (TRANSFER, ADAPTIVE)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One perturbation, made on one VAE, shown to the VAEs that this tells something about."""
-
-    perturbation: Perturbation
-    source: Codec
-    judged: tuple[Codec, ...]
-    threat_models: dict[str, tuple[str, ...]]
-    """Under which threat models the results of each VAE count."""
-
-    @property
-    def title(self) -> str:
-        epsilon = self.perturbation.epsilon
-        budget = f" {format_pixel_distance(epsilon)}" if epsilon else ""
-        made_on = f" on {self.source.name}" if self.perturbation.adversarial else ""
-        return f"{self.perturbation.name}{budget}{made_on}"
 
 
 @dataclass(frozen=True)
@@ -155,9 +136,9 @@ class Study:
         features: dict[str, Tensor] = {}
         for codec, variant in product(cell.judged, self.task.variants):
             with torch.no_grad():
-                outcome = self.task.attempt(codec, shown, numbers, variant)
+                outcome = self.task.attempt(cell, codec, shown, numbers, variant)
                 _check_finite(outcome, job, codec)
-                values = self.task.measure(codec, cell.perturbation, outcome, numbers, variant)
+                values = self.task.measure(cell, codec, outcome, numbers, variant)
             named = replace(cell.perturbation, name=attempted(cell.perturbation.name, variant))
             for threat_model in cell.threat_models[codec.name]:
                 records += to_records(codec.name, named, threat_model, numbers, values)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srl_utils.codecs import Codec
 from srl_utils.evaluation.reconstruction import CLEAN, Perturbation, drift, measure
+from srl_utils.images import format_pixel_distance
 from srl_utils.losses import PerceptualDistance
 from srl_utils.set_metrics import ClipSimilarity, Features
 
@@ -35,6 +36,24 @@ class Metrics:
         return {name: value for name, value in values.items() if name in self.names}
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One perturbation, made on one VAE, shown to the VAEs that this tells something about."""
+
+    perturbation: Perturbation
+    source: Codec
+    judged: tuple[Codec, ...]
+    threat_models: dict[str, tuple[str, ...]]
+    """Under which threat models the results of each VAE count."""
+
+    @property
+    def title(self) -> str:
+        epsilon = self.perturbation.epsilon
+        budget = f" {format_pixel_distance(epsilon)}" if epsilon else ""
+        made_on = f" on {self.source.name}" if self.perturbation.adversarial else ""
+        return f"{self.perturbation.name}{budget}{made_on}"
+
+
 class Task(Protocol):
     """What is done with the images that a VAE is shown, and what the outcome is worth."""
 
@@ -44,14 +63,14 @@ class Task(Protocol):
     passes: float
     """What all of them cost for one image and VAE, in passes through encoder and decoder, about."""
 
-    def attempt(self, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
+    def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
         """What `codec` makes of the images `[N,3,H,W]` of these numbers, as many images."""
 
     def reference(self, codec: Codec, numbers: Sequence[int], variant: str) -> Tensor:
         """What outcomes of `codec` are held against, `[N,3,H,W]` on the CPU; sets of them, against the baseline's."""
 
     def measure(
-        self, codec: Codec, perturbation: Perturbation, outcome: Tensor, numbers: Sequence[int], variant: str
+        self, cell: Cell, codec: Codec, outcome: Tensor, numbers: Sequence[int], variant: str
     ) -> dict[str, Tensor]:
         """`[N]` for each metric of single images."""
 
@@ -67,17 +86,17 @@ class Reconstruction:
     variants: Sequence[str] = ("",)
     passes: float = 1
 
-    def attempt(self, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
+    def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
         return codec.reconstruct(shown)
 
     def reference(self, codec: Codec, numbers: Sequence[int], variant: str) -> Tensor:
         return self.images[list(numbers)]
 
     def measure(
-        self, codec: Codec, perturbation: Perturbation, outcome: Tensor, numbers: Sequence[int], variant: str
+        self, cell: Cell, codec: Codec, outcome: Tensor, numbers: Sequence[int], variant: str
     ) -> dict[str, Tensor]:
         clean = self.reference(codec, numbers, variant).to(outcome.device)
         values = self.metrics.compare(outcome, clean)
-        if perturbation.name == CLEAN.name:
+        if cell.perturbation.name == CLEAN.name:
             values |= self.metrics.wanted({"drift": drift(codec, self.baseline, clean)})
         return values

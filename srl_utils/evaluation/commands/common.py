@@ -6,14 +6,13 @@ import argparse
 import json
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median_low
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -41,6 +40,7 @@ from srl_utils.evaluation.catalogue import Supplies, expanded, known_names
 from srl_utils.evaluation.document import Findings, write_report
 from srl_utils.evaluation.extremes import draw_extremes
 from srl_utils.evaluation.reconstruction import Perturbation, Record
+from srl_utils.evaluation.report import Rows
 from srl_utils.evaluation.sanity import Check, Depth, check_robustness
 from srl_utils.evaluation.study import THREAT_MODELS, Study
 from srl_utils.evaluation.tasks import Metrics, Task
@@ -108,16 +108,31 @@ def prepare(args: argparse.Namespace) -> Setup:
 
 
 def run_study(
-    args: argparse.Namespace, setup: Setup, task: Task, perturbations: Sequence[Perturbation], *, title: str, depth: Depth | None
+    args: argparse.Namespace,
+    setup: Setup,
+    task: Task,
+    perturbations: Sequence[Perturbation],
+    *,
+    title: str,
+    depth: Depth | None = None,
+    images: Tensor | None = None,
+    draw: Callable[[Study, Rows, Sequence[Record]], dict[str, Path]] = lambda study, rows, records: draw_extremes(study, records),
 ) -> int:
-    """Runs the study and writes its report; with `depth`, the robustness is checked unless the flags say otherwise."""
+    """Runs the study and writes its report.
+
+    Args:
+        depth: of the checks of the robustness, which are made unless the flags say otherwise; None where there is
+            nothing to check.
+        images: those of the study, where they are not all that were loaded.
+        draw: makes the report's pictures, by title.
+    """
     study = Study(
         accelerator=setup.accelerator,
         codecs=setup.codecs,
         perturbations=perturbations,
         threat_models=args.threat_models,
         task=task,
-        images=setup.images,
+        images=setup.images if images is None else images,
         output_dir=args.output_dir,
         fingerprint=fingerprint(args, setup, task.metrics),
         seed=args.seed,
@@ -129,14 +144,15 @@ def run_study(
         records = study.run()
         if setup.accelerator.is_main_process:
             checks = None if depth is None else {} if args.no_checks else run_checks(args, study, depth)
-            conclude(args, setup, study.rows(records), records, title=title, checks=checks, pictures=draw_extremes(study, records))
+            rows = study.rows(records)
+            conclude(args, setup, rows, records, title=title, checks=checks, pictures=draw(study, rows, records))
     return 0
 
 
 def conclude(
     args: argparse.Namespace,
     setup: Setup,
-    rows: Sequence[dict[str, Any]],
+    rows: Rows,
     records: Sequence[Record],
     *,
     title: str,

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         judge=judge,
         seed=args.seed,
     )
-    return run_study(args, setup, task, [CLEAN], title="Generation", depth=None)
+    return run_study(args, setup, task, [CLEAN], title="Generation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
