@@ -178,7 +178,8 @@ def autoencoder_source(args: argparse.Namespace) -> AutoencoderSource:
 
 
 def data_source(args: argparse.Namespace) -> DataSource:
-    return DataSource(**{name: getattr(args, name) for name in DataSource.__dataclass_fields__})
+    names = DataSource.__dataclass_fields__.keys() - {"caption_column"}  # an encoder is told no captions
+    return DataSource(**{name: getattr(args, name) for name in names})
 
 
 def attack_config(args: argparse.Namespace) -> PGDConfig:

@@ -32,7 +32,7 @@ HELD_OUT_SEED = 3  # second word of a seed: keeps these draws apart from those o
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """Where images come from; each field is the command line flag of the same name."""
+    """Where images come from; each field is the command line flag of the same name, where a command has it."""
 
     dataset_name: str | None = None
     dataset_config_name: str | None = None
