@@ -192,7 +192,7 @@ class ClipSimilarity:
             ValueError: if there are not as many of both, or a pixel is not finite.
         """
         _check_pairs(images, others)
-        return _cosine(self._see(images), self._see(others))
+        return _cosine(self.embed_images(images), self.embed_images(others))
 
     def image_text(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Of each image, `[N,3,H,W]` in [-1,1], with its text; what a text has beyond CLIP's length is cut off.
@@ -201,16 +201,18 @@ class ClipSimilarity:
             ValueError: if there are not as many of both, or a pixel is not finite.
         """
         _check_pairs(images, texts)
-        return _cosine(self._see(images), self._read(texts, images.device))
+        return _cosine(self.embed_images(images), self.embed_texts(texts, images.device))
 
     @torch.no_grad()
-    def _see(self, images: Tensor) -> Tensor:
+    def embed_images(self, images: Tensor) -> Tensor:
+        """`[N,D]` of images `[N,3,H,W]` in [-1,1]."""
         pixels = _processed(self.processor.image_processor, images)
         with torch.autocast(images.device.type, enabled=False):
             return _embedding(self.model.to(images.device).get_image_features(pixel_values=pixels))
 
     @torch.no_grad()
-    def _read(self, texts: Sequence[str], device: torch.device) -> Tensor:
+    def embed_texts(self, texts: Sequence[str], device: torch.device) -> Tensor:
+        """`[N,D]`, on that device."""
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.processor.tokenizer(
             list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
