@@ -216,7 +216,7 @@ def plan_steps(
     arithmetic = step_arithmetic(
         config,
         resolution=args.resolution,
-        pgd_steps=args.pgd_steps,
+        pgd_steps=0 if args.gaussian_noise else args.pgd_steps,
         lpips_net=args.lpips_net if args.lpips_weight else None,
         originality=args.originality_weight > 0,
     )
@@ -313,6 +313,7 @@ def build_step(
     return Step(
         networks=networks,
         attack=attack_config(args),
+        noise=args.gaussian_noise,
         originality_weight=args.originality_weight,
         latent_scale=vae.config.scaling_factor if args.originality_units == "scaled" else 1.0,
         sample_posterior=args.sample_posterior,
@@ -905,6 +906,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--epsilon", type=pixel_distance, default=8 / 255, help="L-inf budget, units of a [0,1] image; 8/255 or 0.0314"
     )
     group.add_argument("--pgd_steps", type=non_negative_int, default=10, help="steps of the attack; 0 means no attack")
+    group.add_argument(
+        "--gaussian_noise",
+        type=pixel_distance,
+        default=0.0,
+        help="white noise of this standard deviation instead of an attack, such as 8/255: a control",
+    )
     group.add_argument("--pgd_step_size", type=pixel_distance, default=0.02, help="units of a [0,1] image")
     group.add_argument("--no_pgd_random_start", action="store_true", help="start the attack at the clean image")
     group.add_argument(

@@ -130,6 +130,6 @@ def scaled_latents(vae: AutoencoderKL, scenes: SceneSet, path: Path) -> Tensor:
     if not path.exists():
         batches = torch.arange(len(scenes.captions)).split(256)
         means = [vae.encode(scenes.pixels(batch).to(vae.device)).latent_dist.mean.half().cpu() for batch in batches]
-        latents = torch.cat(means) * vae.config.scaling_factor
+        latents = (torch.cat(means) * vae.config.scaling_factor).contiguous()
         write_atomically(path, lambda aside: save_file({"latents": latents}, aside))
     return load_file(path)["latents"]

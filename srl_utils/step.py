@@ -22,6 +22,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.draws import Generators, draw
 from srl_utils.attacks.gradient import PGDConfig, pgd
 from srl_utils.autoencoders import (
@@ -113,6 +114,8 @@ class Step:
     sample_posterior: bool = False
     attack_batch_size: int | None = None
     """Images attacked at a time; None for all. Fewer take less memory, and change nothing else."""
+    noise: float = 0.0
+    """Above 0, the standard deviation of white noise that takes the attack's place, in units of a [0,1] image."""
 
     def loss(self, images: Tensor, generators: Generators) -> tuple[Tensor, Tensor]:
         """L_robust + alpha L_orig, averaged over a batch.
@@ -129,7 +132,7 @@ class Step:
         clean = images.to(networks.device, memory_format=torch.channels_last, non_blocking=True)
         target = networks.loss.target(clean)
         noise = self._latent_noise(clean, generators) if self.sample_posterior else None
-        adversarial = self._attacked(clean, target, noise, generators)
+        adversarial = self._perturbed(clean, target, noise, generators)
         latents, originality = self._encode(adversarial, clean, noise)
         terms = networks.loss.terms(networks.decoder(latents), target)
         robust = terms.mse + networks.loss.weight * terms.lpips
@@ -138,7 +141,9 @@ class Step:
         values = (loss, terms.mse.mean(), terms.lpips.mean(), originality.mean(), attacked_psnr.mean())
         return loss, torch.stack([value.detach() for value in values])
 
-    def _attacked(self, clean: Tensor, target: Target, noise: Tensor | None, generators: Generators) -> Tensor:
+    def _perturbed(self, clean: Tensor, target: Target, noise: Tensor | None, generators: Generators) -> Tensor:
+        if self.noise:
+            return gaussian_noise(clean, self.noise, generators=generators)
         size = self.attack_batch_size or len(clean)
         parts = []
         for start in range(0, len(clean), size):

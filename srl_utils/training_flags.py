@@ -23,6 +23,8 @@ def training_effects(args: argparse.Namespace) -> Effects:
         "dataloader_num_workers": (
             not (args.streaming and args.dataloader_num_workers > 1), "a data set that is not streamed, beyond 1"
         ),
+        "pgd_steps": (not args.gaussian_noise, "an attack, which --gaussian_noise replaces"),
+        "pgd_step_size": (not args.gaussian_noise, "an attack, which --gaussian_noise replaces"),
         "lpips_net": (args.lpips_weight > 0, "a --lpips_weight above 0"),
         "originality_units": (args.originality_weight > 0, "an --originality_weight above 0"),
         "num_train_epochs": (args.max_train_steps is None, "leaving out --max_train_steps, which overrides it"),

@@ -433,6 +433,36 @@ def test_validation_images_are_spread_evenly(tmp_path: Path) -> None:
     assert images.shape == (4, 3, RESOLUTION, RESOLUTION)
 
 
+def test_captions_stay_with_their_images(tmp_path: Path) -> None:
+    """Oracle: each caption names the number that its image shows; in a folder, a table and a stream of it alike.
+
+    Of several captions it is the first, and an image passed over takes its own with it.
+    """
+    folder = tmp_path / "flat"
+    (folder / "nested").mkdir(parents=True)
+    names = [f"nested/{number:02d}.png" for number in range(COUNT)]
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(png(number) if number != 3 else b"broken")
+    lines = [json.dumps({"file_name": name, "text": f"number {number}"}) for number, name in enumerate(names)]
+    (folder / "metadata.jsonl").write_text("\n".join(reversed(lines)))
+    table = tmp_path / "table"
+    table.mkdir()
+    rows = {"image": [png(number) for number in range(4)], "text": [[f"number {number}", "other"] for number in range(4)]}
+    datasets.Dataset.from_dict(rows).to_parquet(table / "validation.parquet")
+    datasets.Dataset.from_dict(rows).to_parquet(table / "train.parquet")
+    for source in (
+        DataSource(validation_data_dir=str(folder), caption_column="text"),
+        DataSource(dataset_name=str(table), caption_column="text"),
+        DataSource(dataset_name=str(table), caption_column="text", streaming=True),
+    ):
+        loaded = load_validation_images(source, num_images=4, resolution=RESOLUTION)
+        assert loaded.captions == [f"number {number}" for number in identities(loaded.images)]
+        assert len(loaded.captions) == 4
+    for change in ({"caption_column": "title"}, {"caption_column": "title", "streaming": True}):
+        with pytest.raises(UserError, match="--caption_column title: there is no such column"):
+            load_validation_images(DataSource(dataset_name=str(table), **change), num_images=4, resolution=RESOLUTION)
+
+
 def test_unreadable_validation_images(tmp_path: Path) -> None:
     """Oracle: an error when none is left, for a folder and for a stream; a stream passes over the bad ones."""
     (tmp_path / "bad").mkdir()

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "execution": {"autoencoders", "errors"},
     "overfitting": set(),
     "readback": set(),
-    "step": {"attacks.draws", "attacks.gradient", "autoencoders", "images", "losses"},
+    "step": {"attacks.corruptions", "attacks.draws", "attacks.gradient", "autoencoders", "images", "losses"},
     "codecs": {"autoencoders"},
     "metrics": {"images"},
     "set_metrics": {"errors", "images"},

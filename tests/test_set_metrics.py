@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorInceptionV3, calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torchvision.models import alexnet
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    RegNetConfig,
+    RegNetForImageClassification,
+    ViTImageProcessor,
+)
 
 from srl_utils import set_metrics
 from srl_utils.errors import UserError
@@ -36,6 +45,7 @@ from srl_utils.set_metrics import (
     inception_score,
     kernel_distance,
     load_clip_similarity,
+    load_image_classifier,
     load_inception_features,
 )
 
@@ -545,6 +555,60 @@ def test_alex_lpips_equals_the_package(torch_home, images) -> None:
     assert torch.equal(perceptual.network.net.slice1[0].weight, weights["features.0.weight"])
     assert expected.min() > 1e-3
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+
+
+# --- classifier ----------------------------------------------------------------------------------------
+
+
+LABELS = ("red ring", "ring", "blue star")
+
+
+@pytest.fixture(scope="module")
+def classifier_folder(tmp_path_factory) -> Path:
+    """A RegNet of 8 channels for pictures of 24 pixels."""
+    folder = tmp_path_factory.mktemp("classifier")
+    config = RegNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8, id2label=dict(enumerate(LABELS))
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        RegNetForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 24, "width": 24}, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
+    return folder
+
+
+def test_classifier_features_are_those_of_the_library(classifier_folder, image_sets) -> None:
+    """Oracle: transformers' own model on images that the library resized, pooled by its own layer."""
+    images = image_sets[0][:3]
+    found = load_image_classifier(str(classifier_folder)).features(images)
+    model = RegNetForImageClassification.from_pretrained(classifier_folder).eval()
+    processor = ViTImageProcessor.from_pretrained(classifier_folder)
+    pixels = processor([to_pil(image) for image in images], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model.regnet(pixels).pooler_output.flatten(1), model(pixels).logits
+    torch.testing.assert_close(found["pool"], expected[0], atol=2e-2, rtol=2e-2)  # PIL and torchvision resize differently
+    torch.testing.assert_close(found["logits"], expected[1], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("likeliest", "shown"),
+    [(0, [1.0, 0.0, 0.0, 1.0]), (1, [1.0, 1.0, 0.0, 1.0]), (2, [0.0, 0.0, 1.0, 0.0])],
+)
+def test_shown_is_what_the_text_says_in_whole_words(likeliest: int, shown: list[float], classifier_folder, image_sets) -> None:
+    """Oracle: closed form, a classifier that always says the same."""
+    classifier = load_image_classifier(str(classifier_folder))
+    with torch.no_grad():
+        classifier.model.classifier[1].bias[likeliest] = 1e3
+    texts = ["a small red ring", "a ring that is red", "one blue star on a ringlet", "blue and red ring star"]
+    assert classifier.shown(image_sets[0][:4], texts).tolist() == shown
+
+
+def test_a_classifier_that_cannot_be_had_is_explained(tmp_path, classifier_folder) -> None:
+    """Oracle: specification, one line that names the flag; weights that are missing are not made up."""
+    message = refusal(load_image_classifier, str(tmp_path))
+    assert "it has no config.json" in message and "--classifier FOLDER" in message
+    (tmp_path / "config.json").write_bytes((classifier_folder / "config.json").read_bytes())
+    refusal(load_image_classifier, str(tmp_path))
 
 
 # --- in a report -------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from benchmarks.textbook import TextbookStep
+from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.autoencoders import (
     EncoderMirror,
@@ -94,6 +95,17 @@ def test_terms_are_those_of_the_loss(tiny_vae, images, generators) -> None:
     assert values["originality"] > 0
     assert loss.item() == pytest.approx(values["mse"] + 0.3 * values["originality"], rel=1e-6)
     assert values["attacked_psnr"] == pytest.approx(10 * torch.log10(torch.tensor(4 / values["mse"])).item(), rel=1e-5)
+
+
+def test_noise_takes_the_attack_s_place(tiny_vae, images, generators) -> None:
+    """Oracle: closed form, the reconstruction error of images with the same white noise; no pass is an attack's."""
+    step = our_step(tiny_vae, noise=8 / 255, originality_weight=0.0)
+    clean = images(3)
+    loss, _ = step.loss(clean, generators(0, 1, 2))
+    noisy = gaussian_noise(clean, 8 / 255, generators=generators(0, 1, 2))
+    with torch.no_grad():
+        reconstruction = tiny_vae.decode(tiny_vae.encode(noisy).latent_dist.mean).sample
+    torch.testing.assert_close(loss.detach(), (reconstruction - clean).square().mean())
 
 
 def test_latent_scale_enters_originality(tiny_vae, images, generators) -> None:

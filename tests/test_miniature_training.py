@@ -1,0 +1,159 @@
+"""What the miniature world's networks are trained with: resumable steps, their samples, and the words they know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from miniature import classifier, diffusion
+from miniature.scene_set import LABELS, NO_LABEL, scene_set
+from miniature.scenes import draw_scene
+from miniature.tokens import MAX_TOKENS, learn_tokenizer
+from miniature.training import AVERAGING, Training, draw_numbers
+from srl_utils.images import from_pil
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return scene_set(tmp_path_factory.mktemp("scenes"), seed=4, count=60, pair_share=0.3)
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+
+def loss(module: nn.Module, step: int) -> Tensor:
+    batch = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+    return (module(batch).float() - batch.sum(dim=1, keepdim=True)).square().mean()
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
+    """Oracle: invariance, an undisturbed run, to the last bit of the averaged weights."""
+    whole = Training(network(), loss, tmp_path / "whole.pt", 6, 1e-2).run()
+
+    def stopping(module: nn.Module, step: int) -> Tensor:
+        if step == 3:
+            raise KeyboardInterrupt
+        return loss(module, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        Training(network(), stopping, tmp_path / "parts.pt", 6, 1e-2, saving_steps=2).run()
+    resumed = Training(network(), loss, tmp_path / "parts.pt", 6, 1e-2, saving_steps=2).run()
+    assert all(torch.equal(*pair) for pair in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+
+
+def test_what_is_kept_is_the_average_of_the_weights(tmp_path: Path) -> None:
+    """Oracle: closed form, the exponential moving average that begins with the first step's weights."""
+    seen: list[Tensor] = []
+
+    class Watched(Training):
+        def _update(self) -> Tensor:
+            value = super()._update()
+            seen.append(self.network[0].weight.detach().clone())
+            return value
+
+    kept = Watched(network(), loss, tmp_path / "state.pt", 4, 1e-2).run()
+    expected = seen[0]
+    for weight in seen[1:]:
+        expected = AVERAGING * expected + (1 - AVERAGING) * weight
+    torch.testing.assert_close(kept[0].weight.detach(), expected)
+
+
+def test_every_sample_is_seen_once_an_epoch() -> None:
+    """Oracle: counting; the batch at an epoch's end takes the first samples of the next one."""
+    drawn = torch.cat([draw_numbers(0, step, batch_size=4, out_of=10) for step in range(10)])
+    epochs = drawn.split(10)
+    assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(draw_numbers(0, 3, batch_size=4, out_of=10), drawn[12:16])
+
+
+def test_scenes_are_kept_as_they_were_drawn(scenes, tmp_path: Path) -> None:
+    """Oracle: `draw_scene` itself, and the second reading, which draws nothing."""
+    scene = draw_scene(4, 7, pair_share=0.3)
+    torch.testing.assert_close(scenes.pixels(torch.tensor([7]))[0], from_pil(scene.image), atol=1e-6, rtol=0)
+    assert scenes.captions[7] == scene.caption
+    for number, label in enumerate(scenes.labels.tolist()):
+        objects = draw_scene(4, number, pair_share=0.3).objects
+        single = f"{objects[0].color} {objects[0].shape}"
+        assert label == (LABELS.index(single) if len(objects) == 1 else NO_LABEL)
+    scene_set(tmp_path, seed=4, count=2)
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    scene_set(tmp_path, seed=4, count=2)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept
+
+
+def test_pairs_are_as_frequent_as_asked_for() -> None:
+    """Oracle: the extremes, and that half of them is what scenes had before this could be chosen."""
+    assert {len(draw_scene(0, number, pair_share=0.0).objects) for number in range(20)} == {1}
+    assert {len(draw_scene(0, number, pair_share=1.0).objects) for number in range(20)} == {2}
+    assert draw_scene(0, 3) == draw_scene(0, 3, pair_share=0.5) or draw_scene(0, 3).caption == draw_scene(0, 3, pair_share=0.5).caption
+
+
+def test_tokenizer_knows_every_word_and_spells_the_others(scenes, tmp_path: Path) -> None:
+    """Oracle: one token for each word of a caption, as CLIP has it; and decoding, which gives any text back."""
+    tokenizer = learn_tokenizer(scenes.captions, tmp_path)
+    for caption in scenes.captions[:20]:
+        assert tokenizer.tokenize(caption) == [f"{word}</w>" for word in caption.split()]
+    for text in ("a zebra on mars", "painting, x 42!"):
+        tokens = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(tokens, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
+    padded = tokenizer([""], padding="max_length")["input_ids"][0]
+    assert len(padded) == MAX_TOKENS and set(padded[1:]) == {tokenizer.eos_token_id}
+
+
+def test_velocity_loss_of_a_perfect_prediction_is_zero() -> None:
+    """Oracle: closed form. For latents of 0, v is sqrt(a) noise, which the noised latents tell exactly."""
+    scheduler = diffusion.build_scheduler()
+    scale = scheduler.alphas_cumprod.sqrt()
+
+    def predict(network: nn.Module, noised: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
+        a = scale[timesteps][:, None, None, None]
+        return noised * a / (1 - a**2).sqrt()
+
+    value = diffusion.velocity_loss(
+        nn.Linear(1, 1), 3, predict=predict, scheduler=scheduler, latents=torch.zeros(8, 4, 4, 4),
+        tokens=torch.zeros(9, 5, dtype=torch.long), batch_size=6, seed=0,
+    )  # fmt: skip
+    assert value.item() < 1e-6
+    assert scheduler.alphas_cumprod[-1] == 0  # the last timestep is pure noise
+
+
+def test_one_step_of_each_network_changes_it(scenes, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    """Oracle: the real trainings of two steps; their results are of the classes that transformers loads."""
+    options = {
+        "work_dir": tmp_path, "steps": 2, "batch_size": 4, "learning_rate": 1e-3, "seed": 0, "device": "cpu", "torch_compile": False,
+    }  # fmt: skip
+    model = classifier.train_classifier(scenes, tiny_vae, **options)
+    assert model.config.id2label == dict(enumerate(LABELS))
+    fresh = classifier.build_classifier()
+    assert model.num_parameters() == fresh.num_parameters()
+    tokenizer = learn_tokenizer(scenes.captions, tmp_path / "tokenizer")
+    pipeline = diffusion.build_pipeline(scenes, tiny_vae, tokenizer, **options)
+    images = pipeline(["a red circle", ""], num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0))
+    assert images.images.isfinite().all() and len(images.images) == 2
+
+
+def test_latents_are_those_that_a_pipeline_would_make(scenes, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    """Oracle: the posterior's mean times the scaling factor, within half precision."""
+    latents = diffusion.scaled_latents(tiny_vae, scenes, tmp_path / "latents.safetensors")
+    with torch.no_grad():
+        mean = tiny_vae.encode(scenes.pixels(torch.arange(3))).latent_dist.mean
+    torch.testing.assert_close(latents[:3].float(), mean * tiny_vae.config.scaling_factor, rtol=2e-3, atol=2e-3)
+
+
+def test_half_of_the_classifier_s_images_are_mirrored() -> None:
+    """Oracle: each image is itself or its mirror image, and both occur."""
+    images = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    result = classifier.mirrored(images, torch.Generator().manual_seed(1))
+    same = [torch.equal(one, other) for one, other in zip(images, result, strict=True)]
+    assert all(is_same or torch.equal(image.flip(2), other) for is_same, image, other in zip(same, images, result, strict=True))
+    assert 16 < sum(same) < 48
+
+
