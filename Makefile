@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | faults | test-hub | miniature | clean
+# make setup | demo | paper | paper-quick | test | test-slow | faults | test-hub | miniature | clean
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -10,7 +10,7 @@ DEMO := accelerate launch --num_processes 1 --num_machines 1 --mixed_precision n
 	--recipe fast --resolution 64 --train_batch_size 8 --max_train_steps 600 --learning_rate 5e-4 --lpips_weight 0 \
 	--random_flip --no-torch_compile --num_validation_images 16 --validation_steps 300 --output_dir outputs/demo
 
-.PHONY: setup demo test test-slow faults test-hub miniature clean
+.PHONY: setup demo paper paper-quick test test-slow faults test-hub miniature clean
 
 setup: $(VENV)/.installed
 
@@ -62,8 +62,19 @@ test-hub-%: .venv-hub/%/.installed
 		echo 'import sys; sys.modules["$(HIDDEN)"] = None' > hidden.pth)
 	touch $@
 
-miniature: setup
-	$(RUN) python -m miniature.build
+# Needs transformers as well. The diffusion model takes most of the time, an hour and a half on 2 cores.
+miniature: $(VENV)/.installed-test
+	$(RUN) python -m miniature.build vae
+	$(RUN) python -m miniature.build clip
+	$(RUN) python -m miniature.build classifier
+	$(RUN) python -m miniature.build diffusion
+	$(RUN) python -m miniature.measure_world
+
+paper: $(VENV)/.installed-test
+	$(RUN) python -m miniature.paper
+
+paper-quick: $(VENV)/.installed-test
+	$(RUN) python -m miniature.paper --quick --output_dir outputs/paper-quick
 
 clean:
 	rm -rf outputs $(VENV) .venv-hub

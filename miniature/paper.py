@@ -76,7 +76,7 @@ def main() -> None:
     run.scenes("scenes", max(scale.images, scale.poisoned_set), seed=0)
     for name, flags in VARIANTS.items():
         run.train(name, flags, scale)
-    run.evaluate("reconstruction", VARIANTS, reconstruction_flags(scale))
+    run.evaluate("reconstruction", VARIANTS, reconstruction_flags(scale, args.output_dir / "training-scenes/00000.png"))
     run.evaluate("generation", VARIANTS, generation_flags(scale))
     run.evaluate("editing", DOWNSTREAM, editing_flags(scale))
     run.evaluate("poisoning", DOWNSTREAM, poisoning_flags(scale))
@@ -91,11 +91,11 @@ def networks(scale: Scale) -> list[str]:
     ]  # fmt: skip
 
 
-def reconstruction_flags(scale: Scale) -> list[object]:
+def reconstruction_flags(scale: Scale, target: Path) -> list[object]:
     steps = scale.attack_steps
     return [
         "--num_images", scale.edited, "--attacks", "clean", "noise", f"apgd-{steps}", "photoguard-encoder", "mist-textural",
-        "nightshade", "--target", WEIGHTS / "target.png", "--max_attack_steps", steps, "--epsilons", "8/255",
+        "nightshade", "--target", target, "--max_attack_steps", steps, "--epsilons", "8/255",
         "--metrics", "psnr", "ssim", "drift", "--num_check_images", 2,
     ]  # fmt: skip
 
