@@ -9,6 +9,8 @@ seen next.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from diffusers import AutoencoderKL
 from miniature import autoencoder, classifier, contrastive, diffusion
 from miniature.scene_set import SceneSet, scene_set
 from miniature.tokens import learn_tokenizer
+from miniature.training import Settings
 
 WEIGHTS = Path("miniature/weights")
 
@@ -29,14 +32,14 @@ def main() -> None:
 def build_clip(args: argparse.Namespace) -> None:
     scenes = scenes_of(args)
     tokenizer = learn_tokenizer(scenes.captions, args.work_dir / "tokenizer")
-    model = contrastive.train_clip(scenes, tokenizer, **training_options(args))
+    model = contrastive.train_clip(scenes, tokenizer, settings_of(args))
     model.save_pretrained(args.output_dir)
     contrastive.build_processor(tokenizer).save_pretrained(args.output_dir)
 
 
 def build_classifier(args: argparse.Namespace) -> None:
     vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False)
-    model = classifier.train_classifier(scenes_of(args), vae, **training_options(args))
+    model = classifier.train_classifier(scenes_of(args), vae, settings_of(args))
     model.save_pretrained(args.output_dir)
     classifier.build_image_processor().save_pretrained(args.output_dir)
 
@@ -45,16 +48,15 @@ def build_diffusion(args: argparse.Namespace) -> None:
     scenes = scenes_of(args)
     tokenizer = learn_tokenizer(scenes.captions, args.work_dir / "tokenizer")
     vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False)
-    diffusion.build_pipeline(scenes, vae, tokenizer, **training_options(args)).save_pretrained(args.output_dir)
+    diffusion.build_pipeline(scenes, vae, tokenizer, settings_of(args)).save_pretrained(args.output_dir)
 
 
 def scenes_of(args: argparse.Namespace) -> SceneSet:
     return scene_set(args.work_dir, seed=args.seed, count=args.num_scenes)
 
 
-def training_options(args: argparse.Namespace) -> dict[str, object]:
-    names = ("work_dir", "steps", "batch_size", "learning_rate", "seed", "device", "torch_compile")
-    return {name: getattr(args, name) for name in names}
+def settings_of(args: argparse.Namespace) -> Settings:
+    return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
 
 
 def parse_args() -> argparse.Namespace:
@@ -77,7 +79,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def add_command(commands, name: str, build, *, output: str) -> argparse.ArgumentParser:
+def add_command(
+    commands: argparse._SubParsersAction, name: str, build: Callable[[argparse.Namespace], None], *, output: str
+) -> argparse.ArgumentParser:
     command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.set_defaults(build=build)
     command.add_argument("--output_dir", type=Path, default=WEIGHTS / output)

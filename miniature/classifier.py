@@ -6,18 +6,19 @@ whether an image shows what it was asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import RegNetConfig, RegNetForImageClassification, ViTImageProcessor
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from miniature.contrastive import HALVES
 from miniature.scene_set import LABELS, NO_LABEL, SIZE, SceneSet
-from miniature.training import Training, draw_numbers
+from miniature.training import Settings, Training, draw_numbers
 
 
 def build_classifier() -> RegNetForImageClassification:
@@ -34,40 +35,35 @@ def build_image_processor() -> ViTImageProcessor:
     return ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=HALVES, image_std=HALVES)
 
 
-def train_classifier(
-    scenes: SceneSet,
-    vae: AutoencoderKL,
-    *,
-    work_dir: Path,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    device: str,
-    torch_compile: bool,
-) -> RegNetForImageClassification:
-    """Trains on the scenes of one object; what was trained before in `work_dir` is gone on with."""
-    torch.manual_seed(seed)
-    network = build_classifier().to(device, memory_format=torch.channels_last)
-    single = (scenes.labels != NO_LABEL).nonzero().flatten()
-    vae = vae.to(device, memory_format=torch.channels_last)
-    predict, reconstruct = RegNetForImageClassification.forward, partial(reconstructed, vae)
-    if torch_compile:
-        predict, reconstruct = torch.compile(predict), torch.compile(reconstruct)
+def train_classifier(scenes: SceneSet, vae: AutoencoderKL, settings: Settings) -> RegNetForImageClassification:
+    """Trains on the scenes of one object; what was trained before in the settings' `work_dir` is gone on with."""
+    torch.manual_seed(settings.seed)
+    network = build_classifier().to(settings.device, memory_format=torch.channels_last)
+    vae = vae.to(settings.device, memory_format=torch.channels_last)
     loss = partial(
-        cross_entropy, predict=predict, reconstruct=reconstruct, scenes=scenes, single=single, batch_size=batch_size, seed=seed
-    )
-    trained = Training(network, loss, work_dir / "classifier.pt", steps, learning_rate).run()
-    return trained.to(memory_format=torch.contiguous_format)
+        cross_entropy,
+        predict=settings.compiled(RegNetForImageClassification.forward),
+        reconstruct=settings.compiled(partial(reconstructed, vae)),
+        scenes=scenes, single=(scenes.labels != NO_LABEL).nonzero().flatten(), settings=settings,
+    )  # fmt: skip
+    trained = Training(network, loss, settings.work_dir / "classifier.pt", settings.steps, settings.learning_rate).run()
+    return trained.to(memory_format=torch.contiguous_format)  # safetensors takes no other format
 
 
 def cross_entropy(
-    network: nn.Module, step: int, *, predict, reconstruct, scenes: SceneSet, single: Tensor, batch_size: int, seed: int
+    network: RegNetForImageClassification,
+    step: int,
+    *,
+    predict: Callable[..., ImageClassifierOutputWithNoAttention],
+    reconstruct: Callable[[Tensor], Tensor],
+    scenes: SceneSet,
+    single: Tensor,
+    settings: Settings,
 ) -> Tensor:
     """Of mirrored scenes, half of them as the VAE returns them: so the diffusion model's images will look."""
-    numbers = single[draw_numbers(seed, step, batch_size=batch_size, out_of=len(single))]
+    numbers = single[draw_numbers(settings.seed, step, batch_size=settings.batch_size, out_of=len(single))]
     device = network.device
-    pixels = mirrored(scenes.pixels(numbers), torch.Generator().manual_seed(seed * 1_000_003 + step))
+    pixels = mirrored(scenes.pixels(numbers), torch.Generator().manual_seed(settings.seed * 1_000_003 + step))
     pixels = pixels.to(device, memory_format=torch.channels_last)
     seen, drawn = pixels.chunk(2)
     with torch.no_grad():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers.models.clip.modeling_clip import CLIPOutput
 
 from miniature.scene_set import SIZE, SceneSet
-from miniature.training import Training, draw_numbers
+from miniature.tokens import special_tokens
+from miniature.training import Settings, Training, draw_numbers
 
 HALVES = [0.5, 0.5, 0.5]
 
@@ -32,36 +34,31 @@ def build_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
     return CLIPProcessor(images, tokenizer)
 
 
-def train_clip(
-    scenes: SceneSet,
-    tokenizer: CLIPTokenizer,
-    *,
-    work_dir: Path,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    device: str,
-    torch_compile: bool,
-) -> CLIPModel:
-    """Trains on the captioned scenes; what was trained before in `work_dir` is gone on with."""
-    torch.manual_seed(seed)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    network = build_clip(len(tokenizer), tokenizer.model_max_length, special).to(device)
+def train_clip(scenes: SceneSet, tokenizer: CLIPTokenizer, settings: Settings) -> CLIPModel:
+    """Trains on the captioned scenes; what was trained before in the settings' `work_dir` is gone on with."""
+    torch.manual_seed(settings.seed)
+    network = build_clip(len(tokenizer), tokenizer.model_max_length, special_tokens(tokenizer)).to(settings.device)
     encoded = tokenizer(scenes.captions, padding=True, return_tensors="pt")
     loss = partial(
         contrastive_loss,
-        predict=torch.compile(CLIPModel.forward) if torch_compile else CLIPModel.forward,
-        scenes=scenes, tokens=encoded["input_ids"], mask=encoded["attention_mask"], batch_size=batch_size, seed=seed,
+        predict=settings.compiled(CLIPModel.forward),
+        scenes=scenes, tokens=encoded["input_ids"], mask=encoded["attention_mask"], settings=settings,
     )  # fmt: skip
-    return Training(network, loss, work_dir / "clip.pt", steps, learning_rate).run()
+    return Training(network, loss, settings.work_dir / "clip.pt", settings.steps, settings.learning_rate).run()
 
 
 def contrastive_loss(
-    network: CLIPModel, step: int, *, predict, scenes: SceneSet, tokens: Tensor, mask: Tensor, batch_size: int, seed: int
+    network: CLIPModel,
+    step: int,
+    *,
+    predict: Callable[..., CLIPOutput],
+    scenes: SceneSet,
+    tokens: Tensor,
+    mask: Tensor,
+    settings: Settings,
 ) -> Tensor:
     """Cross entropy of finding each image's caption in the batch, and each caption's image."""
-    numbers = draw_numbers(seed, step, batch_size=batch_size, out_of=len(scenes.captions))
+    numbers = draw_numbers(settings.seed, step, batch_size=settings.batch_size, out_of=len(scenes.captions))
     device = network.device
     return predict(
         network,

@@ -8,6 +8,7 @@ that, images of one flat colour would all come out of a middling brightness.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from miniature.scene_set import SceneSet
-from miniature.training import Training, draw_numbers
+from miniature.tokens import special_tokens
+from miniature.training import Settings, Training, draw_numbers
 from srl_utils.checkpoints import write_atomically
 
 NO_PROMPT_SHARE = 0.1
@@ -72,30 +74,23 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_pipeline(
-    scenes: SceneSet,
-    vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    *,
-    work_dir: Path,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    device: str,
-    torch_compile: bool,
+    scenes: SceneSet, vae: AutoencoderKL, tokenizer: CLIPTokenizer, settings: Settings
 ) -> StableDiffusionPipeline:
-    """Trains on the captioned scenes; what was trained before in `work_dir` is gone on with."""
-    torch.manual_seed(seed)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    network = PromptedDenoiser(len(tokenizer), tokenizer.model_max_length, special, vae.config.latent_channels)
-    network = network.to(device, memory_format=torch.channels_last)
-    latents = scaled_latents(vae.to(device), scenes, work_dir / f"latents-{len(scenes.captions)}.safetensors")
-    tokens = tokenizer([*scenes.captions, ""], padding="max_length", return_tensors="pt")["input_ids"]
-    predict = torch.compile(PromptedDenoiser.forward) if torch_compile else PromptedDenoiser.forward
+    """Trains on the captioned scenes; what was trained before in the settings' `work_dir` is gone on with."""
+    torch.manual_seed(settings.seed)
+    network = PromptedDenoiser(
+        len(tokenizer), tokenizer.model_max_length, special_tokens(tokenizer), vae.config.latent_channels
+    ).to(settings.device, memory_format=torch.channels_last)
+    kept = settings.work_dir / f"latents-{len(scenes.captions)}.safetensors"
     loss = partial(
-        velocity_loss, predict=predict, scheduler=build_scheduler(), latents=latents, tokens=tokens, batch_size=batch_size, seed=seed
+        velocity_loss,
+        predict=settings.compiled(PromptedDenoiser.forward),
+        scheduler=build_scheduler(),
+        latents=scaled_latents(vae.to(settings.device), scenes, kept),
+        tokens=tokenizer([*scenes.captions, ""], padding="max_length", return_tensors="pt")["input_ids"],
+        settings=settings,
     )
-    trained = Training(network, loss, work_dir / "diffusion.pt", steps, learning_rate).run()
+    trained = Training(network, loss, settings.work_dir / "diffusion.pt", settings.steps, settings.learning_rate).run()
     trained = trained.to(memory_format=torch.contiguous_format)  # safetensors takes no other format
     return StableDiffusionPipeline(
         vae=vae,
@@ -109,15 +104,24 @@ def build_pipeline(
     )
 
 
-def velocity_loss(network, step, *, predict, scheduler, latents, tokens, batch_size: int, seed: int) -> Tensor:
+def velocity_loss(
+    network: nn.Module,
+    step: int,
+    *,
+    predict: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
+    scheduler: DDIMScheduler,
+    latents: Tensor,
+    tokens: Tensor,
+    settings: Settings,
+) -> Tensor:
     """Mean squared error of v (Salimans and Ho, arXiv 2202.00512) at timesteps and noise drawn for this step."""
     device = next(network.parameters()).device
-    numbers = draw_numbers(seed, step, batch_size=batch_size, out_of=len(latents))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    numbers = draw_numbers(settings.seed, step, batch_size=settings.batch_size, out_of=len(latents))
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     clean = latents[numbers].float()
     noise = torch.randn(clean.shape, generator=generator)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
-    unprompted = torch.rand(batch_size, generator=generator) < NO_PROMPT_SHARE
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
+    unprompted = torch.rand(len(clean), generator=generator) < NO_PROMPT_SHARE
     prompts = torch.where(unprompted[:, None], tokens[-1], tokens[numbers])
     noised = scheduler.add_noise(clean, noise, timesteps).to(device, memory_format=torch.channels_last)
     wanted = scheduler.get_velocity(clean, noise, timesteps).to(device)

@@ -33,3 +33,8 @@ def learn_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.model.save(str(folder))
     return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+
+
+def special_tokens(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    """As the configuration of a text model names them."""
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,24 @@ from srl_utils.checkpoints import write_atomically
 WARMUP_STEPS = 200
 AVERAGING = 0.999
 """Decay of the weights' exponential moving average, which is what is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a network is trained."""
+
+    work_dir: Path
+    """Keeps the state that a stopped training goes on from."""
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    device: str
+    torch_compile: bool
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, compiled if that is wanted."""
+        return torch.compile(function) if self.torch_compile else function
 
 
 @dataclass(eq=False)

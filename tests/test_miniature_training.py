@@ -9,17 +9,23 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from miniature import classifier, diffusion
+from miniature import classifier, contrastive, diffusion
 from miniature.scene_set import LABELS, NO_LABEL, scene_set
 from miniature.scenes import draw_scene
 from miniature.tokens import MAX_TOKENS, learn_tokenizer
-from miniature.training import AVERAGING, Training, draw_numbers
+from miniature.training import AVERAGING, Settings, Training, draw_numbers
 from srl_utils.images import from_pil
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     return scene_set(tmp_path_factory.mktemp("scenes"), seed=4, count=60, pair_share=0.3)
+
+
+def settings(work_dir: Path, *, batch_size: int = 4) -> Settings:
+    return Settings(
+        work_dir=work_dir, steps=2, batch_size=batch_size, learning_rate=1e-3, seed=0, device="cpu", torch_compile=False
+    )
 
 
 def network() -> nn.Module:
@@ -119,7 +125,7 @@ def test_velocity_loss_of_a_perfect_prediction_is_zero() -> None:
 
     value = diffusion.velocity_loss(
         nn.Linear(1, 1), 3, predict=predict, scheduler=scheduler, latents=torch.zeros(8, 4, 4, 4),
-        tokens=torch.zeros(9, 5, dtype=torch.long), batch_size=6, seed=0,
+        tokens=torch.zeros(9, 5, dtype=torch.long), settings=settings(Path("unused"), batch_size=6),
     )  # fmt: skip
     assert value.item() < 1e-6
     assert scheduler.alphas_cumprod[-1] == 0  # the last timestep is pure noise
@@ -127,15 +133,12 @@ def test_velocity_loss_of_a_perfect_prediction_is_zero() -> None:
 
 def test_one_step_of_each_network_changes_it(scenes, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
     """Oracle: the real trainings of two steps; their results are of the classes that transformers loads."""
-    options = {
-        "work_dir": tmp_path, "steps": 2, "batch_size": 4, "learning_rate": 1e-3, "seed": 0, "device": "cpu", "torch_compile": False,
-    }  # fmt: skip
-    model = classifier.train_classifier(scenes, tiny_vae, **options)
+    model = classifier.train_classifier(scenes, tiny_vae, settings(tmp_path))
     assert model.config.id2label == dict(enumerate(LABELS))
-    fresh = classifier.build_classifier()
-    assert model.num_parameters() == fresh.num_parameters()
     tokenizer = learn_tokenizer(scenes.captions, tmp_path / "tokenizer")
-    pipeline = diffusion.build_pipeline(scenes, tiny_vae, tokenizer, **options)
+    pipeline = diffusion.build_pipeline(scenes, tiny_vae, tokenizer, settings(tmp_path))
+    clip = contrastive.train_clip(scenes, tokenizer, settings(tmp_path))
+    assert clip.config.text_config.vocab_size == len(tokenizer)
     images = pipeline(["a red circle", ""], num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0))
     assert images.images.isfinite().all() and len(images.images) == 2
 

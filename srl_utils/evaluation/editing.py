@@ -103,7 +103,8 @@ def _image_and_blending(codec: Codec, shown: Tensor, generators: Generators) -> 
     """
     latents = codec.scale(codec.encode(to_model_range(shown)))
     hole = torch.nn.functional.interpolate(central_mask(shown), latents.shape[2:])
-    noise = draw_normal(generators, like=latents)
+    # From copies: the pipeline itself draws what it would draw without a hole.
+    noise = draw_normal([_copied(generator) for generator in generators], like=latents)
 
     def set_back(pipe: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         following = pipe.scheduler.timesteps[step + 1 : step + 2]
@@ -111,6 +112,10 @@ def _image_and_blending(codec: Codec, shown: Tensor, generators: Generators) -> 
         return {"latents": torch.where(hole > 0, tensors["latents"], around.to(tensors["latents"].dtype))}
 
     return {"image": shown, "callback_on_step_end": set_back}
+
+
+def _copied(generator: torch.Generator) -> torch.Generator:
+    return torch.Generator().set_state(generator.get_state())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from srl_utils.evaluation.commands.common import (
     share,
     shared_effects,
 )
-from srl_utils.evaluation.editing import Editing, build_edits, replace_words
+from srl_utils.evaluation.editing import Edit, Editing, build_edits, replace_words
 from srl_utils.evaluation.sanity import Depth
 
 METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid")
@@ -32,14 +32,16 @@ PROTECTIONS = ("clean", "photoguard-encoder", "photoguard-diffusion", "mist-fuse
 
 
 def run(args: argparse.Namespace) -> int:
+    if (args.prompts is None) == (args.replace is None):
+        raise UserError("say what the images are to become: either --prompts FILE or --replace OLD=NEW, and not both")
+    judge = load_judge(args)
     setup = prepare(args)
     edits = build_edits(
         setup.pipeline, strengths=args.strengths, num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
     )  # fmt: skip
     if args.edits is not None:
-        edits = {name: edits[name] for name in args.edits if name in edits} or edits
-    judge = load_judge(args)
+        edits = chosen_edits(args.edits, edits)
     task = Editing(
         metrics=build_metrics(args, setup, judge),
         baseline=setup.codecs[0],
@@ -59,14 +61,19 @@ def run(args: argparse.Namespace) -> int:
     return run_study(args, setup, task, selection.perturbations, title="Editing under protection", depth=Depth())
 
 
+def chosen_edits(names: Sequence[str], edits: dict[str, Edit]) -> dict[str, Edit]:
+    unknown = [name for name in names if name not in edits]
+    if unknown:
+        raise UserError(f"--edits {unknown[0]}: this pipeline has {', '.join(edits)}")
+    return {name: edits[name] for name in dict.fromkeys(names)}
+
+
 def edit_prompts(args: argparse.Namespace, setup: Setup) -> Sequence[str]:
     """One for each image: a line of --prompts, or the image's caption with words replaced.
 
     Raises:
         UserError: if there is none for an image, or the words to be replaced are nowhere.
     """
-    if (args.prompts is None) == (args.replace is None):
-        raise UserError("say what the images are to become: either --prompts FILE or --replace OLD=NEW, and not both")
     if args.prompts is not None:
         return read_prompts(args.prompts, len(setup.images))
     if not all(setup.captions):
@@ -110,7 +117,7 @@ def effects(args: argparse.Namespace) -> Effects:
         **shared_effects(args),
         **attack_effects(args),
         **pipeline_effects(args),
-        "caption_column": (args.replace is not None, "--replace, which edits captions"),
+        "caption_column": (args.prompts is None, "--replace, which edits captions"),
     }
 
 

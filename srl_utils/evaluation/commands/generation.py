@@ -26,12 +26,12 @@ METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid", 
 
 
 def run(args: argparse.Namespace) -> int:
+    judge = load_judge(args)
     setup = prepare(args)
     if not all(setup.captions):
         raise UserError("generation needs a caption for every image; name their column: --caption_column")
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     edits = build_edits(setup.pipeline, strengths=args.strengths, **settings)
-    judge = load_judge(args)
     task = Generation(
         metrics=build_metrics(args, setup, judge),
         baseline=setup.codecs[0],

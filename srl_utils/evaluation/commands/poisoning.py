@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         lora_rank=args.lora_rank,
     )  # fmt: skip
     finetuning.check()
+    judge = load_judge(args)
     setup = prepare(args)
     if not all(setup.captions):
         raise UserError("poisoning needs a caption for every image; name their column: --caption_column")
@@ -56,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
         setup.captions, concept=args.concept, target=args.target_concept, num_poisons=max(args.num_poisons),
         num_held_out=args.num_generated,
     )  # fmt: skip
-    judge = load_judge(args)
     task = Poisoning(
         metrics=build_metrics(args, setup, judge),
         text_to_image=build_text_to_image(
