@@ -377,7 +377,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--output_dir", type=folder, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
     given = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(given, argparse.Namespace(arguments=given))
-    command.refuse_without_effect(args, effects(args))
+    command.refuse_without_effect(effects(args))
     return args
 
 
