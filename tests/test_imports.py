@@ -80,7 +80,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipelines.swapping": {"errors", "autoencoders"},
     "pipelines.sanitizing": {"autoencoders", "images", "pictures", "pipelines.swapping"},
     "pipelines.__main__": {
-        "checkpoints", "command_line", "errors", "pictures", "pipelines.sanitizing", "pipelines.swapping"
+        "checkpoints", "command_line", "errors", "pictures", "pipelines.sanitizing", "pipelines.swapping", "resources"
     },
     "journal": {"checkpoints"},
     "evaluation.judge": {

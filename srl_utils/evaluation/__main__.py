@@ -22,7 +22,7 @@ from torch import Tensor
 
 from srl_utils.attacks.protections import PROTECTIONS
 from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource
-from srl_utils.checkpoints import write_text_atomically
+from srl_utils.checkpoints import read_json, write_text_atomically
 from srl_utils.codecs import Codec, load_codec
 from srl_utils.command_line import (
     Effects,
@@ -36,12 +36,12 @@ from srl_utils.command_line import (
 )
 from srl_utils.data import load_validation_images
 from srl_utils.errors import UserError
-from srl_utils.evaluation.catalogue import Supplies, expanded, known_names, select
+from srl_utils.evaluation.catalogue import ITERATED, NOISE, Supplies, expanded, known_names, select
 from srl_utils.evaluation.document import Findings, write_report
 from srl_utils.evaluation.extremes import draw_extremes
 from srl_utils.evaluation.reconstruction import Record
 from srl_utils.evaluation.sanity import Check, Depth, check_robustness
-from srl_utils.evaluation.study import THREAT_MODELS, Metrics, Study
+from srl_utils.evaluation.study import THREAT_MODELS, Job, Metrics, Study
 from srl_utils.locking import sole_run
 from srl_utils.losses import PerceptualDistance, load_perceptual_distance
 from srl_utils.metrics import SSIM_WINDOW
@@ -91,11 +91,22 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for note in notes:
         accelerator.print(note)
+    if args.dry_run:
+        accelerator.print(describe(study))
+        return 0
     with sole_run(args.output_dir, is_main_process=accelerator.is_main_process):
         records = study.run()
         if accelerator.is_main_process:
             conclude(args, accelerator, study, records, notes)
     return 0
+
+
+def describe(study: Study) -> str:
+    """What the study would compute."""
+    cells = list(study.cells())
+    passes = sum(Job(cell, range(len(study.images))).cost for cell in cells)
+    titles = "\n".join(f"  {cell.title}" for cell in cells)
+    return f"{len(study.images)} images, {len(study.codecs)} VAEs, {passes} passes through one, in {len(cells)} cells\n{titles}"
 
 
 def conclude(
@@ -244,7 +255,7 @@ def build_supplies(args: argparse.Namespace, accelerator: Accelerator, notes: li
 
 def load_pipeline(place: str) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(place)
+        return DiffusionPipeline.from_pretrained(place, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"--pipeline {place} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 
@@ -281,7 +292,7 @@ def run_checks(args: argparse.Namespace, study: Study) -> dict[str, list[Check]]
         if not path.exists():
             found = check_robustness(codec, study.baseline, images, epsilon=epsilon, seed=args.seed, depth=depth)
             write_text_atomically(path, json.dumps([asdict(check) for check in found], indent=1) + "\n")
-        checks[codec.name] = [Check(**check) for check in json.loads(path.read_text())]
+        checks[codec.name] = [Check(**check) for check in read_json(path)]
     return checks
 
 
@@ -374,6 +385,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: accelerate's configuration")
     add("--no_checks", action="store_true", help="leave out the checks of the robustness")
     add("--num_check_images", type=positive_int, default=8, help="images that the checks use")
+    add("--dry_run", action="store_true", help="check everything, print what would be computed, stop")
     add("--output_dir", type=folder, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
     given = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(given, argparse.Namespace(arguments=given))
@@ -384,6 +396,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 def effects(args: argparse.Namespace) -> Effects:
     """By flag, whether it has an effect beside the others, and what it needs to have one."""
     names = expanded(args.attacks)
+    adversarial = any(name in PROTECTIONS or ITERATED.fullmatch(name) for name in names)
     protections = [PROTECTIONS[name] for name in names if name in PROTECTIONS]
     data_set = args.dataset_name not in (None, PHOTOGRAPHS)
     return {
@@ -395,6 +408,8 @@ def effects(args: argparse.Namespace) -> Effects:
         "pipeline": (any(protection.needs_denoiser for protection in protections), "an attack on a denoiser"),
         "target": (any(protection.has_target for protection in protections), "an attack with a target"),
         "max_attack_steps": (bool(protections), "a published protection among --attacks"),
+        "epsilons": (adversarial or NOISE in names or not args.no_checks, "an attack, noise, or the checks"),
+        "threat_models": (adversarial, "an attack on a VAE among --attacks"),
         "num_check_images": (not args.no_checks, "the checks, which --no_checks leaves out"),
     }
 
