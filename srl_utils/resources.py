@@ -18,7 +18,7 @@ TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|iostream error")
 MEMORY = re.compile(r"out of memory|can't allocate memory|DefaultCPUAllocator|Cannot allocate memory")
 WANTED = re.compile(r"allocate ([\d.]+ (?:bytes|[KMGTPE]iB))")
 LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Connection refused|gloo|NCCL|Broken pipe", re.IGNORECASE)
-LOST_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (.*)")
+LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (.*)")
 WHOLE = "what was saved before is whole: run the same command again, a training with --resume_from_checkpoint latest"
 LESS_MEMORY = (
     "a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing, --mixed_precision "

@@ -227,8 +227,7 @@ def test_a_pickle_under_the_name_of_safetensors_is_not_run(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("alone", [False, True], ids=["in a folder", "alone"])
-@pytest.mark.parametrize("name", [PICKLE, "vae.pt", "model.ckpt", "pytorch_model.bin"])
+@pytest.mark.parametrize(("name", "alone"), [(PICKLE, False), ("vae.pt", False), ("model.ckpt", True)])
 @pytest.mark.parametrize("hostile", [False, True], ids=["honest", "hostile"])
 def test_the_command_that_converts(hostile: bool, name: str, alone: bool, vae: Path, tmp_path: Path) -> None:
     """Oracle: the command as printed, run by a shell: the same tensors as safetensors, or a failure that runs nothing."""
@@ -261,7 +260,7 @@ def test_a_pickle_in_a_pipeline_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "proof").exists()
 
 
-@pytest.mark.parametrize("net", LPIPS_TRUNKS)
+@pytest.mark.parametrize("net", ["alex", "squeeze"])  # the one of vgg is half a gigabyte
 @pytest.mark.parametrize("save", [torch.save, lambda mark, path: path.write_bytes(pickle.dumps(mark))], ids=["zip", "raw"])
 def test_a_pickle_in_place_of_a_trunk_of_lpips_is_not_run(
     save: Callable[[object, Path], object], net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
