@@ -1036,7 +1036,7 @@ def published_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that differ from the paper's or the recipe's; of a path on this machine only its last part."""
     paper, recipe = recipe_arguments("paper"), recipe_arguments(args.recipe)
     return {
-        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        name: Path(value).name.strip() or value if isinstance(value, str) and Path(value).is_absolute() else value
         for name, value in json_arguments(args).items()
         if value != paper[name] or value != recipe[name]
     }

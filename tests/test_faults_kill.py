@@ -149,7 +149,10 @@ def undisturbed(
 
 
 def moments(operations: list[str]) -> dict[str, list[int]]:
-    """The numbers of those in the middle of a checkpoint's writing, of pruning, of the final save, and of any."""
+    """The numbers of those of a checkpoint's writing, of pruning, of the final save, and of all up to it.
+
+    After it comes what the other processes need not wait for.
+    """
     pruning, pruned = [], False
     for number, operation in enumerate(operations, start=1):
         if pruned:
@@ -161,7 +164,7 @@ def moments(operations: list[str]) -> dict[str, list[int]]:
         for words in ((".checkpoint-", ".partial"), (".drop-in.partial",))
     )
     assert pruning and writing and saving
-    return {"writing": writing, "pruning": pruning, "saving": saving, "any": list(range(1, len(operations) + 1))}
+    return {"writing": writing, "pruning": pruning, "saving": saving, "any": list(range(1, saving[-1] + 1))}
 
 
 def assert_same_result(folder: Path, expected: Path) -> None:
