@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from srl_utils.errors import UserError
+from srl_utils.errors import ResourceError, UserError
 from srl_utils.pictures import (
     DECODE_ATTEMPTS,
     Framing,
@@ -40,6 +40,7 @@ from srl_utils.pictures import (
     decode_rgb,
     to_tensor,
 )
+from srl_utils.resources import LOST_WORKER
 from srl_utils.sources import DataSource, Images, StreamImages, open_images, open_validation_folder
 
 logger = logging.getLogger(__name__)
@@ -389,6 +390,8 @@ def _without_worker_traceback(loader: DataLoader) -> Iterator[Batch]:
         traceback.clear_frames(error.__traceback__)
         if "DataLoader timed out" in str(error):
             raise UserError(STALLED.format(LONGEST_STALL)) from None
+        if isinstance(error, (EOFError, OSError)) and not str(error).startswith("Caught"):  # in a worker that lives
+            raise ResourceError(LOST_WORKER) from None
         if not isinstance(error, UserError):
             raise
         # torch puts the traceback of the worker in front of the message.

@@ -70,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "pictures": {"images", "errors"},
     "sources": {"photographs", "errors", "pictures"},
-    "data": {"errors", "pictures", "sources"},
+    "data": {"errors", "pictures", "resources", "sources"},
     "integrity": set(),
     "locking": {"errors"},
     "resources": {"errors"},
