@@ -390,7 +390,8 @@ def _without_worker_traceback(loader: DataLoader) -> Iterator[Batch]:
         traceback.clear_frames(error.__traceback__)
         if "DataLoader timed out" in str(error):
             raise UserError(STALLED.format(LONGEST_STALL)) from None
-        if isinstance(error, (EOFError, OSError)) and not str(error).startswith("Caught"):  # in a worker that lives
+        of_a_worker = str(error).startswith("Caught")  # one that lives, and sends what it caught
+        if loader.num_workers and isinstance(error, (EOFError, OSError)) and not of_a_worker:
             raise ResourceError(LOST_WORKER) from None
         if not isinstance(error, UserError):
             raise
