@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -850,7 +850,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     recipe = parser.parse_known_args(arguments)[0].recipe
     parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args(arguments)
-    parser.refuse_without_effect(args, training_effects(args))
+    parser.refuse_without_effect(training_effects(args))
     return args
 
 
@@ -1034,23 +1034,39 @@ def json_arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@cache
+def recipe_arguments(recipe: str) -> dict[str, Any]:
+    """What `json_arguments` are where nothing but the recipe is given."""
+    return json_arguments(parse_args(["--recipe", recipe]))
+
+
 def published_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that differ from the defaults; of a path on this machine only the last part is told."""
-    defaults = json_arguments(parse_args([]))
-    changed = {name: value for name, value in json_arguments(args).items() if value != defaults[name]}
+    """The arguments that differ from the paper's or the recipe's; of a path on this machine only its last part."""
+    paper, recipe = recipe_arguments("paper"), recipe_arguments(args.recipe)
     return {
-        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-        for name, value in changed.items()
+        name: Path(value).name.strip() or value if isinstance(value, str) and Path(value).is_absolute() else value
+        for name, value in json_arguments(args).items()
+        if value != paper[name] or value != recipe[name]
     }
 
 
 def training_command(args: argparse.Namespace) -> str:
-    """The command line of this run, with the arguments that are published."""
+    """The command line of this run, with the published arguments that the recipe does not imply."""
+    recipe = recipe_arguments(args.recipe)
     words = ["accelerate", "launch", "train_srl_vae.py"]
     for name, value in published_arguments(args).items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        words += [f"--{name}", *map(str, values)]
+        if name == "recipe" or value != recipe[name]:
+            words += words_of_flag(name, value)
     return shlex.join(words)
+
+
+def words_of_flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    values = [str(part) for part in (value if isinstance(value, list) else [value])]
+    if values[0].startswith("-"):  # by itself it would be read as a flag
+        return [f"--{name}={values[0]}"]
+    return [f"--{name}", *values]
 
 
 def command_line() -> int:

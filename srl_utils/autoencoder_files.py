@@ -20,6 +20,7 @@ from torch import nn
 from srl_utils.errors import UserError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+DIFFUSERS_PICKLE = "diffusion_pytorch_model.bin"
 MAX_BILLIONS = 2  # of weights; the VAE of Stable Diffusion has 0.08
 LARGEST_INTEGER = 2**16  # of channels, groups, entries and pixels
 LARGEST_DEPTH = 64  # of layers in a block, and of blocks
@@ -98,17 +99,29 @@ def refuse_pickles(name: str, subfolder: str | None, kind: type[ModelMixin]) -> 
     if place.is_file():
         raise UserError(
             f"'{name}' is a file; a folder with a config.json and safetensors is expected. To convert it: "
-            + _conversion(kind, f"from_single_file({name!r})", name)
+            + _conversion(kind, _single_file(place), name)
         )
     if not place.is_dir() or any(place.glob("*.safetensors")):
         return
     pickles = sorted(path.name for path in place.iterdir() if path.suffix in PICKLES)
     if pickles:
-        where = "" if subfolder is None else f", subfolder={subfolder!r}"
         raise UserError(
             f"'{name}' holds its weights as a pickle ({pickles[0]}), which can run code when it is loaded. To convert "
-            "it: " + _conversion(kind, f"from_pretrained({name!r}{where}, use_safetensors=False)", name)
+            "it: " + _conversion(kind, _pickle(place, pickles), name)
         )
+
+
+def _pickle(place: Path, pickles: list[str]) -> str:
+    """What loads the pickles of a folder: the one of the name that diffusers gives them, or else the first as a file."""
+    if DIFFUSERS_PICKLE in pickles:
+        return f"from_pretrained({str(place)!r}, use_safetensors=False)"
+    return _single_file(place / pickles[0])
+
+
+def _single_file(path: Path) -> str:
+    """What loads `path`, with the configuration beside it; without one, diffusers guesses and asks the Hub for it."""
+    beside = f", config={str(path.parent)!r}" if (path.parent / "config.json").is_file() else ""
+    return f"from_single_file({str(path)!r}{beside})"
 
 
 def _conversion(kind: type[ModelMixin], load: str, name: str) -> str:

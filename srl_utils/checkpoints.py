@@ -61,19 +61,33 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
+def read_json(path: Path) -> Any:
+    """What `write_text_atomically` has written as JSON.
+
+    Raises:
+        UserError: if the disk has damaged it since.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged; remove it, and the same command makes it again") from None
+
+
 def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str] = ()) -> None:
     """Writes what `AutoencoderKL.from_pretrained(output_dir)` needs; each file changes in one rename.
 
     `variants`, `fp16` or `bf16`, are half-precision weights to write beside the full ones.
     """
     aside = output_dir / ".drop-in.partial"
-    save_autoencoder(vae, aside)
-    for variant in variants:
-        save_variant(vae, aside, variant)
-    for file in aside.iterdir():
-        flush(file)
-        os.replace(file, output_dir / file.name)
-    aside.rmdir()
+    try:
+        save_autoencoder(vae, aside)
+        for variant in variants:
+            save_variant(vae, aside, variant)
+        for file in aside.iterdir():
+            flush(file)
+            os.replace(file, output_dir / file.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would be in the way
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from srl_utils.resources import explained
 
 LARGEST_SIDE = 2**12  # pixels; 16 images of that side take 3 GB as numbers
 LARGEST_SEED = 2**63 - 1  # what torch takes
+EMPTY_VALUE = re.compile(r"--\w+=")
 
 
 def joined_on_cpu() -> bool:
@@ -41,17 +43,18 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
-        if any(not word.strip() or word.endswith("=") for word in words):
+        if any(not word.strip() or EMPTY_VALUE.fullmatch(word) for word in words):
             raise UserError(f"an empty argument: {' '.join(repr(word) for word in words)}")
+        self._given = {word.partition("=")[0] for word in words}
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> None:
         raise UserError(message)
 
-    def refuse_without_effect(self, args: argparse.Namespace, effects: Effects) -> None:
-        """Raises a UserError at the first flag that was set and has no effect."""
+    def refuse_without_effect(self, effects: Effects) -> None:
+        """Raises a UserError at the first flag that was given, be it with its default, and has no effect."""
         for flag, (effective, need) in effects.items():
-            if not effective and getattr(args, flag) != self.get_default(flag):
+            if not effective and f"--{flag}" in self._given:
                 raise UserError(f"--{flag} has no effect without {need}")
 
 

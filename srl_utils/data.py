@@ -11,15 +11,17 @@ import atexit
 import logging
 import multiprocessing
 import signal
+import threading
 import traceback
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count, islice, pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from srl_utils.errors import UserError
+from srl_utils.errors import ResourceError, UserError
 from srl_utils.pictures import (
     DECODE_ATTEMPTS,
     Framing,
@@ -38,12 +40,16 @@ from srl_utils.pictures import (
     decode_rgb,
     to_tensor,
 )
+from srl_utils.resources import LOST_WORKER
 from srl_utils.sources import DataSource, Images, StreamImages, open_images, open_validation_folder
 
 logger = logging.getLogger(__name__)
 
 PROBED_IMAGES = 16
 BATCHES_AHEAD = 2
+LONGEST_STALL = 600  # seconds without a batch; the Hub's client tries for about 5 minutes to reach a server again
+STALLED = "no training image has come for {} s: the data, or the server that they are on, do not answer"
+LONGEST_LAST_BATCH = 5  # seconds that the end of a run waits for a batch that is being made
 STREAM_TRIAL = 200  # images read before the share of bad ones in a stream means anything
 ORDER_SEED = 2  # second word of seeds: pictures.py has 1 and sources.py 3, so that no two share random numbers
 
@@ -245,6 +251,7 @@ def training_batches(
     loader = DataLoader(
         **layout,
         num_workers=num_workers,
+        timeout=LONGEST_STALL if num_workers else 0,
         pin_memory=pin_memory,
         collate_fn=_collate,
         worker_init_fn=_ignore_interrupt,
@@ -391,6 +398,11 @@ def _without_worker_traceback(loader: DataLoader) -> Iterator[Batch]:
     except Exception as error:
         # The traceback refers to the loader's iterator, whose workers end when it is freed.
         traceback.clear_frames(error.__traceback__)
+        if "DataLoader timed out" in str(error):
+            raise UserError(STALLED.format(LONGEST_STALL)) from None
+        of_a_worker = str(error).startswith("Caught")  # one that lives, and sends what it caught
+        if loader.num_workers and isinstance(error, (EOFError, OSError)) and not of_a_worker:
+            raise ResourceError(LOST_WORKER) from None
         if not isinstance(error, UserError):
             raise
         # torch puts the traceback of the worker in front of the message.
@@ -398,16 +410,38 @@ def _without_worker_traceback(loader: DataLoader) -> Iterator[Batch]:
 
 
 def _made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same, `BATCHES_AHEAD` of them made by a thread before they are asked for; decoding lets other threads run."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
-        coming = deque(pool.submit(next, batches) for _ in range(BATCHES_AHEAD))
-        try:
-            while True:
-                batch = coming.popleft().result()
-                coming.append(pool.submit(next, batches))
-                yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """The same, `BATCHES_AHEAD` of them made by a thread before they are asked for; decoding lets other threads run.
+
+    The thread keeps no program alive: what it waits for may never come.
+    """
+    wanted: SimpleQueue[bool] = SimpleQueue()
+    made: SimpleQueue[Future[Batch]] = SimpleQueue()
+    ended = threading.Event()
+
+    def make() -> None:
+        while wanted.get() and not ended.is_set():
+            batch: Future[Batch] = Future()
+            made.put(batch)
+            try:
+                batch.set_result(next(batches))
+            except BaseException as error:
+                batch.set_exception(error)
+
+    thread = threading.Thread(target=make, name="batches", daemon=True)
+    thread.start()
+    for _ in range(BATCHES_AHEAD):
+        wanted.put(True)
+    try:
+        while True:
+            batch = made.get().result(timeout=LONGEST_STALL)
+            wanted.put(True)
+            yield batch
+    except TimeoutError:
+        raise UserError(STALLED.format(LONGEST_STALL)) from None
+    finally:
+        ended.set()
+        wanted.put(False)
+        thread.join(LONGEST_LAST_BATCH)
 
 
 def _end_workers(batches: weakref.ref[Iterator[Batch]]) -> None:

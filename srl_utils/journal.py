@@ -36,4 +36,13 @@ class Journal:
     def _rows(self) -> list[dict[str, Any]]:
         """Whole lines: a run that was killed, or whose disk was full, may have left part of one at the end."""
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return [row for row in map(_row, lines) if row is not None]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """What a line holds; None if it was cut or damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

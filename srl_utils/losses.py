@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import lpips
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from srl_utils.errors import UserError
 
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # which torch reads
 LPIPS_TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 
 
@@ -97,15 +101,31 @@ def load_perceptual_distance(net: str) -> PerceptualDistance:
         UserError: if the trunk's weights are neither cached nor to be had.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _nothing_but_tensors():
             # lpips 0.1.4 calls torchvision by a name that torchvision deprecates.
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
             return PerceptualDistance(lpips.LPIPS(net=net, verbose=False))
+    except pickle.UnpicklingError:  # torch's advice is to trust the file
+        reason = "its file holds something other than weights"
     except (OSError, RuntimeError) as error:  # no network; a file that is cut short
-        raise UserError(
-            f"the LPIPS trunk '{net}' cannot be had ({error}); put an intact {LPIPS_TRUNKS[net]} into "
-            "$TORCH_HOME/hub/checkpoints, or do without LPIPS (in a training: --lpips_weight 0)"
-        ) from None
+        reason = str(error).splitlines()[0]
+    raise UserError(
+        f"the LPIPS trunk '{net}' cannot be had ({reason}); put an intact {LPIPS_TRUNKS[net]} into "
+        "$TORCH_HOME/hub/checkpoints, or do without LPIPS (in a training: --lpips_weight 0)"
+    )
+
+
+@contextmanager
+def _nothing_but_tensors() -> Iterator[None]:
+    """Within, torch.load unpickles nothing else, whatever its caller asks for: torchvision asks for everything."""
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[WEIGHTS_ONLY] = before
 
 
 def mean_squared_error(images: Tensor, target: Tensor) -> Tensor:

@@ -15,8 +15,14 @@ def training_effects(args: argparse.Namespace) -> Effects:
     """By flag, whether it has an effect beside the others, and what it needs to have one."""
     tracked = args.report_to != "none"
     data_set = args.dataset_name not in (None, PHOTOGRAPHS)
+    hub_model = not isdir(args.pretrained_model_name_or_path)
+    attack = (
+        args.pgd_steps > 0 and args.epsilon > 0 and not args.gaussian_noise,
+        "an attack: --pgd_steps and --epsilon above 0, and no --gaussian_noise",
+    )
     return {
-        "revision": (not isdir(args.pretrained_model_name_or_path), "a model of the Hub"),
+        "revision": (hub_model, "a model of the Hub"),
+        "cache_dir": (hub_model or data_set or args.train_data_dir is not None, "a model or a data set of the Hub"),
         "dataset_config_name": (data_set, "--dataset_name of a data set with configurations"),
         "image_column": (data_set or args.train_data_dir is not None, "a data set with columns"),
         "streaming": (data_set or args.train_data_dir is not None, "a data set that can be streamed"),
@@ -24,7 +30,8 @@ def training_effects(args: argparse.Namespace) -> Effects:
             not (args.streaming and args.dataloader_num_workers > 1), "a data set that is not streamed, beyond 1"
         ),
         "pgd_steps": (not args.gaussian_noise, "an attack, which --gaussian_noise replaces"),
-        "pgd_step_size": (not args.gaussian_noise, "an attack, which --gaussian_noise replaces"),
+        "pgd_step_size": attack,
+        "no_pgd_random_start": attack,
         "lpips_net": (args.lpips_weight > 0, "a --lpips_weight above 0"),
         "originality_units": (args.originality_weight > 0, "an --originality_weight above 0"),
         "num_train_epochs": (args.max_train_steps is None, "leaving out --max_train_steps, which overrides it"),

@@ -25,6 +25,7 @@ from srl_utils.autoencoders import WEIGHTS_NAME, AutoencoderSource, load_autoenc
 from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
 from srl_utils.evaluation.commands.common import load_pipeline
+from srl_utils.losses import LPIPS_TRUNKS, load_perceptual_distance
 
 PICKLE = "diffusion_pytorch_model.bin"
 LONGEST = 10  # seconds, the promise
@@ -226,15 +227,17 @@ def test_a_pickle_under_the_name_of_safetensors_is_not_run(
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize(("name", "alone"), [(PICKLE, False), ("vae.pt", False), ("model.ckpt", True)])
 @pytest.mark.parametrize("hostile", [False, True], ids=["honest", "hostile"])
-def test_the_command_that_converts(hostile: bool, vae: Path, tmp_path: Path) -> None:
+def test_the_command_that_converts(hostile: bool, name: str, alone: bool, vae: Path, tmp_path: Path) -> None:
     """Oracle: the command as printed, run by a shell: the same tensors as safetensors, or a failure that runs nothing."""
     before = load_file(vae / WEIGHTS_NAME)
     place = shutil.move(vae, tmp_path / "it's a VAE")
     (place / WEIGHTS_NAME).unlink()
-    torch.save({"weight": Mark(tmp_path / "proof")} if hostile else before, place / PICKLE)
+    torch.save({"weight": Mark(tmp_path / "proof")} if hostile else before, place / name)
+    given = place / name if alone else place
     with pytest.raises(UserError, match="To convert it") as caught:
-        read_config(AutoencoderSource(pretrained_model_name_or_path=str(place)))
+        read_config(AutoencoderSource(pretrained_model_name_or_path=str(given)))
     command = str(caught.value).split("To convert it: ")[1].replace("python", shlex.quote(sys.executable), 1)
     ended = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert not (tmp_path / "proof").exists()
@@ -242,8 +245,33 @@ def test_the_command_that_converts(hostile: bool, vae: Path, tmp_path: Path) -> 
         assert ended.returncode != 0
         return
     assert ended.returncode == 0, ended.stderr
-    after = load_file(tmp_path / "it's a VAE-safetensors" / WEIGHTS_NAME)
+    after = load_file(Path(f"{given.with_suffix('')}-safetensors", WEIGHTS_NAME))
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_pickle_in_a_pipeline_is_not_run(tmp_path: Path) -> None:
+    """Oracle: as above; the pipeline's network comes as a pickle, of which nothing but a refusal is made."""
+    torch.save({"weight": Mark(tmp_path / "proof")}, (tmp_path / "unet").mkdir() or tmp_path / "unet" / PICKLE)
+    (tmp_path / "unet/config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="--pipeline"):
+        load_pipeline(str(tmp_path))
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("net", ["alex", "squeeze"])  # the one of vgg is half a gigabyte
+@pytest.mark.parametrize("save", [torch.save, lambda mark, path: path.write_bytes(pickle.dumps(mark))], ids=["zip", "raw"])
+def test_a_pickle_in_place_of_a_trunk_of_lpips_is_not_run(
+    save: Callable[[object, Path], object], net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: as above. torchvision, which loads it, would unpickle anything."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    save(Mark(tmp_path / "proof"), tmp_path / "hub/checkpoints" / LPIPS_TRUNKS[net])
+    with pytest.raises(UserError, match=f"the LPIPS trunk '{net}' cannot be had"):
+        load_perceptual_distance(net)
+    assert not (tmp_path / "proof").exists()
 
 
 def test_code_in_the_folder_of_a_pipeline_is_not_run(tmp_path: Path) -> None:

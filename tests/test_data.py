@@ -33,8 +33,9 @@ from srl_utils.data import (
     open_data,
     training_batches,
 )
-from srl_utils.errors import UserError
+from srl_utils.errors import ResourceError, UserError
 from srl_utils.pictures import Sample
+from srl_utils.resources import explained
 
 COUNT = 12
 RESOLUTION = 8
@@ -327,6 +328,75 @@ def test_batches_are_made_ahead_of_their_use(tmp_path: Path) -> None:
     assert asked == [0, 1, 2, 3, 4, 5]
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+class Stalling(Dataset):
+    """The same samples; that of the sixth position never comes."""
+
+    def __init__(self, samples: Dataset) -> None:
+        self.samples = samples
+
+    def __getitem__(self, position: int) -> Sample:
+        if position == 5:
+            threading.Event().wait()
+        return self.samples[position]
+
+
+def test_data_that_stall_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the batches before, then an error in about the time that a stall may last."""
+    monkeypatch.setattr("srl_utils.data.LONGEST_STALL", 1)
+    monkeypatch.setattr("srl_utils.data.LONGEST_LAST_BATCH", 0.1)
+    data = folder_data(tmp_path)
+    batches = training_batches(replace(data, samples=Stalling(data.samples)), batch_size=2)
+    assert [next(batches).positions, next(batches).positions] == [[0, 1], [2, 3]]
+    started = time.monotonic()
+    with pytest.raises(UserError, match="no training image has come for 1 s"):
+        next(batches)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_that_stall_keep_no_program_alive(num_workers: int, tmp_path: Path) -> None:
+    """Oracle: the exit status of a program that gives up, whose thread or worker is still waiting."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import srl_utils.data
+from dataclasses import replace
+from pathlib import Path
+from test_data import Stalling, folder_data
+srl_utils.data.LONGEST_STALL = 2
+data = folder_data(Path({str(tmp_path)!r}))
+batches = srl_utils.data.training_batches(
+    replace(data, samples=Stalling(data.samples)), batch_size=2, num_workers={num_workers}
+)
+try:
+    list(batches)
+except srl_utils.data.UserError as error:
+    print(error)
+    raise SystemExit(7)
+"""
+    root = Path(__file__).parents[1]
+    outcome = subprocess.run([sys.executable, "-c", program], cwd=root, timeout=120, capture_output=True, text=True)
+    assert outcome.returncode == 7, outcome.stderr
+    assert "has come for 2 s" in outcome.stdout and "Traceback" not in outcome.stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # torch also tells of it where nobody can catch it
+def test_a_worker_that_is_killed_is_one_line(tmp_path: Path) -> None:
+    """Oracle: a SIGKILL, as a system without memory sends it: exit code 5 and the flag that helps.
+
+    torch notices by a signal, in the midst of anything, or by the channel on which the worker sends.
+    """
+    batches = training_batches(folder_data(tmp_path), batch_size=2, num_workers=1)
+    next(batches)
+    with pytest.raises((RuntimeError, ResourceError)) as caught:
+        multiprocessing.active_children()[0].kill()
+        for _ in range(1000):
+            next(batches)
+    told = caught.value if isinstance(caught.value, ResourceError) else explained(caught.value)
+    assert isinstance(told, ResourceError) and "--dataloader_num_workers" in str(told)
 
 
 class Watched(Dataset):

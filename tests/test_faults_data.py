@@ -15,10 +15,12 @@ import pytest
 from bad_pictures import PNG, UNREADABLE, UNUSUAL, fill, picture, write_tar
 from conftest import Run
 
+from srl_utils.command_line import exit_code
 from srl_utils.data import ImageLedger
 from srl_utils.errors import UserError, one_line
 from srl_utils.evaluation.__main__ import main as evaluate
 from srl_utils.pictures import UnreadableImage, decode_rgb, list_files, picture_suffixes
+from srl_utils.pipelines.__main__ import main as sanitize
 from srl_utils.sources import DataSource, StreamImages, open_images
 
 GOOD = 80
@@ -91,6 +93,20 @@ def test_evaluation_finishes_on_a_mixture(mixture: Path, vae_folder: Path, tmp_p
     report = (out / "report.md").read_text(encoding="utf-8")
     assert f"{len(LISTED)} unreadable images were passed over" in report
     assert all(name.split(".")[0] in report for name in LISTED if name.isascii())
+
+
+@pytest.mark.faults
+@pytest.mark.filterwarnings("ignore")
+def test_sanitizing_finishes_on_a_mixture(
+    mixture: Path, vae_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Oracle: as above; each bad file is named on a line of its own."""
+    out = tmp_path / "out"
+    assert exit_code(lambda: sanitize(["sanitize", str(mixture), str(out), "--vae", str(vae_folder)])) == 0
+    told = capfd.readouterr().err.split(f"{len(LISTED)} images cannot be read:\n")[1].splitlines()
+    bad = one_line(str(mixture / "bad"))
+    assert [line.strip().removeprefix(bad + "/").split(" (")[0] for line in told] == sorted(map(one_line, LISTED))
+    assert len([path for path in out.rglob("*") if path.is_file()]) == GOOD + len(UNUSUAL)
 
 
 @pytest.fixture

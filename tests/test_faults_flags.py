@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_srl_vae
-from srl_utils.command_line import Parser
+from srl_utils.command_line import Parser, exit_code
 from srl_utils.errors import UserError
 from srl_utils.evaluation import __main__ as evaluation
+from srl_utils.pipelines import __main__ as sanitizing
 
 DOZENS = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -28,7 +30,12 @@ HOSTILE = st.sampled_from([
 
 TRAINING = ["--train_data_dir", "photographs"]
 EVALUATION = ["reconstruction", "--baseline", "a", "--vae", "b", "--data_dir", "photographs"]
-COMMANDS = {"training": (train_srl_vae.parse_args, TRAINING), "evaluation": (evaluation.parse_args, EVALUATION)}
+SANITIZING = ["sanitize", "in.png", "out.png", "--vae", "a"]
+COMMANDS = {
+    "training": (train_srl_vae.parse_args, TRAINING),
+    "evaluation": (evaluation.parse_args, EVALUATION),
+    "sanitize": (sanitizing.parse_args, SANITIZING),
+}
 
 
 def flags_of(command: str) -> list[argparse.Action]:
@@ -36,7 +43,7 @@ def flags_of(command: str) -> list[argparse.Action]:
     parse, arguments = COMMANDS[command]
     parsers: list[Parser] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Parser, "refuse_without_effect", lambda parser, *_: parsers.append(parser))
+        patch.setattr(Parser, "refuse_without_effect", lambda parser, _: parsers.append(parser))
         parse(arguments)
     return [action for action in parsers[0]._actions if action.option_strings and action.dest != "help"]
 
@@ -62,7 +69,10 @@ def command_lines(command: str) -> st.SearchStrategy[list[str]]:
 @pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_any_command_line_is_taken_or_refused_in_one_line(command: str, examples: int) -> None:
-    """Oracle: the promise, for thousands of drawn command lines: a namespace or a UserError, nothing else."""
+    """Oracle: the promise, for thousands of drawn command lines: a namespace or a UserError, nothing else.
+
+    The command that a training's card tells of is taken too, and says the same.
+    """
     parse, required = COMMANDS[command]
     outcomes = {"taken": 0, "refused": 0}
 
@@ -76,8 +86,8 @@ def test_any_command_line_is_taken_or_refused_in_one_line(command: str, examples
             return
         outcomes["taken"] += 1
         if command == "training":
-            train_srl_vae.json_arguments(args)
-            train_srl_vae.training_command(args)
+            again = shlex.split(train_srl_vae.training_command(args))[3:]
+            assert train_srl_vae.published_arguments(parse(again)) == train_srl_vae.published_arguments(args)
 
     attempt()
     assert min(outcomes.values()) > examples / 50, outcomes
@@ -87,7 +97,11 @@ WITHOUT_EFFECT = {
     "training": [
         ("--lpips_net alex", "--lpips_weight 0", "--lpips_weight 1"),
         ("--originality_units scaled", "--originality_weight 0", "--originality_weight 1"),
+        ("--pgd_step_size 0.1", "--pgd_steps 0", "--pgd_steps 1"),
+        ("--no_pgd_random_start", "--recipe fast --epsilon 0", "--recipe fast"),
         ("--num_train_epochs 2", "--max_train_steps 3", ""),
+        ("--num_train_epochs 1", "--max_train_steps 3", ""),
+        ("--lr_warmup_steps=500", "", "--lr_scheduler linear"),
         ("--lr_warmup_steps 3", "", "--lr_scheduler constant_with_warmup"),
         ("--lr_num_cycles 3", "--lr_scheduler cosine", "--lr_scheduler cosine_with_restarts"),
         ("--lr_power 2", "--lr_scheduler linear", "--lr_scheduler polynomial"),
@@ -105,7 +119,11 @@ WITHOUT_EFFECT = {
         ("--max_attack_steps 3", "--attacks pgd-3", "--attacks pid"),
         ("--num_check_images 3", "--no_checks", ""),
         ("--split test", "", None),
+        ("--num_check_images 8", "--no_checks", ""),
+        ("--threat_models adaptive", "--attacks clean jpeg-3", "--attacks quick"),
+        ("--epsilons 8/255", "--attacks clean --no_checks", "--attacks clean"),
     ],
+    "sanitize": [("--revision main", "--vae {here}", "--vae somebody/vae")],
 }
 
 
@@ -118,7 +136,7 @@ def test_a_flag_without_effect_is_an_error(
 ) -> None:
     """Oracle: the code that reads the flag; in one mode nothing does, in the other something does."""
     parse, required = COMMANDS[command]
-    with pytest.raises(UserError, match=f"{flag.split()[0]} has no effect without"):
+    with pytest.raises(UserError, match=f"{re.split('[ =]', flag)[0]} has no effect without"):
         parse([*required, *mode.format(here=tmp_path).split(), *flag.split()])
     if other is not None:
         parse([*required, *other.split(), *flag.split()])
@@ -180,5 +198,58 @@ def test_any_dry_run_ends_well_or_in_one_line(run: Run, vae_folder: Path, photog
         assert (code, len(errors)) in ((0, 0), (2, 1)), printed
         assert not re.search("Traceback", printed)
         assert not (tmp_path / "out").exists()
+
+    attempt()
+
+
+OF_AN_EVALUATION = {
+    "--baseline": ["{vae}", "{vae}:vae", ":", "/dev/null", "{long}", "nobody/nothing"],
+    "--vae": ["a={vae}", "=", "{long}", "<b>\n---={vae}", "original={vae}"],
+    "--data_dir": ["{photographs}", "/dev/null", "/proc/self/fdinfo", "{long}"],
+    "--dataset_name": ["scikit-image", "nobody/nothing", "../../etc"],
+    "--split": ["train", "nothing", "0.5"],
+    "--image_column": ["image", "picture"],
+    "--resolution": ["16", "18", "17", "1", "4097"],
+    "--num_images": ["1", "1000000"],
+    "--attacks": ["clean", "quick", "pgd-0", "pgd-3", "square-2-lpips", "glaze", "mist-semantic", "jpeg-9", "salt-and-pepper"],
+    "--epsilons": ["8/255", "0", "1", "nan"],
+    "--threat_models": ["adaptive", "none"],
+    "--metrics": ["psnr", "lpips", "clip", "rfid", "is"],
+    "--inception_weights": ["/dev/null", "{long}", "{photographs}"],
+    "--clip_model": ["/dev/null", "{long}", "{vae}", "../../x"],
+    "--pipeline": ["/dev/null", "{long}", "{vae}", "nobody/nothing"],
+    "--target": ["/dev/zero", "{long}", "{photographs}", "{photographs}/00.png"],
+    "--max_attack_steps": ["1", "0"],
+    "--mixed_precision": ["bf16", "fp16", "no"],
+    "--seed": ["0", str(2**63 - 1)],
+    "--batch_size": ["1", "1000000"],
+    "--output_dir": ["{long}", "/dev/null", "/proc/x"],
+}
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")
+def test_any_dry_run_of_an_evaluation_ends_well_or_in_one_line(
+    vae_folder: Path, photographs: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: as above."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
+    places = {"photographs": photographs, "long": "x" * 300, "vae": vae_folder}
+    pairs = [(flag, value) for flag, values in OF_AN_EVALUATION.items() for value in values]
+    pairs += [("--no_checks", None), ("--streaming", None)]
+    usual = {"--baseline": vae_folder, "--vae": f"same={vae_folder}", "--data_dir": photographs, "--resolution": 16,
+             "--output_dir": tmp_path / "out", "--metrics": "psnr"}  # fmt: skip
+
+    @DOZENS
+    @given(st.lists(st.sampled_from(pairs), min_size=1, max_size=4, unique_by=lambda pair: pair[0]))
+    def attempt(chosen: list[tuple[str, str | None]]) -> None:
+        words = {**usual, **{flag: value and value.format(**places) for flag, value in chosen}}
+        flat = [str(word) for pair in words.items() for word in pair if word is not None]
+        code = exit_code(lambda: evaluation.main(["reconstruction", *flat, "--dry_run"]))
+        printed = "".join(capfd.readouterr())
+        errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+        assert (code, len(errors)) in ((0, 0), (2, 1)), printed
+        assert "Traceback" not in printed and not (tmp_path / "out").exists()
 
     attempt()

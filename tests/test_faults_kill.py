@@ -28,17 +28,18 @@ SEED, KILLS = 0, 25
 DEADLINE = 240  # seconds that any run here may take
 PATIENCE = 10  # seconds that a launcher may take to see that a process has ended
 STEPS = 6
+NEVER = 10**9  # beyond the number of any file operation
 
 # Ends the process by SIGKILL in the middle of the file operation of that number. What has been written so far stands.
 KILLED_WHILE_WRITING = """
-import io, os, runpy, shutil, signal, sys
-number, left = int(sys.argv.pop(1)), [0]
+import io, json, os, runpy, shutil, signal, sys
+number, done = int(sys.argv.pop(1)), []
 
 def counted(owner, name):
     honest = getattr(owner, name)
     def operation(*arguments, **keywords):
-        left[0] += 1
-        if left[0] == number:
+        done.append(" ".join([name, *map(str, arguments)]))
+        if len(done) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return honest(*arguments, **keywords)
     setattr(owner, name, operation)
@@ -49,7 +50,7 @@ sys.argv[0] = "train_srl_vae.py"
 try:
     runpy.run_path("train_srl_vae.py", run_name="__main__")
 finally:
-    print("operations", left[0])
+    print("operations", json.dumps(done))
 """
 
 
@@ -73,19 +74,20 @@ class Job:
     """One command, as one process or as two that train together."""
 
     def __init__(self, python: Path, processes: int, arguments: list[object], place: Path, *, number: int = 0) -> None:
-        program = ["-c", KILLED_WHILE_WRITING, number] if number else ["train_srl_vae.py"]
+        """With a `number`, the file operations of rank 0 are counted, and the one of that number is its last."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.pid_files = [place.with_name(f"{place.name}-pid-{rank}") for rank in range(processes)]
         self.logs = [place.with_name(f"{place.name}-log-{rank}") for rank in range(processes)]
-        self.processes, self.killed = [], False
+        self.processes, self.killed = [], 0 < number < NEVER
         for rank, (pid_file, log) in enumerate(zip(self.pid_files, self.logs, strict=True)):
             pid_file.unlink(missing_ok=True)
             group = {
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
             }  # fmt: skip
+            program = ["-c", KILLED_WHILE_WRITING, number] if number and rank == 0 else ["train_srl_vae.py"]
             environment = {**os.environ, "PID_FILE": pid_file, **(group if processes > 1 else {})}
             self.processes.append(
                 subprocess.Popen(
@@ -132,7 +134,7 @@ def wait_for(condition: Callable[[], object]) -> object:
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def undisturbed(
     request: pytest.FixtureRequest, python: Path, flags: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, Path, float, int]:
+) -> tuple[int, Path, float, dict[str, list[int]]]:
     """How many processes, the folder of a run that was left in peace, its seconds, and its file operations."""
     processes = request.param
     folder = tmp_path_factory.mktemp("undisturbed") / "out"
@@ -140,11 +142,29 @@ def undisturbed(
     job = Job(python, processes, flags, folder)
     assert job.wait() == [0] * processes, job.printed()
     seconds = time.monotonic() - started
-    if processes > 1:
-        return processes, folder, seconds, 0
-    counted = Job(python, processes, flags, folder.with_name("counted"), number=10**9)
+    counted = Job(python, processes, flags, folder.with_name("counted"), number=NEVER)
     assert counted.wait() == [0] * processes, counted.printed()
-    return processes, folder, seconds, int(counted.printed().rsplit("operations ", 1)[1].split()[0])
+    told = counted.logs[0].read_text().rsplit("operations ", 1)[1].splitlines()[0]
+    return processes, folder, seconds, moments(json.loads(told))
+
+
+def moments(operations: list[str]) -> dict[str, list[int]]:
+    """The numbers of those of a checkpoint's writing, of pruning, of the final save, and of all up to it.
+
+    After it comes what the other processes need not wait for.
+    """
+    pruning, pruned = [], False
+    for number, operation in enumerate(operations, start=1):
+        if pruned:
+            pruning.append(number)
+        if ".pruned" in operation:
+            pruned = operation.startswith("replace")
+    writing, saving = (
+        [number for number, operation in enumerate(operations, start=1) if all(word in operation for word in words)]
+        for words in ((".checkpoint-", ".partial"), (".drop-in.partial",))
+    )
+    assert pruning and writing and saving
+    return {"writing": writing, "pruning": pruning, "saving": saving, "any": list(range(1, saving[-1] + 1))}
 
 
 def assert_same_result(folder: Path, expected: Path) -> None:
@@ -159,19 +179,20 @@ def assert_same_result(folder: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("kill", range(KILLS))
 def test_a_killed_run_ends_as_if_nothing_had_been(
-    kill: int, undisturbed: tuple[int, Path, float, int], python: Path, flags: list[str], tmp_path: Path
+    kill: int, undisturbed: tuple[int, Path, float, dict[str, list[int]]], python: Path, flags: list[str], tmp_path: Path
 ) -> None:
     """Oracle: the undisturbed run, to the last bit, after a SIGKILL and the same command again.
 
-    Half of the moments are drawn from the time that the run takes, half (of a single process) from its file
-    operations: the writes, renames and deletions of checkpoints, of pruning and of the final save. What stands after
-    the kill under the name of a checkpoint is whole.
+    Half of the moments are drawn from the time that the run takes, half from the file operations of the process that
+    writes: in turns those of a checkpoint, of pruning, of the final save, and all. What stands after the kill under the
+    name of a checkpoint is whole.
     """
     processes, expected, seconds, operations = undisturbed
     draw = random.Random(f"{SEED}-{processes}-{kill}")
     out = tmp_path / "out"
-    if operations and kill % 2:
-        job = Job(python, processes, flags, out, number=draw.randint(1, operations))
+    if kill % 2:
+        kind = list(operations)[kill // 2 % len(operations)]
+        job = Job(python, processes, flags, out, number=draw.choice(operations[kind]))
     else:
         job = Job(python, processes, flags, out)
         time.sleep(draw.uniform(0, seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import tempfile
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from warm_python import warm_python
 
 import train_srl_vae
-from srl_utils.checkpoints import Checkpoints, state_bytes
+from srl_utils.checkpoints import Checkpoints, save_drop_in, state_bytes
 from srl_utils.errors import ResourceError, UserError
 from srl_utils.integrity import fault
 from srl_utils.journal import Journal
@@ -32,23 +33,26 @@ NOBODY = 65534
 # No file of the program may grow beyond so many bytes.
 RESTRICTED = """
 import resource, runpy, sys
-largest = int(sys.argv.pop(1))
+largest, program = int(sys.argv.pop(1)), sys.argv.pop(1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-sys.argv[0] = "train_srl_vae.py"
-runpy.run_path("train_srl_vae.py", run_name="__main__")
+sys.argv[0] = program
+runpy.run_path(program, run_name="__main__")
 """
 UNLIMITED = 2**60
 
 
 class Machine:
-    """Runs the training in a process of its own, with limits."""
+    """Runs the project's programs in a process of their own, with limits."""
 
     def __init__(self, python: Path, flags: list[str]) -> None:
         self.python, self.flags = python, flags
 
     def train(self, output_dir: Path, *, largest: int = UNLIMITED) -> tuple[int, str]:
         """The exit code and all that was printed."""
-        words = [self.python, "-c", RESTRICTED, largest, *self.flags, "--output_dir", output_dir]
+        return self.run("train_srl_vae.py", *self.flags, "--output_dir", output_dir, largest=largest)
+
+    def run(self, program: str, *arguments: object, largest: int = UNLIMITED) -> tuple[int, str]:
+        words = [self.python, "-c", RESTRICTED, largest, program, *arguments]
         ended = subprocess.run(
             [str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
         )
@@ -120,6 +124,86 @@ def test_a_disk_that_fills(small_disk: Path, machine: Machine, undisturbed: Path
     assert_stopped_clearly(code, printed, out)
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
     assert_goes_on(machine, out, undisturbed)
+
+
+EVALUATION, SANITIZE = "srl_utils/evaluation/__main__.py", "srl_utils/pipelines/__main__.py"
+
+
+@pytest.fixture(scope="module")
+def evaluation(vae_folder: Path, photographs: Path) -> list[object]:
+    """The smallest one that writes everything but Inception's features."""
+    return [
+        "reconstruction", "--baseline", vae_folder, "--vae", f"same={vae_folder}", "--data_dir", photographs,
+        "--resolution", "16", "--num_images", "2", "--attacks", "quick", "--epsilons", "8/255", "--metrics", "psnr",
+        "--num_check_images", "1", "--output_dir",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed_evaluation(
+    machine: Machine, evaluation: list[object], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "evaluation"
+    code, printed = machine.run(EVALUATION, *evaluation, out)
+    assert code == 0, printed
+    return out
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("file", ["study.json", "cells/*/*.json", "checks/*.json", "per_image.csv", "figures/*.png", "report.html"])
+def test_an_evaluation_s_file_that_may_not_grow(
+    file: str, machine: Machine, evaluation: list[object], undisturbed_evaluation: Path, tmp_path: Path
+) -> None:
+    """Oracle: one line, exit code 5, no half file; with room the same command writes what an undisturbed one has."""
+    largest = max(path.stat().st_size for path in undisturbed_evaluation.glob(file)) - 1
+    code, printed = machine.run(EVALUATION, *evaluation, tmp_path / "out", largest=largest)
+    assert_stopped_clearly(code, printed, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith(".partial")]
+    code, printed = machine.run(EVALUATION, *evaluation, tmp_path / "out")
+    assert code == 0, printed
+    for name in ("results.json", "per_image.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (undisturbed_evaluation / name).read_bytes()
+
+
+@pytest.mark.faults
+def test_sanitized_images_that_may_not_grow(
+    machine: Machine, vae_folder: Path, photographs: Path, tmp_path: Path
+) -> None:
+    """Oracle: one line, exit code 5, which names the image; no half file."""
+    code, printed = machine.run(SANITIZE, "sanitize", photographs, tmp_path / "out", "--vae", vae_folder, largest=100)
+    assert_stopped_clearly(code, printed, tmp_path / "out")
+    assert "00.png: File too large" in printed and not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_a_drop_in_that_cannot_be_written_leaves_the_one_before_it(
+    tiny_vae: AutoencoderKL, other_tiny_vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the files before. Neither half a drop-in nor what was written aside is there."""
+    save_drop_in(tiny_vae, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
+
+    monkeypatch.setattr("srl_utils.checkpoints.save_variant", fill_disk)
+    with pytest.raises(OSError):
+        save_drop_in(other_tiny_vae, tmp_path, variants=["fp16"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_disk_that_fills_during_a_push_is_one_line(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: exit code 5 and one line; the checkpoint before it is there and whole."""
+    publisher = SimpleNamespace(repo_id="somebody/vae", publish_snapshot=fill_disk, close=lambda: None)
+    monkeypatch.setattr(train_srl_vae, "open_repository", lambda *_: publisher)
+    code, printed = run(
+        *flags, "--push_to_hub", "--hub_strategy", "checkpoint", "--validation_steps", "2", "--checkpointing_steps", "1"
+    )
+    assert code == ResourceError.exit_code and printed.count("error: No space left on device") == 1, printed
+    assert [path.name for path in Checkpoints(tmp_path / "out").found()] == ["checkpoint-1"]
+    assert fault(tmp_path / "out/checkpoint-1") is None
+
+
+def fill_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_too_little_room_is_known_at_once(
@@ -197,11 +281,18 @@ def tensor_of(num_bytes: int) -> object:
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("allocate", [numbers_of, tensor_of])
+def memory_of_a_gpu(num_bytes: int) -> object:
+    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {num_bytes / 2**60:.2f} EiB. GPU 0 has 79.11 GiB")
+
+
+@pytest.mark.parametrize("allocate", [numbers_of, tensor_of, memory_of_a_gpu])
 def test_out_of_memory_names_the_flags_that_help(
     allocate: object, run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: a real allocation of an exbibyte in the middle of a run: exit code 5 and flags that the parser knows."""
+    """Oracle: a real allocation of an exbibyte in the middle of a run: exit code 5 and flags that the parser knows.
+
+    That of a GPU is one in its words alone.
+    """
     monkeypatch.setattr(train_srl_vae, "optimizer_step", lambda *_, **__: allocate(2**60))
     code, printed = run(*flags)
     line = printed.split("error: ")[1]
@@ -218,6 +309,8 @@ def test_the_words_of_torch() -> None:
     assert explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]")
     assert "another process of this run has ended" in str(explained(lost))
+    timed_out = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 1800000ms")
+    assert "cannot be reached" in str(explained(timed_out))
     assert explained(FileNotFoundError(2, "No such file or directory")) is None
 
 

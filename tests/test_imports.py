@@ -106,7 +106,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "pictures": {"images", "errors"},
     "sources": {"photographs", "errors", "pictures"},
-    "data": {"errors", "pictures", "sources"},
+    "data": {"errors", "pictures", "resources", "sources"},
     "integrity": set(),
     "locking": {"errors"},
     "resources": {"errors"},
@@ -116,7 +116,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipelines.swapping": {"errors", "autoencoders"},
     "pipelines.sanitizing": {"autoencoders", "images", "pictures", "pipelines.swapping"},
     "pipelines.__main__": {
-        "checkpoints", "command_line", "errors", "pictures", "pipelines.sanitizing", "pipelines.swapping"
+        "checkpoints", "command_line", "errors", "pictures", "pipelines.sanitizing", "pipelines.swapping", "resources"
     },
     "journal": {"checkpoints"},
     "evaluation.judge": {

@@ -299,6 +299,29 @@ def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monk
     assert written(tmp_path / "out") == before
 
 
+def test_a_dry_run_counts_and_computes_nothing(arguments, tmp_path: Path, capsys) -> None:
+    """Oracle: by hand. Of 4 images: clean shown to 2 VAEs, and at 2 budgets pgd-2 (4 passes) made on one and shown to
+    both, made on the other and shown to it: 4 x 2 + 2 x (4 x (4 + 2) + 4 x (4 + 1)).
+    """
+    assert command.main([*arguments, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 images, 2 VAEs, 96 passes through one, in 5 cells" in printed and "glaze was left out" in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["cells/*/*.json", "study.json"])
+@pytest.mark.parametrize("damage", [b"", b"[[", b"\xff\xfe", b"\0" * 100])
+def test_a_damaged_file_is_named(study, file: str, damage: bytes) -> None:
+    """Oracle: one line with the file's name and the way out, which is then taken: the records are as before."""
+    before = study.run()
+    path = next(study.output_dir.glob(file))
+    path.write_bytes(damage)
+    with pytest.raises(UserError, match=f"{path} is damaged; remove it"):
+        study.run()
+    path.unlink()
+    assert study.run() == before
+
+
 def test_a_pipeline_for_other_latents_is_refused(study) -> None:
     """Oracle: specification; the tiny VAEs have four channels."""
     unets = (SimpleNamespace(config=SimpleNamespace(in_channels=channels)) for channels in (4, 9))

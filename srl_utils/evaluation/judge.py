@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from srl_utils.autoencoders import LatentEncoder
-from srl_utils.checkpoints import write_text_atomically
+from srl_utils.checkpoints import read_json, write_text_atomically
 from srl_utils.codecs import Codec
 from srl_utils.evaluation.reconstruction import (
     CLEAN,
@@ -74,7 +74,7 @@ class Judge:
         """Measures the original VAE, unless a resumed run finds that done in `results.json`."""
         results = self.output_dir / "results.json"
         if resumed and results.exists():
-            self.rows = [row for row in json.loads(results.read_text()) if row["vae"] == self.original.name]
+            self.rows = [row for row in read_json(results) if row["vae"] == self.original.name]
         if not self.rows:
             self._record(self._measure(self.original, self._everything()))
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from srl_utils.checkpoints import write_atomically, write_text_atomically
+from srl_utils.checkpoints import read_json, write_atomically, write_text_atomically
 from srl_utils.codecs import Codec
 from srl_utils.errors import UserError
 from srl_utils.evaluation.reconstruction import Perturbation, Record, image_generators, to_records, to_rows
@@ -169,14 +170,14 @@ class Study:
         return sorted(self._folder(cell).glob("*.json"))
 
     def _read(self, cell: Cell) -> list[Record]:
-        records = chain.from_iterable(json.loads(path.read_text()) for path in self._batches(cell))
+        records = chain.from_iterable(map(read_json, self._batches(cell)))
         return sorted(
             (Record(*record) for record in records),
             key=lambda record: (record.vae, record.threat_model, record.metric, record.index),
         )
 
     def _set_rows(self, cell: Cell) -> Iterator[dict[str, Any]]:
-        batches = [load_file(path.with_suffix(".safetensors")) for path in self._batches(cell)]
+        batches = list(map(_features_beside, self._batches(cell)))
         for codec, variant in product(cell.judged, self.task.variants):
             real = self._reference_features[variant]
             shown = {layer: torch.cat([batch[f"{codec.name}/{variant}/{layer}"] for batch in batches]) for layer in real}
@@ -209,8 +210,8 @@ class Study:
     def _check_fingerprint(self) -> None:
         path = self.output_dir / "study.json"
         text = json.dumps(self.fingerprint, indent=1) + "\n"
-        if path.exists() and json.loads(path.read_text()) != json.loads(text):
-            stored = json.loads(path.read_text())
+        stored = read_json(path) if path.exists() else None
+        if stored is not None and stored != json.loads(text):
             changed = sorted(key for key in stored.keys() | self.fingerprint if stored.get(key) != self.fingerprint.get(key))
             raise UserError(
                 f"{self.output_dir} holds an evaluation with other settings ({', '.join(changed)}); choose another "
@@ -224,6 +225,15 @@ class Study:
 def attempted(perturbation: str, variant: str) -> str:
     """How results name what was done to the images and then with them."""
     return f"{perturbation}, {variant}" if variant else perturbation
+
+
+def _features_beside(path: Path) -> dict[str, Tensor]:
+    """Of a batch whose values are in `path`."""
+    features = path.with_suffix(".safetensors")
+    try:
+        return load_file(features)
+    except (OSError, SafetensorError):
+        raise UserError(f"{features} is damaged; remove {path}, and the same command makes both again") from None
 
 
 def _check_finite(reconstruction: Tensor, job: Job, codec: Codec) -> None:

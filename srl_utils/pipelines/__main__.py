@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,13 @@ from tqdm.auto import tqdm
 
 from srl_utils.checkpoints import write_atomically
 from srl_utils.command_line import Parser, exit_code, positive_int
-from srl_utils.errors import UserError
+from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.pictures import UnreadableImage, decode_rgb, list_files, picture_suffixes
 from srl_utils.pipelines.sanitizing import TILE_ABOVE, sanitize
 from srl_utils.pipelines.swapping import resolve_vae
+from srl_utils.resources import failed_write
 
 WRITABLE = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-NAMED = 10
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,15 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             picture = decode_rgb(source)
         except UnreadableImage as error:
-            unreadable.append(f"{source} ({error})")
+            unreadable.append(one_line(f"{source} ({error})"))
             continue
         save(sanitize(picture, vae, tile_above=args.tile_above), target)
     if len(unreadable) == len(jobs):
         raise UserError(f"nothing was written: none of {len(jobs)} images can be read, the first is {unreadable[0]}")
     print(f"{len(jobs) - len(unreadable)} images written to {args.output}")
     if unreadable:
-        more = ", ..." if len(unreadable) > NAMED else ""
-        print(f"{len(unreadable)} images cannot be read: {', '.join(unreadable[:NAMED])}{more}", file=sys.stderr)
+        print(f"{len(unreadable)} images cannot be read:", *unreadable, sep="\n  ", file=sys.stderr)
     return 0
 
 
@@ -63,7 +63,9 @@ def plan(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
         return
     if target.is_file():
         raise UserError(f"{target} is a file; {source} is a folder and needs a folder to write to")
-    files = [file for file in list_files(source, picture_suffixes()) if target.resolve() not in file.resolve().parents]
+    # os.path bears links that lead to themselves, unlike pathlib
+    inside = os.path.join(os.path.realpath(target), "")
+    files = [file for file in list_files(source, picture_suffixes()) if not os.path.realpath(file).startswith(inside)]
     if not files:
         raise UserError(f"{source} holds no images")
     for file in files:
@@ -79,13 +81,14 @@ def save(picture: Image.Image, target: Path) -> None:
     """Writes `picture` in the format of the name's suffix, with little loss where that format loses any.
 
     Raises:
-        UserError: if there is no writing there.
+        UserError: if there is no writing there; a ResourceError if the disk is full.
     """
     form = Image.registered_extensions()[target.suffix.lower()]
     try:
         write_atomically(target, lambda aside: picture.save(aside, format=form, quality=95))
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error}") from None
+        kind = ResourceError if failed_write(error) else UserError
+        raise kind(f"cannot write {target}: {error.strerror or error}") from None
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -104,8 +107,18 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument(
         "--tile_above", type=positive_int, default=TILE_ABOVE, help="process larger images (longer side) in tiles"
     )
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
+    command.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    command.refuse_without_effect({"revision": (not os.path.isdir(args.vae), "a model of the Hub")})
+    return args
+
+
+def device(text: str) -> torch.device:
+    """One that is there."""
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is not to be had: {str(error).splitlines()[0]}") from None
 
 
 if __name__ == "__main__":

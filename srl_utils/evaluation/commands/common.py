@@ -22,7 +22,7 @@ from torch import Tensor
 
 from srl_utils.attacks.protections import PROTECTIONS
 from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource
-from srl_utils.checkpoints import write_text_atomically
+from srl_utils.checkpoints import read_json, write_text_atomically
 from srl_utils.codecs import Codec, load_codec
 from srl_utils.command_line import (
     Effects,
@@ -36,13 +36,13 @@ from srl_utils.command_line import (
 )
 from srl_utils.data import ValidationImages, load_validation_images
 from srl_utils.errors import UserError
-from srl_utils.evaluation.catalogue import Supplies, expanded, known_names
+from srl_utils.evaluation.catalogue import ITERATED, NOISE, Supplies, expanded, known_names
 from srl_utils.evaluation.document import Findings, write_report
 from srl_utils.evaluation.extremes import draw_extremes
 from srl_utils.evaluation.reconstruction import Perturbation, Record
 from srl_utils.evaluation.report import Rows
 from srl_utils.evaluation.sanity import Check, Depth, check_robustness
-from srl_utils.evaluation.study import THREAT_MODELS, Study
+from srl_utils.evaluation.study import THREAT_MODELS, Job, Study
 from srl_utils.evaluation.tasks import Metrics, Task
 from srl_utils.locking import sole_run
 from srl_utils.losses import PerceptualDistance, load_perceptual_distance
@@ -140,6 +140,9 @@ def run_study(
     )
     for note in setup.notes:
         setup.accelerator.print(note)
+    if args.dry_run:
+        setup.accelerator.print(describe(study))
+        return 0
     with sole_run(args.output_dir, is_main_process=setup.accelerator.is_main_process):
         records = study.run()
         if setup.accelerator.is_main_process:
@@ -147,6 +150,14 @@ def run_study(
             rows = study.rows(records)
             conclude(args, setup, rows, records, title=title, checks=checks, pictures=draw(study, rows, records))
     return 0
+
+
+def describe(study: Study) -> str:
+    """What the study would compute."""
+    cells = list(study.cells())
+    passes = sum(Job(cell, range(len(study.images))).cost(study.task.passes) for cell in cells)
+    titles = "\n".join(f"  {cell.title}" for cell in cells)
+    return f"{len(study.images)} images, {len(study.codecs)} VAEs, {passes} passes through one, in {len(cells)} cells\n{titles}"
 
 
 def conclude(
@@ -185,7 +196,7 @@ def run_checks(args: argparse.Namespace, study: Study, depth: Depth) -> dict[str
         if not path.exists():
             found = check_robustness(codec, study.baseline, images, epsilon=epsilon, seed=args.seed, depth=depth)
             write_text_atomically(path, json.dumps([asdict(check) for check in found], indent=1) + "\n")
-        checks[codec.name] = [Check(**check) for check in json.loads(path.read_text())]
+        checks[codec.name] = [Check(**check) for check in read_json(path)]
     return checks
 
 
@@ -322,7 +333,7 @@ def build_supplies(args: argparse.Namespace, setup: Setup) -> Supplies:
 def load_pipeline(place: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """With its weights in `dtype`, float32 by default."""
     try:
-        pipeline = DiffusionPipeline.from_pretrained(place)
+        pipeline = DiffusionPipeline.from_pretrained(place, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"--pipeline {place} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     pipeline.set_progress_bar_config(disable=True)  # an image takes hundreds of steps, and there are hundreds of images
@@ -363,7 +374,7 @@ def try_lpips(setup: Setup) -> PerceptualDistance | None:
 
 def fingerprint(args: argparse.Namespace, setup: Setup, metrics: Metrics) -> dict[str, object]:
     """What the stored values depend on; attacks and epsilons may be added later."""
-    free = {"attacks", "epsilons", "arguments", "output_dir", "batch_size", "no_checks", "num_check_images"}
+    free = {"attacks", "epsilons", "arguments", "dry_run", "output_dir", "batch_size", "no_checks", "num_check_images"}
     given = {name: value for name, value in sorted(vars(args).items()) if name not in free}
     if given.get("target"):
         given["target"] = digest(args.target.read_bytes())
@@ -434,6 +445,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=positive_int, default=16)
     add("--seed", type=seed, default=0)
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: accelerate's configuration")
+    add("--dry_run", action="store_true", help="check everything, print what would be computed, stop")
     add("--output_dir", type=folder, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
 
 
@@ -470,8 +482,12 @@ def shared_effects(args: argparse.Namespace) -> Effects:
 
 
 def attack_effects(args: argparse.Namespace) -> Effects:
-    protections = [PROTECTIONS[name] for name in expanded(args.attacks) if name in PROTECTIONS]
+    names = expanded(args.attacks)
+    adversarial = any(name in PROTECTIONS or ITERATED.fullmatch(name) for name in names)
+    protections = [PROTECTIONS[name] for name in names if name in PROTECTIONS]
     return {
+        "epsilons": (adversarial or NOISE in names or not args.no_checks, "an attack, noise, or the checks"),
+        "threat_models": (adversarial, "an attack on a VAE among --attacks"),
         "target": (any(protection.has_target for protection in protections), "an attack with a target"),
         "max_attack_steps": (bool(protections), "a published protection among --attacks"),
         "num_check_images": (not args.no_checks, "the checks, which --no_checks leaves out"),
