@@ -18,7 +18,8 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from miniature.contrastive import HALVES
 from miniature.scene_set import LABELS, NO_LABEL, SIZE, SceneSet
-from miniature.training import Settings, Training, draw_numbers
+from miniature.training import Settings, Training
+from srl_utils.evaluation.finetuning import draw_numbers
 
 
 def build_classifier() -> RegNetForImageClassification:

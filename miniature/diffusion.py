@@ -21,8 +21,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from miniature.scene_set import SceneSet
 from miniature.tokens import special_tokens
-from miniature.training import Settings, Training, draw_numbers
+from miniature.training import Settings, Training
 from srl_utils.checkpoints import write_atomically
+from srl_utils.evaluation.finetuning import draw_numbers
 
 NO_PROMPT_SHARE = 0.1
 """Of samples that are shown without their caption: what classifier-free guidance steers away from."""

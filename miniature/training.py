@@ -104,14 +104,3 @@ class Training:
         self.average.load_state_dict(state["average"])
         self.step = state["step"]
         print(f"continuing after step {self.step}")
-
-
-def draw_numbers(seed: int, step: int, *, batch_size: int, out_of: int) -> Tensor:
-    """Which of `out_of` samples step number `step` sees: each once an epoch, in another order every time."""
-    first = step * batch_size
-    positions = torch.arange(first, first + batch_size)
-    orders = {
-        epoch: torch.randperm(out_of, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        for epoch in {first // out_of, (first + batch_size - 1) // out_of}
-    }
-    return torch.stack([orders[int(position) // out_of][position % out_of] for position in positions])

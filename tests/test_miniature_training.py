@@ -13,7 +13,8 @@ from miniature import classifier, contrastive, diffusion
 from miniature.scene_set import LABELS, NO_LABEL, scene_set
 from miniature.scenes import draw_scene
 from miniature.tokens import MAX_TOKENS, learn_tokenizer
-from miniature.training import AVERAGING, Settings, Training, draw_numbers
+from miniature.training import AVERAGING, Settings, Training
+from srl_utils.evaluation.finetuning import draw_numbers
 from srl_utils.images import from_pil
 
 

@@ -55,7 +55,7 @@ def finetune(
     optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=config.learning_rate)
     denoiser = replace(Denoiser.from_pipeline(pipeline, prompts), unet=unet)
     for step in range(config.num_steps):
-        batch = _draw_batch(len(latents), config.batch_size, seed=seed, step=step)
+        batch = draw_numbers(seed, step, batch_size=config.batch_size, out_of=len(latents))
         told = PromptEmbeddings(*(part if part is None else part[batch.to(part.device)] for part in prompts))
         generators = image_generators(seed, range(step * config.batch_size, step * config.batch_size + len(batch)))
         loss = replace(denoiser, prompt=told).loss(latents[batch.to(latents.device)], generators).mean()
@@ -81,11 +81,11 @@ def _trainable(unet: UNet2DConditionModel, config: FinetuningConfig) -> nn.Modul
     return get_peft_model(unet, LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGETS))
 
 
-def _draw_batch(count: int, batch_size: int, *, seed: int, step: int) -> Tensor:
-    """Numbers of the images of step `step`: all of them once an epoch, in an order of its own."""
+def draw_numbers(seed: int, step: int, *, batch_size: int, out_of: int) -> Tensor:
+    """Which of `out_of` samples step number `step` sees: each once an epoch, in another order every time."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     orders = {
-        epoch: torch.randperm(count, generator=image_generators(seed, [epoch])[0])
-        for epoch in {position // count for position in positions}
+        epoch: torch.randperm(out_of, generator=image_generators(seed, [epoch])[0])
+        for epoch in {position // out_of for position in positions}
     }
-    return torch.stack([orders[position // count][position % count] for position in positions])
+    return torch.stack([orders[position // out_of][position % out_of] for position in positions])

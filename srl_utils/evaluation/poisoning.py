@@ -108,7 +108,12 @@ class Poisoning:
     batch_size: int
     seed: int
     variants: Sequence[str] = ("",)
-    passes: float = 0
+
+    @property
+    def passes(self) -> float:
+        """A step of training is worth three of generation for each image of its batch, one of those about a pass."""
+        learning = 3 * self.finetuning.num_steps * self.finetuning.batch_size / len(self.concepts.held_out)
+        return learning + 2 * self.text_to_image.settings["num_inference_steps"]
 
     def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
         pipeline = self.text_to_image.pipeline
