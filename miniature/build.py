@@ -9,6 +9,7 @@ seen next.
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -34,7 +35,10 @@ def build_clip(args: argparse.Namespace) -> None:
     tokenizer = learn_tokenizer(scenes.captions, args.work_dir / "tokenizer")
     model = contrastive.train_clip(scenes, tokenizer, settings_of(args))
     model.save_pretrained(args.output_dir)
-    contrastive.build_processor(tokenizer).save_pretrained(args.output_dir)
+    processor = contrastive.build_processor(tokenizer)
+    processor.save_pretrained(args.output_dir)
+    processor.image_processor.save_pretrained(args.output_dir)  # transformers 4 looks for a file of its own
+    copy_vocabulary(args, args.output_dir)
 
 
 def build_classifier(args: argparse.Namespace) -> None:
@@ -49,6 +53,13 @@ def build_diffusion(args: argparse.Namespace) -> None:
     tokenizer = learn_tokenizer(scenes.captions, args.work_dir / "tokenizer")
     vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False)
     diffusion.build_pipeline(scenes, vae, tokenizer, settings_of(args)).save_pretrained(args.output_dir)
+    copy_vocabulary(args, args.output_dir / "tokenizer")
+
+
+def copy_vocabulary(args: argparse.Namespace, folder: Path) -> None:
+    """The files that transformers 4 reads a CLIP tokenizer from; 5 writes another one."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(args.work_dir / "tokenizer" / name, folder)
 
 
 def scenes_of(args: argparse.Namespace) -> SceneSet:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from miniature import classifier, contrastive, diffusion
@@ -137,7 +137,9 @@ def test_one_step_of_each_network_changes_it(scenes, tiny_vae: AutoencoderKL, tm
     model = classifier.train_classifier(scenes, tiny_vae, settings(tmp_path))
     assert model.config.id2label == dict(enumerate(LABELS))
     tokenizer = learn_tokenizer(scenes.captions, tmp_path / "tokenizer")
-    pipeline = diffusion.build_pipeline(scenes, tiny_vae, tokenizer, settings(tmp_path))
+    diffusion.build_pipeline(scenes, tiny_vae, tokenizer, settings(tmp_path)).save_pretrained(tmp_path / "sd")
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd")  # the UNet was saved in half precision
+    assert pipeline.unet.dtype == torch.float32
     clip = contrastive.train_clip(scenes, tokenizer, settings(tmp_path))
     assert clip.config.text_config.vocab_size == len(tokenizer)
     images = pipeline(["a red circle", ""], num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0))
