@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers.optimization import get_scheduler
+from tqdm.auto import trange
 
 from benchmarks.textbook import TextbookStep
 from srl_utils.attacks.gradient import PGDConfig
@@ -82,7 +83,7 @@ def train(settings: argparse.Namespace, step: TextbookStep, output_dir: Path) ->
         power=settings.lr_power,
     )
     batches, seconds = open_batches(settings), []
-    for number in range(1, settings.max_train_steps + 1):
+    for number in trange(1, settings.max_train_steps + 1):
         started = time.perf_counter()
         batch = next(batches)
         clean = batch.images.to(step.parameters[0].device)
