@@ -32,7 +32,7 @@ from datetime import timedelta
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -413,7 +413,7 @@ class Stop:
     exit_code: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StepFacts:
     """What the host knows of a step before the device has computed it."""
 
@@ -425,66 +425,82 @@ class StepFacts:
 
 
 def train(run: Run, interruption: Interruption) -> Stop | None:
-    """Steps until `max_train_steps`, with validation and checkpoints; returns why it stopped earlier, if so.
-
-    The host hears of a step's values while the device computes the next one, so a reason to stop that is in them ends
-    the run one step later. Validation and checkpoints wait for all values first.
-    """
-    args, progress = run.args, run.progress
-    batches = Waiting(
-        training_batches(
-            run.data,
-            batch_size=args.train_batch_size,
-            rank=run.accelerator.process_index,
-            world_size=run.accelerator.num_processes,
-            first_position=progress.samples,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=run.accelerator.device.type == "cuda",
-        )
-    )
-    readback: Readback[StepFacts] = Readback()
-    bar = tqdm(
-        total=run.plan.max_train_steps,
-        initial=progress.step,
-        desc="steps",
-        disable=not run.accelerator.is_local_main_process,
-    )
-    shown = validate(run) if progress.step == 0 else {}
-    first, started = progress.step, time.perf_counter()
+    """Steps until `max_train_steps`, with validation and checkpoints; returns why it stopped earlier, if so."""
+    progress = run.progress
+    batches, listener = Waiting(own_batches(run)), Listener(run, interruption)
+    if progress.step == 0:
+        listener.validation = validate(run)
+    clock = Clock(progress)
     while progress.step < run.plan.max_train_steps:
         try:
             values, bad_images = optimizer_step(run, batches, interrupted=interruption.signal is not None)
         except UserError as error:
-            hear(run, readback.drain(), interruption, bar, shown)
+            listener.drain()
             return stop_without_data(run, error)
-        started, seconds = time.perf_counter(), time.perf_counter() - started
-        facts = StepFacts(
-            step=progress.step,
-            learning_rate=run.scheduler.get_last_lr()[0],
-            seconds=seconds,
-            waited=batches.take_seconds(),
-            bad_images=bad_images,
-        )
-        count_time(progress, facts, first=facts.step == first + 1)
-        arrived = readback.push(facts, values)
-        ends = progress.step == run.plan.max_train_steps
-        validates = progress.step % args.validation_steps == 0 and not ends
-        saves = progress.step % args.checkpointing_steps == 0
-        if ends or validates or saves:
-            arrived += readback.drain()
-        stop = hear(run, arrived, interruption, bar, shown)
+        seconds, waited = clock.count_step(batches)
+        facts = StepFacts(progress.step, run.scheduler.get_last_lr()[0], seconds, waited, bad_images)
+        due = Due.after(run)
+        stop = listener.push(facts, values, wait=any(due))
         if stop is not None:
-            hear(run, readback.drain(), interruption, bar, shown)
+            listener.drain()
             return stop
-        if validates:
-            shown = validate(run)
-            publish_snapshot(run, shown)
-        if saves:
+        if due.validation:
+            listener.validation = validate(run)
+            publish_snapshot(run, listener.validation)
+        if due.checkpoint:
             run.checkpoints.save(run.accelerator, progress.step)
-        if validates or saves:
-            started = time.perf_counter()
-    bar.close()
+        if any(due):
+            clock.restart()
+    listener.bar.close()
     return None
+
+
+def own_batches(run: Run) -> Iterator[Batch]:
+    """Of this process, from where the run is."""
+    return training_batches(
+        run.data,
+        batch_size=run.args.train_batch_size,
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
+        first_position=run.progress.samples,
+        num_workers=run.args.dataloader_num_workers,
+        pin_memory=run.accelerator.device.type == "cuda",
+    )
+
+
+class Due(NamedTuple):
+    """What follows a step; each of them waits for the values of all steps first."""
+
+    end: bool
+    validation: bool
+    checkpoint: bool
+
+    @classmethod
+    def after(cls, run: Run) -> Due:
+        step = run.progress.step
+        end = step == run.plan.max_train_steps  # which `finish` validates
+        return cls(end, step % run.args.validation_steps == 0 and not end, step % run.args.checkpointing_steps == 0)
+
+
+class Clock:
+    """Adds the seconds of each step to the progress, without what validation and checkpoints take."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.first_step = progress, progress.step + 1
+        self.restart()
+
+    def restart(self) -> None:
+        self.started = time.perf_counter()
+
+    def count_step(self, batches: Waiting) -> tuple[float, float]:
+        """The seconds since the last call, and how many of them `batches` was waited for."""
+        seconds, waited = time.perf_counter() - self.started, batches.take_seconds()
+        self.restart()
+        self.progress.seconds += seconds
+        self.progress.waiting += waited
+        if self.progress.step == self.first_step:
+            self.progress.first_steps += seconds
+        return seconds, waited
 
 
 def stop_without_data(run: Run, error: UserError) -> Stop:
@@ -561,42 +577,58 @@ def update_weights(run: Run, gradient_norm: Tensor) -> None:
         run.optimizer.step()
 
 
-def count_time(progress: Progress, facts: StepFacts, *, first: bool) -> None:
-    progress.seconds += facts.seconds
-    progress.waiting += facts.waited
-    progress.first_steps += facts.seconds if first else 0.0
+class Listener:
+    """Writes down what has come of each step, and finds reasons to stop in it.
 
+    The host hears of a step's values while the device computes the next one, so a reason that is in them ends the run
+    one step later.
+    """
 
-def hear(
-    run: Run,
-    arrived: list[tuple[StepFacts, list[float]]],
-    interruption: Interruption,
-    bar: tqdm,
-    shown: dict[str, float],
-) -> Stop | None:
-    """Writes down the steps whose values have arrived; returns the first reason to stop among them."""
-    reasons = []
-    for facts, numbers in arrived:
-        values = dict(zip(VALUES, numbers, strict=True))
+    def __init__(self, run: Run, interruption: Interruption) -> None:
+        self.run, self.interruption = run, interruption
+        self.validation: dict[str, float] = {}
+        """The last one's values, for the progress bar."""
+        self.bar = tqdm(
+            total=run.plan.max_train_steps,
+            initial=run.progress.step,
+            desc="steps",
+            disable=not run.accelerator.is_local_main_process,
+        )
+        self._readback: Readback[StepFacts] = Readback()
+
+    def push(self, facts: StepFacts, values: Tensor, *, wait: bool) -> Stop | None:
+        """Takes a step's `VALUES`; returns the first reason to stop in those heard of so far, with `wait` in all."""
+        arrived = self._readback.push(facts, values)
+        return self._first_reason(arrived + self._readback.drain() if wait else arrived)
+
+    def drain(self) -> Stop | None:
+        """Waits for the values that are still on their way."""
+        return self._first_reason(self._readback.drain())
+
+    def _first_reason(self, arrived: list[tuple[StepFacts, list[float]]]) -> Stop | None:
+        reasons = [self._hear(facts, dict(zip(VALUES, numbers, strict=True))) for facts, numbers in arrived]
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _hear(self, facts: StepFacts, values: dict[str, float]) -> Stop | None:
+        run, progress = self.run, self.run.progress
         interrupted, bad_images = values.pop("interrupted") > 0, values.pop("bad_images") > 0
         if bad_images:
             run.ledger.add(gather_object(facts.bad_images))
         finite = math.isfinite(values["gradient_norm"])
-        run.progress.skipped += not finite
-        run.progress.skipped_in_row = 0 if finite else run.progress.skipped_in_row + 1
+        progress.skipped += not finite
+        progress.skipped_in_row = 0 if finite else progress.skipped_in_row + 1
         if finite:
             run.guard.count(values["attacked_psnr"])
         values |= {
             "learning_rate": facts.learning_rate,
-            "skipped_steps": run.progress.skipped,
+            "skipped_steps": progress.skipped,
             "images_per_second": run.plan.samples_per_step / facts.seconds,
             "data_wait": facts.waited / facts.seconds,
         }
         run.journal.write(facts.step, values)
-        bar.update()
-        bar.set_postfix_str(postfix(values, shown))
-        reasons.append(reason_to_stop(run, facts.step, interruption if interrupted else None))
-    return next((reason for reason in reasons if reason is not None), None)
+        self.bar.update()
+        self.bar.set_postfix_str(postfix(values, self.validation))
+        return reason_to_stop(run, facts.step, self.interruption if interrupted else None)
 
 
 @contextmanager
@@ -667,17 +699,6 @@ def build_run(
         ema,
         {"progress": progress, "images": ledger, "scheduler": scheduler, "guard": guard},
     )
-    judge = Judge(
-        accelerator,
-        original=Codec(ORIGINAL, networks.reference, networks.decoder),
-        current=Codec(FINE_TUNED, networks.mirror.encoder, networks.decoder),
-        loss=networks.loss,
-        images=data.validation_images,
-        epsilon=args.epsilon,
-        output_dir=args.output_dir,
-        seed=args.seed,
-        batch_size=args.attack_batch_size or args.train_batch_size,
-    )
     return Run(
         args=args,
         accelerator=accelerator,
@@ -694,8 +715,23 @@ def build_run(
             args.output_dir, args.checkpoints_total_limit, state_bytes(networks.vae, networks.encoder, ema)
         ),
         journal=Journal(accelerator, args.output_dir / "metrics.jsonl"),
-        judge=judge,
+        judge=build_judge(args, accelerator, networks, data),
         publisher=publisher,
+    )
+
+
+def build_judge(args: argparse.Namespace, accelerator: Accelerator, networks: Networks, data: TrainingData) -> Judge:
+    """Judges the encoder being trained, by way of its mirror, beside the original one."""
+    return Judge(
+        accelerator,
+        original=Codec(ORIGINAL, networks.reference, networks.decoder),
+        current=Codec(FINE_TUNED, networks.mirror.encoder, networks.decoder),
+        loss=networks.loss,
+        images=data.validation_images,
+        epsilon=args.epsilon,
+        output_dir=args.output_dir,
+        seed=args.seed,
+        batch_size=args.attack_batch_size or args.train_batch_size,
     )
 
 

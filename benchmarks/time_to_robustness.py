@@ -1,7 +1,7 @@
 """How soon trainings from the same start become robust, in seconds of training.
 
     python -m benchmarks.time_to_robustness --train_flags "--dataset_name scikit-image ..." \\
-        --arms paper="--recipe paper --max_train_steps 120" fast="--recipe fast --max_train_steps 200" --seeds 0 1 2
+        --arms paper="--recipe paper --max_train_steps 120" fast="--recipe fast --max_train_steps 200" --textbook --seeds 0 1 2
 
 Every arm is a run of `train_srl_vae.py` with its own flags, and keeps checkpoints. The VAE in each checkpoint is judged on
 held-out photographs: as they are, and under APGD made on that very VAE. The first arm's last checkpoint sets the mark for each seed;
@@ -47,6 +47,7 @@ from srl_utils.sources import DataSource
 from srl_utils.step import Networks, build_networks
 
 SCRIPT = Path(__file__).parents[1] / "train_srl_vae.py"
+TEXTBOOK = "textbook"
 COLUMNS = [
     "arm", "seconds to the mark", "ratio", "clean (dB)", "drift", "steps", "first step (s)", "at the end: attacked (dB)",
     "clean (dB)", "drift", "seconds",
@@ -71,11 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
     images = load_images(args)
     judge = Judge(args, images)
     arms = dict(arm.split("=", 1) for arm in args.arms)
-    curves: dict[str, dict[int, list[Point]]] = {name: {} for name in arms}
+    curves: dict[str, dict[int, list[Point]]] = {name: {} for name in [*arms, *([TEXTBOOK] if args.textbook else [])]}
     for seed in args.seeds:
+        folders = {name: args.output_dir / f"{name}-seed{seed}" for name in curves}
         for name, flags in arms.items():  # alternated, so that a machine that slows down slows all of them
-            folder = args.output_dir / f"{name}-seed{seed}"
-            train(args, folder, flags, seed)
+            train(args, folders[name], flags, seed)
+        if args.textbook:
+            train_textbook(args, folders[TEXTBOOK], like=folders[next(iter(arms))])
+        for name, folder in folders.items():
             curves[name][seed] = judge.curve(folder)
     start = judge.original()
     report = describe(args, arms, start, curves)
@@ -86,17 +90,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace, folder: Path, flags: str, seed: int) -> None:
-    """Runs or finishes the training; its own validation is kept short, since it is not what judges here."""
-    if (folder / "README.md").exists() and (folder / WEIGHTS_NAME).exists():
-        return
-    command = [
-        sys.executable, SCRIPT, "--pretrained_model_name_or_path", args.model, *shlex.split(args.train_flags),
+    """Runs or finishes a training; its own validation is kept short, since it is not what judges here."""
+    run_to_the_end(folder, [
+        SCRIPT, "--pretrained_model_name_or_path", args.model, *shlex.split(args.train_flags),
         "--validation_steps", "100000", "--num_validation_images", "1", "--report_to", "none",
         *shlex.split(flags), "--seed", seed, "--output_dir", folder, "--resume_from_checkpoint", "latest",
-    ]  # fmt: skip
+    ])  # fmt: skip
+
+
+def train_textbook(args: argparse.Namespace, folder: Path, like: Path) -> None:
+    """Repeats the training in `like` with the textbook's step."""
+    run_to_the_end(folder, ["-m", "benchmarks.textbook_training", "--like", like, "--output_dir", folder, "--device", args.device])
+
+
+def run_to_the_end(folder: Path, command: list[object]) -> None:
+    """Runs Python with the words of `command`, unless the VAE that it makes in `folder` is there."""
+    if (folder / WEIGHTS_NAME).exists():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a") as log:
-        subprocess.run([str(part) for part in command], check=True, stdout=log, stderr=subprocess.STDOUT, cwd=SCRIPT.parent)
+        subprocess.run(
+            [sys.executable, *map(str, command)], check=True, stdout=log, stderr=subprocess.STDOUT, cwd=SCRIPT.parent
+        )
 
 
 # --- judging --------------------------------------------------------------------------------------------
@@ -255,6 +270,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--model", default="miniature/weights/vae", help="where all trainings start")
     add("--train_flags", required=True, help="flags of train_srl_vae.py that all arms share")
     add("--arms", nargs="+", required=True, metavar='NAME="FLAGS"', help="trainings; the first one's result is the mark")
+    add("--textbook", action="store_true", help="repeat the first training with the textbook's step as well")
     add("--seeds", nargs="+", type=non_negative_int, default=[0, 1, 2])
     add("--dataset_name", default="scikit-image", help="whose held-out images judge")
     add("--data_dir", default=None, help="a folder of images that judge instead")

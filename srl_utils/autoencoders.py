@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -221,40 +220,6 @@ class EncoderMirror:
         """After the original's weights have changed, be it by a step of the optimizer or from a checkpoint."""
         for own, trained in self._copied:
             own.copy_(trained)
-
-
-class _Doubling(torch.autograd.Function):
-    """Nearest-neighbour enlargement by 2 whose gradient is a sum over 2x2 pixels."""
-
-    @staticmethod
-    def forward(context: object, images: Tensor) -> Tensor:
-        return nn.functional.interpolate(images, scale_factor=2.0, mode="nearest")
-
-    @staticmethod
-    def backward(context: object, gradient: Tensor) -> Tensor:
-        return 4 * nn.functional.avg_pool2d(gradient, 2)
-
-
-class Doubled(nn.Module):
-    """What diffusers' `Upsample2D` does before its convolution, on `[N,C,h,w]`, in a form that compiles well."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return _Doubling.apply(images)
-
-
-def with_summed_gradients(decoder: LatentDecoder) -> LatentDecoder:
-    """Rebuilds a decoder's up-sampling, in place, so that its compiled backward pass does not scatter gradients.
-
-    Of torch's own nearest-neighbour interpolation torch.compile makes a gather, whose gradient adds pixel by pixel to
-    indexed places: an eighth of an attack's step on the CPU (benchmarks/RESULTS.md). The values stay the same.
-    """
-    for stage in decoder.modules():
-        if isinstance(stage, nn.ModuleList):
-            for index, layer in enumerate(stage):
-                if isinstance(layer, Upsample2D) and layer.use_conv and layer.interpolate:
-                    layer.interpolate = False
-                    stage[index] = nn.Sequential(Doubled(), layer)
-    return decoder
 
 
 @contextmanager

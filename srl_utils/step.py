@@ -33,8 +33,8 @@ from srl_utils.autoencoders import (
     frozen_copy,
     latent_shape,
     split_moments,
-    with_summed_gradients,
 )
+from srl_utils.compiling import with_channelwise_normalisation, with_summed_gradients
 from srl_utils.images import PIXEL_RANGE
 from srl_utils.losses import ReconstructionLoss, Target, originality_loss
 
@@ -79,6 +79,8 @@ def build_networks(
         wrap: makes the module whose forward and backward pass join the processes.
     """
     vae.to(memory_format=torch.channels_last).requires_grad_(False)
+    if torch_compile and vae.device.type == "cpu":
+        with_channelwise_normalisation(vae)
     encoder = LatentEncoder(vae, autocast_dtype=autocast_dtype)
     reference = frozen_copy(encoder)
     decoder = frozen_copy(LatentDecoder(vae, autocast_dtype=autocast_dtype))

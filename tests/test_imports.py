@@ -29,10 +29,13 @@ ALLOWED: dict[str, set[str]] = {
     "autoencoder_files": {"errors"},
     "autoencoders": {"autoencoder_files", "errors", "losses"},
     "arithmetic": {"autoencoders"},
+    "compiling": set(),
     "execution": {"autoencoders", "errors"},
     "overfitting": set(),
     "readback": set(),
-    "step": {"attacks.corruptions", "attacks.draws", "attacks.gradient", "autoencoders", "images", "losses"},
+    "step": {
+        "attacks.corruptions", "attacks.draws", "attacks.gradient", "autoencoders", "compiling", "images", "losses"
+    },
     "codecs": {"autoencoders"},
     "metrics": {"images"},
     "set_metrics": {"errors", "images"},
