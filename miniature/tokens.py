@@ -19,7 +19,17 @@ VOCABULARY = 512
 
 
 def learn_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
-    """Every word of the captions becomes one token; words they lack are spelt in letters. `folder` takes the files."""
+    """Every word of the captions becomes one token; words they lack are spelt in letters.
+
+    `folder` keeps the files, and what it holds is taken as it is: learnt again, letters would get other numbers, and
+    networks that were trained with the old ones would read something else.
+    """
+    if not (folder / "merges.txt").exists():
+        _learn(captions, folder)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+
+
+def _learn(captions: Iterable[str], folder: Path) -> None:
     tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = Lowercase()
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -32,7 +42,6 @@ def learn_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     tokenizer.train_from_iterator([*captions, *spelt], trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.model.save(str(folder))
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
 
 
 def special_tokens(tokenizer: CLIPTokenizer) -> dict[str, int]:

@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from srl_utils.checkpoints import write_atomically
 
 WARMUP_STEPS = 200
-AVERAGING = 0.999
-"""Decay of the weights' exponential moving average, which is what is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +37,7 @@ class Settings:
 
 @dataclass(eq=False)
 class Training:
-    """AdamW in bf16 autocast, a cosine to zero, averaged weights.
+    """AdamW in bf16 autocast, with a cosine to zero.
 
     Attributes:
         loss: of the network and a step's number; whatever it draws must follow from that number alone.
@@ -56,10 +53,9 @@ class Training:
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.AdamW(self.network.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING), use_buffers=True)
 
     def run(self) -> nn.Module:
-        """The averaged network after all steps; goes on from `path` where it exists."""
+        """The network after all steps; goes on from `path` where it exists."""
         self._load()
         first, started = self.step, time.time()
         self.network.train()
@@ -70,7 +66,7 @@ class Training:
                 print(f"step {self.step}: loss {loss.item():.4f} {seconds:.3f} s/step", flush=True)
             if self.step % self.saving_steps == 0 or self.step == self.steps:
                 self._save()
-        return self.average.module.eval()
+        return self.network.eval()
 
     def _update(self) -> Tensor:
         cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
@@ -82,7 +78,6 @@ class Training:
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.average.update_parameters(self.network)
         self.step += 1
         return loss
 
@@ -90,7 +85,6 @@ class Training:
         state = {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict(),
             "step": self.step,
         }
         write_atomically(self.path, lambda aside: torch.save(state, aside))
@@ -101,6 +95,5 @@ class Training:
         state = torch.load(self.path, weights_only=True)
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average.load_state_dict(state["average"])
         self.step = state["step"]
         print(f"continuing after step {self.step}")
