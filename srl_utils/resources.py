@@ -17,7 +17,9 @@ TOLD_ERRNO = re.compile(r"os error (\d+)")
 TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|iostream error")
 MEMORY = re.compile(r"out of memory|can't allocate memory|DefaultCPUAllocator|Cannot allocate memory")
 WANTED = re.compile(r"allocate ([\d.]+ (?:bytes|[KMGTPE]iB))")
-LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Connection refused|gloo|NCCL|Broken pipe", re.IGNORECASE)
+LOST_PEER = re.compile(
+    r"Connection (closed|reset) by peer|Connection refused|Connection was likely closed|gloo|NCCL|Broken pipe", re.IGNORECASE
+)
 WHOLE = "what was saved before is whole: run the same command again, a training with --resume_from_checkpoint latest"
 LOST_WORKER = (
     f"a worker that reads images has ended, as where memory runs out; fewer --dataloader_num_workers need less, and {WHOLE}"

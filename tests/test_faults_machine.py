@@ -307,8 +307,11 @@ def test_the_words_of_torch() -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 79 GiB")
     assert "for 20.00 MiB more" in str(explained(error))
     assert explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
-    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]")
-    assert "another process of this run has ended" in str(explained(lost))
+    for words in (
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    ):
+        assert "another process of this run has ended" in str(explained(RuntimeError(words)))
     timed_out = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 1800000ms")
     assert "cannot be reached" in str(explained(timed_out))
     assert explained(FileNotFoundError(2, "No such file or directory")) is None

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from hashlib import sha256
 from importlib.metadata import version
+from os.path import exists, isdir  # which, unlike pathlib's, say False of a name too long to be one
 from pathlib import Path
 from statistics import median_low
 
@@ -231,7 +232,7 @@ def vae_sources(args: argparse.Namespace) -> dict[str, AutoencoderSource]:
 def parse_source(text: str) -> AutoencoderSource:
     """`PLACE` or `PLACE:SUBFOLDER`, the place a folder or Hub id."""
     place, separator, subfolder = text.partition(":")
-    if not separator or Path(text).exists():
+    if not separator or exists(text):
         return AutoencoderSource(pretrained_model_name_or_path=text)
     return AutoencoderSource(pretrained_model_name_or_path=place, subfolder=subfolder)
 
@@ -408,7 +409,7 @@ def settings(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
 
 
 def folder(text: str) -> Path:
-    if Path(text).exists() and not Path(text).is_dir():
+    if exists(text) and not isdir(text):
         raise argparse.ArgumentTypeError(f"{text} is no folder")
     return Path(text)
 
