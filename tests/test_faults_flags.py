@@ -31,9 +31,13 @@ HOSTILE = st.sampled_from([
 TRAINING = ["--train_data_dir", "photographs"]
 EVALUATION = ["reconstruction", "--baseline", "a", "--vae", "b", "--data_dir", "photographs"]
 SANITIZING = ["sanitize", "in.png", "out.png", "--vae", "a"]
+DOWNSTREAM = [*EVALUATION[1:], "--pipeline", "c", "--caption_column", "text"]
 COMMANDS = {
     "training": (train_srl_vae.parse_args, TRAINING),
     "evaluation": (evaluation.parse_args, EVALUATION),
+    "generation": (evaluation.parse_args, ["generation", *DOWNSTREAM]),
+    "editing": (evaluation.parse_args, ["editing", *DOWNSTREAM]),
+    "poisoning": (evaluation.parse_args, ["poisoning", *DOWNSTREAM, "--concept", "a", "--target_concept", "b"]),
     "sanitize": (sanitizing.parse_args, SANITIZING),
 }
 
