@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> int:
     accelerator = build_accelerator(args, vae.config)
     publisher = open_repository(args, accelerator)
     data = open_data(
-        data_source(args),
+        DataSource.from_flags(args),
         resolution=args.resolution,
         seed=args.seed,
         center_crop=args.center_crop,
@@ -168,18 +168,13 @@ def check(args: argparse.Namespace) -> AutoencoderKL:
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs the package {package}: pip install {package}")
     check_execution(requested_precision(args.mixed_precision), args.torch_compile)
-    data_source(args).check()
+    DataSource.from_flags(args).check()
     check_resolution(args.resolution, read_config(autoencoder_source(args)))
     return load_autoencoder(autoencoder_source(args))
 
 
 def autoencoder_source(args: argparse.Namespace) -> AutoencoderSource:
     return AutoencoderSource(**{name: getattr(args, name) for name in AutoencoderSource.__dataclass_fields__})
-
-
-def data_source(args: argparse.Namespace) -> DataSource:
-    names = DataSource.__dataclass_fields__.keys() - {"caption_column"}  # an encoder is told no captions
-    return DataSource(**{name: getattr(args, name) for name in names})
 
 
 def attack_config(args: argparse.Namespace) -> PGDConfig:

@@ -97,7 +97,7 @@ def train(settings: argparse.Namespace, step: TextbookStep, output_dir: Path) ->
 
 def open_batches(settings: argparse.Namespace) -> Iterator[Batch]:
     data = open_data(
-        DataSource(**{name: getattr(settings, name) for name in DataSource.__dataclass_fields__}),
+        DataSource.from_flags(settings),
         resolution=settings.resolution,
         seed=settings.seed,
         center_crop=settings.center_crop,

@@ -144,7 +144,7 @@ class Runner:
             f"train {name}", "train_srl_vae.py", "--pretrained_model_name_or_path", WEIGHTS / "vae", "--recipe", "fast",
             "--train_data_dir", self.folder / "training-scenes", "--resolution", 64, "--train_batch_size", 8,
             "--max_train_steps", scale.training_steps, "--learning_rate", "5e-4", "--lpips_weight", 0, "--random_flip",
-            "--no-torch_compile", "--num_validation_images", 8, "--validation_steps", 10_000, "--report_to", "none",
+            "--no-torch_compile", "--num_validation_images", 2, "--validation_steps", 10_000, "--report_to", "none",
             "--seed", self.seed, *shlex.split(flags), "--output_dir", output_dir, "--resume_from_checkpoint", "latest",
         )  # fmt: skip
 

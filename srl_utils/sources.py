@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,6 +45,11 @@ class DataSource:
     streaming: bool = False
     max_train_samples: int | None = None
     cache_dir: str | None = None
+
+    @classmethod
+    def from_flags(cls, args: Namespace) -> DataSource:
+        """Of a command that has some of the flags; what it lacks stays at its default."""
+        return cls(**{name: value for name, value in vars(args).items() if name in cls.__dataclass_fields__})
 
     def check(self) -> None:
         """Raises a UserError if flags conflict or a folder does not exist; opens nothing."""
