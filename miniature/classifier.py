@@ -20,6 +20,7 @@ from miniature.contrastive import HALVES
 from miniature.scene_set import LABELS, NO_LABEL, SIZE, SceneSet
 from miniature.training import Settings, Training
 from srl_utils.evaluation.finetuning import draw_numbers
+from srl_utils.evaluation.reconstruction import image_generators
 
 
 def build_classifier() -> RegNetForImageClassification:
@@ -64,7 +65,7 @@ def cross_entropy(
     """Of mirrored scenes, half of them as the VAE returns them: so the diffusion model's images will look."""
     numbers = single[draw_numbers(settings.seed, step, batch_size=settings.batch_size, out_of=len(single))]
     device = network.device
-    pixels = mirrored(scenes.pixels(numbers), torch.Generator().manual_seed(settings.seed * 1_000_003 + step))
+    pixels = mirrored(scenes.pixels(numbers), image_generators(settings.seed, [step])[0])
     pixels = pixels.to(device, memory_format=torch.channels_last)
     seen, drawn = pixels.chunk(2)
     with torch.no_grad():

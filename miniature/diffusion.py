@@ -24,6 +24,7 @@ from miniature.tokens import special_tokens
 from miniature.training import Settings, Training
 from srl_utils.checkpoints import write_atomically
 from srl_utils.evaluation.finetuning import draw_numbers
+from srl_utils.evaluation.reconstruction import image_generators
 
 NO_PROMPT_SHARE = 0.1
 """Of samples that are shown without their caption: what classifier-free guidance steers away from."""
@@ -118,7 +119,7 @@ def velocity_loss(
     """Mean squared error of v (Salimans and Ho, arXiv 2202.00512) at timesteps and noise drawn for this step."""
     device = next(network.parameters()).device
     numbers = draw_numbers(settings.seed, step, batch_size=settings.batch_size, out_of=len(latents))
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    (generator,) = image_generators(settings.seed, [step])
     clean = latents[numbers].float()
     noise = torch.randn(clean.shape, generator=generator)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=generator)

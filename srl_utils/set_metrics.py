@@ -159,9 +159,10 @@ class SetMetric(NamedTuple):
     """Of the `Features` of the images and of what was made of them."""
 
 
+FID = SetMetric(2, lambda real, shown: frechet_distance(real["pool"], shown["pool"]))
 SET_METRICS = {
-    "rfid": SetMetric(2, lambda real, shown: frechet_distance(real["pool"], shown["pool"])),
-    "fid": SetMetric(2, lambda real, shown: frechet_distance(real["pool"], shown["pool"])),
+    "rfid": FID,
+    "fid": FID,
     "kid": SetMetric(2, lambda real, shown: _kernel_distance_of_any(real["pool"], shown["pool"])),
     "is": SetMetric(2 * SPLITS, lambda _, shown: inception_score(shown["logits"], splits=SPLITS).mean),
 }

@@ -303,6 +303,17 @@ def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows_of(tmp_path / "out") == rows
 
 
+def test_without_poisons_none_are_made(world, tmp_path: Path) -> None:
+    """Oracle: what is kept; the control alone is a fine-tuning like any other."""
+    arguments = [
+        "poisoning", *world, "--concept", "ring", "--target_concept", "star", "--num_poisons", "0", "--num_generated", "2",
+        "--finetuning_steps", "1", "--finetuning_batch_size", "2", "--metrics", "psnr",
+    ]  # fmt: skip
+    assert command.main(arguments) == 0
+    assert {key[1:3] for key in rows_of(tmp_path / "out")} == {("nightshade-0", "none")}
+    assert not (tmp_path / "out/finetuning/poisons").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

@@ -91,7 +91,7 @@ ALLOWED: dict[str, set[str]] = {
         "command_line", "evaluation.catalogue", "evaluation.commands.common", "evaluation.sanity", "evaluation.tasks",
     },
     "evaluation.commands.generation": {
-        "command_line", "errors", "evaluation.commands.common", "evaluation.editing", "evaluation.generation",
+        "command_line", "evaluation.commands.common", "evaluation.editing", "evaluation.generation",
         "evaluation.reconstruction", "evaluation.study",
     },
     "evaluation.commands.editing": {
@@ -99,7 +99,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation.sanity",
     },
     "evaluation.commands.poisoning": {
-        "attacks.protections", "checkpoints", "command_line", "errors", "evaluation.catalogue",
+        "attacks.protections", "checkpoints", "command_line", "evaluation.catalogue",
         "evaluation.commands.common", "evaluation.figures", "evaluation.finetuning", "evaluation.generation",
         "evaluation.poisoning", "evaluation.reconstruction", "evaluation.report", "evaluation.study",
     },

@@ -54,8 +54,7 @@ class Edit:
 def build_edits(
     pipeline: DiffusionPipeline, *, strengths: Sequence[float], num_inference_steps: int, guidance_scale: float
 ) -> dict[str, Edit]:
-    """What `pipeline` can do, by name: instructions, or inpainting, or image-to-image at
-    each strength and inpainting.
+    """What `pipeline` can do, by name: instructions, or inpainting, or image-to-image at each strength and inpainting.
 
     Raises:
         UserError: if it can edit nothing.

@@ -49,8 +49,7 @@ def divide(captions: Sequence[str], *, concept: str, target: str, num_poisons: i
     Raises:
         UserError: if there are too few images of either.
     """
-    named = [number for number, caption in enumerate(captions) if concept in caption.split() and target not in caption.split()]
-    aims = [number for number, caption in enumerate(captions) if target in caption.split() and concept not in caption.split()]
+    named, aims = _naming(captions, concept, without=target), _naming(captions, target, without=concept)
     needed = num_poisons + num_held_out
     if len(named) < needed or not aims:
         raise UserError(
@@ -61,6 +60,10 @@ def divide(captions: Sequence[str], *, concept: str, target: str, num_poisons: i
     others = [number for number in range(len(captions)) if number not in {*poisonable, *held_out}]
     targets = [aims[place % len(aims)] for place in range(num_poisons)]
     return Concepts(poisonable=poisonable, others=others, targets=targets, held_out=held_out)
+
+
+def _naming(captions: Sequence[str], word: str, *, without: str) -> list[int]:
+    return [number for number, caption in enumerate(captions) if word in (words := caption.split()) and without not in words]
 
 
 def poisonings(protection: str, epsilon: float, amounts: Sequence[int]) -> list[Perturbation]:
@@ -152,7 +155,7 @@ class Poisoning:
         return unet
 
     def _finetune(self, source: Codec, codec: Codec, amount: int) -> UNet2DConditionModel:
-        poisoned = self._poisons(source)[:amount]
+        poisoned = self._poisons(source)[:amount] if amount else self.images[:0]
         numbers = [*self.concepts.poisonable, *self.concepts.others]
         images = torch.cat([poisoned, self.images[numbers[amount:]]])
         with torch.no_grad():

@@ -108,6 +108,12 @@ def prepare(args: argparse.Namespace) -> Setup:
     )
 
 
+def check_captions(setup: Setup, needing: str) -> None:
+    """Raises a UserError, in the name of what needs them, if an image has no caption."""
+    if not all(setup.captions):
+        raise UserError(f"{needing} needs a caption for every image; name their column: --caption_column")
+
+
 def run_study(
     args: argparse.Namespace,
     setup: Setup,

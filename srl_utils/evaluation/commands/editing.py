@@ -17,6 +17,7 @@ from srl_utils.evaluation.commands.common import (
     attack_effects,
     build_metrics,
     build_supplies,
+    check_captions,
     load_judge,
     pipeline_effects,
     prepare,
@@ -76,8 +77,7 @@ def edit_prompts(args: argparse.Namespace, setup: Setup) -> Sequence[str]:
     """
     if args.prompts is not None:
         return read_prompts(args.prompts, len(setup.images))
-    if not all(setup.captions):
-        raise UserError("--replace needs a caption for every image; name their column: --caption_column")
+    check_captions(setup, "--replace")
     replacements = dict(args.replace)
     prompts = [replace_words(caption, replacements) for caption in setup.captions]
     unchanged = [caption for caption, prompt in zip(setup.captions, prompts, strict=True) if caption == prompt]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from srl_utils.command_line import Effects
-from srl_utils.errors import UserError
 from srl_utils.evaluation.commands.common import (
     add_pipeline_arguments,
     add_shared_arguments,
     build_metrics,
+    check_captions,
     load_judge,
     pipeline_effects,
     prepare,
@@ -28,8 +28,7 @@ METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid", 
 def run(args: argparse.Namespace) -> int:
     judge = load_judge(args)
     setup = prepare(args)
-    if not all(setup.captions):
-        raise UserError("generation needs a caption for every image; name their column: --caption_column")
+    check_captions(setup, "generation")
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     edits = build_edits(setup.pipeline, strengths=args.strengths, **settings)
     task = Generation(

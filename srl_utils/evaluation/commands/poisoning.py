@@ -14,7 +14,6 @@ from torch import Tensor
 from srl_utils.attacks.protections import PROTECTIONS
 from srl_utils.checkpoints import write_atomically
 from srl_utils.command_line import Effects, non_negative_float, non_negative_int, positive_int
-from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import Supplies, select
 from srl_utils.evaluation.commands.common import (
     Setup,
@@ -22,6 +21,7 @@ from srl_utils.evaluation.commands.common import (
     add_shared_arguments,
     budget,
     build_metrics,
+    check_captions,
     load_judge,
     pipeline_effects,
     prepare,
@@ -51,8 +51,7 @@ def run(args: argparse.Namespace) -> int:
     finetuning.check()
     judge = load_judge(args)
     setup = prepare(args)
-    if not all(setup.captions):
-        raise UserError("poisoning needs a caption for every image; name their column: --caption_column")
+    check_captions(setup, "poisoning")
     concepts = divide(
         setup.captions, concept=args.concept, target=args.target_concept, num_poisons=max(args.num_poisons),
         num_held_out=args.num_generated,
