@@ -275,6 +275,17 @@ def test_editing_command(world, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in references} == references
 
 
+@pytest.mark.parametrize(("kind", "edit"), [("sd inpaint", INPAINTING), ("sd instruct", INSTRUCTION)])
+def test_pipelines_made_for_editing_are_taken(kind: str, edit: str, world, tmp_path: Path, capsys) -> None:
+    """Oracle: specification; more goes into their UNets than latents. From text alone they make nothing, and it is said."""
+    add_text_encoders(build_pipeline(kind), tmp_path).save_pretrained(tmp_path / "sd")
+    few = ["--num_images", "2", "--attacks", "clean", "pgd-2", "--metrics", "psnr", "--no_checks"]
+    assert command.main(["editing", *world, "--replace", "ring=box", "star=cup", *few]) == 0
+    assert {key[1] for key in rows_of(tmp_path / "out")} == {f"clean, {edit}", f"pgd-2, {edit}"}
+    assert exit_code(lambda: command.main(["generation", *world])) == 2
+    assert "makes no images from text alone" in capsys.readouterr().err
+
+
 def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: with a learning rate of 0 no poison has an effect; with one it has, and poisons are made on their source.
 

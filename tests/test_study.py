@@ -324,10 +324,10 @@ def test_a_damaged_file_is_named(study, file: str, damage: bytes) -> None:
 
 def test_a_pipeline_for_other_latents_is_refused(study) -> None:
     """Oracle: specification; the tiny VAEs have four channels."""
-    unets = (SimpleNamespace(config=SimpleNamespace(in_channels=channels)) for channels in (4, 9))
+    unets = (SimpleNamespace(config=SimpleNamespace(out_channels=channels)) for channels in (4, 8))
     fitting, other = (SimpleNamespace(components={"unet": unet}) for unet in unets)
     check_pipeline(fitting, study.codecs, study.images)
-    with pytest.raises(UserError, match="latents of 9 channels, and those of original have 4"):
+    with pytest.raises(UserError, match="latents of 8 channels, and those of original have 4"):
         check_pipeline(other, study.codecs, study.images)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from srl_utils.attacks.denoiser import Denoiser, encode_prompts
 from srl_utils.codecs import Codec
+from srl_utils.errors import UserError
 from srl_utils.evaluation.editing import Edit, prompt_measures
 from srl_utils.evaluation.reconstruction import Generators, image_generators
 from srl_utils.evaluation.tasks import Cell, Metrics
@@ -24,7 +25,14 @@ LOSS_DRAWS = 8
 
 
 def build_text_to_image(pipeline: DiffusionPipeline, side: int, *, num_inference_steps: int, guidance_scale: float) -> Edit:
-    """Images of `side` pixels from prompts alone: what is shown is not looked at."""
+    """Images of `side` pixels from prompts alone: what is shown is not looked at.
+
+    Raises:
+        UserError: if the pipeline needs more than a prompt.
+    """
+    unet = pipeline.components.get("unet")
+    if unet is not None and unet.config.in_channels != unet.config.out_channels:
+        raise UserError(f"a {type(pipeline).__name__} makes no images from text alone; take a text-to-image model")
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "height": side, "width": side}
     return Edit(pipeline=pipeline, arguments=_nothing, settings=settings)
 

@@ -294,13 +294,15 @@ def check_fit(codecs: list[Codec], images: Tensor) -> None:
 
 @torch.no_grad()
 def check_pipeline(pipeline: DiffusionPipeline, codecs: list[Codec], images: Tensor) -> None:
-    """Refuses a pipeline whose UNet is for other latents than those of a VAE."""
+    """Refuses a pipeline whose UNet is for other latents than those of a VAE: by what comes out of it, since into those
+    made for editing more goes in.
+    """
     unet = pipeline.components.get("unet")
     for codec in codecs:
         channels = codec.encode(images[:1].to(codec.device)).shape[1]
-        if unet is not None and unet.config.in_channels != channels:
+        if unet is not None and unet.config.out_channels != channels:
             raise UserError(
-                f"--pipeline takes latents of {unet.config.in_channels} channels, and those of {codec.name} have {channels}"
+                f"--pipeline makes latents of {unet.config.out_channels} channels, and those of {codec.name} have {channels}"
             )
 
 
