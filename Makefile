@@ -62,7 +62,8 @@ test-hub-%: .venv-hub/%/.installed
 		echo 'import sys; sys.modules["$(HIDDEN)"] = None' > hidden.pth)
 	touch $@
 
-# Needs transformers as well. The diffusion model takes most of the time, an hour and a half on 2 cores.
+# Needs transformers as well. The diffusion model takes most of the time:
+# with --torch_compile nearly two hours on 2 cores, and longer without.
 miniature: $(VENV)/.installed-test
 	$(RUN) python -m miniature.build vae
 	$(RUN) python -m miniature.build clip
