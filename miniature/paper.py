@@ -48,7 +48,7 @@ DOWNSTREAM = (ROBUST, "alpha 0", "no attack")
 """Judged by editing and poisoning too, which take longer."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """How much of everything there is."""
 
@@ -57,15 +57,25 @@ class Scale:
     images: int
     edited: int
     attack_steps: int
+    editing_attack_steps: int
+    """Fewer, since PhotoGuard's diffusion attack takes the gradient of a whole edit ten times a step."""
     inference_steps: int
     poisons: tuple[int, ...]
     poisoned_set: int
     finetuning_steps: int
     generated: int
+    checks: bool
+    """Whether the robustness is checked too."""
 
 
-FULL = Scale(300, 1000, 96, 16, 50, 20, (0, 32, 96), 1200, 200, 32)
-QUICK = Scale(60, 200, 24, 4, 10, 10, (0, 24), 400, 40, 20)
+FULL = Scale(
+    training_steps=300, training_scenes=1000, images=96, edited=16, attack_steps=50, editing_attack_steps=20, inference_steps=20,
+    poisons=(0, 32, 96), poisoned_set=1200, finetuning_steps=200, generated=32, checks=True,
+)  # fmt: skip
+QUICK = Scale(
+    training_steps=60, training_scenes=200, images=24, edited=4, attack_steps=10, editing_attack_steps=3, inference_steps=10,
+    poisons=(0, 24), poisoned_set=400, finetuning_steps=40, generated=20, checks=False,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -96,7 +106,7 @@ def reconstruction_flags(scale: Scale, target: Path) -> list[object]:
     return [
         "--num_images", scale.edited, "--attacks", "clean", "noise", f"apgd-{steps}", "photoguard-encoder", "mist-textural",
         "nightshade", "--target", target, "--max_attack_steps", steps, "--epsilons", "8/255",
-        "--metrics", "psnr", "ssim", "drift", "--num_check_images", 2,
+        "--metrics", "psnr", "ssim", "drift", *(["--num_check_images", 2] if scale.checks else ["--no_checks"]),
     ]  # fmt: skip
 
 
@@ -111,7 +121,7 @@ def editing_flags(scale: Scale) -> list[object]:
     return [
         *networks(scale), "--num_images", scale.edited, "--replace", *edits, "--epsilons", "16/255",
         "--attacks", "clean", "photoguard-encoder", "photoguard-diffusion", "mist-fused", "advdm", "apgd-20",
-        "--max_attack_steps", scale.attack_steps, "--strengths", "0.3", "0.5", "0.7", "--batch_size", 32,
+        "--max_attack_steps", scale.editing_attack_steps, "--strengths", "0.3", "0.5", "0.7", "--batch_size", 32,
         "--metrics", "psnr", "ssim", "clip", "clip-text", "shown", "fid", "--no_checks",
     ]  # fmt: skip
 
