@@ -114,7 +114,7 @@ class _Grid:
     `labels`, where there are any, stand on the left of the rows. Text that is too long for its place is cut.
     """
 
-    GAP, LINE, LABEL = 6, 18, 120
+    GAP, LINE, LABEL = 6, 18, 300
 
     def __init__(self, titles: Sequence[str], *, rows: int, cell: int, labels: Sequence[str] = ()) -> None:
         self.cell = cell
