@@ -705,7 +705,7 @@ def test_long_texts_stay_in_their_cells() -> None:
     """Oracle: closed form; beside a cell with a title and a caption of any length, one without them stays white."""
     rows = [("x" * 500, [(flat(1, -1, -1), "caption " * 50), (flat(1, -1, -1), "")])]
     picture = extremes_picture(rows, ["title\n" * 50, ""], cell=60)
-    assert picture.width <= 300 + 6 + 2 * 66 + 6
+    assert picture.width <= 120 + 6 + 2 * 66 + 6
     second = np.asarray(picture)[:, picture.width - 66 :]
     assert second[:24].min() == 255 and second[24 + 60 :].min() == 255
     first = np.asarray(picture)[:, picture.width - 132 : picture.width - 72]

@@ -92,7 +92,7 @@ def reconstruction_picture(codec: Codec, images: Tensor, *, cell: int = 128) -> 
 
 
 def extremes_picture(
-    rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]]], titles: Sequence[str], *, cell: int = 160
+    rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]]], titles: Sequence[str], *, cell: int = 160, label: int = 120
 ) -> Image.Image:
     """A line of captioned images for each label, such as worst, median and best.
 
@@ -100,8 +100,9 @@ def extremes_picture(
         rows: the label of each line, and its images `[3,H,W]` in [-1,1] with their captions.
         titles: one over each column.
         cell: side of a picture, pixels.
+        label: width that a label may have, pixels; what is longer is cut.
     """
-    grid = _Grid(titles, rows=len(rows), cell=cell, labels=[label for label, _ in rows])
+    grid = _Grid(titles, rows=len(rows), cell=cell, labels=[text for text, _ in rows], label=label)
     for row, (_, images) in enumerate(rows):
         for column, (image, caption) in enumerate(images):
             grid.put(row, column, image, caption)
@@ -114,18 +115,18 @@ class _Grid:
     `labels`, where there are any, stand on the left of the rows. Text that is too long for its place is cut.
     """
 
-    GAP, LINE, LABEL = 6, 18, 300
+    GAP, LINE = 6, 18
 
-    def __init__(self, titles: Sequence[str], *, rows: int, cell: int, labels: Sequence[str] = ()) -> None:
+    def __init__(self, titles: Sequence[str], *, rows: int, cell: int, labels: Sequence[str] = (), label: int = 0) -> None:
         self.cell = cell
         self.font = ImageFont.load_default(size=13)
-        labels = [self._fitting(label, self.LABEL) for label in labels]
-        self.margin = max((round(self.font.getlength(label)) + self.GAP for label in labels), default=0)
+        labels = [self._fitting(text, label) for text in labels]
+        self.margin = max((round(self.font.getlength(text)) + self.GAP for text in labels), default=0)
         width = self.margin + len(titles) * (cell + self.GAP) + self.GAP
         self.picture = Image.new("RGB", (width, self._top(rows)), "white")
         self.draw = ImageDraw.Draw(self.picture)
-        for row, label in enumerate(labels):
-            self._write(self.GAP, self._top(row) + (cell - self.LINE) // 2, label)
+        for row, text in enumerate(labels):
+            self._write(self.GAP, self._top(row) + (cell - self.LINE) // 2, text)
         for column, title in enumerate(titles):
             self._write(self._left(column), 3, self._fitting(title, cell))
 

@@ -95,7 +95,7 @@ def generated_picture(study: Study) -> Image.Image:
             with torch.no_grad():
                 images = study.task.attempt(cell, codec, study.images[numbers].to(codec.device), numbers, "")
             lines.append((f"{codec.name}: {cell.title}", [(image, "") for image in images]))
-    return extremes_picture(lines, titles=[""] * len(numbers), cell=80)
+    return extremes_picture(lines, titles=[""] * len(numbers), cell=80, label=300)
 
 
 def poison_maker(args: argparse.Namespace, setup: Setup) -> Callable[[Tensor], Perturbation]:
