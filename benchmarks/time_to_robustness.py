@@ -169,7 +169,8 @@ def strongest(args: argparse.Namespace) -> Perturbation:
 
 
 def load_images(args: argparse.Namespace) -> Tensor:
-    source = DataSource(dataset_name=args.dataset_name, validation_data_dir=args.data_dir)
+    name = args.dataset_name if args.data_dir is None else None
+    source = DataSource(dataset_name=name, validation_data_dir=args.data_dir)
     return load_validation_images(source, num_images=args.num_images, resolution=args.resolution, seed=0).images
 
 
@@ -272,6 +273,14 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--arms", nargs="+", required=True, metavar='NAME="FLAGS"', help="trainings; the first one's result is the mark")
     add("--textbook", action="store_true", help="repeat the first training with the textbook's step as well")
     add("--seeds", nargs="+", type=non_negative_int, default=[0, 1, 2])
+    add("--output_dir", type=Path, default=Path("outputs/time-to-robustness"))
+    add_judge_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `Judge` and `load_images` look at, but for the model and the output folder."""
+    add = parser.add_argument
     add("--dataset_name", default="scikit-image", help="whose held-out images judge")
     add("--data_dir", default=None, help="a folder of images that judge instead")
     add("--resolution", type=positive_int, default=64)
@@ -281,11 +290,6 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--apgd_steps", type=positive_int, default=100)
     add("--apgd_restarts", type=positive_int, default=2)
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output_dir", type=Path, default=Path("outputs/time-to-robustness"))
-    args = parser.parse_args(arguments)
-    if args.data_dir is not None:
-        args.dataset_name = None
-    return args
 
 
 if __name__ == "__main__":

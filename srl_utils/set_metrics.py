@@ -116,7 +116,8 @@ def frechet_distance(features: Tensor, others: Tensor) -> float:
     """
     _require(2, "FID", features, others)
     statistics = [fid_features_to_statistics(each.cpu()) for each in (features, others)]
-    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    # Of a set and itself it may be below 0 by rounding.
+    return max(0.0, fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
 
 def kernel_distance(

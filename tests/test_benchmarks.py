@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import Tensor
 
-from benchmarks import data_wait, memory, time_to_robustness, train_step
+import train_srl_vae
+from benchmarks import data_wait, memory, recipe_variants, time_to_robustness, train_step
 from benchmarks.memory import LiveBytes
+from benchmarks.recipe_variants import VARIANTS, VariedStep, VariedTraining
 from benchmarks.time_to_robustness import Point, reach
+from srl_utils.attacks.gradient import PGDConfig
+from srl_utils.evaluation.reconstruction import image_generators
 
 SMALL = ["--resolution", "16", "--batch_size", "2", "--pgd_steps", "1", "--repeats", "2", "--no-torch_compile"]
 
@@ -117,4 +125,63 @@ def test_time_to_robustness_end_to_end(vae_folder: Path, photographs: Path, tmp_
     assert ours["drift"] > 1e-6
     assert all(textbooks[measure] == pytest.approx(ours[measure], rel=1e-3) for measure in time_to_robustness.MEASURES)
     assert time_to_robustness.main(arguments) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains_within_the_ball(name: str, vae_folder: Path, images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: invariants. An update for each of the images it is trained on; these are within 8/255 of the clean ones and of
+    the range, and differ from them unless they are to be left as they are; the encoder changes and the decoder does not.
+    """
+    settings = Namespace(
+        pretrained_model_name_or_path=str(vae_folder), subfolder=None, revision=None, variant=None, cache_dir=None,
+        mixed_precision="no", torch_compile=False, epsilon=8 / 255, pgd_step_size=10 / 255, pgd_steps=1,
+        originality_weight=0.03, originality_units="scaled", learning_rate=1e-3, max_train_steps=2,
+    )  # fmt: skip
+    seen, perturbed = [], VariedStep._perturbed
+
+    def watched(step: VariedStep, *given: object) -> Tensor:
+        found = perturbed(step, *given)
+        seen.append(found.detach().clone())
+        return found
+
+    monkeypatch.setattr(VariedStep, "_perturbed", watched)
+    training, clean = VariedTraining(settings, VARIANTS[name](), "cpu"), images(4, 16)
+    before = {name: weight.clone() for name, weight in training.vae.state_dict().items()}
+    for _ in range(2):
+        training(clean, PGDConfig(epsilon=8 / 255).start(clean, image_generators(0, range(4))))
+    assert len(seen) == 2 * VARIANTS[name].updates_per_batch
+    left_alone = 2 if name == "half-clean" else 0
+    for shown in seen:
+        change = (shown - clean).abs().flatten(1).amax(dim=1)
+        assert change.max() <= 16 / 255 + 1e-6 and shown.abs().max() <= 1
+        assert (change == 0).sum() == left_alone
+    changed = {key.split(".")[0] for key, weight in training.vae.state_dict().items() if not torch.equal(weight, before[key])}
+    assert "encoder" in changed and changed <= {"encoder", "quant_conv"}
+
+
+@pytest.mark.slow
+def test_recipe_variants_end_to_end(vae_folder: Path, photographs: Path, tmp_path: Path, capsys) -> None:
+    """Oracle: the command run end to end. `fast` ends where the run of train_srl_vae.py that it repeats does, to rounding;
+    called again, nothing is computed anew and the report is the same.
+    """
+    flags = (
+        f"--pretrained_model_name_or_path {vae_folder} --train_data_dir {photographs} --resolution 16 --lpips_weight 0 "
+        f"--recipe fast --lr_warmup_steps 1 --learning_rate 1e-3 --max_train_steps 4 --mixed_precision no --no-torch_compile "
+        f"--num_validation_images 1 --report_to none --output_dir {tmp_path / 'run'}"
+    )
+    assert train_srl_vae.main(train_srl_vae.parse_args(shlex.split(flags))) == 0
+    capsys.readouterr()
+    arguments = [
+        "--like", str(tmp_path / "run"), "--data_dir", str(photographs), "--resolution", "16", "--num_images", "2",
+        "--apgd_steps", "2", "--apgd_restarts", "1", "--seeds", "0", "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert recipe_variants.main(arguments) == 0
+    first = capsys.readouterr().out
+    assert all(f"| {name}" in first for name in VARIANTS)
+    repeated = load_file(tmp_path / "out/fast-seed0/diffusion_pytorch_model.safetensors")
+    original = load_file(tmp_path / "run/diffusion_pytorch_model.safetensors")
+    for name, weight in original.items():
+        torch.testing.assert_close(repeated[name], weight, rtol=1e-3, atol=1e-5)
+    assert recipe_variants.main(arguments) == 0
     assert capsys.readouterr().out == first

@@ -14,19 +14,29 @@ from small_pipelines import SIZE, build_pipeline
 from small_text_encoder import add_text_encoders
 from torch import Tensor
 
+from srl_utils.attacks.protections import style_transfer
 from srl_utils.autoencoders import AutoencoderSource
 from srl_utils.codecs import Codec, load_codec
 from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
 from srl_utils.evaluation import __main__ as command
 from srl_utils.evaluation import editing
+from srl_utils.evaluation.catalogue import Supplies, select
 from srl_utils.evaluation.commands.editing import read_prompts
-from srl_utils.evaluation.editing import INPAINTING, INSTRUCTION, build_edits, central_mask, replace_words
+from srl_utils.evaluation.editing import (
+    INPAINTING,
+    INSTRUCTION,
+    as_image_to_image,
+    build_edits,
+    central_mask,
+    replace_words,
+)
 from srl_utils.evaluation.finetuning import FinetuningConfig, finetune
 from srl_utils.evaluation.generation import largest_difference
 from srl_utils.evaluation.poisoning import divide, poisonings
 from srl_utils.evaluation.reconstruction import image_generators
 from srl_utils.images import to_model_range, to_pil, to_unit_range
+from srl_utils.losses import PerceptualDistance, ReconstructionLoss
 
 PROMPTS = ["a b", "c"]
 SETTINGS = {"num_inference_steps": 4, "guidance_scale": 3.0}
@@ -105,6 +115,29 @@ def test_every_pipeline_edits_in_its_own_way() -> None:
     assert list(build_edits(build_pipeline("sdxl"), **settings)) == ["img2img-0.3", "img2img-0.7", INPAINTING]
     assert list(build_edits(build_pipeline("sd inpaint"), **settings)) == [INPAINTING]
     assert list(build_edits(build_pipeline("sd instruct"), **settings)) == [INSTRUCTION]
+
+
+def test_glaze_heads_for_what_the_pipeline_draws(pipe, codec, images, random_lpips) -> None:
+    """Oracle: the attack on the targets that `style_transfer` draws from the same generators, given by hand."""
+    shown, painter = images(2, SIZE), as_image_to_image(pipe)
+    supplies = Supplies(perceptual=PerceptualDistance(random_lpips), max_steps=2)
+
+    def glazed(generators: list[torch.Generator], **further) -> Tensor:
+        (glaze,) = select(["glaze"], [8 / 255], replace(supplies, **further)).perturbations
+        return glaze.apply(codec, ReconstructionLoss(), shown, generators)
+
+    generators = image_generators(0, [0, 1])
+    target = style_transfer(painter, shown, generators=generators)
+    expected = glazed(generators, target=target)
+    torch.testing.assert_close(glazed(image_generators(0, [0, 1]), painter=painter), expected)
+    assert not torch.allclose(glazed(image_generators(0, [0, 1]), target=shown), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sd inpaint", "sd instruct"])
+def test_models_made_for_editing_draw_no_targets(kind: str) -> None:
+    """Oracle: specification; a message, and not the library's error in the middle of an attack."""
+    with pytest.raises(UserError, match="cannot start from an image alone"):
+        as_image_to_image(build_pipeline(kind))
 
 
 @pytest.mark.parametrize("kind", ["sd inpaint", "sd instruct"])
@@ -268,7 +301,7 @@ def test_editing_command(world, tmp_path: Path) -> None:
         for vae in ("original", "robust"):
             assert {("transfer", "psnr"), ("adaptive", "ssim")} <= {key[2:] for key in rows if key[:2] == (vae, f"pgd-2, {edit}")}
     before = (tmp_path / "out/report.md").read_text()
-    references = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/references").rglob("*.safetensors")}
+    references = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/clean-edits").rglob("*.safetensors")}
     assert len(references) == 2 * len(edits) * len(CAPTIONS)
     assert command.main(arguments) == 0
     assert (tmp_path / "out/report.md").read_text() == before

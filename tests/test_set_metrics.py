@@ -151,6 +151,12 @@ def test_frechet_distance_equals_torch_fidelity(features, published) -> None:
     assert frechet_distance(*(each["pool"] for each in features)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_frechet_distance_is_never_below_zero() -> None:
+    """Oracle: a distance of 0; torch-fidelity's of a set and itself is on either side of it, by rounding."""
+    of_sets = [frechet_distance(same, same) for same in (_noise(24, 12), _noise(20, 4), _noise(9, 30))]
+    assert of_sets == pytest.approx([0.0] * 3, abs=1e-9) and not any(str(value).startswith("-") for value in of_sets)
+
+
 def test_kernel_distance_equals_torch_fidelity(features, published) -> None:
     """Oracle: as above; mean and deviation over the same seeded subsets, float32 kernels."""
     expected = [published[f"kernel_inception_distance_{part}"] for part in ("mean", "std")]

@@ -166,16 +166,21 @@ def encode_prompts(pipe: DiffusionPipeline, prompts: Sequence[str]) -> PromptEmb
     return PromptEmbeddings(*pipe.encode_prompt(prompt=list(prompts), **settings))
 
 
+def takes_latents_alone(pipe: DiffusionPipeline) -> bool:
+    """Whether the denoiser is shown no picture beside the latents, as for inpainting or instructions."""
+    unet = pipe.components.get("unet")
+    return unet is None or unet.config.in_channels == unet.config.out_channels
+
+
 def _check_unet(pipe: DiffusionPipeline) -> None:
     kind = type(pipe).__name__
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, UNet2DConditionModel):
         raise UserError(f"the denoiser of this {kind} is no UNet; take one of Stable Diffusion 1.x, 2.x or XL")
-    channels = (unet.config.in_channels, unet.config.out_channels)
-    if channels[0] != channels[1]:
+    if not takes_latents_alone(pipe):
         raise UserError(
-            f"the UNet of this {kind} takes {channels[0]} channels and gives {channels[1]}, as for inpainting, "
-            "instructions or up-scaling; take a plain text-to-image model"
+            f"the UNet of this {kind} takes {unet.config.in_channels} channels and gives {unet.config.out_channels}, as for "
+            "inpainting, instructions or up-scaling; take a plain text-to-image model"
         )
     further = [name for name in FURTHER_CONDITIONS if unet.config.get(name) is not None]
     if further or unet.config.addition_embed_type not in (None, "text_time"):

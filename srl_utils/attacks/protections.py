@@ -105,6 +105,8 @@ class Protection:
     default_target: Callable[[int, int], Tensor] | None = None
     """Height and width to the image `[1,3,H,W]` that it heads for unless it is given one."""
     needs_target: bool = False
+    drawn_target: Callable[..., Tensor] | None = None
+    """What draws the authors' targets: see `style_transfer`. A pipeline is needed, and so they are not the default."""
     passes_per_step: float = 0.6
     """What a step costs in passes through encoder and decoder, about; by default the encoder forth and back."""
 
@@ -578,6 +580,7 @@ PROTECTIONS: dict[str, Protection] = {
             minimise=True,
             config=GlazeConfig(),
             needs_target=True,
+            drawn_target=style_transfer,
         ),
     )
 }

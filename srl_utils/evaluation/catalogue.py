@@ -51,6 +51,8 @@ class Supplies:
 
     pipeline: DiffusionPipeline | None = None
     """Whose denoiser is attacked; each protection tells it its authors' prompt."""
+    painter: DiffusionPipeline | None = None
+    """Image-to-image, draws the targets of protections whose authors have them drawn."""
     perceptual: PerceptualDistance | None = None
     """LPIPS as the attacks see it; what the report measures is another one."""
     target: Tensor | None = None
@@ -106,7 +108,10 @@ def _missing(name: str, supplies: Supplies) -> str | None:
     if protection and protection.needs_denoiser and supplies.pipeline is None:
         return "it needs a diffusion pipeline, --pipeline"
     if protection and protection.needs_target and supplies.target is None:
-        return "it needs an image to make others look like, --target"
+        if protection.drawn_target is None:
+            return "it needs an image to make others look like, --target"
+        if supplies.painter is None:
+            return "it needs an image to make others look like, --target, or a text-to-image pipeline that draws it, --pipeline"
     if supplies.perceptual is None and (name.endswith("-lpips") or (protection and protection.needs_perceptual)):
         return "it needs LPIPS, whose weights could not be had"
     return None
@@ -169,7 +174,7 @@ def _protected(protection: Protection, epsilon: float | None, supplies: Supplies
             denoiser=denoiser,
             perceptual=supplies.perceptual,
         )
-        target = supplies.target if protection.has_target else None
+        target = _target(protection, supplies, clean, generators)
         with frozen(codec.encoder):
             return protect(
                 protection, victim, clean, generators=generators, epsilon=epsilon, num_steps=steps, target=target
@@ -179,3 +184,12 @@ def _protected(protection: Protection, epsilon: float | None, supplies: Supplies
         name=protection.name, threat_model="adaptive", epsilon=epsilon or 0.0, apply=apply,
         passes=steps * protection.passes_per_step,
     )  # fmt: skip
+
+
+def _target(protection: Protection, supplies: Supplies, clean: Tensor, generators: Generators) -> Tensor | None:
+    """The given one, or what the pipeline draws; None for the protection's default."""
+    if not protection.has_target:
+        return None
+    if supplies.target is None and protection.drawn_target is not None:
+        return protection.drawn_target(supplies.painter, clean, generators=generators)
+    return supplies.target

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from srl_utils.attacks.denoiser import takes_latents_alone
 from srl_utils.attacks.draws import draw_normal
-from srl_utils.checkpoints import write_atomically
 from srl_utils.codecs import Codec
 from srl_utils.errors import UserError
+from srl_utils.evaluation.keeping import kept_images
 from srl_utils.evaluation.reconstruction import CLEAN, Generators, image_generators
 from srl_utils.evaluation.tasks import Cell, Metrics
 from srl_utils.images import to_model_range, to_unit_range
@@ -65,16 +64,29 @@ def build_edits(
     full = {**settings, "strength": 1.0}
     if "Inpaint" in type(pipeline).__name__:
         return {INPAINTING: Edit(pipeline=pipeline, arguments=_image_and_mask, settings=full)}
-    try:
-        image_to_image = AutoPipelineForImage2Image.from_pipe(pipeline)
-    except ValueError as error:
-        raise UserError(f"this {type(pipeline).__name__} cannot edit images: {str(error).splitlines()[0]}") from None
-    image_to_image.set_progress_bar_config(disable=True)
+    image_to_image = as_image_to_image(pipeline)
     edits = {
         f"img2img-{strength:g}": Edit(pipeline=image_to_image, arguments=_image, settings={**settings, "strength": strength})
         for strength in strengths
     }
     return edits | {INPAINTING: Edit(pipeline=image_to_image, arguments=_image_and_blending, settings=full)}
+
+
+def as_image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The same networks, to start from an image.
+
+    Raises:
+        UserError: if that is not what they are for.
+    """
+    kind = type(pipeline).__name__
+    if not takes_latents_alone(pipeline):
+        raise UserError(f"this {kind} cannot start from an image alone; take a text-to-image model")
+    try:
+        image_to_image = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError as error:
+        raise UserError(f"this {kind} cannot edit images: {str(error).splitlines()[0]}") from None
+    image_to_image.set_progress_bar_config(disable=True)
+    return image_to_image
 
 
 def central_mask(images: Tensor) -> Tensor:
@@ -150,7 +162,7 @@ class Editing:
         return self._edit(codec, shown, numbers, variant)
 
     def reference(self, codec: Codec, numbers: Sequence[int], variant: str) -> Tensor:
-        return torch.stack([self._clean_edit(codec, number, variant) for number in numbers])
+        return torch.cat([self._clean_edit(codec, number, variant) for number in numbers])
 
     def measure(
         self, cell: Cell, codec: Codec, outcome: Tensor, numbers: Sequence[int], variant: str
@@ -171,13 +183,10 @@ class Editing:
         return self.metrics.compare(outcome, reference.to(outcome.device))
 
     def _clean_edit(self, codec: Codec, number: int, variant: str) -> Tensor:
-        """One file an image: processes that need the same one may both make it, and it does not change."""
+        """`[1,3,H,W]`; one file an image, since batches are not always the same."""
+        clean = self.images[number : number + 1].to(codec.device)
         path = self.folder / codec.digest / variant / f"{number:06d}.safetensors"
-        if not path.exists():
-            clean = self.images[number : number + 1].to(codec.device)
-            edited = self._edit(codec, clean, [number], variant)[0].cpu().contiguous()
-            write_atomically(path, partial(save_file, {"edit": edited}))
-        return load_file(path)["edit"]
+        return kept_images(path, lambda: self._edit(codec, clean, [number], variant))
 
 
 def prompt_measures(

@@ -23,6 +23,7 @@ from srl_utils.codecs import Codec
 from srl_utils.errors import UserError
 from srl_utils.evaluation.editing import Edit, prompt_measures
 from srl_utils.evaluation.finetuning import FinetuningConfig, finetune
+from srl_utils.evaluation.keeping import kept_images
 from srl_utils.evaluation.reconstruction import Perturbation, image_generators
 from srl_utils.evaluation.tasks import Cell, Metrics
 from srl_utils.losses import ReconstructionLoss
@@ -172,11 +173,11 @@ class Poisoning:
 
     def _poison_batch(self, source: Codec, places: Sequence[int]) -> Tensor:
         path = self.folder / "poisons" / source.digest / f"{places[0]:06d}-{len(places)}.safetensors"
-        if not path.exists():
-            clean, targets = (
-                self.images[[numbers[place] for place in places]].to(source.device)
-                for numbers in (self.concepts.poisonable, self.concepts.targets)
-            )
-            made = self.poison(targets).apply(source, ReconstructionLoss(), clean, image_generators(self.seed, places))
-            write_atomically(path, partial(save_file, {"images": made.cpu().contiguous()}))
-        return load_file(path)["images"]
+        return kept_images(path, partial(self._make_poisons, source, places))
+
+    def _make_poisons(self, source: Codec, places: Sequence[int]) -> Tensor:
+        clean, targets = (
+            self.images[[numbers[place] for place in places]].to(source.device)
+            for numbers in (self.concepts.poisonable, self.concepts.targets)
+        )
+        return self.poison(targets).apply(source, ReconstructionLoss(), clean, image_generators(self.seed, places))

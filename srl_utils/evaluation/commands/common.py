@@ -21,7 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from srl_utils.attacks.protections import PROTECTIONS
+from srl_utils.attacks.protections import PROTECTIONS, Protection
 from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource
 from srl_utils.checkpoints import read_json, write_text_atomically
 from srl_utils.codecs import Codec, load_codec
@@ -39,6 +39,7 @@ from srl_utils.data import ValidationImages, load_validation_images
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import ITERATED, NOISE, Supplies, expanded, known_names
 from srl_utils.evaluation.document import Findings, write_report
+from srl_utils.evaluation.editing import as_image_to_image
 from srl_utils.evaluation.extremes import draw_extremes
 from srl_utils.evaluation.reconstruction import Perturbation, Record
 from srl_utils.evaluation.report import Rows
@@ -336,7 +337,10 @@ def build_supplies(args: argparse.Namespace, setup: Setup) -> Supplies:
     """What some of the attacks need."""
     target = None if args.target is None else load_target(args).to(setup.accelerator.device)
     perceptual = try_lpips(setup) if wants_perceptual(args) else None
-    return Supplies(pipeline=setup.pipeline, perceptual=perceptual, target=target, max_steps=args.max_attack_steps)
+    painter = try_painter(setup) if wants_painter(args) else None
+    return Supplies(
+        pipeline=setup.pipeline, painter=painter, perceptual=perceptual, target=target, max_steps=args.max_attack_steps
+    )
 
 
 def load_pipeline(place: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
@@ -376,6 +380,14 @@ def wants_perceptual(args: argparse.Namespace) -> bool:
 def try_lpips(setup: Setup) -> PerceptualDistance | None:
     try:
         return load_perceptual_distance("vgg").to(setup.accelerator.device)
+    except UserError as error:
+        setup.notes.append(str(error))
+        return None
+
+
+def try_painter(setup: Setup) -> DiffusionPipeline | None:
+    try:
+        return None if setup.pipeline is None else as_image_to_image(setup.pipeline)
     except UserError as error:
         setup.notes.append(str(error))
         return None
@@ -423,7 +435,15 @@ def folder(text: str) -> Path:
 
 
 def needs_denoiser(args: argparse.Namespace) -> bool:
-    return any(PROTECTIONS[name].needs_denoiser for name in expanded(args.attacks) if name in PROTECTIONS)
+    return any(protection.needs_denoiser for protection in protections_of(args))
+
+
+def wants_painter(args: argparse.Namespace) -> bool:
+    return args.target is None and any(protection.drawn_target is not None for protection in protections_of(args))
+
+
+def protections_of(args: argparse.Namespace) -> list[Protection]:
+    return [PROTECTIONS[name] for name in expanded(args.attacks) if name in PROTECTIONS]
 
 
 def budget(text: str) -> float:
@@ -493,7 +513,7 @@ def shared_effects(args: argparse.Namespace) -> Effects:
 def attack_effects(args: argparse.Namespace) -> Effects:
     names = expanded(args.attacks)
     adversarial = any(name in PROTECTIONS or ITERATED.fullmatch(name) for name in names)
-    protections = [PROTECTIONS[name] for name in names if name in PROTECTIONS]
+    protections = protections_of(args)
     return {
         "epsilons": (adversarial or NOISE in names or not args.no_checks, "an attack, noise, or the checks"),
         "threat_models": (adversarial, "an attack on a VAE among --attacks"),

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         images=setup.images,
         prompts=edit_prompts(args, setup),
         judge=judge,
-        folder=args.output_dir / "references",
+        folder=args.output_dir / "clean-edits",
         seed=args.seed,
     )
     selection = select(args.attacks, args.epsilons, build_supplies(args, setup))

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         images=setup.images,
         captions=setup.captions,
         judge=judge,
+        folder=args.output_dir / "text-to-image",
         seed=args.seed,
     )
     return run_study(args, setup, task, [CLEAN], title="Generation")

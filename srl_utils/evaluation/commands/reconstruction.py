@@ -16,6 +16,7 @@ from srl_utils.evaluation.commands.common import (
     prepare,
     run_study,
     shared_effects,
+    wants_painter,
 )
 from srl_utils.evaluation.sanity import Depth
 from srl_utils.evaluation.tasks import Reconstruction
@@ -47,5 +48,5 @@ def effects(args: argparse.Namespace) -> Effects:
     return {
         **shared_effects(args),
         **attack_effects(args),
-        "pipeline": (needs_denoiser(args), "an attack on a denoiser"),
+        "pipeline": (needs_denoiser(args) or wants_painter(args), "an attack on a denoiser, or one whose target it draws"),
     }
