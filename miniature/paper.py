@@ -68,7 +68,7 @@ class Scale:
     finetuning_steps: int
     generated: int
     checks: bool
-    """Whether the robustness is checked too."""
+    """Whether the robustness is checked too, in the reconstruction of all VAEs."""
 
 
 FULL = Scale(
@@ -135,6 +135,7 @@ def poisoning_flags(scale: Scale) -> list[object]:
         "--epsilon", "16/255", "--num_poisons", *scale.poisons, "--num_generated", scale.generated, "--batch_size", 64,
         "--max_attack_steps", scale.attack_steps, "--finetuning_steps", scale.finetuning_steps, "--learning_rate", "3e-4",
         "--finetuning_batch_size", 16, "--metrics", "clip-text", "shown", "fid",
+        "--no_checks",
     ]  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from srl_utils.evaluation.finetuning import FinetuningConfig, finetune
 from srl_utils.evaluation.generation import largest_difference
 from srl_utils.evaluation.poisoning import divide, poisonings
 from srl_utils.evaluation.reconstruction import image_generators
+from srl_utils.evaluation.sanity import Check
 from srl_utils.images import to_model_range, to_pil, to_unit_range
 from srl_utils.losses import PerceptualDistance, ReconstructionLoss
 
@@ -327,13 +328,20 @@ def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     arguments = [
         "poisoning", *world, "--concept", "ring", "--target_concept", "star", "--num_poisons", "0", "2", "--num_generated", "2",
         "--max_attack_steps", "2", "--finetuning_steps", "2", "--finetuning_batch_size", "2", "--metrics", "psnr",
+        "--num_check_images", "1",
     ]  # fmt: skip
+
+    def checked(codec: Codec, baseline: Codec, images: Tensor, *, epsilon: float, **settings: object) -> list[Check]:
+        return [Check(f"{codec.name} on {len(images)} image at {epsilon}", passed=True, figures="")]
+
+    monkeypatch.setattr("srl_utils.evaluation.commands.common.check_robustness", checked)
     assert command.main([*arguments, "--learning_rate", "0", "--output_dir", str(tmp_path / "still")]) == 0
     still = rows_of(tmp_path / "still")
     for vae in ("original", "robust"):
         assert len({value for key, value in still.items() if key[0] == vae}) == 1
     assert command.main([*arguments, "--learning_rate", "1e-2"]) == 0
     rows = rows_of(tmp_path / "out")
+    assert "robust on 1 image at 0.04" in (tmp_path / "out/report.md").read_text()
     assert rows["robust", "nightshade-0", "none", "psnr"] != rows["robust", "nightshade-2", "adaptive", "psnr"]
     assert rows["robust", "nightshade-2", "transfer", "psnr"] != rows["robust", "nightshade-2", "adaptive", "psnr"]
     assert rows["original", "nightshade-2", "transfer", "psnr"] == rows["original", "nightshade-2", "adaptive", "psnr"]

@@ -97,7 +97,6 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluation.commands.editing": {
         "command_line", "errors", "evaluation.catalogue", "evaluation.commands.common", "evaluation.editing",
-        "evaluation.sanity",
     },
     "evaluation.commands.poisoning": {
         "attacks.protections", "checkpoints", "command_line", "evaluation.catalogue",

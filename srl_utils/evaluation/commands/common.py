@@ -7,13 +7,12 @@ import json
 import platform
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
 from hashlib import sha256
 from importlib.metadata import version
 from os.path import exists, isdir  # which, unlike pathlib's, say False of a name too long to be one
 from pathlib import Path
-from statistics import median_low
 
 import torch
 from accelerate import Accelerator
@@ -81,6 +80,14 @@ class Setup:
     """What a reader of the report must know; more may be added."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scrutiny:
+    """How the robustness is checked."""
+
+    epsilon: float
+    depth: Depth = field(default_factory=Depth)
+
+
 def prepare(args: argparse.Namespace) -> Setup:
     """Loads images, VAEs and the pipeline.
 
@@ -122,15 +129,14 @@ def run_study(
     perturbations: Sequence[Perturbation],
     *,
     title: str,
-    depth: Depth | None = None,
+    scrutiny: Scrutiny | None = None,
     images: Tensor | None = None,
     draw: Callable[[Study, Rows, Sequence[Record]], dict[str, Path]] = lambda study, rows, records: draw_extremes(study, records),
 ) -> int:
     """Runs the study and writes its report.
 
     Args:
-        depth: of the checks of the robustness, which are made unless the flags say otherwise; None where there is
-            nothing to check.
+        scrutiny: of the robustness, which is checked unless the flags say otherwise; None where there is nothing to check.
         images: those of the study, where they are not all that were loaded.
         draw: makes the report's pictures, by title.
     """
@@ -154,7 +160,7 @@ def run_study(
     with sole_run(args.output_dir, is_main_process=setup.accelerator.is_main_process):
         records = study.run()
         if setup.accelerator.is_main_process:
-            checks = None if depth is None else {} if args.no_checks else run_checks(args, study, depth)
+            checks = None if scrutiny is None else {} if args.no_checks else run_checks(args, study, scrutiny)
             rows = study.rows(records)
             conclude(args, setup, rows, records, title=title, checks=checks, pictures=draw(study, rows, records))
     return 0
@@ -194,9 +200,9 @@ def conclude(
     print(f"{verdict(checks)}Report: {args.output_dir / 'report.html'}, {args.output_dir / 'report.md'}")
 
 
-def run_checks(args: argparse.Namespace, study: Study, depth: Depth) -> dict[str, list[Check]]:
-    """Of every VAE but the baseline, on a few images and at the middle one of the epsilons; those done are kept."""
-    epsilon = median_low(args.epsilons)
+def run_checks(args: argparse.Namespace, study: Study, scrutiny: Scrutiny) -> dict[str, list[Check]]:
+    """Of every VAE but the baseline, on a few images; those done are kept."""
+    epsilon, depth = scrutiny.epsilon, scrutiny.depth
     images = study.images[: args.num_check_images]
     checks = {}
     for number, codec in enumerate(study.codecs[1:], start=1):
@@ -485,6 +491,11 @@ def add_attack_arguments(parser: argparse.ArgumentParser, *, attacks: Sequence[s
     add("--threat_models", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS))
     add("--target", type=Path, default=None, help="image that targeted protections make others look like")
     add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
+    add_check_arguments(parser)
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--no_checks", action="store_true", help="leave out the checks of the robustness")
     add("--num_check_images", type=positive_int, default=8, help="images that the checks use")
 
@@ -519,8 +530,12 @@ def attack_effects(args: argparse.Namespace) -> Effects:
         "threat_models": (adversarial, "an attack on a VAE among --attacks"),
         "target": (any(protection.has_target for protection in protections), "an attack with a target"),
         "max_attack_steps": (bool(protections), "a published protection among --attacks"),
-        "num_check_images": (not args.no_checks, "the checks, which --no_checks leaves out"),
+        **check_effects(args),
     }
+
+
+def check_effects(args: argparse.Namespace) -> Effects:
+    return {"num_check_images": (not args.no_checks, "the checks, which --no_checks leaves out")}
 
 
 def pipeline_effects(args: argparse.Namespace) -> Effects:

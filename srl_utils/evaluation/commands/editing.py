@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median_low
 
 from srl_utils.command_line import Effects
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import select
 from srl_utils.evaluation.commands.common import (
+    Scrutiny,
     Setup,
     add_attack_arguments,
     add_pipeline_arguments,
@@ -26,7 +28,6 @@ from srl_utils.evaluation.commands.common import (
     shared_effects,
 )
 from srl_utils.evaluation.editing import Edit, Editing, build_edits, replace_words
-from srl_utils.evaluation.sanity import Depth
 
 METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid")
 PROTECTIONS = ("clean", "photoguard-encoder", "photoguard-diffusion", "mist-fused", "advdm", "glaze", "apgd-100")
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
         "edits of protected images are held against those of the clean images by the same VAE, edits of clean images "
         f"and all sets of edits against those by {setup.codecs[0].name}"
     )
-    return run_study(args, setup, task, selection.perturbations, title="Editing under protection", depth=Depth())
+    scrutiny = Scrutiny(epsilon=median_low(args.epsilons))
+    return run_study(args, setup, task, selection.perturbations, title="Editing under protection", scrutiny=scrutiny)
 
 
 def chosen_edits(names: Sequence[str], edits: dict[str, Edit]) -> dict[str, Edit]:

@@ -16,12 +16,15 @@ from srl_utils.checkpoints import write_atomically
 from srl_utils.command_line import Effects, non_negative_float, non_negative_int, positive_int
 from srl_utils.evaluation.catalogue import Supplies, select
 from srl_utils.evaluation.commands.common import (
+    Scrutiny,
     Setup,
+    add_check_arguments,
     add_pipeline_arguments,
     add_shared_arguments,
     budget,
     build_metrics,
     check_captions,
+    check_effects,
     load_judge,
     pipeline_effects,
     prepare,
@@ -40,6 +43,8 @@ from srl_utils.evaluation.study import THREAT_MODELS, Study
 METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid")
 SHOWN = 8
 """Of the generated images, in the report."""
+USUAL_EPSILON = 8 / 255
+"""At which VAEs are checked where the poisons' budget is in another measure."""
 TARGETED = tuple(name for name, protection in PROTECTIONS.items() if protection.has_target)
 
 
@@ -73,8 +78,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     perturbations = poisonings(args.protection, budget_of(args), sorted(set(args.num_poisons)))
-    held_out = setup.images[concepts.held_out]
-    return run_study(args, setup, task, perturbations, title="Poisoned fine-tuning", images=held_out, draw=draw)
+    scalable = PROTECTIONS[args.protection].scalable
+    return run_study(
+        args, setup, task, perturbations, title="Poisoned fine-tuning", images=setup.images[concepts.held_out], draw=draw,
+        scrutiny=Scrutiny(epsilon=budget_of(args) if scalable else USUAL_EPSILON),
+    )  # fmt: skip
 
 
 def draw(study: Study, rows: Rows, records: Sequence[Record]) -> dict[str, Path]:
@@ -131,6 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_generated", type=positive_int, default=32, help="images of the concept that are held out, and generated")
     add("--threat_models", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS))
     add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
+    add_check_arguments(parser)
     add("--finetuning_steps", type=positive_int, default=500)
     add("--finetuning_batch_size", type=positive_int, default=8)
     add("--learning_rate", type=non_negative_float, default=1e-5)
@@ -144,5 +153,6 @@ def effects(args: argparse.Namespace) -> Effects:
     return {
         **shared_effects(args),
         **pipeline_effects(args),
+        **check_effects(args),
         **dict.fromkeys(("epsilon", "threat_models", "max_attack_steps"), (poisoned, "a number of poisons above 0")),
     }

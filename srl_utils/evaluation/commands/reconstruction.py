@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from statistics import median_low
 
 from srl_utils.command_line import Effects
 from srl_utils.evaluation.catalogue import select
 from srl_utils.evaluation.commands.common import (
+    Scrutiny,
     add_attack_arguments,
     add_shared_arguments,
     attack_effects,
@@ -31,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     selection = select(args.attacks, args.epsilons, build_supplies(args, setup))
     setup.notes.extend(selection.notes)
     depth = QUICK if set(args.attacks) == {"quick"} else Depth()
-    return run_study(args, setup, task, selection.perturbations, title="Reconstruction under attack", depth=depth)
+    scrutiny = Scrutiny(epsilon=median_low(args.epsilons), depth=depth)
+    return run_study(args, setup, task, selection.perturbations, title="Reconstruction under attack", scrutiny=scrutiny)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
