@@ -146,8 +146,8 @@ def several_processes() -> list[object]:
     if processes == 1:
         return []
     return [
-        "-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no",
-        "--dynamo_backend", "no", *([] if gpus else ["--cpu", "--num_cpu_threads_per_process", 1]),
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes, "--num_machines", 1,
+        "--main_process_port", 0, "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", 1,
     ]  # fmt: skip
 
 

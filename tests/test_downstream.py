@@ -141,6 +141,13 @@ def test_models_made_for_editing_draw_no_targets(kind: str) -> None:
         as_image_to_image(build_pipeline(kind))
 
 
+def test_a_strength_that_leaves_no_step_is_refused() -> None:
+    """Oracle: specification; three tenths of three steps are none, and a third of them is one."""
+    with pytest.raises(UserError, match=r"a strength of 0\.3 leaves none of the 3"):
+        build_edits(build_pipeline("sd2"), strengths=[0.5, 0.3], num_inference_steps=3, guidance_scale=2.0)
+    build_edits(build_pipeline("sd2"), strengths=[0.34], num_inference_steps=3, guidance_scale=2.0)
+
+
 @pytest.mark.parametrize("kind", ["sd inpaint", "sd instruct"])
 def test_models_made_for_editing_run(kind: str, codec, images, tmp_path: Path) -> None:
     """Oracle: another prompt gives another image, and the same one the same."""

@@ -56,8 +56,11 @@ def build_edits(
     """What `pipeline` can do, by name: instructions, or inpainting, or image-to-image at each strength and inpainting.
 
     Raises:
-        UserError: if it can edit nothing.
+        UserError: if it can edit nothing, or if a strength leaves no step.
     """
+    for strength in strengths:
+        if int(num_inference_steps * strength) == 0:
+            raise UserError(f"a strength of {strength:g} leaves none of the {num_inference_steps} of --num_inference_steps; give more")
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     if isinstance(pipeline, StableDiffusionInstructPix2PixPipeline):
         return {INSTRUCTION: Edit(pipeline=pipeline, arguments=_image, settings=settings)}
