@@ -63,7 +63,7 @@ test-hub-%: .venv-hub/%/.installed
 	touch $@
 
 # Needs transformers as well. The diffusion model takes most of the time:
-# with --torch_compile nearly two hours on 2 cores, and longer without.
+# with --torch_compile about two and a half hours on 2 cores, and longer without.
 miniature: $(VENV)/.installed-test
 	$(RUN) python -m miniature.build vae
 	$(RUN) python -m miniature.build clip

@@ -108,8 +108,8 @@ def all_pixels(scenes: SceneSet) -> Tensor:
 README = """# The miniature world's networks
 
 Everything here was trained by `make miniature` on this repository's own drawings; nothing was downloaded.
-The diffusion model's 18,000 steps were made in three runs, each with a cosine of its own over 5,500, 16,000 (left at
-13,250) and 18,000 steps; the command goes through them in one.
+The diffusion model's 25,000 steps were made in four runs, each with a cosine of its own over 5,500, 16,000 (left at
+13,250), 18,000 and 25,000 steps; the command goes through them in one.
 
 | folder | what it is | loads with |
 |---|---|---|
