@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import warnings
@@ -78,20 +79,34 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         # The package leaves its linear weights trainable.
         self.network = network.requires_grad_(False).eval()
+        self.dtype = torch.float32
+
+    def in_precision(self, dtype: torch.dtype) -> PerceptualDistance:
+        """A twin whose convolutions run and are held in `dtype`; what is made of their results stays in float32.
+
+        For attacks, which take a gradient's sign: its targets' features may be this one's.
+        """
+        twin = copy.deepcopy(self)
+        twin.network.net.to(dtype)
+        twin.dtype = dtype
+        return twin
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Channel-normalised features of `[N,3,H,W]` images in [-1,1], one tensor per layer."""
         with torch.autocast(images.device.type, enabled=False):
-            activations = self.network.net(self.network.scaling_layer(images.float()))
-        return [
-            layer * torch.rsqrt(layer.square().sum(dim=1, keepdim=True) + self.EPSILON) for layer in activations
-        ]
+            activations = self.network.net(self.network.scaling_layer(images.float()).to(self.dtype))
+            return [_normalised(layer.float(), self.EPSILON) for layer in activations]
 
     def distance(self, images: Tensor, target_features: Sequence[Tensor]) -> Tensor:
         """LPIPS `[N]` between `images` `[N,3,H,W]` in [-1,1] and the target whose features are given."""
         with torch.autocast(images.device.type, enabled=False):
             layers = zip(self.network.lins, self.features(images), target_features, strict=True)
             return sum(weigh((own - fixed).square()).mean(dim=(1, 2, 3)) for weigh, own, fixed in layers)
+
+
+def _normalised(features: Tensor, epsilon: float) -> Tensor:
+    """`[N,C,H,W]`, of length 1 over the channels."""
+    return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + epsilon)
 
 
 def load_perceptual_distance(net: str) -> PerceptualDistance:

@@ -9,8 +9,8 @@ For images x, the encoder E being trained, its frozen original E0 and the frozen
 
 `benchmarks/train_step.py` has the same written plainly, and a test holds one against the other. What differs is only
 what changes no result beyond rounding: the attack differentiates with respect to the images alone, through a frozen
-mirror of the encoder; frozen weights are held in the precision they are used in; the target's features are computed
-once; clean and attacked images take one pass; nothing waits for the device.
+mirror of the encoder; frozen weights are held in the precision they are used in, in the attack LPIPS's too; the target's
+features are computed once; clean and attacked images take one pass; nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class Networks:
     decoder: LatentDecoder
     reference: LatentEncoder
     loss: ReconstructionLoss
+    attacked_loss: ReconstructionLoss
+    """What the attack maximises: the same, with LPIPS's trunk in the precision of the networks."""
 
     @property
     def device(self) -> torch.device:
@@ -86,12 +88,15 @@ def build_networks(
     decoder = frozen_copy(LatentDecoder(vae, autocast_dtype=autocast_dtype))
     wrapped_encoder = wrap(encoder.requires_grad_(True).train())
     mirror = EncoderMirror(encoder)  # of the wrapped one: DistributedDataParallel moves the weights
+    attacked_loss = loss
+    if loss.perceptual is not None and autocast_dtype is not None:
+        attacked_loss = ReconstructionLoss(loss.perceptual.in_precision(autocast_dtype), weight=loss.weight)
     if torch_compile:
         decoder = with_summed_gradients(decoder)
         for module in (encoder, mirror.encoder, reference, decoder):
             module.compile(dynamic=False)
-        if loss.perceptual is not None:
-            loss.perceptual.features = torch.compile(loss.perceptual.features, dynamic=False)
+        for each in {loss.perceptual, attacked_loss.perceptual} - {None}:
+            each.features = torch.compile(each.features, dynamic=False)
     return Networks(
         vae=vae,
         encoder=encoder,
@@ -100,6 +105,7 @@ def build_networks(
         decoder=decoder,
         reference=reference,
         loss=loss,
+        attacked_loss=attacked_loss,
     )
 
 
@@ -159,7 +165,7 @@ class Step:
 
         def objective(images: Tensor) -> Tensor:
             latents = split_moments(networks.mirror.encoder(images)).latent(noise)
-            return networks.loss(networks.decoder(latents), target)
+            return networks.attacked_loss(networks.decoder(latents), target)
 
         return objective
 

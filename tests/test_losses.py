@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 
+from srl_utils.attacks.gradient import value_and_gradient
 from srl_utils.autoencoders import LatentEncoder, frozen_copy, split_moments
 from srl_utils.errors import UserError
 from srl_utils.losses import (
@@ -114,6 +115,22 @@ def test_loss_stays_in_float32_under_autocast(perceptual, images) -> None:
     assert lowered.dtype == torch.bfloat16, "autocast is meant to be at work here"
     assert value.dtype == torch.float32
     assert torch.equal(value, expected)
+
+
+def test_a_twin_in_half_precision_points_the_same_way(perceptual, images) -> None:
+    """Oracle: the float32 distance and its gradient, to bfloat16's 8 bits; only the trunk is held in it, and the original
+    stays as it was.
+    """
+    twin = perceptual.in_precision(torch.bfloat16)
+    features = perceptual.features(images(2, 32, seed=1))
+    value, gradient = value_and_gradient(lambda shown: twin.distance(shown, features), images(2, 32))
+    expected, wanted = value_and_gradient(lambda shown: perceptual.distance(shown, features), images(2, 32))
+    assert value.dtype == gradient.dtype == torch.float32
+    torch.testing.assert_close(value, expected, rtol=0.01, atol=0)
+    assert not torch.equal(gradient, wanted)
+    assert torch.nn.functional.cosine_similarity(gradient.flatten(1), wanted.flatten(1)).min() > 0.98
+    assert {weight.dtype for weight in twin.network.net.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in [*twin.network.lins.parameters(), *perceptual.parameters()]} == {torch.float32}
 
 
 @pytest.mark.parametrize("weight", [0.5, 2.0])

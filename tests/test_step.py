@@ -131,6 +131,21 @@ def test_without_originality_clean_images_are_not_encoded(tiny_vae, images, gene
     assert loss.item() == pytest.approx(terms[TERMS.index("mse")].item())
 
 
+def test_half_precision_takes_the_attack_s_perceptual_loss_alone(tiny_vae, random_lpips, images, generators) -> None:
+    """Oracle: counted calls: the twin's in the attack's steps, the float32 one's in the update; without, there is no twin."""
+    loss = ReconstructionLoss(PerceptualDistance(random_lpips), weight=0.5)
+    assert build_networks(copy.deepcopy(tiny_vae), loss).attacked_loss is loss
+    networks = build_networks(tiny_vae, loss, autocast_dtype=torch.bfloat16)
+    assert (networks.loss, networks.attacked_loss.weight) == (loss, 0.5)
+    assert networks.attacked_loss.perceptual.dtype == torch.bfloat16
+    seen = []
+    for name, each in (("attack", networks.attacked_loss), ("update", networks.loss)):
+        original = each.perceptual.distance
+        each.perceptual.distance = lambda *given, name=name, original=original: (seen.append(name), original(*given))[1]
+    Step(networks=networks, attack=ATTACK).loss(images(2, 32), generators(0, 1))
+    assert seen == ["attack"] * ATTACK.num_steps + ["update"]
+
+
 def test_the_attack_computes_no_weight_gradients(tiny_vae, images, generators) -> None:
     """Oracle: specification; whatever the attack differentiates through is frozen, the encoder is not."""
     step = our_step(tiny_vae)
