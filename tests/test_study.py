@@ -25,6 +25,7 @@ from srl_utils.evaluation import __main__ as command
 from srl_utils.evaluation.catalogue import PRESETS, Supplies, select
 from srl_utils.evaluation.commands import common, reconstruction
 from srl_utils.evaluation.commands.common import check_pipeline
+from srl_utils.evaluation.extremes import strongest_cell
 from srl_utils.evaluation.reconstruction import CLEAN, Record, evaluate, noise
 from srl_utils.evaluation.sanity import Depth, check_robustness
 from srl_utils.evaluation.study import Job, Study
@@ -240,6 +241,20 @@ def test_masked_gradients_are_exposed(miniature_vae) -> None:
     assert "Gradients do not vanish" in failed
     assert "A very large epsilon wins completely" in failed
     assert "An attack without gradients is not stronger than one with" in failed
+
+
+@pytest.mark.parametrize(("epsilons", "chosen"), [((0.1, 0.2, 0.3, 0.0), 1), ((0.0, 0.0), 1), ((0.1, 0.0, 0.1), 2)])
+def test_the_strongest_attack_at_the_middle_budget_is_shown(study, epsilons, chosen: int) -> None:
+    """Oracle: by hand. Attack number n leaves 20 - n dB; of the middle budget the last one is shown, and those without a
+    budget among the epsilons, whose is 0, only where there is nothing else.
+    """
+    attacks = [replace(study.perturbations[2], name=f"attack {n}", epsilon=epsilon) for n, epsilon in enumerate(epsilons)]
+    records = [
+        Record("original", attack.name, threat_model, attack.epsilon, "psnr", 0, 20.0 - number)
+        for number, attack in enumerate(attacks) for threat_model in ("transfer", "adaptive")
+    ]  # fmt: skip
+    cell = strongest_cell(replace(study, perturbations=attacks), records, study.baseline)
+    assert cell.perturbation.name == f"attack {chosen}"
 
 
 # --- command --------------------------------------------------------------------------------------------

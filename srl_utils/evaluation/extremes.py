@@ -43,11 +43,14 @@ def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
 
 
 def strongest_cell(study: Study, records: Sequence[Record], codec: Codec) -> Cell | None:
-    """The attack made on `codec` that leaves it the lowest mean PSNR, at the middle one of the epsilons."""
+    """The attack made on `codec` that leaves it the lowest mean PSNR, at the middle one of the epsilons.
+
+    Attacks whose budget is in another measure, and so not among the epsilons, are chosen from only if there are no others.
+    """
     own = [cell for cell in study.cells() if cell.perturbation.adversarial and cell.source is codec]
     if not own:
         return None
-    middle = median_low({cell.perturbation.epsilon for cell in own})
+    middle = median_low({cell.perturbation.epsilon for cell in own} - {0.0} or {0.0})
     candidates = [cell for cell in own if cell.perturbation.epsilon == middle]
     return min(candidates, key=lambda cell: fmean(_psnr_by_image(study, records, cell, codec).values()))
 
