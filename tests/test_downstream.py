@@ -29,6 +29,7 @@ from srl_utils.evaluation.editing import (
     as_image_to_image,
     build_edits,
     central_mask,
+    check_steps,
     replace_words,
 )
 from srl_utils.evaluation.finetuning import FinetuningConfig, finetune
@@ -143,9 +144,10 @@ def test_models_made_for_editing_draw_no_targets(kind: str) -> None:
 
 def test_a_strength_that_leaves_no_step_is_refused() -> None:
     """Oracle: specification; three tenths of three steps are none, and a third of them is one."""
-    with pytest.raises(UserError, match=r"a strength of 0\.3 leaves none of the 3"):
-        build_edits(build_pipeline("sd2"), strengths=[0.5, 0.3], num_inference_steps=3, guidance_scale=2.0)
-    build_edits(build_pipeline("sd2"), strengths=[0.34], num_inference_steps=3, guidance_scale=2.0)
+    few = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    check_steps(build_edits(build_pipeline("sd2"), strengths=[0.34], **few))
+    with pytest.raises(UserError, match=r"img2img-0\.3 takes none of the 3 steps"):
+        check_steps(build_edits(build_pipeline("sd2"), strengths=[0.5, 0.3], **few))
 
 
 @pytest.mark.parametrize("kind", ["sd inpaint", "sd instruct"])
@@ -383,6 +385,8 @@ def test_without_poisons_none_are_made(world, tmp_path: Path) -> None:
         ("editing", ["--replace", "a=b", "--classifier", "none", "--metrics", "psnr"], "--classifier has no effect"),
         ("editing", ["--replace", "a=b", "--edits", "img2img-0.9"], "this pipeline has img2img-0.3, "),
         ("generation", ["--strengths", "0"], "0 would change nothing"),
+        ("generation", ["--strengths", "0.5", "0.3"], "img2img-0.3 takes none of the 3 steps"),
+        ("editing", ["--replace", "ring=box", "star=cup", "--strengths", "0.3"], "img2img-0.3 takes none of the 3 steps"),
         ("generation", ["--caption_column", "title"], "title"),
         ("poisoning", ["--concept", "ring", "--target_concept", "star"], "100 poisons and 32 held-out"),
         ("poisoning", ["--concept", "ring", "--target_concept", "star", "--num_poisons", "0", "--epsilon", "8/255"], "--epsilon has no effect"),

@@ -56,11 +56,8 @@ def build_edits(
     """What `pipeline` can do, by name: instructions, or inpainting, or image-to-image at each strength and inpainting.
 
     Raises:
-        UserError: if it can edit nothing, or if a strength leaves no step.
+        UserError: if it can edit nothing.
     """
-    for strength in strengths:
-        if int(num_inference_steps * strength) == 0:
-            raise UserError(f"a strength of {strength:g} leaves none of the {num_inference_steps} of --num_inference_steps; give more")
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     if isinstance(pipeline, StableDiffusionInstructPix2PixPipeline):
         return {INSTRUCTION: Edit(pipeline=pipeline, arguments=_image, settings=settings)}
@@ -73,6 +70,14 @@ def build_edits(
         for strength in strengths
     }
     return edits | {INPAINTING: Edit(pipeline=image_to_image, arguments=_image_and_blending, settings=full)}
+
+
+def check_steps(edits: Mapping[str, Edit]) -> None:
+    """Raises a UserError if an edit's strength leaves it no step."""
+    for name, edit in edits.items():
+        steps = edit.settings["num_inference_steps"]
+        if int(steps * edit.settings.get("strength", 1.0)) == 0:
+            raise UserError(f"{name} takes none of the {steps} steps of --num_inference_steps; give more")
 
 
 def as_image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -27,7 +27,7 @@ from srl_utils.evaluation.commands.common import (
     share,
     shared_effects,
 )
-from srl_utils.evaluation.editing import Edit, Editing, build_edits, replace_words
+from srl_utils.evaluation.editing import Edit, Editing, build_edits, check_steps, replace_words
 
 METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid")
 PROTECTIONS = ("clean", "photoguard-encoder", "photoguard-diffusion", "mist-fused", "advdm", "glaze", "apgd-100")
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         folder=args.output_dir / "clean-edits",
         seed=args.seed,
     )
+    check_steps(edits)
     selection = select(args.attacks, args.epsilons, build_supplies(args, setup))
     setup.notes.extend(selection.notes)
     setup.notes.append(

@@ -17,7 +17,7 @@ from srl_utils.evaluation.commands.common import (
     share,
     shared_effects,
 )
-from srl_utils.evaluation.editing import INPAINTING, build_edits
+from srl_utils.evaluation.editing import INPAINTING, build_edits, check_steps
 from srl_utils.evaluation.generation import Generation, build_text_to_image
 from srl_utils.evaluation.reconstruction import CLEAN
 from srl_utils.evaluation.study import TRANSFER
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         folder=args.output_dir / "text-to-image",
         seed=args.seed,
     )
+    check_steps(task.denoised)
     return run_study(args, setup, task, [CLEAN], title="Generation")
 
 
