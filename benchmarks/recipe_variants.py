@@ -24,10 +24,11 @@ from torch import Tensor
 from benchmarks.textbook_training import train
 from benchmarks.time_to_robustness import Judge, Point, add_judge_arguments, load_images, spread
 from srl_utils.attacks.draws import Generators
-from srl_utils.attacks.gradient import PGDConfig, value_and_gradient
+from srl_utils.attacks.gradient import Objective, PGDConfig, value_and_gradient
 from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource, load_autoencoder
 from srl_utils.checkpoints import write_text_atomically
 from srl_utils.command_line import Parser, exit_code, non_negative_int
+from srl_utils.errors import UserError
 from srl_utils.evaluation.report import markdown_table
 from srl_utils.images import to_model_units
 from srl_utils.losses import ReconstructionLoss, Target
@@ -118,7 +119,8 @@ class VariedStep(Step):
     def _perturbed(self, clean: Tensor, target: Target, noise: Tensor | None, generators: Generators) -> Tensor:
         return self.perturb(self, clean, target)
 
-    def objective(self, target: Target):
+    def objective(self, target: Target) -> Objective:
+        """To be maximised by what is shown in place of `target`."""
         return self._objective(target, None)
 
 
@@ -177,6 +179,8 @@ class VariedTraining:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     like = argparse.Namespace(**json.loads((args.like / "training_args.json").read_text())["arguments"])
+    if like.lpips_weight:
+        raise UserError(f"{args.like} was trained with LPIPS; give a run with --lpips_weight 0")
     args.model = like.pretrained_model_name_or_path
     judge = Judge(args, load_images(args))
     points = {name: [varied(args, like, judge, name, seed) for seed in args.seeds] for name in args.variants}
