@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
         "pipelines", "set_metrics",
     },
     "evaluation.generation": {
-        "attacks.denoiser", "codecs", "errors", "evaluation.editing", "evaluation.keeping", "evaluation.reconstruction",
+        "attacks.denoiser", "codecs", "errors", "evaluation.editing", "evaluation.reconstruction",
         "evaluation.tasks", "images", "set_metrics",
     },
     "evaluation.finetuning": {"attacks.denoiser", "errors", "evaluation.reconstruction"},

@@ -192,9 +192,9 @@ class Editing:
 
     def _clean_edit(self, codec: Codec, number: int, variant: str) -> Tensor:
         """`[1,3,H,W]`; one file an image, since batches are not always the same."""
-        clean = self.images[number : number + 1].to(codec.device)
         path = self.folder / codec.digest / variant / f"{number:06d}.safetensors"
-        return kept_images(path, lambda: self._edit(codec, clean, [number], variant))
+        clean = self.images[number : number + 1]
+        return kept_images(path, lambda: self._edit(codec, clean.to(codec.device), [number], variant))
 
 
 def prompt_measures(

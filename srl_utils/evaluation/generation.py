@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from srl_utils.attacks.denoiser import Denoiser, encode_prompts, takes_latents_a
 from srl_utils.codecs import Codec
 from srl_utils.errors import UserError
 from srl_utils.evaluation.editing import Edit, prompt_measures
-from srl_utils.evaluation.keeping import kept_images
 from srl_utils.evaluation.reconstruction import Generators, image_generators
 from srl_utils.evaluation.tasks import Cell, Metrics
 from srl_utils.images import PIXEL_MAX, PIXEL_MIN
@@ -58,9 +56,9 @@ class Generation:
     """`[n,3,H,W]` in [-1,1], on the CPU."""
     captions: Sequence[str]
     judge: ImageClassifier | None
-    folder: Path
-    """Keeps what the baseline makes of the captions, which all VAEs are held against."""
     seed: int
+    _expected: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+    """By its numbers, what the baseline makes of the captions of one batch: all VAEs are judged on it in turn."""
 
     @property
     def variants(self) -> Sequence[str]:
@@ -95,9 +93,11 @@ class Generation:
         """From what the baseline makes of the same captions, `[N]`, if it is wanted."""
         if "difference" not in self.metrics.names:
             return {}
-        path = self.folder / f"{numbers[0]:06d}-{len(numbers)}.safetensors"
-        expected = kept_images(path, lambda: self.attempt(cell, self.baseline, real, numbers, TEXT_TO_IMAGE))
-        return {"difference": largest_difference(outcome, expected.to(outcome.device))}
+        batch = tuple(numbers)
+        if batch not in self._expected:
+            self._expected.clear()
+            self._expected[batch] = self.attempt(cell, self.baseline, real, numbers, TEXT_TO_IMAGE)
+        return {"difference": largest_difference(outcome, self._expected[batch])}
 
     def _denoising_loss(self, codec: Codec, images: Tensor, numbers: Sequence[int]) -> Tensor:
         pipeline = self.text_to_image.pipeline

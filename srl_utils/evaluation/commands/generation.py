@@ -39,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
         images=setup.images,
         captions=setup.captions,
         judge=judge,
-        folder=args.output_dir / "text-to-image",
         seed=args.seed,
     )
     check_steps(task.denoised)
