@@ -21,12 +21,14 @@ from miniature import autoencoder, classifier, contrastive, diffusion
 from miniature.scene_set import SceneSet, scene_set
 from miniature.tokens import learn_tokenizer
 from miniature.training import Settings
+from srl_utils.resources import keep_freed_memory
 
 WEIGHTS = Path("miniature/weights")
 
 
 def main() -> None:
     args = parse_args()
+    keep_freed_memory()
     args.build(args)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -186,15 +186,16 @@ def split_moments(moments: Tensor) -> Moments:
 NETWORK = TypeVar("NETWORK", LatentEncoder, LatentDecoder)
 
 
-def frozen_copy(network: NETWORK) -> NETWORK:
+def frozen_copy(network: NETWORK, rebuild: Callable[[NETWORK], NETWORK] = lambda network: network) -> NETWORK:
     """The network as it is now, never to change, such as E_theta0.
 
-    What autocast would cast at every call, the weights of convolutions and linear layers, is held in its precision.
+    What autocast would cast at every call, the weights of convolutions and linear layers, is held in its precision;
+    `rebuild` is given the copy before they are cast.
     """
-    twin = copy.deepcopy(network).requires_grad_(False).eval()
+    twin = rebuild(copy.deepcopy(network).requires_grad_(False).eval())
     if twin.autocast_dtype is not None:
         for layer in twin.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 layer.to(twin.autocast_dtype)
     return twin
 

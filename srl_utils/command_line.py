@@ -14,7 +14,7 @@ import torch
 
 from srl_utils.errors import UserError, one_line, without_tokens
 from srl_utils.images import parse_pixel_distance
-from srl_utils.resources import explained
+from srl_utils.resources import explained, keep_freed_memory
 
 LARGEST_SIDE = 2**12  # pixels; 16 images of that side take 3 GB as numbers
 LARGEST_SEED = 2**63 - 1  # what torch takes
@@ -61,6 +61,7 @@ class Parser(argparse.ArgumentParser):
 def exit_code(command: Callable[[], int]) -> int:
     """What `command` returns; if the user can put right what stopped it, the reason in one line and its exit code."""
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names need not be what a terminal can show
+    keep_freed_memory()
     try:
         return command()
     except Exception as error:

@@ -34,8 +34,8 @@ from srl_utils.autoencoders import (
     latent_shape,
     split_moments,
 )
-from srl_utils.compiling import with_channelwise_normalisation, with_summed_gradients
 from srl_utils.images import PIXEL_RANGE
+from srl_utils.layers import with_channelwise_normalisation, with_merged_upsampling
 from srl_utils.losses import ReconstructionLoss, Target, originality_loss
 
 TERMS = ("loss", "mse", "lpips", "originality", "attacked_psnr")
@@ -85,14 +85,13 @@ def build_networks(
         with_channelwise_normalisation(vae)
     encoder = LatentEncoder(vae, autocast_dtype=autocast_dtype)
     reference = frozen_copy(encoder)
-    decoder = frozen_copy(LatentDecoder(vae, autocast_dtype=autocast_dtype))
+    decoder = frozen_copy(LatentDecoder(vae, autocast_dtype=autocast_dtype), with_merged_upsampling)
     wrapped_encoder = wrap(encoder.requires_grad_(True).train())
     mirror = EncoderMirror(encoder)  # of the wrapped one: DistributedDataParallel moves the weights
     attacked_loss = loss
     if loss.perceptual is not None and autocast_dtype is not None:
         attacked_loss = ReconstructionLoss(loss.perceptual.in_precision(autocast_dtype), weight=loss.weight)
     if torch_compile:
-        decoder = with_summed_gradients(decoder)
         for module in (encoder, mirror.encoder, reference, decoder):
             module.compile(dynamic=False)
         for each in {loss.perceptual, attacked_loss.perceptual} - {None}:

@@ -29,12 +29,12 @@ ALLOWED: dict[str, set[str]] = {
     "autoencoder_files": {"errors"},
     "autoencoders": {"autoencoder_files", "errors", "losses"},
     "arithmetic": {"autoencoders"},
-    "compiling": set(),
+    "layers": set(),
     "execution": {"autoencoders", "errors"},
     "overfitting": set(),
     "readback": set(),
     "step": {
-        "attacks.corruptions", "attacks.draws", "attacks.gradient", "autoencoders", "compiling", "images", "losses"
+        "attacks.corruptions", "attacks.draws", "attacks.gradient", "autoencoders", "images", "layers", "losses"
     },
     "codecs": {"autoencoders"},
     "metrics": {"images"},

@@ -1,4 +1,4 @@
-"""Layers rebuilt for torch.compile against those they replace."""
+"""Layers rebuilt to be faster, against those they replace."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from srl_utils.autoencoders import LatentDecoder, frozen_copy
-from srl_utils.compiling import ChannelwiseGroupNorm, with_channelwise_normalisation, with_summed_gradients
+from srl_utils.autoencoders import LatentDecoder
+from srl_utils.layers import ChannelwiseGroupNorm, merged, with_channelwise_normalisation, with_merged_upsampling
 
 
 def values_and_gradients(layer: nn.Module, inputs: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
@@ -21,18 +22,40 @@ def values_and_gradients(layer: nn.Module, inputs: Tensor, wanted: Sequence[Tens
     return [values, *torch.autograd.grad((values * weights).sum(), wanted)]
 
 
-def test_summed_gradients_are_the_same(tiny_vae) -> None:
-    """Oracle: diffusers' own up-sampling, values to the bit and gradients to rounding."""
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_merged_convolution_is_one_of_the_enlarged_image(bias: bool) -> None:
+    """Oracle: torch's enlargement and convolution in float64, values and gradients, on sides that are odd and not alike."""
+    convolution = nn.Conv2d(3, 5, 3, padding=1, bias=bias).double()
+    inputs = torch.randn(2, 3, 5, 4, dtype=torch.double, requires_grad=True)
+    plain = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), convolution)
+    ours, expected = (values_and_gradients(layer, inputs, [inputs]) for layer in (merged(convolution), plain))
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_decoder_with_merged_upsampling_is_the_same(tiny_vae: AutoencoderKL) -> None:
+    """Oracle: diffusers' own decoder, which stays as it was, values and gradients to rounding; nothing enlarges any more."""
     decoder = LatentDecoder(tiny_vae)
-    rebuilt = with_summed_gradients(frozen_copy(decoder))
-    assert any(type(module).__name__ == "Doubled" for module in rebuilt.modules())
-    assert not any(type(module).__name__ == "Doubled" for module in decoder.modules())
+    rebuilt = with_merged_upsampling(copy.deepcopy(decoder))
     latents = torch.randn(2, 4, 8, 8, requires_grad=True)
-    expected, value = decoder(latents), rebuilt(latents)
-    assert torch.equal(value, expected)
-    weights = torch.randn_like(value)
-    (gradient,), (expected_gradient,) = (torch.autograd.grad((output * weights).sum(), latents) for output in (value, expected))
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    for one, other in zip(*(values_and_gradients(part, latents, [latents]) for part in (rebuilt, decoder)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(layer, Upsample2D) for layer in rebuilt.modules())
+    assert sum(isinstance(layer, Upsample2D) for layer in decoder.modules()) == len(tiny_vae.config.block_out_channels) - 1
+    assert not any(parameter.requires_grad for parameter in rebuilt.parameters())
+
+
+def test_other_upsampling_stays() -> None:
+    """Oracle: specification; a convolution of another size, a normalisation or none at all are not merged."""
+    kinds = [
+        Upsample2D(4, use_conv=True, kernel_size=5, padding=2),
+        Upsample2D(4, use_conv=True, norm_type="rms_norm", eps=1e-6, elementwise_affine=True),
+        Upsample2D(4),
+        Upsample2D(4, use_conv_transpose=True),
+        Upsample2D(4, use_conv=True, interpolate=False),
+    ]
+    network = with_merged_upsampling(nn.ModuleDict({"stages": nn.ModuleList(kinds)}))
+    assert list(network["stages"]) == kinds
 
 
 @pytest.mark.parametrize("shape", [(3, 12, 5, 7), (3, 12, 35)])

@@ -1,0 +1,39 @@
+"""What the commands ask of the system's memory."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = """
+import resource
+import torch
+from srl_utils.command_line import exit_code
+
+def count_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(16):
+        tensors = [torch.ones(2**21) for _ in range(4)]
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return 0
+
+count_faults()
+exit_code(count_faults)
+exit_code(count_faults)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc"
+)
+def test_commands_keep_the_memory_that_they_free() -> None:
+    """Oracle: the kernel's count of page faults, of tensors of 8 MB that are made and freed over and over."""
+    told = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    before, _, after = map(int, told.split())
+    assert before > 64 * 4  # pages may be of up to 2 MB
+    assert after < 0.05 * before
