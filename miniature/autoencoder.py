@@ -154,7 +154,8 @@ def train(args: argparse.Namespace, state: State, state_path: Path) -> None:
     """
     vae_loss, discriminator_loss = autoencoder_loss, hinge_loss
     if args.torch_compile:
-        with_channelwise_normalisation(state.vae)
+        if args.device == "cpu":
+            with_channelwise_normalisation(state.vae)
         vae_loss, discriminator_loss = torch.compile(autoencoder_loss), torch.compile(hinge_loss)
     first_step, started = state.step, time.time()
     for images, textured in sample_batches(args, first_step):
