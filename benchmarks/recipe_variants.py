@@ -25,13 +25,13 @@ from benchmarks.textbook_training import train
 from benchmarks.time_to_robustness import Judge, Point, add_judge_arguments, load_images, spread
 from srl_utils.attacks.draws import Generators
 from srl_utils.attacks.gradient import Objective, PGDConfig, value_and_gradient
-from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource, load_autoencoder
+from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource, load_autoencoder, split_moments
 from srl_utils.checkpoints import write_text_atomically
 from srl_utils.command_line import Parser, exit_code, non_negative_int
 from srl_utils.errors import UserError
 from srl_utils.evaluation.report import markdown_table
 from srl_utils.images import to_model_units
-from srl_utils.losses import ReconstructionLoss, Target
+from srl_utils.losses import ReconstructionLoss, Target, mean_squared_error
 from srl_utils.step import Step, build_networks
 
 COLUMNS = ["variant", "attacked (dB)", "clean (dB)", "drift", "seconds"]
@@ -48,7 +48,7 @@ class OneStep:
 
     def __call__(self, step: VariedStep, clean: Tensor, target: Target) -> Tensor:
         """`[N,3,H,W]` that the encoder is to withstand; called once for each update."""
-        return ascend(step, clean, self.start, target)
+        return ascend(step, clean, self.start, step.objective(target))
 
 
 class GrowingSteps(OneStep):
@@ -57,7 +57,7 @@ class GrowingSteps(OneStep):
     def __call__(self, step: VariedStep, clean: Tensor, target: Target) -> Tensor:
         count = 1 if self.progress < 0.5 else 2 if self.progress < 0.75 else 3
         size = step.attack.step_size * (1.0, 0.6, 0.4)[count - 1]
-        return ascend(step, clean, self.start, target, count=count, size=size)
+        return ascend(step, clean, self.start, step.objective(target), count=count, size=size)
 
 
 class CarriedOver(OneStep):
@@ -66,7 +66,7 @@ class CarriedOver(OneStep):
     updates_per_batch = 2
 
     def __call__(self, step: VariedStep, clean: Tensor, target: Target) -> Tensor:
-        self.start = ascend(step, clean, self.start, target)
+        self.start = ascend(step, clean, self.start, step.objective(target))
         return self.start
 
 
@@ -87,7 +87,7 @@ class HalfClean(OneStep):
 
     def __call__(self, step: VariedStep, clean: Tensor, target: Target) -> Tensor:
         half = len(clean) // 2
-        attacked = ascend(step, clean[:half], self.start[:half], target.part(0, half))
+        attacked = ascend(step, clean[:half], self.start[:half], step.objective(target.part(0, half)))
         return torch.cat([attacked, clean[half:]])
 
 
@@ -100,6 +100,20 @@ class LowResolution(OneStep):
         return move(step.attack, clean, self.start, F.interpolate(gradient, scale_factor=2), step.attack.step_size)
 
 
+class LatentAttack(OneStep):
+    """Two steps that take the latents away from the original's, without the decoder: a third of the cost each."""
+
+    def __call__(self, step: VariedStep, clean: Tensor, target: Target) -> Tensor:
+        networks = step.networks
+        with torch.no_grad():
+            original = split_moments(networks.reference(clean)).mean
+
+        def distance(images: Tensor) -> Tensor:
+            return mean_squared_error(split_moments(networks.mirror.encoder(images)).mean, original)
+
+        return ascend(step, clean, self.start, distance, count=2, size=0.6 * step.attack.step_size)
+
+
 VARIANTS: dict[str, type[OneStep]] = {
     "fast": OneStep,
     "growing-steps": GrowingSteps,
@@ -107,6 +121,7 @@ VARIANTS: dict[str, type[OneStep]] = {
     "reused-gradient": ReusedGradient,
     "half-clean": HalfClean,
     "low-resolution": LowResolution,
+    "latent-attack": LatentAttack,
 }
 
 
@@ -125,12 +140,12 @@ class VariedStep(Step):
 
 
 def ascend(
-    step: VariedStep, clean: Tensor, start: Tensor, target: Target, *, count: int = 1, size: float | None = None
+    step: VariedStep, clean: Tensor, start: Tensor, objective: Objective, *, count: int = 1, size: float | None = None
 ) -> Tensor:
-    """`count` steps up the loss from `start`, of the recipe's size unless another is given."""
+    """`count` steps up `objective` from `start`, of the recipe's size unless another is given."""
     images = start
     for _ in range(count):
-        _, gradient = value_and_gradient(step.objective(target), images)
+        _, gradient = value_and_gradient(objective, images)
         images = move(step.attack, clean, images, gradient, step.attack.step_size if size is None else size)
     return images
 
