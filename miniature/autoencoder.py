@@ -28,7 +28,7 @@ from miniature.measure import measure_scaling_factor, write_measurements
 from miniature.scenes import draw_dead_leaves, draw_scene
 from srl_utils.checkpoints import write_atomically
 from srl_utils.images import from_pil
-from srl_utils.layers import with_channelwise_normalisation
+from srl_utils.layers import with_compilable_layers
 from srl_utils.photographs import load_photographs
 
 SIZE = 64
@@ -154,8 +154,7 @@ def train(args: argparse.Namespace, state: State, state_path: Path) -> None:
     """
     vae_loss, discriminator_loss = autoencoder_loss, hinge_loss
     if args.torch_compile:
-        if args.device == "cpu":
-            with_channelwise_normalisation(state.vae)
+        with_compilable_layers(state.vae)
         vae_loss, discriminator_loss = torch.compile(autoencoder_loss), torch.compile(hinge_loss)
     first_step, started = state.step, time.time()
     for images, textured in sample_batches(args, first_step):

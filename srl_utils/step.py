@@ -35,7 +35,7 @@ from srl_utils.autoencoders import (
     split_moments,
 )
 from srl_utils.images import PIXEL_RANGE
-from srl_utils.layers import with_channelwise_normalisation, with_merged_upsampling
+from srl_utils.layers import with_compilable_layers, with_merged_upsampling
 from srl_utils.losses import ReconstructionLoss, Target, originality_loss
 
 TERMS = ("loss", "mse", "lpips", "originality", "attacked_psnr")
@@ -81,8 +81,8 @@ def build_networks(
         wrap: makes the module whose forward and backward pass join the processes.
     """
     vae.to(memory_format=torch.channels_last).requires_grad_(False)
-    if torch_compile and vae.device.type == "cpu":
-        with_channelwise_normalisation(vae)
+    if torch_compile:
+        with_compilable_layers(vae)
     encoder = LatentEncoder(vae, autocast_dtype=autocast_dtype)
     reference = frozen_copy(encoder)
     decoder = frozen_copy(LatentDecoder(vae, autocast_dtype=autocast_dtype), with_merged_upsampling)

@@ -12,7 +12,13 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from srl_utils.autoencoders import LatentDecoder, frozen_copy
-from srl_utils.layers import ChannelwiseGroupNorm, merged, with_channelwise_normalisation, with_merged_upsampling
+from srl_utils.layers import (
+    ChannelwiseGroupNorm,
+    merged,
+    with_channelwise_normalisation,
+    with_compilable_layers,
+    with_merged_upsampling,
+)
 
 
 def values_and_gradients(layer: nn.Module, inputs: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
@@ -107,3 +113,10 @@ def test_a_rebuilt_vae_keeps_its_weights_and_their_names(tiny_vae: AutoencoderKL
     assert list(after) == list(before)
     assert all(after[name].data_ptr() == before[name].data_ptr() for name in before)
     torch.testing.assert_close(tiny_vae(images).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("device", "rebuilt"), [("cpu", True), ("meta", False)])
+def test_layers_are_rebuilt_for_the_cpu_s_compiler_alone(device: str, rebuilt: bool) -> None:
+    """Oracle: specification."""
+    network = with_compilable_layers(nn.Sequential(nn.GroupNorm(2, 4)).to(device))
+    assert isinstance(network[0], ChannelwiseGroupNorm) == rebuilt
