@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,11 @@ class OneStep:
     """Of the batch in work."""
     progress: float
     """Share of the training that is done."""
+
+    def take(self, step: VariedStep, clean: Tensor, start: Tensor) -> Tensor:
+        """`[N,3,H,W]` that the updates on a batch are made on, of which `start` is the attack's random start."""
+        self.start = start
+        return clean
 
     def __call__(self, step: VariedStep, clean: Tensor, target: Target) -> Tensor:
         """`[N,3,H,W]` that the encoder is to withstand; called once for each update."""
@@ -80,6 +86,50 @@ class ReusedGradient(OneStep):
             self.start = move(step.attack, clean, self.start, self.start.grad, step.attack.step_size)
         self.start = self.start.detach().requires_grad_()
         return self.start
+
+
+class Revisited(OneStep):
+    """An update on as many new images as on those that come back for the second and the third time, a few updates later.
+
+    Each goes on from the perturbation that it had. An attack's step moves it at every visit, and so does the update's own
+    backward pass, whose gradient costs next to nothing: the third visit is the fifth step of an attack that paid for three.
+    """
+
+    visits, least_waiting = 3, 4
+    ages: Sequence[int] = ()
+    """Of the parts of the last update's images: how often each had been seen before."""
+    clean: Tensor
+    shown: Tensor
+
+    def __init__(self) -> None:
+        self.waiting: list[deque[tuple[Tensor, Tensor]]] = [deque() for _ in range(self.visits)]
+        """By the number of visits, clean images and what they have become."""
+
+    def take(self, step: VariedStep, clean: Tensor, start: Tensor) -> Tensor:
+        self._send_back(step)
+        size = len(clean) // self.visits
+        parts = list(zip(clean.split(size), start.split(size), strict=True))[: self.visits]
+        self.ages = [0] * self.visits  # new images stand in for those that are to come back, until these do
+        for age, waiting in enumerate(self.waiting):
+            if len(waiting) > self.least_waiting:
+                parts[age], self.ages[age] = waiting.popleft(), age
+        self.clean, self.start = (torch.cat(each).contiguous(memory_format=torch.channels_last) for each in zip(*parts, strict=True))
+        return self.clean
+
+    def __call__(self, step: VariedStep, clean: Tensor, target: Target) -> Tensor:
+        sizes = [step.attack.step_size * (1.0 if age == 0 else 0.6) for age in self.ages]
+        each = torch.tensor(sizes).repeat_interleave(len(clean) // self.visits).view(-1, 1, 1, 1).to(clean)
+        self.shown = ascend(step, clean, self.start, step.objective(target), size=each).requires_grad_()
+        return self.shown
+
+    def _send_back(self, step: VariedStep) -> None:
+        """Moves the last update's images by its gradient, and lets them wait for their next visit."""
+        if not self.ages:
+            return
+        moved = move(step.attack, self.clean, self.shown, self.shown.grad, 0.5 * step.attack.step_size)
+        for age, *part in zip(self.ages, self.clean.chunk(self.visits), moved.chunk(self.visits), strict=True):
+            if age + 1 < self.visits:
+                self.waiting[age + 1].append(tuple(part))
 
 
 class HalfClean(OneStep):
@@ -119,6 +169,7 @@ VARIANTS: dict[str, type[OneStep]] = {
     "growing-steps": GrowingSteps,
     "carried-over": CarriedOver,
     "reused-gradient": ReusedGradient,
+    "revisited": Revisited,
     "half-clean": HalfClean,
     "low-resolution": LowResolution,
     "latent-attack": LatentAttack,
@@ -140,7 +191,7 @@ class VariedStep(Step):
 
 
 def ascend(
-    step: VariedStep, clean: Tensor, start: Tensor, objective: Objective, *, count: int = 1, size: float | None = None
+    step: VariedStep, clean: Tensor, start: Tensor, objective: Objective, *, count: int = 1, size: float | Tensor | None = None
 ) -> Tensor:
     """`count` steps up `objective` from `start`, of the recipe's size unless another is given."""
     images = start
@@ -150,8 +201,8 @@ def ascend(
     return images
 
 
-def move(attack: PGDConfig, clean: Tensor, images: Tensor, gradient: Tensor, size: float) -> Tensor:
-    return attack.project(images.detach() + to_model_units(size) * gradient.sign(), clean)
+def move(attack: PGDConfig, clean: Tensor, images: Tensor, gradient: Tensor, size: float | Tensor) -> Tensor:
+    return attack.project(images.detach() + to_model_units(1.0) * size * gradient.sign(), clean)
 
 
 class VariedTraining:
@@ -180,9 +231,10 @@ class VariedTraining:
     def __call__(self, clean: Tensor, start: Tensor) -> Tensor:
         """The updates on one batch; returns the last one's loss."""
         variant = self.step.perturb
-        variant.start, variant.progress = start, self.done / self.num_batches
+        variant.progress = self.done / self.num_batches
+        images = variant.take(self.step, clean, start)
         for _ in range(variant.updates_per_batch):
-            loss, _ = self.step.loss(clean, [])
+            loss, _ = self.step.loss(images, [])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()

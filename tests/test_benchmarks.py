@@ -16,7 +16,7 @@ from torch import Tensor
 import train_srl_vae
 from benchmarks import data_wait, memory, recipe_variants, time_to_robustness, train_step
 from benchmarks.memory import LiveBytes
-from benchmarks.recipe_variants import VARIANTS, VariedStep, VariedTraining
+from benchmarks.recipe_variants import VARIANTS, Revisited, VariedStep, VariedTraining, ascend
 from benchmarks.time_to_robustness import Point, reach
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.evaluation.reconstruction import image_generators
@@ -128,36 +128,56 @@ def test_time_to_robustness_end_to_end(vae_folder: Path, photographs: Path, tmp_
     assert capsys.readouterr().out == first
 
 
+def fast_settings(vae_folder: Path, *, learning_rate: float = 1e-3) -> Namespace:
+    return Namespace(
+        pretrained_model_name_or_path=str(vae_folder), subfolder=None, revision=None, variant=None, cache_dir=None,
+        mixed_precision="no", torch_compile=False, epsilon=8 / 255, pgd_step_size=10 / 255, pgd_steps=1,
+        originality_weight=0.03, originality_units="scaled", learning_rate=learning_rate, max_train_steps=2,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains_within_the_ball(name: str, vae_folder: Path, images, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: invariants. An update for each of the images it is trained on; these are within 8/255 of the clean ones and of
     the range, and differ from them unless they are to be left as they are; the encoder changes and the decoder does not.
     """
-    settings = Namespace(
-        pretrained_model_name_or_path=str(vae_folder), subfolder=None, revision=None, variant=None, cache_dir=None,
-        mixed_precision="no", torch_compile=False, epsilon=8 / 255, pgd_step_size=10 / 255, pgd_steps=1,
-        originality_weight=0.03, originality_units="scaled", learning_rate=1e-3, max_train_steps=2,
-    )  # fmt: skip
     seen, perturbed = [], VariedStep._perturbed
 
     def watched(step: VariedStep, *given: object) -> Tensor:
         found = perturbed(step, *given)
-        seen.append(found.detach().clone())
+        seen.append((given[0].clone(), found.detach().clone()))
         return found
 
     monkeypatch.setattr(VariedStep, "_perturbed", watched)
-    training, clean = VariedTraining(settings, VARIANTS[name](), "cpu"), images(4, 16)
+    training, clean = VariedTraining(fast_settings(vae_folder), VARIANTS[name](), "cpu"), images(4, 16)
     before = {name: weight.clone() for name, weight in training.vae.state_dict().items()}
     for _ in range(2):
         training(clean, PGDConfig(epsilon=8 / 255).start(clean, image_generators(0, range(4))))
     assert len(seen) == 2 * VARIANTS[name].updates_per_batch
     left_alone = 2 if name == "half-clean" else 0
-    for shown in seen:
-        change = (shown - clean).abs().flatten(1).amax(dim=1)
+    for taken, shown in seen:
+        change = (shown - taken).abs().flatten(1).amax(dim=1)
         assert change.max() <= 16 / 255 + 1e-6 and shown.abs().max() <= 1
         assert (change == 0).sum() == left_alone
     changed = {key.split(".")[0] for key, weight in training.vae.state_dict().items() if not torch.equal(weight, before[key])}
     assert "encoder" in changed and changed <= {"encoder", "quant_conv"}
+
+
+def test_an_image_seen_again_goes_on_from_its_perturbation(vae_folder: Path, images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: with a learning rate of 0, the third visit is the fifth step of one attack on the first image."""
+    monkeypatch.setattr(Revisited, "least_waiting", 0)
+    variant, batches = Revisited(), images(9, 16).split(3)
+    training = VariedTraining(fast_settings(vae_folder, learning_rate=0.0), variant, "cpu")
+    starts = [PGDConfig(epsilon=8 / 255).start(batch, image_generators(0, range(3))) for batch in batches]
+    for batch, start in zip(batches, starts, strict=True):
+        training(batch, start)
+    assert variant.ages == [0, 1, 2]
+    step, first, attacked = training.step, batches[0][:1], starts[0][:1]
+    objective = step.objective(step.networks.loss.target(first))
+    for size in (10, 5, 6, 5, 6):
+        attacked = ascend(step, first, attacked, objective, size=size / 255)
+    assert torch.equal(variant.clean, torch.cat([batches[2][:1], batches[0][1:2], first]))
+    torch.testing.assert_close(variant.shown[2:], attacked, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
