@@ -42,6 +42,8 @@ class OneStep:
     """The fast recipe as it is: one step from a random start, for one update."""
 
     updates_per_batch = 1
+    fewest_images = 1
+    """That a batch needs."""
     start: Tensor
     """Of the batch in work."""
     progress: float
@@ -96,6 +98,7 @@ class Revisited(OneStep):
     """
 
     visits, least_waiting = 3, 4
+    fewest_images = visits
     ages: Sequence[int] = ()
     """Of the parts of the last update's images: how often each had been seen before."""
     clean: Tensor
@@ -134,6 +137,8 @@ class Revisited(OneStep):
 
 class HalfClean(OneStep):
     """Every second image is left as it is."""
+
+    fewest_images = 2
 
     def __call__(self, step: VariedStep, clean: Tensor, target: Target) -> Tensor:
         half = len(clean) // 2
@@ -248,6 +253,10 @@ def main(arguments: list[str] | None = None) -> int:
     like = argparse.Namespace(**json.loads((args.like / "training_args.json").read_text())["arguments"])
     if like.lpips_weight:
         raise UserError(f"{args.like} was trained with LPIPS; give a run with --lpips_weight 0")
+    for name in args.variants:
+        fewest = VARIANTS[name].fewest_images
+        if like.train_batch_size < fewest:
+            raise UserError(f"{args.like} was trained on {like.train_batch_size} images at a time; {name} needs {fewest}")
     args.model = like.pretrained_model_name_or_path
     judge = Judge(args, load_images(args))
     points = {name: [varied(args, like, judge, name, seed) for seed in args.seeds] for name in args.variants}
