@@ -106,7 +106,7 @@ class Revisited(OneStep):
 
     def __init__(self) -> None:
         self.waiting: list[deque[tuple[Tensor, Tensor]]] = [deque() for _ in range(self.visits)]
-        """By the number of visits, clean images and what they have become."""
+        """By the number of visits, clean images and what they have become; of those never seen there are none."""
 
     def take(self, step: VariedStep, clean: Tensor, start: Tensor) -> Tensor:
         self._send_back(step)
