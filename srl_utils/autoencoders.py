@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from srl_utils.autoencoder_files import check_parameters, completed_config, first_line, refuse_pickles
 from srl_utils.errors import UserError
+from srl_utils.precision import full_precision
 
 VAE = TypeVar("VAE", bound=ModelMixin)
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -137,7 +138,7 @@ class Moments(NamedTuple):
 class LatentEncoder(nn.Module):
     """E_theta: `encoder` and `quant_conv` of a VAE, sharing its parameters.
 
-    `forward` maps images `[N,3,H,W]` in [-1,1] to the raw moments `[N,2C,h,w]`, float32. It is the module
+    `forward` maps images `[N,3,H,W]` in [-1,1] to the raw moments `[N,2C,h,w]`, in `full_precision`. It is the module
     that DistributedDataParallel wraps: calling `vae.encode` past the wrapper would leave the gradients of the
     processes apart. The network runs in `autocast_dtype` where one is given.
     """
@@ -153,13 +154,13 @@ class LatentEncoder(nn.Module):
             moments = self.encoder(images)
             if self.quant_conv is not None:
                 moments = self.quant_conv(moments)
-        return moments.float()
+        return full_precision(moments)
 
 
 class LatentDecoder(nn.Module):
     """D_phi: `post_quant_conv` and `decoder` of a VAE, frozen. Gradients pass through to the latents.
 
-    `forward` maps raw latents `[N,C,h,w]` to images `[N,3,H,W]`, float32, about [-1,1].
+    `forward` maps raw latents `[N,C,h,w]` to images `[N,3,H,W]`, in `full_precision`, about [-1,1].
     """
 
     def __init__(self, vae: AutoencoderKL, *, autocast_dtype: torch.dtype | None = None) -> None:
@@ -174,7 +175,7 @@ class LatentDecoder(nn.Module):
             if self.post_quant_conv is not None:
                 latents = self.post_quant_conv(latents)
             images = self.decoder(latents)
-        return images.float()
+        return full_precision(images)
 
 
 def split_moments(moments: Tensor) -> Moments:

@@ -8,6 +8,8 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from srl_utils.precision import full_precision
+
 NETWORK = TypeVar("NETWORK", bound=nn.Module)
 
 
@@ -65,9 +67,9 @@ class ChannelwiseGroupNorm(nn.GroupNorm):
         """`[C,C]`: takes a value per channel to its mean over the channel's group."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[N,C,...]`, of any precision; computed in float32, as autocast would."""
+        """`[N,C,...]`, of any precision; computed in `full_precision`, as autocast would."""
         with torch.autocast(features.device.type, enabled=False):
-            values = features.float().flatten(2)
+            values = full_precision(features).flatten(2)
             mean = values.mean(dim=2) @ self.average
             # Through this mean no gradient passes: that of squared deviations from a mean is 0.
             variance = (values - mean.detach()[..., None]).square().mean(dim=2) @ self.average

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from srl_utils.errors import UserError
+from srl_utils.precision import full_precision
 
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # which torch reads
 LPIPS_TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
@@ -41,7 +42,7 @@ class ReconstructionTerms(NamedTuple):
 class ReconstructionLoss(nn.Module):
     """MSE(reconstruction, clean) + weight * LPIPS(reconstruction, clean): inner and outer objective.
 
-    The MSE is over images in [-1,1]. LPIPS is computed in float32 and passes gradient to the reconstruction.
+    The MSE is over images in [-1,1]. LPIPS is computed in `full_precision` and passes gradient to the reconstruction.
     """
 
     def __init__(self, perceptual: PerceptualDistance | None = None, *, weight: float = 0.0) -> None:
@@ -79,7 +80,7 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         # The package leaves its linear weights trainable.
         self.network = network.requires_grad_(False).eval()
-        self.dtype = torch.float32
+        self.dtype = next(self.network.net.parameters()).dtype
 
     def in_precision(self, dtype: torch.dtype) -> PerceptualDistance:
         """A twin whose convolutions run and are held in `dtype`; what is made of their results stays in float32.
@@ -94,8 +95,8 @@ class PerceptualDistance(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """Channel-normalised features of `[N,3,H,W]` images in [-1,1], one tensor per layer."""
         with torch.autocast(images.device.type, enabled=False):
-            activations = self.network.net(self.network.scaling_layer(images.float()).to(self.dtype))
-            return [_normalised(layer.float(), self.EPSILON) for layer in activations]
+            activations = self.network.net(self.network.scaling_layer(full_precision(images)).to(self.dtype))
+            return [_normalised(full_precision(layer), self.EPSILON) for layer in activations]
 
     def distance(self, images: Tensor, target_features: Sequence[Tensor]) -> Tensor:
         """LPIPS `[N]` between `images` `[N,3,H,W]` in [-1,1] and the target whose features are given."""
@@ -145,7 +146,7 @@ def _nothing_but_tensors() -> Iterator[None]:
 
 def mean_squared_error(images: Tensor, target: Tensor) -> Tensor:
     """Mean over pixels and channels, `[N]`, of `[N,3,H,W]` images in [-1,1]."""
-    return (images.float() - target.float()).square().flatten(1).mean(dim=1)
+    return (full_precision(images) - full_precision(target)).square().flatten(1).mean(dim=1)
 
 
 def originality_loss(

@@ -25,11 +25,12 @@ ALLOWED: dict[str, set[str]] = {
     "attacks.protections": {
         "attacks.denoiser", "attacks.draws", "attacks.gradient", "autoencoders", "errors", "images", "losses"
     },
-    "losses": {"errors"},
+    "precision": set(),
+    "losses": {"errors", "precision"},
     "autoencoder_files": {"errors"},
-    "autoencoders": {"autoencoder_files", "errors", "losses"},
+    "autoencoders": {"autoencoder_files", "errors", "losses", "precision"},
     "arithmetic": {"autoencoders"},
-    "layers": set(),
+    "layers": {"precision"},
     "execution": {"autoencoders", "errors"},
     "overfitting": set(),
     "readback": set(),
