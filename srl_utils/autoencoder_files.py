@@ -41,6 +41,7 @@ def completed_config(config: dict[str, Any], kind: type[ModelMixin], name: str) 
             raise UserError(f"the configuration of '{name}' cannot be: its {key} is {_short(complete[key])}")
     if not complete.get("scaling_factor", 1.0) > 0:
         raise UserError(f"the configuration of '{name}' cannot be: its scaling_factor is {complete['scaling_factor']}")
+    _check_statistics(complete, name)
     network = _network({key: complete[key] for key in defaults}, kind, name, left_out=sorted(defaults.keys() - config))
     unknown = sorted(key for key in config.keys() - network.config.keys() if not key.startswith("_"))
     if unknown:
@@ -49,6 +50,21 @@ def completed_config(config: dict[str, Any], kind: type[ModelMixin], name: str) 
             "diffusers; update diffusers, or remove the entry from its config.json"
         )
     return complete
+
+
+def _check_statistics(config: dict[str, Any], name: str) -> None:
+    """Raises a UserError unless mean and deviation of the latents, where both are given, have a value per channel."""
+    statistics = {key: config.get(key) for key in ("latents_mean", "latents_std")}
+    if None in statistics.values():  # diffusers uses neither
+        return
+    for key, values in statistics.items():
+        if not isinstance(values, (tuple, list)) or len(values) != config["latent_channels"]:
+            raise UserError(
+                f"the configuration of '{name}' cannot be: its {key} is {_short(values)}; give a list of "
+                f"{config['latent_channels']} numbers, one for each latent channel"
+            )
+    if not min(statistics["latents_std"]) > 0:
+        raise UserError(f"the configuration of '{name}' cannot be: its latents_std is {_short(statistics['latents_std'])}")
 
 
 def _network(arguments: dict[str, Any], kind: type[ModelMixin], name: str, left_out: list[str]) -> ModelMixin:

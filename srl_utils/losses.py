@@ -149,13 +149,13 @@ def mean_squared_error(images: Tensor, target: Tensor) -> Tensor:
 
 
 def originality_loss(
-    mean: Tensor, variance: Tensor, reference_mean: Tensor, reference_variance: Tensor, *, scale: float = 1.0
+    mean: Tensor, variance: Tensor, reference_mean: Tensor, reference_variance: Tensor, *, scale: float | Tensor = 1.0
 ) -> Tensor:
     """How far the posterior of the clean images has moved from the original encoder's, `[N]`.
 
     |mean - reference_mean|^2 + |variance - reference_variance|^2 (L_orig of the paper), averaged over the
-    elements of the `[N,C,h,w]` moments. `scale` multiplies the latents (1 for raw latents, `scaling_factor`
-    for unit-scale ones), and so its square the variances.
+    elements of the `[N,C,h,w]` moments. `scale` multiplies the latents, and so its square the variances: 1 for raw
+    latents, `LatentScale.factor`, a number or `[C,1,1]`, for the denoiser's.
     """
     mean_error = (scale * (mean - reference_mean)).square()
     variance_error = (scale**2 * (variance - reference_variance)).square()
