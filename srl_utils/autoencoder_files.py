@@ -17,7 +17,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from srl_utils.errors import UserError
+from srl_utils.errors import UnusableFile, UserError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 DIFFUSERS_PICKLE = "diffusion_pytorch_model.bin"
@@ -109,11 +109,11 @@ def refuse_pickles(name: str, subfolder: str | None, kind: type[ModelMixin]) -> 
     """Refuses weights on this machine that come as a pickle or in a single file.
 
     Raises:
-        UserError: with the command that converts them; diffusers reads nothing but tensors from a pickle.
+        UnusableFile: an OSError, with the command that converts them; diffusers reads nothing but tensors from a pickle.
     """
     place = Path(name, subfolder or "")
     if place.is_file():
-        raise UserError(
+        raise UnusableFile(
             f"'{name}' is a file; a folder with a config.json and safetensors is expected. To convert it: "
             + _conversion(kind, _single_file(place), name)
         )
@@ -121,7 +121,7 @@ def refuse_pickles(name: str, subfolder: str | None, kind: type[ModelMixin]) -> 
         return
     pickles = sorted(path.name for path in place.iterdir() if path.suffix in PICKLES)
     if pickles:
-        raise UserError(
+        raise UnusableFile(
             f"'{name}' holds its weights as a pickle ({pickles[0]}), which can run code when it is loaded. To convert "
             "it: " + _conversion(kind, _pickle(place, pickles), name)
         )

@@ -42,7 +42,7 @@ class Codec:
     name: str
     encoder: nn.Module
     decoder: nn.Module
-    latents: LatentScale = field(default_factory=LatentScale)
+    latent_scale: LatentScale = field(default_factory=LatentScale)
 
     @cached_property
     def digest(self) -> str:
@@ -74,7 +74,7 @@ class Codec:
 
     def scale(self, latents: Tensor) -> Tensor:
         """Return raw latents `[N,C,h,w]` as the diffusion model sees them."""
-        return self.latents.scale(latents)
+        return self.latent_scale.scale(latents)
 
 
 def load_codec(
@@ -83,7 +83,7 @@ def load_codec(
     """The VAE at `source`, frozen, in float32 or within autocast, one of `KINDS`.
 
     Raises:
-        UserError: if it is none of them or cannot be loaded.
+        UserError: a ValueError, if it is none of them or cannot be loaded; see `read_config` and `load_autoencoder`.
     """
     config = read_config(source, KINDS)
     kind = next(known for known in KINDS if known.__name__ == config["_class_name"])
@@ -91,7 +91,7 @@ def load_codec(
     if kind is not AutoencoderKLTemporalDecoder:  # whose weights have five dimensions
         vae.to(memory_format=torch.channels_last)
     return Codec(
-        name, AnyEncoder(vae, autocast_dtype), AnyDecoder(vae, autocast_dtype), latents=LatentScale.of(config)
+        name, AnyEncoder(vae, autocast_dtype), AnyDecoder(vae, autocast_dtype), latent_scale=LatentScale.of(config)
     )
 
 

@@ -14,7 +14,7 @@ import lpips
 import torch
 from torch import Tensor, nn
 
-from srl_utils.errors import UserError
+from srl_utils.errors import MissingFile, UnusableFile
 
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # which torch reads
 LPIPS_TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
@@ -113,7 +113,8 @@ def load_perceptual_distance(net: str) -> PerceptualDistance:
     """LPIPS with trunk `net` (vgg, alex or squeeze), downloaded by torchvision where it is not cached.
 
     Raises:
-        UserError: if the trunk's weights are neither cached nor to be had.
+        MissingFile: a FileNotFoundError, if the trunk's weights are neither cached nor to be had.
+        UnusableFile: an OSError, if their file is damaged.
     """
     try:
         with warnings.catch_warnings(), _nothing_but_tensors():
@@ -121,10 +122,10 @@ def load_perceptual_distance(net: str) -> PerceptualDistance:
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
             return PerceptualDistance(lpips.LPIPS(net=net, verbose=False))
     except pickle.UnpicklingError:  # torch's advice is to trust the file
-        reason = "its file holds something other than weights"
+        kind, reason = UnusableFile, "its file holds something other than weights"
     except (OSError, RuntimeError) as error:  # no network; a file that is cut short
-        reason = str(error).splitlines()[0]
-    raise UserError(
+        kind, reason = MissingFile if isinstance(error, OSError) else UnusableFile, str(error).splitlines()[0]
+    raise kind(
         f"the LPIPS trunk '{net}' cannot be had ({reason}); put an intact {LPIPS_TRUNKS[net]} into "
         "$TORCH_HOME/hub/checkpoints, or do without LPIPS (in a training: --lpips_weight 0)"
     )

@@ -185,7 +185,7 @@ def test_originality_is_measured_at_the_denoisers_scale(generators) -> None:
 
 
 def codec_of(vae: AutoencoderKL) -> Codec:
-    return Codec("judged", AnyEncoder(vae), AnyDecoder(vae), latents=LatentScale.of(vae.config))
+    return Codec("judged", AnyEncoder(vae), AnyDecoder(vae), latent_scale=LatentScale.of(vae.config))
 
 
 @pytest.mark.parametrize("case", [case for case in VAES if case.startswith(("sdxl", "sd3", "flux"))])

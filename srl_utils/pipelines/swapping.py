@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
 from srl_utils.autoencoders import AutoencoderSource, downsampling_factor, load_autoencoder, read_config
-from srl_utils.errors import UserError
+from srl_utils.errors import UserError, WrongType
 
 STRUCTURE = ("in_channels", "out_channels", "latent_channels")
 FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -136,12 +136,13 @@ def resolve_vae(
     """`vae` itself, or the one loaded from that folder or Hub id in float32.
 
     Raises:
-        UserError: if it is no AutoencoderKL or cannot be loaded.
+        WrongType: a TypeError, if it is none of these.
+        UserError: a ValueError, if it cannot be loaded; see `read_config` and `load_autoencoder`.
     """
     if isinstance(vae, AutoencoderKL):
         return vae
     if not isinstance(vae, (str, PathLike)):
-        raise UserError(f"expected an AutoencoderKL, a folder or a Hub id, got {type(vae).__name__}")
+        raise WrongType(f"expected an AutoencoderKL, a folder or a Hub id, got {type(vae).__name__}")
     source = AutoencoderSource(
         pretrained_model_name_or_path=str(vae), subfolder=subfolder, revision=revision, variant=variant
     )
@@ -152,7 +153,7 @@ def resolve_vae(
 def _vae_of(pipe: DiffusionPipeline) -> AutoencoderKL:
     vae = getattr(pipe, "vae", None)
     if not isinstance(vae, AutoencoderKL):
-        raise UserError(f"the VAE of this {type(pipe).__name__} is {type(vae).__name__}, not an AutoencoderKL")
+        raise WrongType(f"the VAE of this {type(pipe).__name__} is {type(vae).__name__}, not an AutoencoderKL")
     return vae
 
 
