@@ -21,13 +21,15 @@ from diffusers import (
 from small_pipelines import SIZE, TOKENS, WIDTH, build_pipeline, run_pipeline, small_vae
 from torch import Tensor
 
+from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.attacks.protections import Victim
 from srl_utils.autoencoders import AutoencoderSource, Moments
 from srl_utils.codecs import AnyDecoder, AnyEncoder, Codec, load_codec
 from srl_utils.evaluation.editing import build_edits
 from srl_utils.images import to_model_range
 from srl_utils.latents import LatentScale
-from srl_utils.losses import originality_loss
+from srl_utils.losses import ReconstructionLoss, originality_loss
+from srl_utils.step import TERMS, Step, build_networks
 
 STATISTICS = {"latents_mean": [-1.5, 0.4, 2.0, 0.1], "latents_std": [8.4, 5.3, 0.5, 5.0], "scaling_factor": 0.5}
 NO_STATISTICS = {"latents_mean": None, "latents_std": None}
@@ -182,6 +184,22 @@ def test_originality_is_measured_at_the_denoisers_scale(generators) -> None:
     expected += (factor**2 * (variance - other_variance)).square().mean(dim=(1, 2, 3))
     found = originality_loss(mean, variance, other, other_variance, scale=scale.factor)
     torch.testing.assert_close(found, expected)
+
+
+def test_the_step_measures_originality_at_the_denoisers_scale(images, generators) -> None:
+    """Oracle: closed form on the moments of diffusers' own encoders, before and after its weights are changed."""
+    vae, factor = small_vae(**STATISTICS), 0.5 / torch.tensor(STATISTICS["latents_std"]).view(1, 4, 1, 1)
+    with torch.no_grad():
+        before = vae.encode(images(2)).latent_dist
+        scale = LatentScale.of(vae.config).factor_on(vae.device)
+        networks = build_networks(vae, ReconstructionLoss())
+        vae.encoder.conv_out.bias += 0.1
+        after = vae.encode(images(2)).latent_dist
+    step = Step(networks=networks, attack=PGDConfig(num_steps=1, epsilon=0.1, step_size=0.1), latent_scale=scale)
+    _, terms = step.loss(images(2), generators(0, 1))
+    expected = (factor * (after.mean - before.mean)).square().mean()
+    expected += (factor**2 * (after.var - before.var)).square().mean()
+    assert terms[TERMS.index("originality")].item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 def codec_of(vae: AutoencoderKL) -> Codec:
