@@ -63,8 +63,9 @@ def _check_statistics(config: dict[str, Any], name: str) -> None:
                 f"the configuration of '{name}' cannot be: its {key} is {_short(values)}; give a list of "
                 f"{config['latent_channels']} numbers, one for each latent channel"
             )
-    if not min(statistics["latents_std"]) > 0:
-        raise UserError(f"the configuration of '{name}' cannot be: its latents_std is {_short(statistics['latents_std'])}")
+    deviations = statistics["latents_std"]
+    if not min(deviations) > 0:
+        raise UserError(f"the configuration of '{name}' cannot be: its latents_std is {_short(deviations)}")
 
 
 def _network(arguments: dict[str, Any], kind: type[ModelMixin], name: str, left_out: list[str]) -> ModelMixin:
@@ -109,7 +110,8 @@ def refuse_pickles(name: str, subfolder: str | None, kind: type[ModelMixin]) -> 
     """Refuses weights on this machine that come as a pickle or in a single file.
 
     Raises:
-        UnusableFile: an OSError, with the command that converts them; diffusers reads nothing but tensors from a pickle.
+        UnusableFile: an OSError, with the command that converts them; diffusers reads nothing but tensors from a
+            pickle.
     """
     place = Path(name, subfolder or "")
     if place.is_file():

@@ -128,7 +128,9 @@ class Checkpoints:
         for candidate in (Path(resume_from), self.output_dir / resume_from):
             if (candidate / STATE_FILE).is_file():
                 if damage := fault(candidate):
-                    raise UnusableFile(f"--resume_from_checkpoint {candidate} is damaged: {damage}; 'latest' passes it over")
+                    raise UnusableFile(
+                        f"--resume_from_checkpoint {candidate} is damaged: {damage}; 'latest' passes it over"
+                    )
                 return candidate
         present = ", ".join(path.name for path in self.found()) or "none"
         raise MissingFile(
