@@ -86,6 +86,7 @@ from srl_utils.hub.card import CardFacts, base_license, render_card
 from srl_utils.hub.publishing import EXIT_PUSH_FAILED, Publisher, create_repository
 from srl_utils.interruption import Interruption
 from srl_utils.journal import Journal
+from srl_utils.latents import LatentScale
 from srl_utils.locking import sole_run
 from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance
 from srl_utils.overfitting import OverfittingGuard
@@ -310,7 +311,7 @@ def build_step(
         attack=attack_config(args),
         noise=args.gaussian_noise,
         originality_weight=args.originality_weight,
-        latent_scale=vae.config.scaling_factor if args.originality_units == "scaled" else 1.0,
+        latent_scale=LatentScale.of(vae.config).factor_on(networks.device) if args.originality_units == "scaled" else 1.0,
         sample_posterior=args.sample_posterior,
         attack_batch_size=args.attack_batch_size,
     )
@@ -959,7 +960,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--originality_units",
         choices=("raw", "scaled"),
         default="raw",
-        help="latents as they are, or times scaling_factor so that one alpha suits every VAE",
+        help="latents as they are, or at the scale of the denoiser so that one alpha suits every VAE",
     )
     group.add_argument("--sample_posterior", action="store_true", help="sample the latent instead of taking its mean")
     group.add_argument("--validation_steps", type=positive_int, default=100, help="validate every that many steps")

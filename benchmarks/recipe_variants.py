@@ -32,6 +32,7 @@ from srl_utils.command_line import Parser, exit_code, non_negative_int
 from srl_utils.errors import UserError
 from srl_utils.evaluation.report import markdown_table
 from srl_utils.images import to_model_units
+from srl_utils.latents import LatentScale
 from srl_utils.losses import ReconstructionLoss, Target, mean_squared_error
 from srl_utils.step import Step, build_networks
 
@@ -222,11 +223,12 @@ class VariedTraining:
             autocast_dtype=HALF_PRECISION.get(settings.mixed_precision),
             torch_compile=settings.torch_compile,
         )
+        scale = LatentScale.of(self.vae.config)
         self.step = VariedStep(
             networks=networks,
             attack=PGDConfig(epsilon=settings.epsilon, step_size=settings.pgd_step_size, num_steps=settings.pgd_steps),
             originality_weight=settings.originality_weight,
-            latent_scale=self.vae.config.scaling_factor if settings.originality_units == "scaled" else 1.0,
+            latent_scale=scale.factor_on(networks.device) if settings.originality_units == "scaled" else 1.0,
             perturb=variant,
         )
         self.parameters = list(networks.encoder.parameters())

@@ -26,6 +26,7 @@ from miniature.training import Settings, Training
 from srl_utils.checkpoints import write_atomically
 from srl_utils.evaluation.finetuning import draw_numbers
 from srl_utils.evaluation.reconstruction import image_generators
+from srl_utils.latents import LatentScale
 
 NO_PROMPT_SHARE = 0.1
 """Of samples that are shown without their caption: what classifier-free guidance steers away from."""
@@ -140,6 +141,6 @@ def scaled_latents(vae: AutoencoderKL, scenes: SceneSet, path: Path) -> Tensor:
     if not path.exists():
         batches = torch.arange(len(scenes.captions)).split(256)
         means = [vae.encode(scenes.pixels(batch).to(vae.device)).latent_dist.mean.half().cpu() for batch in batches]
-        latents = (torch.cat(means) * vae.config.scaling_factor).contiguous()
+        latents = LatentScale.of(vae.config).scale(torch.cat(means)).contiguous()
         write_atomically(path, lambda aside: save_file({"latents": latents}, aside))
     return load_file(path)["latents"]

@@ -17,7 +17,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from srl_utils.errors import UserError
+from srl_utils.errors import UnusableFile, UserError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 DIFFUSERS_PICKLE = "diffusion_pytorch_model.bin"
@@ -41,6 +41,7 @@ def completed_config(config: dict[str, Any], kind: type[ModelMixin], name: str) 
             raise UserError(f"the configuration of '{name}' cannot be: its {key} is {_short(complete[key])}")
     if not complete.get("scaling_factor", 1.0) > 0:
         raise UserError(f"the configuration of '{name}' cannot be: its scaling_factor is {complete['scaling_factor']}")
+    _check_statistics(complete, name)
     network = _network({key: complete[key] for key in defaults}, kind, name, left_out=sorted(defaults.keys() - config))
     unknown = sorted(key for key in config.keys() - network.config.keys() if not key.startswith("_"))
     if unknown:
@@ -49,6 +50,22 @@ def completed_config(config: dict[str, Any], kind: type[ModelMixin], name: str) 
             "diffusers; update diffusers, or remove the entry from its config.json"
         )
     return complete
+
+
+def _check_statistics(config: dict[str, Any], name: str) -> None:
+    """Raises a UserError unless mean and deviation of the latents, where both are given, have a value per channel."""
+    statistics = {key: config.get(key) for key in ("latents_mean", "latents_std")}
+    if None in statistics.values():  # diffusers uses neither
+        return
+    for key, values in statistics.items():
+        if not isinstance(values, (tuple, list)) or len(values) != config["latent_channels"]:
+            raise UserError(
+                f"the configuration of '{name}' cannot be: its {key} is {_short(values)}; give a list of "
+                f"{config['latent_channels']} numbers, one for each latent channel"
+            )
+    deviations = statistics["latents_std"]
+    if not min(deviations) > 0:
+        raise UserError(f"the configuration of '{name}' cannot be: its latents_std is {_short(deviations)}")
 
 
 def _network(arguments: dict[str, Any], kind: type[ModelMixin], name: str, left_out: list[str]) -> ModelMixin:
@@ -93,11 +110,12 @@ def refuse_pickles(name: str, subfolder: str | None, kind: type[ModelMixin]) -> 
     """Refuses weights on this machine that come as a pickle or in a single file.
 
     Raises:
-        UserError: with the command that converts them; diffusers reads nothing but tensors from a pickle.
+        UnusableFile: an OSError, with the command that converts them; diffusers reads nothing but tensors from a
+            pickle.
     """
     place = Path(name, subfolder or "")
     if place.is_file():
-        raise UserError(
+        raise UnusableFile(
             f"'{name}' is a file; a folder with a config.json and safetensors is expected. To convert it: "
             + _conversion(kind, _single_file(place), name)
         )
@@ -105,7 +123,7 @@ def refuse_pickles(name: str, subfolder: str | None, kind: type[ModelMixin]) -> 
         return
     pickles = sorted(path.name for path in place.iterdir() if path.suffix in PICKLES)
     if pickles:
-        raise UserError(
+        raise UnusableFile(
             f"'{name}' holds its weights as a pickle ({pickles[0]}), which can run code when it is loaded. To convert "
             "it: " + _conversion(kind, _pickle(place, pickles), name)
         )

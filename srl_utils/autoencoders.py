@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from srl_utils.autoencoder_files import check_parameters, completed_config, first_line, refuse_pickles
-from srl_utils.errors import UserError
+from srl_utils.errors import MissingFile, UnusableFile, UserError
 from srl_utils.precision import full_precision
 
 VAE = TypeVar("VAE", bound=ModelMixin)
+CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
@@ -40,7 +41,10 @@ def read_config(
     """The VAE's configuration with diffusers' defaults for what it leaves out, without loading its weights.
 
     Raises:
-        UserError: if there is none, if it is of none of the `kinds`, if it cannot be, or if it does not take RGB images.
+        MissingFile: a FileNotFoundError, if there is none.
+        UnusableFile: an OSError, if there is no reading it, or if the weights are pickles or a single file.
+        UserError: a ValueError and the base of both, if it is of none of the `kinds`, if it cannot be, or if it does
+            not take RGB images.
     """
     arguments = asdict(source)
     arguments.pop("variant")
@@ -51,7 +55,8 @@ def read_config(
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]
         hint = "" if source.subfolder else " (for the VAE of a whole pipeline add --subfolder vae)"
-        raise UserError(f"no VAE configuration at '{name}': {reason}{hint}") from None
+        kind = UnusableFile if Path(name, source.subfolder or "", CONFIG_NAME).exists() else MissingFile
+        raise kind(f"no VAE configuration at '{name}': {reason}{hint}") from None
     said = config.get("_class_name", "configuration of no known class") if isinstance(config, dict) else "list"
     kind = next((known for known in kinds if known.__name__ == said), None)
     if kind is None:
@@ -67,7 +72,9 @@ def load_autoencoder(source: AutoencoderSource, kind: type[VAE] = AutoencoderKL)
     """The VAE in float32, whatever the precision of the stored weights.
 
     Raises:
-        UserError: if the weights cannot be had as safetensors, do not fit the configuration, or are not all finite.
+        MissingFile: a FileNotFoundError, if there are no weights as safetensors.
+        UnusableFile: an OSError, if their file is damaged.
+        UserError: a ValueError and the base of both, if they do not fit the configuration or are not all finite.
     """
     name = source.pretrained_model_name_or_path
     try:
@@ -75,12 +82,21 @@ def load_autoencoder(source: AutoencoderSource, kind: type[VAE] = AutoencoderKL)
             **asdict(source), use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load the VAE '{name}': {first_line(error)}") from None
+        raise _loading_error(error, source)(f"cannot load the VAE '{name}': {first_line(error)}") from None
     for keys, fault in (("missing_keys", "lack"), ("unexpected_keys", "hold beyond what its configuration describes")):
         if found := sorted(loading[keys]):
             raise UserError(f"cannot load the VAE '{name}': its weights {fault} {len(found)} tensors, such as {found[0]}")
     check_parameters(vae, name)
     return vae.float()
+
+
+def _loading_error(error: Exception, source: AutoencoderSource) -> type[UserError]:
+    """The kind of what diffusers raises: an OSError for weights that are missing and for those that are damaged."""
+    if not isinstance(error, OSError):
+        return UserError
+    place = Path(source.pretrained_model_name_or_path, source.subfolder or "")
+    name = _add_variant(WEIGHTS_NAME, source.variant)
+    return UnusableFile if (place / name).exists() else MissingFile
 
 
 HALF_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -89,7 +105,11 @@ HALF_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def save_variant(vae: AutoencoderKL, folder: Path, variant: str) -> None:
     """Writes the weights at half precision beside the full ones, where `from_pretrained(variant=...)` finds them."""
     weights = {name: tensor.to(HALF_PRECISION[variant]).contiguous() for name, tensor in vae.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_NAME.replace(".", f".{variant}.", 1), metadata={"format": "pt"})
+    save_file(weights, folder / _add_variant(WEIGHTS_NAME, variant), metadata={"format": "pt"})
+
+
+def _add_variant(name: str, variant: str | None) -> str:
+    return name if variant is None else name.replace(".", f".{variant}.", 1)
 
 
 def inference_dtype(config: dict[str, Any], variant: str) -> torch.dtype | None:

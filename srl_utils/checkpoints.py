@@ -25,7 +25,7 @@ from torch import nn
 
 from srl_utils.autoencoder_files import first_line
 from srl_utils.autoencoders import WEIGHTS_NAME, save_autoencoder, save_variant
-from srl_utils.errors import ResourceError, UserError
+from srl_utils.errors import MissingFile, ResourceError, UnusableFile, UserError
 from srl_utils.integrity import fault, flush, seal
 from srl_utils.resources import failed_write, gigabytes
 
@@ -65,12 +65,12 @@ def read_json(path: Path) -> Any:
     """What `write_text_atomically` has written as JSON.
 
     Raises:
-        UserError: if the disk has damaged it since.
+        UnusableFile: an OSError, if the disk has damaged it since.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged; remove it, and the same command makes it again") from None
+        raise UnusableFile(f"{path} is damaged; remove it, and the same command makes it again") from None
 
 
 def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str] = ()) -> None:
@@ -120,17 +120,20 @@ class Checkpoints:
         `tell` is called with a line on each that is passed over.
 
         Raises:
-            UserError: if the path is not a checkpoint, if it is damaged, or if all that there are are damaged.
+            MissingFile: a FileNotFoundError, if the path is not a checkpoint.
+        UnusableFile: an OSError, if it is damaged, or if all that there are are damaged.
         """
         if resume_from == "latest":
             return self._newest_whole(tell)
         for candidate in (Path(resume_from), self.output_dir / resume_from):
             if (candidate / STATE_FILE).is_file():
                 if damage := fault(candidate):
-                    raise UserError(f"--resume_from_checkpoint {candidate} is damaged: {damage}; 'latest' passes it over")
+                    raise UnusableFile(
+                        f"--resume_from_checkpoint {candidate} is damaged: {damage}; 'latest' passes it over"
+                    )
                 return candidate
         present = ", ".join(path.name for path in self.found()) or "none"
-        raise UserError(
+        raise MissingFile(
             f"--resume_from_checkpoint {resume_from} is no checkpoint of this script; "
             f"'latest' or a folder is expected, {self.output_dir} holds: {present}"
         )
@@ -143,7 +146,7 @@ class Checkpoints:
                 return folder
             tell(f"{folder} is damaged and passed over: {damage}")
         if folders:
-            raise UserError(
+            raise UnusableFile(
                 f"none of the checkpoints in {self.output_dir} is whole; remove them to start from the beginning, or "
                 "choose another --output_dir"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 
@@ -25,6 +25,7 @@ from srl_utils.autoencoders import (
     read_config,
     split_moments,
 )
+from srl_utils.latents import LatentScale
 
 KINDS = (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTiny, VQModel)
 NO_VARIANCE = -30.0
@@ -41,8 +42,7 @@ class Codec:
     name: str
     encoder: nn.Module
     decoder: nn.Module
-    scaling_factor: float = 1.0
-    shift_factor: float = 0.0
+    latent_scale: LatentScale = field(default_factory=LatentScale)
 
     @cached_property
     def digest(self) -> str:
@@ -73,8 +73,8 @@ class Codec:
         return self.decoder(self.encode(images))
 
     def scale(self, latents: Tensor) -> Tensor:
-        """Raw latents as the diffusion model knows them."""
-        return (latents - self.shift_factor) * self.scaling_factor
+        """Return raw latents `[N,C,h,w]` as the diffusion model sees them."""
+        return self.latent_scale.scale(latents)
 
 
 def load_codec(
@@ -83,7 +83,7 @@ def load_codec(
     """The VAE at `source`, frozen, in float32 or within autocast, one of `KINDS`.
 
     Raises:
-        UserError: if it is none of them or cannot be loaded.
+        UserError: a ValueError, if it is none of them or cannot be loaded; see `read_config` and `load_autoencoder`.
     """
     config = read_config(source, KINDS)
     kind = next(known for known in KINDS if known.__name__ == config["_class_name"])
@@ -91,11 +91,7 @@ def load_codec(
     if kind is not AutoencoderKLTemporalDecoder:  # whose weights have five dimensions
         vae.to(memory_format=torch.channels_last)
     return Codec(
-        name,
-        AnyEncoder(vae, autocast_dtype),
-        AnyDecoder(vae, autocast_dtype),
-        scaling_factor=config.get("scaling_factor") or 1.0,
-        shift_factor=config.get("shift_factor") or 0.0,
+        name, AnyEncoder(vae, autocast_dtype), AnyDecoder(vae, autocast_dtype), latent_scale=LatentScale.of(config)
     )
 
 

@@ -400,13 +400,13 @@ def _without_worker_traceback(loader: DataLoader) -> Iterator[Batch]:
         traceback.clear_frames(error.__traceback__)
         if "DataLoader timed out" in str(error):
             raise UserError(STALLED.format(LONGEST_STALL)) from None
+        if isinstance(error, UserError):  # torch puts the traceback of the worker in front of the message
+            kind = type(error)
+            raise kind(str(error).strip().rsplit(f"{kind.__name__}: ", 1)[-1]) from None
         of_a_worker = str(error).startswith("Caught")  # one that lives, and sends what it caught
         if loader.num_workers and isinstance(error, (EOFError, OSError)) and not of_a_worker:
             raise ResourceError(LOST_WORKER) from None
-        if not isinstance(error, UserError):
-            raise
-        # torch puts the traceback of the worker in front of the message.
-        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
+        raise
 
 
 def _made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -1,4 +1,8 @@
-"""What a user can put right: raised with one clear line that says what is wrong and what to do."""
+"""Errors that a user can put right: each has one clear line that says what is wrong and what to do.
+
+All are a `UserError` and a `ValueError`. Their subclasses are built-in kinds as well, those that Python's libraries raise in
+such cases, so that `except FileNotFoundError` or `except OSError` around a call of this package works as expected.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,33 @@ TOKEN = re.compile(r"hf_\w{4,}")  # of the Hub
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Bad input or a bad setting. Command lines print its message without a traceback and exit with `exit_code`."""
 
     exit_code = 2
 
 
-class ResourceError(UserError):
+class UnusableFile(UserError, OSError):
+    """A file, folder or model that is there but damaged, of another kind, or not to be read or written."""
+
+
+class MissingFile(UnusableFile, FileNotFoundError):
+    """A file, folder or model that is not there."""
+
+
+class WrongType(UserError, TypeError):
+    """An object of another class than the call takes."""
+
+
+class MissingPackage(UserError, ImportError):
+    """A package that has to be installed first."""
+
+
+class HubRefusal(UserError, PermissionError):
+    """The Hub does not allow it."""
+
+
+class ResourceError(UserError, OSError):
     """What the machine lacks in the middle of a run: memory, room on the disk, another process of the run."""
 
     exit_code = 5

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from srl_utils.errors import UserError
+from srl_utils.errors import UnusableFile, UserError
 
 LOCK = ".lock"
 
@@ -32,6 +32,6 @@ def sole_run(output_dir: Path, *, is_main_process: bool) -> Iterator[None]:
             "or start again when that run has ended"
         ) from None
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be written to: {error.strerror}") from None
+        raise UnusableFile(f"--output_dir {output_dir} cannot be written to: {error.strerror}") from None
     with lock:
         yield

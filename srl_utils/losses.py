@@ -14,7 +14,7 @@ import lpips
 import torch
 from torch import Tensor, nn
 
-from srl_utils.errors import UserError
+from srl_utils.errors import MissingFile, UnusableFile
 from srl_utils.precision import full_precision
 
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # which torch reads
@@ -114,7 +114,8 @@ def load_perceptual_distance(net: str) -> PerceptualDistance:
     """LPIPS with trunk `net` (vgg, alex or squeeze), downloaded by torchvision where it is not cached.
 
     Raises:
-        UserError: if the trunk's weights are neither cached nor to be had.
+        MissingFile: a FileNotFoundError, if the trunk's weights are neither cached nor to be had.
+        UnusableFile: an OSError, if their file is damaged.
     """
     try:
         with warnings.catch_warnings(), _nothing_but_tensors():
@@ -122,10 +123,10 @@ def load_perceptual_distance(net: str) -> PerceptualDistance:
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
             return PerceptualDistance(lpips.LPIPS(net=net, verbose=False))
     except pickle.UnpicklingError:  # torch's advice is to trust the file
-        reason = "its file holds something other than weights"
+        kind, reason = UnusableFile, "its file holds something other than weights"
     except (OSError, RuntimeError) as error:  # no network; a file that is cut short
-        reason = str(error).splitlines()[0]
-    raise UserError(
+        kind, reason = MissingFile if isinstance(error, OSError) else UnusableFile, str(error).splitlines()[0]
+    raise kind(
         f"the LPIPS trunk '{net}' cannot be had ({reason}); put an intact {LPIPS_TRUNKS[net]} into "
         "$TORCH_HOME/hub/checkpoints, or do without LPIPS (in a training: --lpips_weight 0)"
     )
@@ -150,13 +151,13 @@ def mean_squared_error(images: Tensor, target: Tensor) -> Tensor:
 
 
 def originality_loss(
-    mean: Tensor, variance: Tensor, reference_mean: Tensor, reference_variance: Tensor, *, scale: float = 1.0
+    mean: Tensor, variance: Tensor, reference_mean: Tensor, reference_variance: Tensor, *, scale: float | Tensor = 1.0
 ) -> Tensor:
     """How far the posterior of the clean images has moved from the original encoder's, `[N]`.
 
     |mean - reference_mean|^2 + |variance - reference_variance|^2 (L_orig of the paper), averaged over the
-    elements of the `[N,C,h,w]` moments. `scale` multiplies the latents (1 for raw latents, `scaling_factor`
-    for unit-scale ones), and so its square the variances.
+    elements of the `[N,C,h,w]` moments. `scale` multiplies the latents, and so its square the variances: 1 for raw
+    latents, `LatentScale.factor`, a number or `[C,1,1]`, for the denoiser's.
     """
     mean_error = (scale * (mean - reference_mean)).square()
     variance_error = (scale**2 * (variance - reference_variance)).square()

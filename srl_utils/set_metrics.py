@@ -28,7 +28,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.utils import create_feature_extractor
 
-from srl_utils.errors import UserError
+from srl_utils.errors import MissingFile, MissingPackage, UnusableFile
 from srl_utils.images import to_unit_range
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def load_inception_features(weights: str | Path | None = None) -> InceptionFeatu
     """The network on the weights file given, or else on torch-fidelity's, downloaded where it is not cached.
 
     Raises:
-        UserError: if the weights are not to be had, or are not those of this network.
+        MissingFile: a FileNotFoundError, if the weights are not to be had.
+        UnusableFile: an OSError, if they are not those of this network.
     """
     folder = Path(torch.hub.get_dir(), "checkpoints")
     try:
@@ -98,7 +99,7 @@ def load_inception_features(weights: str | Path | None = None) -> InceptionFeatu
             INCEPTION, list(INCEPTION_LAYERS.values()), cuda=False, verbose=False, feature_extractor_weights_path=path
         )
     except UNREADABLE as error:
-        raise UserError(
+        raise _kind(error, weights or folder / INCEPTION_WEIGHTS)(
             f"the Inception weights {weights or URL_INCEPTION_V3} cannot be had ({_reason(error)}); put an intact "
             f"{INCEPTION_WEIGHTS} into {folder} (TORCH_HOME moves it), or name it: --inception_weights PATH"
         ) from None
@@ -264,16 +265,18 @@ def load_image_classifier(name: str) -> ImageClassifier:
     """The image classifier of that name on the Hub, or in the local folder of that name.
 
     Raises:
-        UserError: if the model or its processor is not to be had, or transformers is not installed.
+        MissingFile: a FileNotFoundError, if the model or its processor is not to be had.
+        UnusableFile: an OSError, if their files are damaged or of another kind.
+        MissingPackage: an ImportError, without transformers.
     """
     if find_spec("transformers") is None:
-        raise UserError(f"the classifier '{name}' needs transformers; pip install transformers")
+        raise MissingPackage(f"the classifier '{name}' needs transformers; pip install transformers")
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     try:
         model, processor = _load_whole(AutoModelForImageClassification, AutoImageProcessor, name)
     except UNREADABLE as error:
-        raise UserError(
+        raise _kind(error, name)(
             f"the classifier '{name}' cannot be had ({_reason(error)}); put its config.json, model.safetensors and "
             "preprocessor_config.json into a folder and name that: --classifier FOLDER"
         ) from None
@@ -284,10 +287,12 @@ def load_clip_similarity(name: str = CLIP_MODEL) -> ClipSimilarity:
     """The CLIP model of that name on the Hub, or in the local folder of that name.
 
     Raises:
-        UserError: if the model, its processor or its tokenizer is not to be had, or transformers is not installed.
+        MissingFile: a FileNotFoundError, if the model, its processor or its tokenizer is not to be had.
+        UnusableFile: an OSError, if their files are damaged or of another kind.
+        MissingPackage: an ImportError, without transformers.
     """
     if find_spec("transformers") is None:
-        raise UserError(f"the CLIP model '{name}' needs transformers; pip install transformers")
+        raise MissingPackage(f"the CLIP model '{name}' needs transformers; pip install transformers")
     from transformers import CLIPModel, CLIPProcessor  # seconds to import, and not among the requirements
 
     try:
@@ -295,11 +300,16 @@ def load_clip_similarity(name: str = CLIP_MODEL) -> ClipSimilarity:
         if processor.tokenizer.get_vocab().keys() <= set(processor.tokenizer.all_special_tokens):
             raise ValueError("it has no tokenizer")
     except UNREADABLE as error:
-        raise UserError(
+        raise _kind(error, name)(
             f"the CLIP model '{name}' cannot be had ({_reason(error)}); put its config.json, model.safetensors, "
             "preprocessor_config.json and tokenizer.json into a folder and name that: --clip_model FOLDER"
         ) from None
     return ClipSimilarity(model, processor)
+
+
+def _kind(error: Exception, place: str | Path) -> type[UnusableFile]:
+    """MissingFile where what `place` names, or a part of it, is not there."""
+    return MissingFile if isinstance(error, FileNotFoundError) or not Path(place).exists() else UnusableFile
 
 
 def _load_whole(model_class: Any, processor_class: Any, name: str) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 from torch.utils.data import Subset
 
-from srl_utils.errors import UserError, one_line
+from srl_utils.errors import MissingFile, UserError, one_line
 from srl_utils.photographs import Split, photograph_tiles, recoloured
 from srl_utils.pictures import RawImage, list_files, picture_suffixes
 
@@ -52,7 +52,7 @@ class DataSource:
         return cls(**{name: value for name, value in vars(args).items() if name in cls.__dataclass_fields__})
 
     def check(self) -> None:
-        """Raises a UserError if flags conflict or a folder does not exist; opens nothing."""
+        """Raises a UserError if flags conflict, a MissingFile if a folder does not exist; opens nothing."""
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise UserError("give either --dataset_name or --train_data_dir, and not both")
         if self.validation_data_dir and self.validation_split:
@@ -60,7 +60,7 @@ class DataSource:
         for flag in ("train_data_dir", "validation_data_dir"):
             folder = getattr(self, flag)
             if folder is not None and not Path(folder).is_dir():
-                raise UserError(f"--{flag} {folder}: there is no such folder")
+                raise MissingFile(f"--{flag} {folder}: there is no such folder")
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _open_folder(flag: str, source: DataSource) -> RawSplit:
     """The image files below the folder that `flag` names, or else what its tar files (WebDataset) hold."""
     folder = Path(getattr(source, flag))
     if not folder.is_dir():
-        raise UserError(f"--{flag} {folder}: there is no such folder")
+        raise MissingFile(f"--{flag} {folder}: there is no such folder")
     if files := list_files(folder, picture_suffixes()):
         _refuse_without_columns(source, flag)
         captions = _read_captions(folder, source.caption_column) if source.caption_column else {}

@@ -116,8 +116,8 @@ class Step:
     attack: PGDConfig
     originality_weight: float = 0.01
     """alpha; with 0 the clean images are not encoded at all."""
-    latent_scale: float = 1.0
-    """What latents are multiplied by before originality is measured: 1 for raw ones, or `scaling_factor`."""
+    latent_scale: float | Tensor = 1.0
+    """Multiplies latents before originality is measured: 1 for raw ones, or `LatentScale.factor` for the denoiser's."""
     sample_posterior: bool = False
     attack_batch_size: int | None = None
     """Images attacked at a time; None for all. Fewer take less memory, and change nothing else."""

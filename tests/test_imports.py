@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "step": {
         "attacks.corruptions", "attacks.draws", "attacks.gradient", "autoencoders", "images", "layers", "losses"
     },
-    "codecs": {"autoencoders"},
+    "latents": set(),
+    "codecs": {"autoencoders", "latents"},
     "metrics": {"images"},
     "set_metrics": {"errors", "images"},
     "evaluation": set(),

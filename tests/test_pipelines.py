@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from small_pipelines import KINDS, build_pipeline, run_pipeline, small_vae
 from torch import Tensor
 
@@ -146,6 +147,18 @@ def test_the_context_follows_a_pipeline_that_moves() -> None:
     assert torch.equal(run_pipeline(pipe, "sd img2img"), run_pipeline(expected, "sd img2img"))
 
 
+@pytest.mark.parametrize("breaks_off", [False, True])
+def test_the_context_follows_a_pipeline_that_moves_and_breaks_off(breaks_off: bool) -> None:
+    """Oracle: specification, the VAE has the dtype of the pipeline's other networks."""
+    pipe = build_pipeline("sd img2img")
+    own = pipe.vae
+    with contextlib.suppress(ZeroDivisionError), robust_vae(pipe, with_other_encoder(own)):
+        pipe.to(torch.bfloat16)
+        if breaks_off:
+            raise ZeroDivisionError
+    assert pipe.vae is own and own.dtype == pipe.unet.dtype == torch.bfloat16
+
+
 @ONE_OF_EACH_FAMILY
 @PRECISIONS
 def test_robustify_takes_the_encoder_alone(name: str, dtype: torch.dtype) -> None:
@@ -161,8 +174,8 @@ def test_robustify_takes_the_encoder_alone(name: str, dtype: torch.dtype) -> Non
     swap_vae(expected, together)
 
     previous = robustify(pipe, robust)
-    assert pipe.vae is own and robust.dtype == torch.float32
-    assert same_weights(pipe.vae, together)
+    assert previous is own and pipe.vae is not own and robust.dtype == torch.float32
+    assert same_weights(pipe.vae, together) and same_weights(own, build_pipeline(name, dtype=dtype).vae)
     after = run_pipeline(pipe, name)
     assert torch.equal(after, run_pipeline(expected, name)) and not torch.equal(after, before)
 
@@ -170,13 +183,94 @@ def test_robustify_takes_the_encoder_alone(name: str, dtype: torch.dtype) -> Non
     assert torch.equal(run_pipeline(pipe, name), before)
 
 
-def test_robustify_keeps_no_second_decoder() -> None:
-    """Oracle: the addresses of the weights; what comes back shares the decoder's and has an encoder of its own."""
+def sibling_of(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Another pipeline of the same networks, the VAE among them, as diffusers makes it."""
+    sibling = StableDiffusionImg2ImgPipeline.from_pipe(pipe, safety_checker=None, requires_safety_checker=False)
+    sibling.set_progress_bar_config(disable=True)
+    assert sibling.vae is pipe.vae
+    return sibling
+
+
+@EXCHANGES
+def test_siblings_keep_their_vae(exchange: Exchange) -> None:
+    """Oracle: the images from before, of a pipeline that `from_pipe` made, during the exchange and after undoing it."""
+    pipe, name = build_pipeline("sd"), "sd img2img"
+    sibling, own = sibling_of(pipe), pipe.vae
+    before = run_pipeline(sibling, name)
+    previous = exchange(pipe, with_other_encoder(own))
+    assert sibling.vae is own is previous and torch.equal(run_pipeline(sibling, name), before)
+    robust = sibling_of(pipe)
+    assert not torch.equal(run_pipeline(robust, name), before)
+    swap_vae(pipe, previous)
+    assert torch.equal(run_pipeline(sibling_of(pipe), name), before)
+    assert torch.equal(run_pipeline(sibling, name), before)
+    swap_vae(robust, previous)
+    assert torch.equal(run_pipeline(robust, name), before)
+
+
+def test_robustify_shares_no_weight() -> None:
+    """Oracle: the addresses of all weights. A pipeline that is moved or fine-tuned later must not take half of its
+    sibling's VAE with it."""
     pipe = build_pipeline("sd")
     previous = robustify(pipe, with_other_encoder(pipe.vae))
-    for name, tensor in pipe.vae.state_dict().items():
-        shared = tensor.data_ptr() == previous.state_dict()[name].data_ptr()
-        assert shared == name.startswith(("decoder.", "post_quant_conv."))
+    addresses = [{tensor.data_ptr() for tensor in vae.state_dict().values()} for vae in (pipe.vae, previous)]
+    assert not addresses[0] & addresses[1]
+    pipe.to(torch.bfloat16)
+    assert {tensor.dtype for tensor in previous.state_dict().values()} == {torch.float32}
+
+
+def test_exchanges_are_undone_in_any_order_and_twice() -> None:
+    """Oracle: the images of each VAE, known from before."""
+    pipe, name = build_pipeline("sd img2img"), "sd img2img"
+    first = pipe.vae
+    images = {first: run_pipeline(pipe, name)}
+    for exchange in (robustify, swap_vae, robustify):
+        exchange(pipe, with_other_encoder(pipe.vae))
+        images[pipe.vae] = run_pipeline(pipe, name)
+    vaes = list(images)
+    assert len(vaes) == 4
+    for vae in (vaes[1], vaes[3], vaes[0], vaes[0], vaes[2], vaes[0]):
+        swap_vae(pipe, vae)
+        assert pipe.vae is vae and torch.equal(run_pipeline(pipe, name), images[vae])
+
+
+def test_contexts_can_be_nested() -> None:
+    """Oracle: the VAE object of each level."""
+    pipe = build_pipeline("sd")
+    own, outer, inner = pipe.vae, with_other_encoder(pipe.vae), small_vae()
+    with robust_vae(pipe, outer):
+        with robust_vae(pipe, inner):
+            robustify(pipe, outer)
+            assert pipe.vae not in (own, outer, inner)
+        assert pipe.vae is outer
+    assert pipe.vae is own and same_weights(inner, small_vae())
+
+
+def compiled_method(vae: AutoencoderKL) -> None:
+    vae.encode, vae.decoder.forward = torch.compile(vae.encode), torch.compile(vae.decoder.forward)
+
+
+def compiled_parts(vae: AutoencoderKL) -> None:
+    vae.encoder, vae.decoder = torch.compile(vae.encoder), torch.compile(vae.decoder)
+
+
+def compiled_in_place(vae: AutoencoderKL) -> None:
+    vae.encoder.compile()
+
+
+@pytest.mark.parametrize("compiled", [compiled_method, compiled_parts, compiled_in_place])
+def test_robustify_reaches_a_compiled_encoder(compiled: Callable[[AutoencoderKL], None]) -> None:
+    """Oracle: the images of `swap_vae` without a compiler. Nothing compiled runs here, as it would use old weights."""
+    pipe, expected, name = build_pipeline("sd img2img"), build_pipeline("sd img2img"), "sd img2img"
+    robust = with_other_encoder(pipe.vae)
+    swap_vae(expected, robust)
+    compiled(pipe.vae)
+    previous = robustify(pipe, robust)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(run_pipeline(pipe, name), run_pipeline(expected, name))
+    swap_vae(pipe, previous)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(run_pipeline(pipe, name), run_pipeline(build_pipeline(name), name))
 
 
 @pytest.mark.parametrize("own, new", [(False, True), (True, False), (False, False)])
@@ -236,7 +330,27 @@ def test_other_factors_can_be_allowed(config: dict[str, Any]) -> None:
         assert pipe.vae.config[factor] == value
     assert pipe.vae is own
     robustify(pipe, with_other_encoder(small_vae(**config)), allow_mismatch=True)
-    assert pipe.vae is own and own.config[factor] == small_vae().config[factor]
+    assert pipe.vae.config[factor] == small_vae().config[factor]
+
+
+@pytest.mark.parametrize("config", [config for config, _ in FACTORS.values()], ids=FACTORS)
+def test_other_factors_are_undone_without_leave(config: dict[str, Any]) -> None:
+    """Oracle: the VAE objects from before. What this pipeline never had is refused still."""
+    pipe = build_pipeline("sd")
+    other = small_vae(**config)
+    own = swap_vae(pipe, other, allow_mismatch=True)
+    assert swap_vae(pipe, own) is other and pipe.vae is own
+    assert swap_vae(pipe, other) is own and swap_vae(pipe, other) is other
+    swap_vae(pipe, own)
+    with pytest.raises(UserError, match="does not fit"):
+        swap_vae(pipe, small_vae(**config))
+
+
+def test_a_shift_of_0_is_none() -> None:
+    """Oracle: diffusers' formula, in which both are the same."""
+    pipe = build_pipeline("sd")
+    swap_vae(pipe, small_vae(shift_factor=0.0))
+    assert pipe.vae.config.shift_factor == 0.0
 
 
 @pytest.mark.parametrize("config", [config for config, _ in STRUCTURES.values()], ids=STRUCTURES)
@@ -439,6 +553,30 @@ def test_hooks_of_another_pipeline_are_refused(offload: str) -> None:
         swap_vae(sharing, small_vae())
     assert sharing.vae is owner.vae is own and offloaded(owner, offload)
     assert torch.equal(run_offloaded(owner, name), before)
+
+
+@EXCHANGES
+@OFFLOADS
+def test_a_vae_that_another_pipeline_offloads_is_refused(offload: str, exchange: Exchange) -> None:
+    """Oracle: specification. Its weights are on their way elsewhere; after the message's advice it works."""
+    owner, pipe = build_pipeline("sd img2img"), build_pipeline("sd")
+    own, robust = pipe.vae, owner.vae
+    getattr(owner, offload)(device="cpu")
+    with pytest.raises(UserError, match="offloaded by another pipeline"):
+        exchange(pipe, robust)
+    assert pipe.vae is own
+    owner.remove_all_hooks()
+    assert exchange(pipe, robust) is own
+
+
+@OFFLOADS
+def test_the_context_ends_where_a_sibling_offloads_meanwhile(offload: str) -> None:
+    """Oracle: the VAE object from before, with the hooks that its other pipeline has put on."""
+    pipe = build_pipeline("sd")
+    sibling, own = sibling_of(pipe), pipe.vae
+    with robust_vae(pipe, with_other_encoder(own)):
+        getattr(sibling, offload)(device="cpu")
+    assert pipe.vae is own and offloaded(sibling, offload)
 
 
 def test_a_device_map_is_refused(tmp_path: Path) -> None:

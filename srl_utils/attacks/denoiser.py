@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from srl_utils.attacks.draws import Generators, draw, draw_normal
-from srl_utils.errors import UserError
+from srl_utils.errors import UserError, WrongType
 from srl_utils.losses import mean_squared_error
 
 TIME_IDS = 6  # SDXL is told the original size, the crop's corner and the target size, two numbers each
@@ -58,8 +58,9 @@ class Denoiser:
         noise a timestep has and what the UNet predicts.
 
         Raises:
-            UserError: if `pipe` has another kind of denoiser (flow-matching transformers, inpainting UNets and so
-                on), or if the embeddings are not those that it takes.
+            WrongType: a TypeError, if the denoiser of `pipe` is no UNet, as with flow-matching transformers.
+            UserError: a ValueError, if its UNet is for inpainting, instructions and so on, or if the embeddings are
+                not those that it takes.
         """
         _check_unet(pipe)
         _check_scheduler(pipe)
@@ -176,7 +177,7 @@ def _check_unet(pipe: DiffusionPipeline) -> None:
     kind = type(pipe).__name__
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, UNet2DConditionModel):
-        raise UserError(f"the denoiser of this {kind} is no UNet; take one of Stable Diffusion 1.x, 2.x or XL")
+        raise WrongType(f"the denoiser of this {kind} is no UNet; take one of Stable Diffusion 1.x, 2.x or XL")
     if not takes_latents_alone(pipe):
         raise UserError(
             f"the UNet of this {kind} takes {unet.config.in_channels} channels and gives {unet.config.out_channels}, as for "

@@ -162,7 +162,7 @@ def protect(
         `[N,3,H,W]`, detached, in [-1,1]. With 0 steps or an epsilon of 0, `clean` itself.
 
     Raises:
-        UserError: if the protection needs a denoiser, LPIPS or a target that is missing, or if a target does not
+        UserError: a ValueError, if the protection needs a denoiser, LPIPS or a target that is missing, or if a target does not
             have the images' size.
         ValueError: if `clean` or `target` are no images in [-1,1], or without one generator per image.
     """

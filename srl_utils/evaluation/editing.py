@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
 from torch import Tensor
 
@@ -43,10 +45,8 @@ class Edit:
         """Edits `[N,3,H,W]` in [-1,1] with the VAE of `codec`, one prompt for each; as many images, float32."""
         shown = to_unit_range(images).clamp(0, 1)
         with robust_vae(self.pipeline, codec.vae):
-            arguments = self.arguments(codec, shown, generators)
-            output = self.pipeline(
-                prompt=list(prompts), generator=generators, output_type="pt", **arguments, **self.settings
-            )
+            arguments = {**_size(self.pipeline, shown), **self.arguments(codec, shown, generators), **self.settings}
+            output = self.pipeline(prompt=list(prompts), generator=generators, output_type="pt", **arguments)
         return to_model_range(output.images.float())
 
 
@@ -110,8 +110,7 @@ def _image(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, Any
 
 
 def _image_and_mask(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, Any]:
-    height, width = shown.shape[2:]
-    return {"image": shown, "mask_image": central_mask(shown), "height": height, "width": width}
+    return {"image": shown, "mask_image": central_mask(shown)}
 
 
 def _image_and_blending(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, Any]:
@@ -121,16 +120,36 @@ def _image_and_blending(codec: Codec, shown: Tensor, generators: Generators) -> 
     diffusers' own inpainting does the same, but takes latents of 4 channels only.
     """
     latents = codec.scale(codec.encode(to_model_range(shown)))
-    hole = torch.nn.functional.interpolate(central_mask(shown), latents.shape[2:])
+    hole = F.interpolate(central_mask(shown), latents.shape[2:]).expand_as(latents)
     # From copies: the pipeline itself draws what it would draw without a hole.
     noise = draw_normal([_copied(generator) for generator in generators], like=latents)
 
     def set_back(pipe: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        following = pipe.scheduler.timesteps[step + 1 : step + 2]
-        around = pipe.scheduler.add_noise(latents, noise, following.expand(len(latents))) if len(following) else latents
-        return {"latents": torch.where(hole > 0, tensors["latents"], around.to(tensors["latents"].dtype))}
+        following, drawn = pipe.scheduler.timesteps[step + 1 : step + 2], tensors["latents"]
+        around = _noised(pipe, latents, noise, following.expand(len(latents))) if len(following) else latents
+        around, inside = (_laid_out(each, like=drawn) for each in (around, hole))
+        return {"latents": torch.where(inside > 0, drawn, around.to(drawn.dtype))}
 
     return {"image": shown, "callback_on_step_end": set_back}
+
+
+def _noised(pipe: DiffusionPipeline, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Latents as noisy as the model expects them at `timesteps` `[N]`, by diffusion or by flow matching."""
+    scheduler = pipe.scheduler
+    if hasattr(scheduler, "add_noise"):
+        return scheduler.add_noise(latents, noise, timesteps)
+    return scheduler.scale_noise(latents, timesteps, noise)
+
+
+def _laid_out(latents: Tensor, *, like: Tensor) -> Tensor:
+    """Latents `[N,C,h,w]`, or Flux's tokens `[N,hw/4,4C]` of 2x2 latent pixels if `like` is of that kind."""
+    return latents if like.ndim == 4 else F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def _size(pipe: DiffusionPipeline, shown: Tensor) -> dict[str, int]:
+    """Height and width for a pipeline that would else choose its own."""
+    sides = dict(zip(("height", "width"), shown.shape[2:], strict=True))
+    return {name: side for name, side in sides.items() if name in signature(pipe.__call__).parameters}
 
 
 def _copied(generator: torch.Generator) -> torch.Generator:

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from srl_utils.attacks.denoiser import Denoiser, PromptEmbeddings, encode_prompts
-from srl_utils.errors import UserError
+from srl_utils.errors import MissingPackage
 from srl_utils.evaluation.reconstruction import image_generators
 
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -29,9 +29,9 @@ class FinetuningConfig:
     """Low-rank adapters of the attention (Hu et al., arXiv 2106.09685) instead of all weights; needs peft."""
 
     def check(self) -> None:
-        """Raises a UserError if adapters are asked for without peft."""
+        """Raises a MissingPackage, an ImportError, if adapters are asked for without peft."""
         if self.lora_rank is not None and find_spec("peft") is None:
-            raise UserError("--lora_rank needs the package peft: pip install peft")
+            raise MissingPackage("--lora_rank needs the package peft: pip install peft")
 
 
 def finetune(

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from srl_utils.checkpoints import read_json, write_atomically, write_text_atomically
 from srl_utils.codecs import Codec
-from srl_utils.errors import UserError
+from srl_utils.errors import UnusableFile, UserError
 from srl_utils.evaluation.reconstruction import Perturbation, Record, image_generators, to_records, to_rows
 from srl_utils.evaluation.tasks import Cell, Task
 from srl_utils.losses import ReconstructionLoss
@@ -233,7 +233,7 @@ def _features_beside(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(features)
     except (OSError, SafetensorError):
-        raise UserError(f"{features} is damaged; remove {path}, and the same command makes both again") from None
+        raise UnusableFile(f"{features} is damaged; remove {path}, and the same command makes both again") from None
 
 
 def _check_finite(reconstruction: Tensor, job: Job, codec: Codec) -> None:

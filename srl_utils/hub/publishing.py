@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils._http import default_client_factory
 
-from srl_utils.errors import UserError
+from srl_utils.errors import HubRefusal, UserError
 
 DROP_IN_FILES = [
     "config.json",
@@ -42,15 +42,15 @@ RETRIED_STATUS = {408, 425, 429}
 Result = TypeVar("Result")
 
 
-class PushError(UserError):
-    """The Hub did not take it; the message says why, in one line."""
+class PushError(UserError, ConnectionError):
+    """The Hub did not take it; the message says why, in one line. A ConnectionError and so an OSError."""
 
 
 def create_repository(repo_id: str, *, token: str | None, private: bool) -> str:
     """Creates the repository where it does not exist and returns its full id (`user/name`).
 
     Raises:
-        UserError: if the Hub refuses: better in the first seconds than at the end.
+        HubRefusal: a PermissionError, if the Hub refuses: better in the first seconds than at the end.
         PushError: if it cannot be reached, in `ATTEMPTS` with growing waits.
     """
     _limit_requests()
@@ -61,7 +61,7 @@ def create_repository(repo_id: str, *, token: str | None, private: bool) -> str:
         reason = f"cannot create or open '{repo_id}' on the Hub: {_reason(error)}"
         if may_pass(error):
             raise PushError(reason) from None
-        raise UserError(f"{reason}; a token that may write comes from `hf auth login` or HF_TOKEN") from None
+        raise HubRefusal(f"{reason}; a token that may write comes from `hf auth login` or HF_TOKEN") from None
 
 
 def push(folder: Path, repo_id: str, *, token: str | None, commit_message: str) -> str:

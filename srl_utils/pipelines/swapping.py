@@ -6,14 +6,17 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
+from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from accelerate.hooks import ModelHook
 from diffusers import AutoencoderKL, DiffusionPipeline
-from torch import Tensor
+from torch import nn
 
 from srl_utils.autoencoders import AutoencoderSource, downsampling_factor, load_autoencoder, read_config
-from srl_utils.errors import UserError
+from srl_utils.errors import UserError, WrongType
 
 STRUCTURE = ("in_channels", "out_channels", "latent_channels")
 FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -22,7 +25,9 @@ MEMORY_SETTINGS = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_la
 # Architecture that no weight's shape tells of.
 SHAPELESS = ("act_fn", "norm_num_groups")
 ENCODER_PARTS = ("encoder", "quant_conv")
-DECODER_PARTS = ("decoder", "post_quant_conv")
+COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
+_TAKEN_OUT: WeakKeyDictionary[DiffusionPipeline, WeakSet[AutoencoderKL]] = WeakKeyDictionary()
+"""The VAEs that each pipeline has had: they fit it, so putting one back needs no `allow_mismatch`."""
 
 
 def swap_vae(
@@ -36,6 +41,9 @@ def swap_vae(
 ) -> AutoencoderKL:
     """Puts `vae` into `pipe` and returns the VAE that was there: `swap_vae(pipe, previous)` undoes it.
 
+    Only `pipe` changes: pipelines that share its components, such as those that `from_pipe` makes, keep the VAE that
+    they have, and one that `from_pipe` makes later takes over the new one. Swap each of them.
+
     The newcomer takes over device, dtype, slicing and tiling, and the pipeline's offloading is put on again around
     it. A VAE object of the pipeline's dtype is put in as it is; of one with another dtype a converted copy is, so
     that the caller's weights keep their precision. `force_upcast` stays the newcomer's own: it says what its weights
@@ -45,17 +53,20 @@ def swap_vae(
         pipe: any pipeline with an `AutoencoderKL` as its `.vae`.
         vae: an `AutoencoderKL`, a folder, or a Hub id.
         subfolder, revision, variant: of a folder or Hub id, as in `from_pretrained`.
-        allow_mismatch: accept other scaling and shift factors; the newcomer's then hold.
+        allow_mismatch: accept other scaling and shift factors; the newcomer's then hold. A VAE object that `pipe` had
+            before is accepted in any case.
 
     Raises:
-        UserError: if `pipe` has no such VAE, if `vae` cannot be loaded, or if it does not fit: other channels,
-            down-sampling, or factors.
+        MissingFile: a FileNotFoundError, if there is no VAE at that place.
+        WrongType: a TypeError, if `vae` or the VAE of `pipe` is no `AutoencoderKL`.
+        UserError: a ValueError and the base of both, if `vae` cannot be loaded; if it does not fit: other channels,
+            down-sampling, or factors; or if `pipe` has a device map, group offloading, or another pipeline's hooks.
     """
     previous = _vae_of(pipe)
     replacement = resolve_vae(vae, subfolder=subfolder, revision=revision, variant=variant)
-    _check_fit(replacement, previous, allow_mismatch)
+    _check_newcomer(replacement, pipe, allow_mismatch)
     with _offload_suspended(pipe):
-        pipe.register_modules(vae=_in_place_of(previous, replacement))
+        _register(pipe, _in_place_of(previous, replacement))
     return previous
 
 
@@ -67,16 +78,18 @@ def robust_vae(
 
     It is the same object again, in the dtype to which the pipeline may have been moved within.
     """
+    dtype = _dtype_beside_vae(pipe)
     previous = swap_vae(pipe, vae, **settings)
     try:
         yield pipe.vae
     except BaseException:
-        pipe.vae.to(previous.dtype)  # a call that broke off in fp16 may have left it upcast
+        if _dtype_beside_vae(pipe) == dtype:
+            pipe.vae.to(previous.dtype)  # a call that broke off in fp16 may have left it upcast
         raise
     finally:
         if previous.dtype != pipe.vae.dtype:
             previous.to(pipe.vae.dtype)
-        swap_vae(pipe, previous, allow_mismatch=True)
+        swap_vae(pipe, previous)
 
 
 def robustify(
@@ -88,25 +101,28 @@ def robustify(
     variant: str | None = None,
     allow_mismatch: bool = False,
 ) -> AutoencoderKL:
-    """Copies only the encoder of `vae` into the pipeline's own VAE, whose decoder (fine-tuned, say) stays.
+    """Puts a copy of the pipeline's own VAE into `pipe`, with the encoder of `vae`; its decoder (fine-tuned, say) stays.
+
+    As with `swap_vae`, only `pipe` changes. The VAE that was there, and with it every pipeline that shares it, keeps
+    its encoder; no weight is shared with the copy. What was compiled is not compiled in the copy.
 
     Arguments and errors are those of `swap_vae`; encoders of different architecture are refused as well. Where other
     factors are accepted, the pipeline's own stay.
 
     Returns:
-        The VAE as it was, sharing the decoder's weights: `swap_vae(pipe, previous)` undoes this.
+        The VAE that was there, the same object: `swap_vae(pipe, previous)` undoes this.
     """
-    own = _vae_of(pipe)
+    previous = _vae_of(pipe)
     source = resolve_vae(vae, subfolder=subfolder, revision=revision, variant=variant)
-    _check_fit(source, own, allow_mismatch)
+    _check_newcomer(source, pipe, allow_mismatch)
     with _offload_suspended(pipe):
-        _check_same_encoder(source, own)
-        previous = copy.deepcopy(own, {id(tensor): tensor for tensor in _tensors(own, DECODER_PARTS).values()})
-        for part in ENCODER_PARTS:
-            if getattr(own, part) is not None:
-                getattr(own, part).load_state_dict(getattr(source, part).state_dict())
-    if source.config.force_upcast:  # fp16 overflows in the new encoder, whatever the old one bore
-        own.register_to_config(force_upcast=True)
+        _check_same_encoder(source, previous)
+        robust = _plain_copy(previous)
+        for part in _encoder_parts(source):
+            getattr(robust, part).load_state_dict(_plain(getattr(source, part)).state_dict())
+        if source.config.force_upcast:  # fp16 overflows in the new encoder, whatever the old one bore
+            robust.register_to_config(force_upcast=True)
+        _register(pipe, robust)
     return previous
 
 
@@ -120,12 +136,13 @@ def resolve_vae(
     """`vae` itself, or the one loaded from that folder or Hub id in float32.
 
     Raises:
-        UserError: if it is no AutoencoderKL or cannot be loaded.
+        WrongType: a TypeError, if it is none of these.
+        UserError: a ValueError, if it cannot be loaded; see `read_config` and `load_autoencoder`.
     """
     if isinstance(vae, AutoencoderKL):
         return vae
     if not isinstance(vae, (str, PathLike)):
-        raise UserError(f"expected an AutoencoderKL, a folder or a Hub id, got {type(vae).__name__}")
+        raise WrongType(f"expected an AutoencoderKL, a folder or a Hub id, got {type(vae).__name__}")
     source = AutoencoderSource(
         pretrained_model_name_or_path=str(vae), subfolder=subfolder, revision=revision, variant=variant
     )
@@ -136,8 +153,24 @@ def resolve_vae(
 def _vae_of(pipe: DiffusionPipeline) -> AutoencoderKL:
     vae = getattr(pipe, "vae", None)
     if not isinstance(vae, AutoencoderKL):
-        raise UserError(f"the VAE of this {type(pipe).__name__} is {type(vae).__name__}, not an AutoencoderKL")
+        raise WrongType(f"the VAE of this {type(pipe).__name__} is {type(vae).__name__}, not an AutoencoderKL")
     return vae
+
+
+def _register(pipe: DiffusionPipeline, vae: AutoencoderKL) -> None:
+    _TAKEN_OUT.setdefault(pipe, WeakSet()).add(pipe.vae)
+    pipe.register_modules(vae=vae)
+
+
+def _check_newcomer(candidate: AutoencoderKL, pipe: DiffusionPipeline, allow_mismatch: bool) -> None:
+    """Raises a UserError unless `candidate` fits `pipe` and its weights are at hand."""
+    if candidate is pipe.vae or candidate in _TAKEN_OUT.get(pipe, ()):
+        return
+    if _offloaded(candidate):
+        raise UserError(
+            "the VAE given is offloaded by another pipeline; call remove_all_hooks() there first, or give its folder"
+        )
+    _check_fit(candidate, pipe.vae, allow_mismatch)
 
 
 def _check_fit(candidate: AutoencoderKL, present: AutoencoderKL, allow_mismatch: bool) -> None:
@@ -154,9 +187,16 @@ def _check_fit(candidate: AutoencoderKL, present: AutoencoderKL, allow_mismatch:
 def _signature(vae: AutoencoderKL) -> dict[str, Any]:
     """What two VAEs must have in common to serve the same diffusion model."""
     signature = {name: vae.config.get(name) for name in (*STRUCTURE, *FACTORS)}
+    signature["shift_factor"] = signature["shift_factor"] or None  # 0 shifts nothing either
     signature["down-sampling"] = downsampling_factor(vae.config)
     # From a file these are lists, from code perhaps tuples.
     return {name: list(value) if isinstance(value, tuple) else value for name, value in signature.items()}
+
+
+def _dtype_beside_vae(pipe: DiffusionPipeline) -> torch.dtype | None:
+    """Of the pipeline's other networks: a call that upcasts the VAE leaves it, a pipeline that is moved does not."""
+    networks = (part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not pipe.vae)
+    return next((network.dtype for network in networks), None)
 
 
 def _check_same_encoder(source: AutoencoderKL, own: AutoencoderKL) -> None:
@@ -169,18 +209,47 @@ def _check_same_encoder(source: AutoencoderKL, own: AutoencoderKL) -> None:
 
 def _architecture(vae: AutoencoderKL) -> dict[str, Any]:
     """What two encoders must have in common to compute the same with the same weights."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(vae, ENCODER_PARTS).items()}
+    shapes = {
+        f"{part}.{name}": tuple(tensor.shape)
+        for part in _encoder_parts(vae)
+        for name, tensor in _plain(getattr(vae, part)).state_dict().items()
+    }
     return {name: vae.config[name] for name in SHAPELESS} | shapes
 
 
-def _tensors(vae: AutoencoderKL, parts: tuple[str, ...]) -> dict[str, Tensor]:
-    """Parameters and buffers of the parts that the VAE has, the very objects."""
-    weights = vae.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in weights.items() if name.split(".")[0] in parts}
+def _encoder_parts(vae: AutoencoderKL) -> list[str]:
+    """Those that it has; not every VAE has a `quant_conv`."""
+    return [part for part in ENCODER_PARTS if getattr(vae, part) is not None]
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """`module`, or the one that `torch.compile` wrapped."""
+    return getattr(module, COMPILED, module)
+
+
+def _plain_copy(vae: AutoencoderKL) -> AutoencoderKL:
+    """A copy that shares no weight with `vae` and computes by the methods of its class.
+
+    A compiled method that was assigned, as in `vae.decode = torch.compile(vae.decode)`, would still use the weights
+    of `vae`, and so the copy goes without.
+    """
+    wrapped = {id(part): copy.deepcopy(_plain(part)) for part in vae.children()}
+    twin = copy.deepcopy(vae, wrapped)
+    for module in twin.modules():
+        for name, value in list(vars(module).items()):
+            own = isinstance(value, MethodType) and value.__self__ is module
+            if callable(getattr(type(module), name, None)) and not own:
+                delattr(module, name)
+    return twin
 
 
 def _in_place_of(previous: AutoencoderKL, replacement: AutoencoderKL) -> AutoencoderKL:
-    """`replacement`, or a copy where its dtype must change, set up like `previous`."""
+    """`replacement`, or a copy where its dtype must change, set up like `previous`.
+
+    As it is where another pipeline, which shares it, has begun to offload it.
+    """
+    if _offloaded(replacement):
+        return replacement
     if replacement.dtype != previous.dtype:
         replacement = copy.deepcopy(replacement).to(previous.dtype)
     replacement.to(previous.device)

@@ -273,7 +273,7 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
             source, num_images=args.num_images, resolution=args.resolution, seed=args.seed
         )
     except UserError as error:  # which names the flags of the training
-        raise UserError(str(error).replace("--validation_data_dir", "--data_dir")) from None
+        raise type(error)(str(error).replace("--validation_data_dir", "--data_dir")) from None
     if loaded.unreadable:
         notes.append(f"{len(loaded.unreadable)} unreadable images were passed over: {', '.join(loaded.unreadable)}")
     if len(loaded.images) < args.num_images:

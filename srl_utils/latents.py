@@ -1,0 +1,66 @@
+"""How a diffusion model sees a VAE's raw latents, as the VAE's configuration says it.
+
+The formulas are those of diffusers' pipelines: `prepare_latents` encodes by `scale`, and `unscale` precedes the decoder.
+
+| configuration | model | to the denoiser |
+|---|---|---|
+| `scaling_factor` | Stable Diffusion 1, 2, XL; SVD; LDM | `latents * scaling_factor` |
+| and `shift_factor` | Stable Diffusion 3, Flux | `(latents - shift_factor) * scaling_factor` |
+| and both `latents_mean` and `latents_std` | Playground 2.5 (XL) | `(latents - mean) * scaling_factor / std` |
+
+Models that normalise latents elsewhere (Wan and Qwen without a `scaling_factor`, Flux 2 with a batch norm in the VAE)
+belong into `LatentScale.of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LatentScale:
+    """The map `(latents - shift) * factor` from raw latents `[...,C,h,w]` to those of the denoiser, and back."""
+
+    shift: float | Tensor = 0.0
+    """In raw units; a tensor is `[C,1,1]`."""
+    factor: float | Tensor = 1.0
+    """Never 0; a tensor is `[C,1,1]`."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> LatentScale:
+        """Return the scale that the configuration of a VAE of any class describes.
+
+        As in diffusers, an entry that is absent or None changes nothing, a mean without a deviation and the reverse
+        are without effect, and where both are given they take the place of `shift_factor`.
+        """
+        factor = config.get("scaling_factor") or 1.0
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or deviation is None:
+            return cls(config.get("shift_factor") or 0.0, factor)
+        return cls(_per_channel(mean), factor / _per_channel(deviation))
+
+    def scale(self, latents: Tensor) -> Tensor:
+        """Return raw latents as the denoiser sees them, in the same shape, dtype and device."""
+        return (latents - _like(self.shift, latents)) * _like(self.factor, latents)
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Return the denoiser's latents as the decoder takes them: the inverse of `scale`."""
+        return latents / _like(self.factor, latents) + _like(self.shift, latents)
+
+    def factor_on(self, device: torch.device) -> float | Tensor:
+        """Return `factor`, a tensor moved to `device`."""
+        return self.factor.to(device) if isinstance(self.factor, Tensor) else self.factor
+
+
+def _per_channel(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
+
+
+def _like(value: float | Tensor, latents: Tensor) -> float | Tensor:
+    """A tensor in the dtype and on the device of `latents`; a number goes with all of them."""
+    return value.to(latents) if isinstance(value, Tensor) else value
