@@ -83,7 +83,7 @@ ALLOWED: dict[str, set[str]] = {
     "training_flags": {"command_line", "sources"},
     "evaluation.commands": set(),
     "evaluation.commands.common": {
-        "attacks.protections", "autoencoders", "checkpoints", "codecs", "command_line", "data", "errors",
+        "attacks.protections", "autoencoders", "checkpoints", "codecs", "command_line", "data", "decoding", "errors",
         "evaluation.catalogue", "evaluation.document", "evaluation.editing", "evaluation.extremes", "evaluation.reconstruction",
         "evaluation.report", "evaluation.sanity", "evaluation.study", "evaluation.tasks", "locking", "losses", "metrics", "pictures",
         "set_metrics", "sources",
@@ -107,9 +107,10 @@ ALLOWED: dict[str, set[str]] = {
         "command_line", "evaluation.commands.editing", "evaluation.commands.generation",
         "evaluation.commands.poisoning", "evaluation.commands.reconstruction",
     },
-    "pictures": {"images", "errors"},
-    "sources": {"photographs", "errors", "pictures"},
-    "data": {"errors", "pictures", "resources", "sources"},
+    "decoding": set(),
+    "pictures": {"decoding", "images", "errors"},
+    "sources": {"decoding", "photographs", "errors", "pictures"},
+    "data": {"decoding", "errors", "pictures", "resources", "sources"},
     "integrity": set(),
     "locking": {"errors"},
     "resources": {"errors"},
@@ -117,9 +118,10 @@ ALLOWED: dict[str, set[str]] = {
     "command_line": {"errors", "images", "resources"},
     "pipelines": {"pipelines.sanitizing", "pipelines.swapping"},
     "pipelines.swapping": {"errors", "autoencoders"},
-    "pipelines.sanitizing": {"autoencoders", "images", "pictures", "pipelines.swapping"},
+    "pipelines.sanitizing": {"autoencoders", "decoding", "images", "pipelines.swapping"},
     "pipelines.__main__": {
-        "checkpoints", "command_line", "errors", "pictures", "pipelines.sanitizing", "pipelines.swapping", "resources"
+        "checkpoints", "command_line", "decoding", "errors", "pictures", "pipelines.sanitizing", "pipelines.swapping",
+        "resources",
     },
     "journal": {"checkpoints"},
     "evaluation.judge": {
