@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 
 import fsspec
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from srl_utils import png_chunks, tiff_pages
+from srl_utils.colours import as_rgb, profile_of
+from srl_utils.sample_ranges import Declared, unit_values
 
 # Pillow only recognises the first five (their pixels need other software) and hands the last to Ghostscript.
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
+SIXTEEN_BIT_FORMATS = {"PNG", "PPM"}  # whose long integers Pillow scales to 16 bits
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+AVIF_BRANDS = {b"avif", b"avis"}
+JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+HEAD = 64  # bytes
+
+_raised_limit = threading.RLock()
 
 
 class UnreadableImage(ValueError):
@@ -24,8 +37,12 @@ class UnreadableImage(ValueError):
 
 @lru_cache(maxsize=1)
 def picture_formats() -> tuple[str, ...]:
-    """Return the names of the formats that Pillow itself decodes."""
+    """Return the names of the formats that Pillow decodes, by itself and with those of its plugins that are installed."""
     Image.init()
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
+    with suppress(ImportError):
+        import_module("pillow_jxl")  # registers itself
     return tuple(sorted(set(Image.OPEN) - NOT_DECODED))
 
 
@@ -48,13 +65,14 @@ def open_picture(source: object, *, max_pixels: int | None = None) -> Iterator[I
     Raises:
         UnreadableImage: if the picture is missing, is of no known format, or has too many pixels.
     """
-    with _one_line_reason():
-        image = _open(source)
-    try:
-        yield image
-    finally:
-        if image is not source:
-            image.close()
+    with _pixel_limit(max_pixels):
+        with _one_line_reason():
+            image = _open(source)
+        try:
+            yield image
+        finally:
+            if image is not source:
+                image.close()
 
 
 def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -66,8 +84,10 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         UnreadableImage: if the pixels are broken, or if their range is ambiguous.
     """
     with _one_line_reason():
+        _refuse_bomb(image)
         image.load()
-        return _split(ImageOps.exif_transpose(image))
+        colour, alpha = _split(_upright(image), _declared(image))
+        return as_rgb(colour, profile_of(image)), alpha
 
 
 def decode_rgb(source: object, *, max_pixels: int | None = None) -> Image.Image:
@@ -101,6 +121,27 @@ def _one_line_reason() -> Iterator[None]:
         raise UnreadableImage(f"{type(error).__name__}: {reason}") from error
 
 
+@contextmanager
+def _pixel_limit(max_pixels: int | None) -> Iterator[None]:
+    """Within, Pillow's limit is `max_pixels`. It is one for the process: other threads that set it wait here."""
+    if max_pixels is None:
+        yield
+        return
+    with _raised_limit:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _refuse_bomb(image: Image.Image) -> None:
+    """Pillow checks files when it opens them: this is for PIL images, and for the later pages of files."""
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:
+        raise Image.DecompressionBombError(f"{pixels} pixels are more than {limit}")
+
+
 def _open(source: object) -> Image.Image:
     """The picture, its pixels not yet read."""
     if isinstance(source, dict):
@@ -109,31 +150,102 @@ def _open(source: object) -> Image.Image:
         return source
     if isinstance(source, str) and "://" in source:
         with fsspec.open(source, "rb") as file:
-            source = file.read()
-    if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source), formats=picture_formats())
+            return _open_bytes(file.read())
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _open_bytes(bytes(source))
     if isinstance(source, (str, os.PathLike)):
-        if Path(source).exists() and not Path(source).is_file():  # a pipe would wait for ever, a device never end
-            raise UnreadableImage("no regular file")
-        return Image.open(source, formats=picture_formats())
+        return _open_file(Path(source))
     raise UnreadableImage(f"{type(source).__name__} instead of a picture")
 
 
-def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion clips 16-bit values at 255.
-        return _from_gray(np.asarray(image) / 257), None
-    if image.mode == "F":
-        gray = np.asarray(image)
-        if not np.isfinite(gray).all():
-            raise UnreadableImage("contains NaN or infinite values")
-        return _from_gray(gray * 255 if gray.max() <= 1 else gray), None
-    if not image.has_transparency_data:
-        return image.convert("RGB"), None
-    opaque = image.convert("RGBA")
-    return opaque.convert("RGB"), opaque.getchannel("A")
+def _open_file(path: Path) -> Image.Image:
+    if path.exists() and not path.is_file():  # a pipe would wait for ever, a device never end
+        raise UnreadableImage("no regular file")
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if head.startswith((png_chunks.SIGNATURE, *tiff_pages.SIGNATURES)):
+        return _open_bytes(path.read_bytes())
+    with _named_reason(head):
+        return Image.open(path, formats=picture_formats())
 
 
-def _from_gray(gray: np.ndarray) -> Image.Image:
-    """An `[H,W]` array in [0,255] (values beyond are clipped) as an RGB picture."""
-    return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+def _open_bytes(data: bytes) -> Image.Image:
+    if data.startswith(tiff_pages.SIGNATURES):
+        return _open_tiff(data)
+    readable, info = png_chunks.readable_png(data) if data.startswith(png_chunks.SIGNATURE) else (data, {})
+    with _named_reason(data[:HEAD]):
+        image = Image.open(io.BytesIO(readable), formats=picture_formats())
+    image.info.update(info)
+    return image
+
+
+def _open_tiff(data: bytes) -> Image.Image:
+    """By Pillow, which knows every compression, or else by tifffile, which knows every kind of sample."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=["TIFF"])
+    except UnidentifiedImageError:
+        return tiff_pages.TiffPages(data)
+    return tiff_pages.TiffPages(data) if tiff_pages.misread_by_pillow(image.tag_v2) else image
+
+
+@contextmanager
+def _named_reason(head: bytes) -> Iterator[None]:
+    """What Pillow cannot identify, but could with another package, is refused with the package's name."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        brands = {head[8:12], *(head[start : start + 4] for start in range(16, len(head), 4))}
+        if head[4:8] == b"ftyp" and AVIF_BRANDS & brands:
+            raise UnreadableImage("AVIF needs Pillow 11.3 or newer") from None
+        if head[4:8] == b"ftyp" and HEIF_BRANDS & brands:
+            raise UnreadableImage("HEIC needs pillow-heif") from None
+        if head.startswith(JPEG_XL):
+            raise UnreadableImage("JPEG XL needs pillow-jxl-plugin") from None
+        raise
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A copy, turned as its Exif says, unless that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image.copy()
+
+
+def _declared(image: Image.Image) -> Declared:
+    if isinstance(tags := getattr(image, "tag_v2", None), Mapping):
+        return Declared.of_tiff(tags)
+    sixteen_bits = image.mode.startswith("I;16") or image.format in SIXTEEN_BIT_FORMATS
+    return Declared(bits=16 if sixteen_bits and image.mode != "F" else None)
+
+
+def _split(image: Image.Image, declared: Declared) -> tuple[Image.Image, Image.Image | None]:
+    """Colours of mode L, I;16, RGB, CMYK or LAB without transparency, and the alpha."""
+    transparent = image.info.pop("transparency", None)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _long_samples(image, declared, transparent)
+    if isinstance(transparent, (int, tuple, bytes)):
+        image.info["transparency"] = transparent
+    if image.has_transparency_data:
+        return _split_alpha(image.convert("RGBA"))
+    if image.mode in ("1", "L"):
+        return image.convert("L"), None
+    return image if image.mode in ("CMYK", "LAB") else image.convert("RGB"), None
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    alpha = image.getchannel("A")
+    return image.convert("RGB"), None if alpha.getextrema() == (255, 255) else alpha
+
+
+def _long_samples(
+    image: Image.Image, declared: Declared, transparent: object
+) -> tuple[Image.Image, Image.Image | None]:
+    """Gray of more than 8 bits as mode I;16, white 65535: Pillow's own conversion clips it at 255."""
+    values = np.asarray(image)
+    if declared.kind == 1 and declared.bits == 32 and values.dtype == np.int32:
+        values = values.view(np.uint32)
+    gray = Image.fromarray((65535 * unit_values(values, declared)).round().astype(np.uint16))
+    if not isinstance(transparent, int) or not (values == transparent).any():
+        return gray, None
+    return gray, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))

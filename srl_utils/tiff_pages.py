@@ -1,0 +1,152 @@
+"""TIFF files that Pillow refuses or misreads: fractions, long integers, packed bits, planes of 16 bits."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+import tifffile
+from PIL import Image, ImageOps
+
+from srl_utils.sample_ranges import Declared, unit_values
+
+SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+COMPRESSION, MAX_SAMPLE, PLANAR, ICC_PROFILE = 259, 281, 284, 34675
+UNCOMPRESSED, SEPARATE_PLANES = 1, 2
+COLOUR_SAMPLES = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}  # by TIFF's PhotometricInterpretation
+PALETTE = 3
+MODES = {1: "L", 3: "RGB", 4: "CMYK"}
+PREMULTIPLIED, ALPHA = 1, 2  # TIFF's ExtraSamples
+KEPT_TAGS = (270, 271, 272, 282, 283, 296, 305, 306, 315, 33432)  # description, resolution, author, copyright, ...
+ORIENTATION = 274
+WHOLE_BYTES = (8, 16, 32, 64)
+
+
+class TiffPages(Image.Image):
+    """The pages of a TIFF file as tifffile reads them: 8 bits a sample, upright."""
+
+    format = "TIFF"
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self._file = tifffile.TiffFile(io.BytesIO(data))
+        self.n_frames = len(self._file.pages)
+        self.is_animated = self.n_frames > 1
+        self.seek(0)
+
+    def seek(self, frame: int) -> None:
+        """Read the page of this number, from 0."""
+        if not 0 <= frame < self.n_frames:
+            raise EOFError("no more pages in TIFF file")
+        page = self._file.pages[frame].aspage()
+        picture = _picture(page)
+        self.im, self._mode, self._size = picture.im, picture.mode, picture.size
+        self.info = {"icc_profile": page.tags.valueof(ICC_PROFILE), "exif": _kept(page).tobytes()}
+        self._frame = frame
+
+    def tell(self) -> int:
+        """Return the number of the page."""
+        return self._frame
+
+    def close(self) -> None:
+        """Close the file; the page that was read last stays."""
+        self._file.close()
+
+
+def misread_by_pillow(tags: Mapping[int, object]) -> bool:
+    """Whether Pillow opens a file with these tags, but takes the wrong bytes or bits for the pixels."""
+    declared = Declared.of_tiff(tags)
+    if (declared.bits or 1) <= 8:
+        return False
+    separate = tags.get(PLANAR) == SEPARATE_PLANES and tags.get(COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
+    fewer_bits = MAX_SAMPLE in tags and len(np.atleast_1d(tags[258])) > 1
+    return separate or fewer_bits
+
+
+def _picture(page: tifffile.TiffPage) -> Image.Image:
+    _check(page)
+    values = _samples(page)
+    declared = Declared.of_tiff({tag.code: tag.value for tag in page.tags})
+    if page.photometric == PALETTE:
+        values = np.moveaxis(page.colormap, 0, -1)[values[..., 0]]
+        declared = Declared(bits=16)
+    colours = 3 if page.photometric == PALETTE else COLOUR_SAMPLES[page.photometric]
+    unit = unit_values(values[..., :colours], declared)
+    alpha = _alpha(page, values, declared._replace(inverted=False))
+    if alpha is not None and PREMULTIPLIED in page.extrasamples:
+        unit = np.clip(unit / np.maximum(alpha, 1e-6)[..., None], 0, 1)
+    planes = [Image.fromarray((255 * plane).round().astype(np.uint8)) for plane in np.moveaxis(unit, -1, 0)]
+    mode = MODES[colours]
+    if alpha is not None and mode != "CMYK":
+        planes.append(Image.fromarray((255 * alpha).round().astype(np.uint8)))
+        mode += "A"
+    picture = Image.merge(mode, planes)
+    exif = picture.getexif()
+    exif[ORIENTATION] = page.tags.valueof(ORIENTATION, 1)
+    return ImageOps.exif_transpose(picture)
+
+
+def _alpha(page: tifffile.TiffPage, values: np.ndarray, declared: Declared) -> np.ndarray | None:
+    colours = COLOUR_SAMPLES[page.photometric]
+    unnamed = page.photometric == 2 and not page.extrasamples
+    kind = page.extrasamples[0] if page.extrasamples else ALPHA if unnamed else 0
+    if page.photometric == PALETTE or values.shape[-1] <= colours or kind not in (PREMULTIPLIED, ALPHA):
+        return None
+    return unit_values(values[..., colours], declared)
+
+
+def _check(page: tifffile.TiffPage) -> None:
+    """Raises a ValueError if the page is no picture that this module reads, is too large, or is cut short."""
+    if page.photometric not in COLOUR_SAMPLES or page.imagedepth != 1:
+        raise ValueError(f"TIFF with photometric interpretation {page.photometric} and {page.bitspersample} bits")
+    pixels = page.imagewidth * page.imagelength
+    if not 0 < pixels <= (Image.MAX_IMAGE_PIXELS or pixels):
+        raise Image.DecompressionBombError(f"{pixels} pixels are more than {Image.MAX_IMAGE_PIXELS}")
+    if page.samplesperpixel > COLOUR_SAMPLES[page.photometric] + 4:
+        raise ValueError(f"TIFF with {page.samplesperpixel} samples per pixel, which is no picture")
+    size = page.parent.filehandle.size
+    segments = _segments(page)
+    if not segments or any(offset <= 0 or count <= 0 or offset + count > size for offset, count in segments):
+        raise ValueError("TIFF that is cut short")
+
+
+def _samples(page: tifffile.TiffPage) -> np.ndarray:
+    """`[H,W,S]` of the file's own numbers."""
+    planar = page.planarconfig == SEPARATE_PLANES and page.samplesperpixel > 1
+    if page.bitspersample not in WHOLE_BYTES:
+        return _unpacked(page, planar)
+    values = page.asarray().reshape(page.shape)
+    if planar:
+        return np.moveaxis(values, 0, -1)
+    return values.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)
+
+
+def _unpacked(page: tifffile.TiffPage, planar: bool) -> np.ndarray:
+    """The same of samples that fill no whole bytes, such as 12 bits, for which tifffile wants another package."""
+    decompress = tifffile.TIFF.DECOMPRESSORS[page.compression]
+    if page.is_tiled or page.predictor != 1 or page.fillorder != 1 or not 8 < page.bitspersample < 32:
+        raise ValueError(f"TIFF with {page.bitspersample} bits per sample in tiles or with a predictor")
+    file = page.parent.filehandle
+    segments = [file.read_array(np.uint8, count, offset).tobytes() for offset, count in _segments(page)]
+    packed = b"".join(decompress(segment) if decompress else segment for segment in segments)
+    planes, samples = (page.samplesperpixel, 1) if planar else (1, page.samplesperpixel)
+    row = page.imagewidth * samples * page.bitspersample
+    rows = np.frombuffer(packed, np.uint8)[: planes * page.imagelength * -(-row // 8)].reshape(-1, -(-row // 8))
+    bits = np.unpackbits(rows, axis=1)[:, :row].reshape(planes, page.imagelength, page.imagewidth, samples, -1)
+    weights = 1 << np.arange(page.bitspersample)[::-1]
+    values = bits @ weights.astype(np.uint32)
+    return np.moveaxis(values, 0, -1)[..., 0, :] if planar else values[0]
+
+
+def _segments(page: tifffile.TiffPage) -> list[tuple[int, int]]:
+    return list(zip(page.dataoffsets, page.databytecounts, strict=True))
+
+
+def _kept(page: tifffile.TiffPage) -> Image.Exif:
+    """What is said about the picture apart from its pixels."""
+    exif = Image.Exif()
+    for code in KEPT_TAGS:
+        if (value := page.tags.valueof(code)) is not None:
+            exif[code] = value
+    return exif
