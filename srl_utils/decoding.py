@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from srl_utils import png_chunks, tiff_pages
-from srl_utils.colours import as_rgb, profile_of
-from srl_utils.sample_ranges import Declared, unit_values
+from srl_utils.colours import as_rgb, profile_of, warn_once
+from srl_utils.png_chunks import LOW_BYTES
+from srl_utils.sample_ranges import SIGNED, Declared, unit_values
 
 # Pillow only recognises the first five (their pixels need other software) and hands the last to Ghostscript.
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
@@ -27,6 +28,9 @@ HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"
 AVIF_BRANDS = {b"avif", b"avis"}
 JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 HEAD = 64  # bytes
+NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}  # Pillow's names of raw samples
+SIXTEEN_BITS = Declared(bits=16)
+DARK = 4096
 
 _raised_limit = threading.RLock()
 
@@ -85,8 +89,13 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """
     with _one_line_reason():
         _refuse_bomb(image)
+        _expect_native_bytes(image)
         image.load()
-        colour, alpha = _split(_upright(image), _declared(image))
+        upright, low = _upright(image), image.info.get(LOW_BYTES)
+        if isinstance(low, Image.Image):
+            colour, alpha = _join(upright, _upright(low))
+        else:
+            colour, alpha = _split(upright, _declared(image))
         return as_rgb(colour, profile_of(image)), alpha
 
 
@@ -172,10 +181,21 @@ def _open_file(path: Path) -> Image.Image:
 def _open_bytes(data: bytes) -> Image.Image:
     if data.startswith(tiff_pages.SIGNATURES):
         return _open_tiff(data)
-    readable, info = png_chunks.readable_png(data) if data.startswith(png_chunks.SIGNATURE) else (data, {})
+    if data.startswith(png_chunks.SIGNATURE):
+        return _open_png(data)
     with _named_reason(data[:HEAD]):
-        image = Image.open(io.BytesIO(readable), formats=picture_formats())
+        return Image.open(io.BytesIO(data), formats=picture_formats())
+
+
+def _open_png(data: bytes) -> Image.Image:
+    readable, info = png_chunks.readable_png(data)
+    image = Image.open(io.BytesIO(readable), formats=["PNG"])
     image.info.update(info)
+    needs_all_bits = profile_of(image) is not None or "transparency" in image.info
+    if needs_all_bits and png_chunks.is_deep(data) and not getattr(image, "is_animated", False):
+        image.info[LOW_BYTES] = low = Image.open(io.BytesIO(readable), formats=["PNG"])
+        # In the opposite byte order Pillow keeps the other byte.
+        low.tile = [tile._replace(args=f"{low.mode};16L") for tile in low.tile]
     return image
 
 
@@ -185,7 +205,12 @@ def _open_tiff(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=["TIFF"])
     except UnidentifiedImageError:
         return tiff_pages.TiffPages(data)
-    return tiff_pages.TiffPages(data) if tiff_pages.misread_by_pillow(image.tag_v2) else image
+    if tiff_pages.misread_by_pillow(image.tag_v2):
+        return tiff_pages.TiffPages(data)
+    if tiff_pages.coarse_in_pillow(image.tag_v2):
+        with suppress(Exception):  # compressed in a way that tifffile does not know
+            return tiff_pages.TiffPages(data)
+    return image
 
 
 @contextmanager
@@ -204,6 +229,13 @@ def _named_reason(head: bytes) -> Iterator[None]:
         raise
 
 
+def _expect_native_bytes(image: Image.Image) -> None:
+    """Correct what Pillow tells its decoder of compressed big-endian TIFF: libtiff has swapped the bytes by then."""
+    tiles = getattr(image, "tile", [])
+    if tiles and tiles[0][0] == "libtiff":
+        image.tile = [tile._replace(args=(NATIVE.get(tile.args[0], tile.args[0]), *tile.args[1:])) for tile in tiles]
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """A copy, turned as its Exif says, unless that cannot be read."""
     try:
@@ -219,33 +251,50 @@ def _declared(image: Image.Image) -> Declared:
     return Declared(bits=16 if sixteen_bits and image.mode != "F" else None)
 
 
-def _split(image: Image.Image, declared: Declared) -> tuple[Image.Image, Image.Image | None]:
-    """Colours of mode L, I;16, RGB, CMYK or LAB without transparency, and the alpha."""
+def _split(image: Image.Image, declared: Declared) -> tuple[Image.Image | np.ndarray, Image.Image | None]:
+    """Colours of mode L, RGB, CMYK or LAB or gray of 16 bits `[H,W]`, and the alpha."""
     transparent = image.info.pop("transparency", None)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    signed = image.mode == "L" and declared.kind == SIGNED
+    if signed or image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _long_samples(image, declared, transparent)
-    if isinstance(transparent, (int, tuple, bytes)):
+    if isinstance(transparent, (int, tuple, bytes)):  # a text of a PNG may have any name
         image.info["transparency"] = transparent
+    gray = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
-        return _split_alpha(image.convert("RGBA"))
-    if image.mode in ("1", "L"):
-        return image.convert("L"), None
-    return image if image.mode in ("CMYK", "LAB") else image.convert("RGB"), None
+        *bands, alpha = image.convert("LA" if gray else "RGBA").split()
+        return Image.merge("L" if gray else "RGB", bands), _unless_opaque(alpha)
+    return image if image.mode in ("CMYK", "LAB") else image.convert("L" if gray else "RGB"), None
 
 
-def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    alpha = image.getchannel("A")
-    return image.convert("RGB"), None if alpha.getextrema() == (255, 255) else alpha
+def _unless_opaque(alpha: Image.Image) -> Image.Image | None:
+    return None if alpha.getextrema() == (255, 255) else alpha
 
 
-def _long_samples(
-    image: Image.Image, declared: Declared, transparent: object
-) -> tuple[Image.Image, Image.Image | None]:
-    """Gray of more than 8 bits as mode I;16, white 65535: Pillow's own conversion clips it at 255."""
+def _long_samples(image: Image.Image, declared: Declared, transparent: object) -> tuple[np.ndarray, Image.Image | None]:
+    """Gray `[H,W]` of 16 bits from samples that Pillow's own conversion clips at 255, and the alpha."""
     values = np.asarray(image)
-    if declared.kind == 1 and declared.bits == 32 and values.dtype == np.int32:
+    if declared.kind == SIGNED and declared.bits in (8, 16):
+        values = values.astype(f"i{declared.bits // 8}")
+    elif declared.kind != SIGNED and declared.bits == 32 and values.dtype == np.int32:
         values = values.view(np.uint32)
-    gray = Image.fromarray((65535 * unit_values(values, declared)).round().astype(np.uint16))
-    if not isinstance(transparent, int) or not (values == transparent).any():
+    if declared == SIXTEEN_BITS and 0 < values.max() < DARK:
+        warn_once("an image of 16 bits has no value above 4095, and is as dark as its file says")
+    gray = (65535 * unit_values(values, declared)).round().astype(np.uint16)
+    if not isinstance(transparent, int):
         return gray, None
-    return gray, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    return gray, _unless_opaque(_mask(values != transparent))
+
+
+def _join(high: Image.Image, low: Image.Image) -> tuple[np.ndarray, Image.Image | None]:
+    """RGB `[H,W,3]` of 16 bits from pictures of its high and its low bytes, and the alpha."""
+    samples = np.asarray(high.convert("RGB")).astype(np.uint16) << 8 | np.asarray(low.convert("RGB"))
+    if high.mode == "RGBA":
+        return samples, _unless_opaque(high.getchannel("A"))
+    transparent = high.info.get("transparency")
+    if not isinstance(transparent, tuple):
+        return samples, None
+    return samples, _unless_opaque(_mask(~(samples == transparent).all(axis=-1)))
+
+
+def _mask(visible: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.where(visible, 255, 0).astype(np.uint8))

@@ -110,7 +110,7 @@ ALLOWED: dict[str, set[str]] = {
     "colours": set(),
     "sample_ranges": set(),
     "png_chunks": set(),
-    "tiff_pages": {"sample_ranges"},
+    "tiff_pages": {"png_chunks", "sample_ranges"},
     "decoding": {"colours", "png_chunks", "sample_ranges", "tiff_pages"},
     "pictures": {"decoding", "images", "errors"},
     "sources": {"decoding", "photographs", "errors", "pictures"},
