@@ -52,6 +52,7 @@ MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # by the colour space of a 
 DEVICES = {"scnr", "mntr", "prtr", "spac"}
 SAME = 2  # levels by which roundings of one colour space differ
 INTENTS = (ImageCms.Intent.PERCEPTUAL, ImageCms.Intent.RELATIVE_COLORIMETRIC)  # the first is used, as in browsers
+RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
 CACHED_PROFILES = 16
 STRIP = 128  # rows
 
@@ -102,8 +103,7 @@ def _deep_as_rgb(samples: np.ndarray, converter: Converter | None) -> Image.Imag
     if converter is None:
         return Image.fromarray((samples / 257).round().astype(np.uint8)).convert("RGB")
     if samples.ndim == 2:
-        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-        curves = np.asarray(converter(ramp), np.float32)[0].T
+        curves = np.asarray(converter(RAMP), np.float32)[0].T
         levels = np.arange(65536) / 257
         table = np.stack([np.interp(levels, np.arange(256), curve) for curve in curves], axis=-1)
         return Image.fromarray(table.round().astype(np.uint8)[samples])
@@ -115,8 +115,7 @@ def _deep_as_rgb(samples: np.ndarray, converter: Converter | None) -> Image.Imag
 
 def _is_steep(converter: Converter) -> bool:
     """Whether neighbouring grays of 8 bits come out further apart than roundings, as those of linear light do."""
-    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-    return bool(np.diff(np.asarray(converter(ramp), int), axis=1).max() > SAME)
+    return bool(np.diff(np.asarray(converter(RAMP), int), axis=1).max() > SAME)
 
 
 def _interpolated(samples: np.ndarray, converter: Converter) -> np.ndarray:
@@ -197,11 +196,18 @@ def _converter(profile: bytes, mode: str) -> Converter | None:
     except (ImageCms.PyCMSError, ImportError, OSError, ValueError) as error:
         warn_once(f"a colour profile that cannot be used is ignored ({(str(error).splitlines() or [''])[0]})")
         return None
+    if taken == "L":
+        table = np.asarray(transform.apply(RAMP))[0]
+        return lambda picture: Image.fromarray(table[np.asarray(picture)])
     return lambda picture: transform.apply(picture if picture.mode == taken else picture.convert(taken))
 
 
 def _transform(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.Intent) -> ImageCms.ImageCmsTransform:
-    return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB", renderingIntent=intent)
+    # Little CMS interpolates gray between few points, which is far off in the shadows.
+    flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+    return ImageCms.buildTransform(
+        profile, ImageCms.createProfile("sRGB"), mode, "RGB", renderingIntent=intent, flags=flags
+    )
 
 
 def _changes_nothing(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.Intent) -> bool:

@@ -14,7 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
     "images": set(),
-    "photographs": set(),
+    "photographs": {"decoding"},
     "interruption": set(),
     "attacks": set(),
     "attacks.draws": set(),
