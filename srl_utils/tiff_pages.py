@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import IFDRational
 
 from srl_utils.png_chunks import LOW_BYTES
-from srl_utils.sample_ranges import BITS_PER_SAMPLE, MAX_SAMPLE, Declared, unit_values
+from srl_utils.sample_ranges import BITS_PER_SAMPLE, MAX_SAMPLE, S_MAX_SAMPLE, Declared, unit_values
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 COMPRESSION, SAMPLES_PER_PIXEL, PLANAR, ICC_PROFILE = 259, 277, 284, 34675
@@ -62,7 +62,8 @@ class TiffPages(Image.Image):
 def misread_by_pillow(tags: Mapping[int, object]) -> bool:
     """Whether Pillow opens a file with these tags, but takes the wrong bytes or bits for the pixels."""
     uncompressed = tags.get(COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
-    return _is_deep(tags) and (MAX_SAMPLE in tags or (uncompressed and tags.get(PLANAR) == SEPARATE_PLANES))
+    declares_white = MAX_SAMPLE in tags or S_MAX_SAMPLE in tags
+    return _is_deep(tags) and (declares_white or (uncompressed and tags.get(PLANAR) == SEPARATE_PLANES))
 
 
 def coarse_in_pillow(tags: Mapping[int, object]) -> bool:
