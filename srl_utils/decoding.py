@@ -28,6 +28,11 @@ HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"
 AVIF_BRANDS = {b"avif", b"avis"}
 JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 HEAD = 64  # bytes
+NEEDED = {
+    "HEIF": "HEIC needs pillow-heif",
+    "AVIF": "AVIF needs Pillow 11.3 or newer",
+    "JXL": "JPEG XL needs pillow-jxl-plugin",
+}
 NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}  # Pillow's names of raw samples
 SIXTEEN_BITS = Declared(bits=16)
 DARK = 4096
@@ -219,14 +224,20 @@ def _named_reason(head: bytes) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError:
-        brands = {head[8:12], *(head[start : start + 4] for start in range(16, len(head), 4))}
-        if head[4:8] == b"ftyp" and AVIF_BRANDS & brands:
-            raise UnreadableImage("AVIF needs Pillow 11.3 or newer") from None
-        if head[4:8] == b"ftyp" and HEIF_BRANDS & brands:
-            raise UnreadableImage("HEIC needs pillow-heif") from None
-        if head.startswith(JPEG_XL):
-            raise UnreadableImage("JPEG XL needs pillow-jxl-plugin") from None
-        raise
+        file_format = _foreign_format(head)
+        if file_format is None or file_format in picture_formats():
+            raise
+        raise UnreadableImage(NEEDED[file_format]) from None
+
+
+def _foreign_format(head: bytes) -> str | None:
+    """One of `NEEDED`, by the first bytes of a file."""
+    if head.startswith(JPEG_XL):
+        return "JXL"
+    brands = {head[8:12], *(head[start : start + 4] for start in range(16, len(head), 4))}
+    if head[4:8] != b"ftyp" or not brands & (AVIF_BRANDS | HEIF_BRANDS):
+        return None
+    return "AVIF" if brands & AVIF_BRANDS else "HEIF"
 
 
 def _expect_native_bytes(image: Image.Image) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -125,9 +126,11 @@ def _check(page: tifffile.TiffPage) -> None:
         raise Image.DecompressionBombError(f"{pixels} pixels are more than {Image.MAX_IMAGE_PIXELS}")
     if page.samplesperpixel > COLOUR_SAMPLES[page.photometric] + 4:
         raise ValueError(f"TIFF with {page.samplesperpixel} samples per pixel, which is no picture")
-    size = page.parent.filehandle.size
-    segments = _segments(page)
-    if not segments or any(offset <= 0 or count <= 0 or offset + count > size for offset, count in segments):
+    size, segments = page.parent.filehandle.size, _segments(page)
+    stored = sum(count for _, count in segments)
+    packed = pixels * page.samplesperpixel * page.bitspersample // 8 if page.compression == UNCOMPRESSED else 1
+    outside = any(offset <= 0 or count <= 0 or offset + count > size for offset, count in segments)
+    if outside or stored < packed or len(segments) < math.prod(page.chunked):
         raise ValueError("TIFF that is cut short")
 
 

@@ -14,8 +14,9 @@ import pytest
 from picture_files import COLOURS, HEIGHT, WIDTH, encoded, levels, png
 from PIL import Image, PngImagePlugin
 
+from srl_utils import decoding
 from srl_utils.colours import CODED_PRIMARIES, SRGB_CURVE, matrix_profile
-from srl_utils.decoding import UnreadableImage, decode_rgb, open_picture, to_srgb
+from srl_utils.decoding import UnreadableImage, decode_rgb, open_picture, picture_suffixes, to_srgb
 
 SAMPLES = levels(COLOURS)
 LONG = b"node: 17, " * 200_000
@@ -160,25 +161,41 @@ def test_an_error_of_the_caller_stays_its_own() -> None:
 # --- formats of other packages --------------------------------------------------------------------------
 
 FOREIGN = {
-    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIF", "needs pillow-heif"),
-    "heif": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIF", "needs pillow-heif"),
-    "burst": (b"\0\0\0\x18ftyphevc\0\0\0\0msf1hevc", "HEIF", "needs pillow-heif"),
-    "jpeg xl": (b"\xff\x0a\xfa\x1f\x01", "JXL", "needs pillow-jxl-plugin"),
-    "jpeg xl in a container": (b"\0\0\0\x0cJXL \r\n\x87\n", "JXL", "needs pillow-jxl-plugin"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "needs pillow-heif"),
+    "heif": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "needs pillow-heif"),
+    "burst": (b"\0\0\0\x18ftyphevc\0\0\0\0msf1hevc", "needs pillow-heif"),
+    "avif": (b"\0\0\0\x20ftypavif\0\0\0\0avifmif1miaf", "needs Pillow 11.3 or newer"),
+    "avif by its compatible brands": (b"\0\0\0\x20ftypmif1\0\0\0\0mif1avif", "needs Pillow 11.3 or newer"),
+    "jpeg xl": (b"\xff\x0a\xfa\x1f\x01", "needs pillow-jxl-plugin"),
+    "jpeg xl in a container": (b"\0\0\0\x0cJXL \r\n\x87\n", "needs pillow-jxl-plugin"),
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_formats_name_the_package(name: str, tmp_path: Path) -> None:
-    """Oracle: the first bytes that the standards of both formats prescribe, whatever the file is called."""
-    head, file_format, reason = FOREIGN[name]
-    Image.init()
-    if file_format in Image.OPEN:
-        pytest.skip(f"{file_format} is installed")
+def test_foreign_formats_name_the_package(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the first bytes that the standards of these formats prescribe, whatever the file is called."""
+    head, reason = FOREIGN[name]
+    monkeypatch.setattr(decoding, "picture_formats", lambda: ("JPEG", "PNG"))  # as if no plugin were installed
     (tmp_path / "a.jpg").write_bytes(head + bytes(200))
     for source in (tmp_path / "a.jpg", head + bytes(200)):
         with pytest.raises(UnreadableImage, match=f"{reason}$"):
             decode_rgb(source)
+
+
+@pytest.mark.parametrize("extra", ["plain", "profile", "turned"])
+def test_heic_is_read_where_its_package_is_installed(extra: str) -> None:
+    """Oracle: the flat colour that was written; ImageCms; the size of a picture turned by a quarter."""
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    assert {".heic", ".heif"} <= picture_suffixes()
+    exif = Image.Exif()
+    exif[274] = 6
+    options = {"plain": {}, "profile": {"icc_profile": P3}, "turned": {"exif": exif.tobytes()}}[extra]
+    data = encoded(Image.new("RGB", (64, 48), (200, 100, 50)), "HEIF", quality=95, **options)
+    expected = decode_rgb(encoded(Image.new("RGB", (1, 1), (200, 100, 50)), icc_profile=P3 if extra == "profile" else b""))
+    picture = decode_rgb(data)
+    assert picture.size == ((48, 64) if extra == "turned" else (64, 48))
+    assert np.abs(np.array(picture.getpixel((20, 20))) - expected.getpixel((0, 0))).max() <= 6
 
 
 def test_avif_is_read_by_pillow_itself() -> None:
