@@ -11,12 +11,13 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from srl_utils import png_chunks, tiff_pages
+from srl_utils import jp2_boxes, png_chunks, tiff_pages
 from srl_utils.colours import as_rgb, profile_of, warn_once
 from srl_utils.png_chunks import LOW_BYTES
 from srl_utils.sample_ranges import SIGNED, Declared, unit_values
@@ -177,7 +178,7 @@ def _open_file(path: Path) -> Image.Image:
         raise UnreadableImage("no regular file")
     with path.open("rb") as file:
         head = file.read(HEAD)
-    if head.startswith((png_chunks.SIGNATURE, *tiff_pages.SIGNATURES)):
+    if head.startswith((png_chunks.SIGNATURE, jp2_boxes.SIGNATURE, *tiff_pages.SIGNATURES)):
         return _open_bytes(path.read_bytes())
     with _named_reason(head):
         return Image.open(path, formats=picture_formats())
@@ -189,7 +190,10 @@ def _open_bytes(data: bytes) -> Image.Image:
     if data.startswith(png_chunks.SIGNATURE):
         return _open_png(data)
     with _named_reason(data[:HEAD]):
-        return Image.open(io.BytesIO(data), formats=picture_formats())
+        image = Image.open(io.BytesIO(data), formats=picture_formats())
+    if data.startswith(jp2_boxes.SIGNATURE):
+        image.info["icc_profile"] = jp2_boxes.embedded_profile(data)
+    return image
 
 
 def _open_png(data: bytes) -> Image.Image:
@@ -200,7 +204,7 @@ def _open_png(data: bytes) -> Image.Image:
     if needs_all_bits and png_chunks.is_deep(data) and not getattr(image, "is_animated", False):
         image.info[LOW_BYTES] = low = Image.open(io.BytesIO(readable), formats=["PNG"])
         # In the opposite byte order Pillow keeps the other byte.
-        low.tile = [tile._replace(args=f"{low.mode};16L") for tile in low.tile]
+        low.tile = [_told(tile, f"{low.mode};16L") for tile in low.tile]
     return image
 
 
@@ -244,7 +248,12 @@ def _expect_native_bytes(image: Image.Image) -> None:
     """Correct what Pillow tells its decoder of compressed big-endian TIFF: libtiff has swapped the bytes by then."""
     tiles = getattr(image, "tile", [])
     if tiles and tiles[0][0] == "libtiff":
-        image.tile = [tile._replace(args=(NATIVE.get(tile.args[0], tile.args[0]), *tile.args[1:])) for tile in tiles]
+        image.tile = [_told(tile, (NATIVE.get(tile[3][0], tile[3][0]), *tile[3][1:])) for tile in tiles]
+
+
+def _told(tile: tuple[Any, ...], arguments: object) -> tuple[Any, ...]:
+    """A tile of an image, whose decoder is told something else. Older releases of Pillow have plain tuples."""
+    return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -100,6 +100,21 @@ def test_profiles_count_in_every_format(file_format: str) -> None:
     assert np.array_equal(decoded(data), expected)
 
 
+@pytest.mark.parametrize("name", ["P3", "none"])
+def test_profiles_of_jpeg_2000_count(name: str) -> None:
+    """Oracle: ImageCms on the pixels; Pillow's file with its box of colours exchanged for one with a profile."""
+    data = encoded(PICTURE, "JPEG2000", irreversible=False)
+    header, colours = data.index(b"jp2h") - 4, data.index(b"colr") - 4
+    length = struct.unpack_from(">I", data, colours)[0]
+    box = struct.pack(">I4sBBB", 11 + len(P3), b"colr", 2, 0, 0) + P3
+    longer = struct.pack(">I", struct.unpack_from(">I", data, header)[0] + len(box) - length)
+    changed = data[:header] + longer + data[header + 4 : colours] + box + data[colours + length :]
+    if name == "P3":
+        assert np.array_equal(decoded(changed), by_image_cms(PICTURE, P3))
+    else:
+        assert np.array_equal(decoded(data), np.asarray(PICTURE))
+
+
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("profile", [P3, ADOBE], ids=["display p3", "adobe rgb"])
 def test_palettes_and_gray_follow_an_rgb_profile(profile: bytes, file_format: str) -> None:
