@@ -53,7 +53,7 @@ DEVICES = {"scnr", "mntr", "prtr", "spac"}
 SAME = 2  # levels by which roundings of one colour space differ
 INTENTS = (ImageCms.Intent.PERCEPTUAL, ImageCms.Intent.RELATIVE_COLORIMETRIC)  # the first is used, as in browsers
 RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-CACHED_PROFILES = 16
+CACHED_PROFILES = 8
 STRIP = 128  # rows
 
 

@@ -35,6 +35,7 @@ NEEDED = {
     "JXL": "JPEG XL needs pillow-jxl-plugin",
 }
 NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}  # Pillow's names of raw samples
+NEEDS_ALL_BITS = {"cicp", "icc_profile", "gamma", "chromaticity", "transparency"}  # of `Image.info`
 SIXTEEN_BITS = Declared(bits=16)
 DARK = 4096
 
@@ -102,7 +103,9 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
             colour, alpha = _join(upright, _upright(low))
         else:
             colour, alpha = _split(upright, _declared(image))
-        return as_rgb(colour, profile_of(image)), alpha
+        picture = as_rgb(colour, profile_of(image))
+        picture.info = {}  # it says how to read the file, and would be taken for this picture's
+        return picture, alpha
 
 
 def decode_rgb(source: object, *, max_pixels: int | None = None) -> Image.Image:
@@ -200,8 +203,7 @@ def _open_png(data: bytes) -> Image.Image:
     readable, info = png_chunks.readable_png(data)
     image = Image.open(io.BytesIO(readable), formats=["PNG"])
     image.info.update(info)
-    needs_all_bits = profile_of(image) is not None or "transparency" in image.info
-    if needs_all_bits and png_chunks.is_deep(data) and not getattr(image, "is_animated", False):
+    if png_chunks.is_deep(data) and NEEDS_ALL_BITS & image.info.keys() and not image.is_animated:
         image.info[LOW_BYTES] = low = Image.open(io.BytesIO(readable), formats=["PNG"])
         # In the opposite byte order Pillow keeps the other byte.
         low.tile = [_told(tile, f"{low.mode};16L") for tile in low.tile]

@@ -183,6 +183,17 @@ def test_profiles_of_pictures_in_memory_count() -> None:
     assert np.array_equal(np.asarray(picture), np.asarray(PICTURE))
 
 
+@pytest.mark.parametrize("profile", [P3, gray_icc(1.8), cmyk_icc(), b"junk"], ids=["rgb", "gray", "cmyk", "broken"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "LAB", "P", "RGBA"])
+def test_decoding_twice_is_decoding_once(mode: str, profile: bytes) -> None:
+    """Oracle: invariance; the result is sRGB and carries nothing that says otherwise, also when it is saved."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    once = decode_rgb(encoded(PICTURE.convert(mode), "TIFF", icc_profile=profile, exif=exif))
+    assert np.array_equal(decode_rgb(once), once) and once.size == PICTURE.size[::-1]
+    assert np.array_equal(decode_rgb(encoded(once)), once)
+
+
 @pytest.mark.parametrize("bits", [16, 32])
 def test_linear_light_keeps_its_shadows(bits: int) -> None:
     """Oracle: closed form; with 8 bits of linear light the darkest step would be 13 levels."""

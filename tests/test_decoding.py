@@ -94,6 +94,18 @@ def test_long_texts_in_threads() -> None:
         assert all(np.array_equal(picture, SAMPLES) for picture in pool.map(decode_rgb, [data] * 64))
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("chunks", [[], [(b"gAMA", (100_000).to_bytes(4, "big"))], [TEXTS["zTXt"]]], ids=["", "gamma", "text"])
+def test_broken_pixels_are_noticed(chunks: list[tuple[bytes, bytes]], bits: int) -> None:
+    """Oracle: a changed byte of the compressed pixels, or missing ones, leave no whole picture."""
+    data = png(levels(COLOURS, bits), bits, 2, *chunks)
+    pixels = data.index(b"IDAT") + 4
+    changed = data[: pixels + 3] + bytes([data[pixels + 3] ^ 0xFF]) + data[pixels + 4 :]
+    for broken in (changed, data[: pixels + 20]):
+        with pytest.raises(UnreadableImage):
+            decode_rgb(broken)
+
+
 # --- limits ---------------------------------------------------------------------------------------------
 
 
