@@ -29,15 +29,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from srl_utils.decoding import UnreadableImage, decode_rgb
 from srl_utils.errors import ResourceError, UserError
 from srl_utils.pictures import (
     DECODE_ATTEMPTS,
     Framing,
     RawImage,
     Sample,
-    UnreadableImage,
     centre_square,
-    decode_rgb,
     to_tensor,
 )
 from srl_utils.resources import LOST_WORKER

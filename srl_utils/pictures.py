@@ -1,31 +1,26 @@
-"""Pictures of any kind to RGB, and from there to square training images `[3,R,R]` in [-1,1]."""
+"""Undecoded pictures to square training images `[3,R,R]` in [-1,1]."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import math
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
-import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from srl_utils.decoding import UnreadableImage, decode_rgb
 from srl_utils.errors import UserError, one_line
 from srl_utils.images import from_pil
 
 logger = logging.getLogger(__name__)
 
-# Pillow only recognises the first five (their pixels need other software) and hands the last to Ghostscript.
-NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 CROP_AREA = (0.25, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
@@ -33,24 +28,6 @@ DECODE_ATTEMPTS = 20
 AUGMENTATION_SEED = 1  # keeps these draws apart from those that order the images
 
 Box = tuple[float, float, float, float]
-
-
-class UnreadableImage(ValueError):
-    """A picture that cannot be decoded; the message is a short reason."""
-
-
-@lru_cache(maxsize=1)
-def picture_formats() -> tuple[str, ...]:
-    """The names of the formats that Pillow itself decodes."""
-    Image.init()
-    return tuple(sorted(set(Image.OPEN) - NOT_DECODED))
-
-
-@lru_cache(maxsize=1)
-def picture_suffixes() -> frozenset[str]:
-    """The lower-case file suffixes, such as `.png`, of `picture_formats`."""
-    formats = set(picture_formats())
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 class RawImage(NamedTuple):
@@ -135,28 +112,6 @@ def _note_unlisted(error: OSError) -> None:
     logger.warning("folder passed over: %s (%s)", one_line(str(error.filename)), error.strerror)
 
 
-def decode_rgb(source: object) -> Image.Image:
-    """The first frame of a picture in RGB, upright, transparent parts over white, 16 bits scaled to 8.
-
-    Args:
-        source: a path, a URL that fsspec knows, the bytes of a file, `{"bytes", "path"}`, or a PIL image.
-
-    Raises:
-        UnreadableImage: if the picture is missing, broken or larger than `Image.MAX_IMAGE_PIXELS`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with _open(source) as image:
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except UnreadableImage:
-        raise
-    except Exception as error:  # on broken files Pillow raises nearly anything: SyntaxError, struct.error, ...
-        reason = (str(error).splitlines() or [""])[0]
-        raise UnreadableImage(f"{type(error).__name__}: {reason}") from error
-
-
 def centre_square(picture: Image.Image, *, resolution: int) -> Image.Image:
     """The central square of an RGB picture, scaled to `resolution` x `resolution`."""
     side = min(picture.size)
@@ -193,41 +148,3 @@ def to_tensor(picture: Image.Image, *, flip: bool = False) -> Tensor:
 
 def _scale(picture: Image.Image, box: Box, resolution: int) -> Image.Image:
     return picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-
-
-def _open(source: object) -> Image.Image:
-    """The picture, its pixels not yet read."""
-    if isinstance(source, dict):
-        source = source["path"] if source.get("bytes") is None else source["bytes"]
-    if isinstance(source, Image.Image):
-        return source.copy()
-    if isinstance(source, str) and "://" in source:
-        with fsspec.open(source, "rb") as file:
-            source = file.read()
-    if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source), formats=picture_formats())
-    if isinstance(source, (str, Path)):
-        if Path(source).exists() and not Path(source).is_file():  # a pipe would wait for ever, a device never end
-            raise UnreadableImage("no regular file")
-        return Image.open(source, formats=picture_formats())
-    raise UnreadableImage(f"{type(source).__name__} instead of a picture")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion clips 16-bit values at 255.
-        return _from_gray(np.asarray(image) / 257)
-    if image.mode == "F":
-        gray = np.asarray(image)
-        if not np.isfinite(gray).all():
-            raise UnreadableImage("contains NaN or infinite values")
-        return _from_gray(gray * 255 if gray.max() <= 1 else gray)
-    if image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_gray(gray: np.ndarray) -> Image.Image:
-    """An `[H,W]` array in [0,255] (values beyond are clipped) as an RGB picture."""
-    return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -15,9 +15,10 @@ import datasets
 import numpy as np
 from torch.utils.data import Subset
 
+from srl_utils.decoding import picture_suffixes
 from srl_utils.errors import MissingFile, UserError, one_line
 from srl_utils.photographs import Split, photograph_tiles, recoloured
-from srl_utils.pictures import RawImage, list_files, picture_suffixes
+from srl_utils.pictures import RawImage, list_files
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from srl_utils.decoding import UnreadableImage, decode_rgb, picture_suffixes
 from srl_utils.pictures import (
-    UnreadableImage,
     centre_square,
-    decode_rgb,
     list_files,
-    picture_suffixes,
     random_box,
     random_square,
     to_tensor,

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from srl_utils.autoencoders import save_autoencoder
 from srl_utils.command_line import exit_code
+from srl_utils.decoding import UnreadableImage
 from srl_utils.errors import UserError
-from srl_utils.pictures import UnreadableImage
 from srl_utils.pipelines import sanitize
 from srl_utils.pipelines.__main__ import WRITABLE, main
 

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from srl_utils.checkpoints import write_atomically
 from srl_utils.command_line import Parser, exit_code, positive_int
+from srl_utils.decoding import UnreadableImage, decode_rgb, picture_suffixes
 from srl_utils.errors import ResourceError, UserError, one_line
-from srl_utils.pictures import UnreadableImage, decode_rgb, list_files, picture_suffixes
+from srl_utils.pictures import list_files
 from srl_utils.pipelines.sanitizing import TILE_ABOVE, sanitize
 from srl_utils.pipelines.swapping import resolve_vae
 from srl_utils.resources import failed_write

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from srl_utils.autoencoders import downsampling_factor
+from srl_utils.decoding import decode_rgb
 from srl_utils.images import check_images, from_pil, to_model_range, to_pil, to_unit_range
-from srl_utils.pictures import decode_rgb
 from srl_utils.pipelines.swapping import resolve_vae
 
 TILE_ABOVE = 1024

@@ -35,6 +35,7 @@ from srl_utils.command_line import (
     seed,
 )
 from srl_utils.data import ValidationImages, load_validation_images
+from srl_utils.decoding import UnreadableImage, decode_rgb
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import ITERATED, NOISE, Supplies, expanded, known_names
 from srl_utils.evaluation.document import Findings, write_report
@@ -48,7 +49,7 @@ from srl_utils.evaluation.tasks import Metrics, Task
 from srl_utils.locking import sole_run
 from srl_utils.losses import PerceptualDistance, load_perceptual_distance
 from srl_utils.metrics import SSIM_WINDOW
-from srl_utils.pictures import UnreadableImage, centre_square, decode_rgb, to_tensor
+from srl_utils.pictures import centre_square, to_tensor
 from srl_utils.set_metrics import (
     CLIP_MODEL,
     SET_METRICS,
