@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from srl_utils.errors import ResourceError, UserError
+from srl_utils.listing import PassedOver
 from srl_utils.pictures import (
     DECODE_ATTEMPTS,
     Framing,
@@ -41,7 +42,7 @@ from srl_utils.pictures import (
     to_tensor,
 )
 from srl_utils.resources import LOST_WORKER
-from srl_utils.sources import DataSource, Images, StreamImages, open_images, open_validation_folder
+from srl_utils.sources import DataSource, Images, StreamImages, open_images, open_validation
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,16 @@ class Batch(NamedTuple):
 
 
 class ValidationImages(NamedTuple):
-    """Images `[n,3,R,R]` in [-1,1], the names of the unreadable ones passed over, and a caption for each, "" for none."""
+    """Images `[n,3,R,R]` in [-1,1], a caption for each ("" if none was asked for), and what was left out."""
 
     images: Tensor
     unreadable: list[str]
+    """The names of images that cannot be decoded."""
     captions: list[str]
+    without_caption: list[str]
+    """The names of images that have none of the captions asked for."""
+    passed_over: list[PassedOver]
+    """What of a folder or of tars was not looked at."""
 
 
 class TrainingSamples(Dataset):
@@ -185,7 +191,9 @@ def open_data(
         UserError: if there are none, if flags conflict, or if none of the images tried can be decoded.
     """
     framing = Framing(resolution=resolution, seed=seed, center_crop=center_crop, random_flip=random_flip)
-    training, validation = open_images(source, resolution, seed)
+    training, validation, passed_over = open_images(source, resolution, seed)
+    for part in filter(None, passed_over):
+        logger.warning("%s", part.report())
     _check_readable(training)
     validation_images = _decode_evenly(validation, num_validation_images, resolution).images
     # The last part of a path: the description is published with the model.
@@ -198,7 +206,10 @@ def open_data(
         samples=samples,
         num_images=num_images,
         validation_images=validation_images,
-        description=f"{place}: {amount} training images, {len(validation_images)} validation images",
+        description="; ".join([
+            f"{place}: {amount} training images, {len(validation_images)} validation images",
+            *(part.summary() for part in passed_over if part),
+        ]),
     )
 
 
@@ -207,19 +218,22 @@ def load_validation_images(
 ) -> ValidationImages:
     """Central squares spread evenly over the validation images (of a stream: the first), always the same ones.
 
-    A `source` with `validation_data_dir` needs no training data. The seed matters for held-out training images.
+    A `source` with `validation_data_dir` needs no training data. The seed matters for held-out training images. If the
+    source names captions, images without one are left out.
 
     Returns:
         Up to `num_images` images.
 
     Raises:
-        UserError: if there are no validation images or none of them can be decoded.
+        UserError: if there are no validation images or none of them can be used.
     """
-    if source.validation_data_dir:
-        validation = open_validation_folder(source)
-    else:
-        _, validation = open_images(source, resolution, seed)
-    return _decode_evenly(validation, num_images, resolution)
+    validation, passed_over = open_validation(source, resolution, seed)
+    captioned = source.caption_column is not None
+    without = [raw.name for raw in validation if not raw.caption] if captioned and isinstance(validation, list) else []
+    if without:
+        validation = [raw for raw in validation if raw.caption]
+    loaded = _decode_evenly(validation, num_images, resolution, captioned=captioned)
+    return loaded._replace(without_caption=without + loaded.without_caption, passed_over=passed_over)
 
 
 def training_batches(
@@ -347,12 +361,17 @@ def _check_readable(images: Images) -> None:
     raise UserError(f"none of {len(problems)} training images tried can be read; {problems[0]}")
 
 
-def _decode_evenly(images: Images, number: int, resolution: int) -> ValidationImages:
+def _decode_evenly(images: Images, number: int, resolution: int, *, captioned: bool = False) -> ValidationImages:
+    """Decode images from all over; where they must have captions, those without one are passed over."""
     decoded: list[Tensor] = []
     captions: list[str] = []
     unreadable: list[str] = []
+    without: list[str] = []
     for candidates in _stretches(images, number):
         for raw in candidates:
+            if captioned and not raw.caption:
+                without.append(raw.name)
+                continue
             try:
                 decoded.append(to_tensor(centre_square(decode_rgb(raw.source), resolution=resolution)))
                 captions.append(raw.caption)
@@ -360,9 +379,11 @@ def _decode_evenly(images: Images, number: int, resolution: int) -> ValidationIm
             except UnreadableImage as error:
                 unreadable.append(raw.name)
                 logger.warning("unreadable validation image, passed over: %s (%s)", raw.name, error)
+    if not decoded and without:
+        raise UserError(f"none of {len(without)} images has a caption, the first is {without[0]}")
     if not decoded:
         raise UserError(f"none of {len(unreadable)} validation images can be read; check the validation data")
-    return ValidationImages(torch.stack(decoded), unreadable, captions)
+    return ValidationImages(torch.stack(decoded), unreadable, captions, without, passed_over=[])
 
 
 def _stretches(images: Images, number: int) -> list[Iterator[RawImage]]:

@@ -96,7 +96,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation.reconstruction", "evaluation.study",
     },
     "evaluation.commands.editing": {
-        "command_line", "errors", "evaluation.catalogue", "evaluation.commands.common", "evaluation.editing",
+        "captions", "command_line", "errors", "evaluation.catalogue", "evaluation.commands.common", "evaluation.editing",
     },
     "evaluation.commands.poisoning": {
         "attacks.protections", "checkpoints", "command_line", "evaluation.catalogue",
@@ -108,8 +108,11 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation.commands.poisoning", "evaluation.commands.reconstruction",
     },
     "pictures": {"images", "errors"},
-    "sources": {"photographs", "errors", "pictures"},
-    "data": {"errors", "pictures", "resources", "sources"},
+    "listing": {"errors", "pictures"},
+    "captions": {"errors", "pictures"},
+    "webdataset": {"captions", "errors", "listing", "pictures"},
+    "sources": {"captions", "errors", "listing", "photographs", "pictures", "webdataset"},
+    "data": {"errors", "listing", "pictures", "resources", "sources"},
     "integrity": set(),
     "locking": {"errors"},
     "resources": {"errors"},

@@ -273,7 +273,12 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
             source, num_images=args.num_images, resolution=args.resolution, seed=args.seed
         )
     except UserError as error:  # which names the flags of the training
-        raise UserError(str(error).replace("--validation_data_dir", "--data_dir")) from None
+        told = str(error).replace("--validation_data_dir", "--data_dir").replace("--validation_split", "--split")
+        raise UserError(told) from None
+    notes.extend(part.report() for part in loaded.passed_over if part)
+    if loaded.without_caption:
+        names = ", ".join(loaded.without_caption)
+        notes.append(f"{len(loaded.without_caption)} images without a caption were left out: {names}")
     if loaded.unreadable:
         notes.append(f"{len(loaded.unreadable)} unreadable images were passed over: {', '.join(loaded.unreadable)}")
     if len(loaded.images) < args.num_images:

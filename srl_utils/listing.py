@@ -1,0 +1,136 @@
+"""Lists the pictures of a folder, and the files that are passed over with the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from srl_utils.errors import one_line
+from srl_utils.pictures import list_files, picture_formats, picture_suffixes
+
+MAGIC_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF")
+HEAD = 32  # bytes that tell a format
+BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # lengths; the two letters before them also begin words
+HEIF_SUFFIXES = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+AVIF_SUFFIXES, AVIF_BRANDS = frozenset({".avif", ".avifs"}), (b"avif", b"avis")
+NEEDS_HEIF = "needs pillow-heif: pip install pillow-heif"
+NEEDS_AVIF = "needs Pillow 11.3 or newer: pip install --upgrade pillow"
+NO_SUFFIX = "no suffix, and no picture by its content"
+NAMES_SHOWN = 3
+# Captions, tables, caches of trainers, notes and what systems leave behind: nobody expects pictures there.
+COMPANIONS = frozenset({
+    ".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".npy", ".npz", ".safetensors", ".xml",
+    ".yaml", ".yml", ".toml", ".md", ".rst", ".html", ".log", ".ini", ".db", ".aae", ".xmp", ".url", ".lnk", ".py", ".sh",
+    ".sha256", ".md5",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """Files, samples or rows that were not looked at: their names by reason."""
+
+    names: Mapping[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[str, str]]) -> PassedOver:
+        """Group pairs of (reason, name)."""
+        names: dict[str, list[str]] = {}
+        for reason, name in pairs:
+            names.setdefault(reason, []).append(name)
+        return cls(names)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.names.values()))
+
+    def summary(self, kind: str = "files") -> str:
+        """Return a line of counts and reasons without names; empty if nothing was passed over."""
+        parts = "; ".join(f"{len(names)}: {reason}" for reason, names in self.names.items())
+        return f"{len(self)} {kind} were not looked at ({parts})" if self.names else ""
+
+    def report(self, kind: str = "files") -> str:
+        """Return `summary` with the first few names of each reason."""
+        parts = "; ".join(f"{len(names)}: {reason}, {_few(names)}" for reason, names in self.names.items())
+        return f"{len(self)} {kind} were not looked at ({parts})" if self.names else ""
+
+
+def list_pictures(folder: Path) -> tuple[list[Path], PassedOver]:
+    """List the pictures below `folder`, sorted, and count the other files.
+
+    A file without a suffix is a picture if its first bytes say so. Hidden files are left out of both. So are
+    companions of pictures, such as captions and tables.
+    """
+    pictures, others = [], []
+    for path in list_files(folder):
+        reason = why_no_picture(path)
+        if reason is None:
+            pictures.append(path)
+        elif path.suffix.lower() not in COMPANIONS:
+            others.append((reason, str(path.relative_to(folder))))
+    return pictures, PassedOver.of(sorted(others))
+
+
+def why_no_picture(path: Path) -> str | None:
+    """Return why a file is not read as a picture; None if it is one."""
+    suffix = suffix_of(path.name)
+    if suffix in picture_suffixes():
+        return None
+    return reason_of(suffix, _head(path) if is_told_by_content(suffix) else b"")
+
+
+def suffix_of(name: str) -> str:
+    """Return the lower-case suffix, "" for none; a number, as in `scan.0001`, is none."""
+    suffix = os.path.splitext(name)[1].lower()
+    return "" if suffix[1:].isdigit() else suffix
+
+
+def is_told_by_content(suffix: str) -> bool:
+    """Return whether the suffix leaves open what the file holds: phones also name JPEG files .heic."""
+    return suffix in {"", *HEIF_SUFFIXES, *AVIF_SUFFIXES}
+
+
+def reason_of(suffix: str, head: bytes) -> str | None:
+    """Return why a file whose suffix is not that of a picture is not read; None if `head` begins a picture.
+
+    Args:
+        suffix: lower-case, "" for none.
+        head: the first bytes, or none where they do not matter.
+    """
+    # Raw photographs, of many suffixes, begin like a TIFF, which holds no more than their thumbnail.
+    if any(_accepts(name, head) for name in MAGIC_FORMATS if not (suffix and name == "TIFF")):
+        return None
+    brand = head[8:12] if head[4:8] == b"ftyp" else b""
+    if suffix in HEIF_SUFFIXES or brand in HEIF_BRANDS:
+        return NEEDS_HEIF
+    if suffix in AVIF_SUFFIXES or brand in AVIF_BRANDS:
+        return NEEDS_AVIF
+    return f"{one_line(suffix)} is no suffix of a picture" if suffix else NO_SUFFIX
+
+
+def _accepts(name: str, head: bytes) -> bool:
+    """Return whether the bytes begin a file of this format, and Pillow can decode it."""
+    if name not in picture_formats() or (name == "BMP" and int.from_bytes(head[14:18], "little") not in BMP_HEADERS):
+        return False
+    accept = Image.OPEN[name][1]
+    told = accept is not None and len(head) >= 4 and accept(head[:16])
+    return bool(told) and not isinstance(told, str)  # a text says which software is missing
+
+
+def _head(path: Path) -> bytes:
+    """Return the first bytes of a regular file; none of what cannot be read."""
+    try:
+        if path.is_file():  # a pipe would wait for ever
+            with path.open("rb") as file:
+                return file.read(HEAD)
+    except OSError:
+        pass
+    return b""
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(map(one_line, names[:NAMES_SHOWN]))
+    return f"{shown}, ..." if len(names) > NAMES_SHOWN else shown
