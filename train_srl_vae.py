@@ -906,6 +906,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hub dataset, local dataset folder, or scikit-image for the photographs that ship inside it",
     )
     group.add_argument("--dataset_config_name", default=None, help="configuration of the Hub dataset")
+    group.add_argument("--train_split", default="train", help="split of the dataset to train on, or a part: train[:90%%]")
     group.add_argument("--train_data_dir", default=None, help="folder of images (nested) or of webdataset *.tar files")
     group.add_argument("--image_column", default="image", help="column of the dataset that holds the image")
     group.add_argument("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,6 @@ AVIF_SUFFIXES, AVIF_BRANDS = frozenset({".avif", ".avifs"}), (b"avif", b"avis")
 NEEDS_HEIF = "needs pillow-heif: pip install pillow-heif"
 NEEDS_AVIF = "needs Pillow 11.3 or newer: pip install --upgrade pillow"
 NO_SUFFIX = "no suffix, and no picture by its content"
-NAMES_SHOWN = 3
 # Captions, tables, caches of trainers, notes and what systems leave behind: nobody expects pictures there.
 COMPANIONS = frozenset({
     ".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".npy", ".npz", ".safetensors", ".xml",
@@ -32,30 +31,31 @@ COMPANIONS = frozenset({
 
 @dataclass(frozen=True)
 class PassedOver:
-    """Files, samples or rows that were not looked at: their names by reason."""
+    """Files, or samples of tars, that were not looked at: their names by reason."""
 
     names: Mapping[str, list[str]] = field(default_factory=dict)
+    kind: str = "files"
 
     @classmethod
-    def of(cls, pairs: Iterable[tuple[str, str]]) -> PassedOver:
+    def of(cls, pairs: Iterable[tuple[str, str]], kind: str = "files") -> PassedOver:
         """Group pairs of (reason, name)."""
         names: dict[str, list[str]] = {}
         for reason, name in pairs:
             names.setdefault(reason, []).append(name)
-        return cls(names)
+        return cls(names, kind)
 
     def __len__(self) -> int:
         return sum(map(len, self.names.values()))
 
-    def summary(self, kind: str = "files") -> str:
-        """Return a line of counts and reasons without names; empty if nothing was passed over."""
-        parts = "; ".join(f"{len(names)}: {reason}" for reason, names in self.names.items())
-        return f"{len(self)} {kind} were not looked at ({parts})" if self.names else ""
+    def summary(self) -> str:
+        """Return a line of counts and reasons without names."""
+        reasons = "; ".join(f"{reason} ({len(names)})" for reason, names in self.names.items())
+        return f"{len(self)} {self.kind} were not looked at: {reasons}"
 
-    def report(self, kind: str = "files") -> str:
+    def report(self) -> str:
         """Return `summary` with the first few names of each reason."""
-        parts = "; ".join(f"{len(names)}: {reason}, {_few(names)}" for reason, names in self.names.items())
-        return f"{len(self)} {kind} were not looked at ({parts})" if self.names else ""
+        reasons = "; ".join(f"{reason} ({len(names)}: {few(names)})" for reason, names in self.names.items())
+        return f"{len(self)} {self.kind} were not looked at: {reasons}"
 
 
 def list_pictures(folder: Path) -> tuple[list[Path], PassedOver]:
@@ -131,6 +131,7 @@ def _head(path: Path) -> bytes:
     return b""
 
 
-def _few(names: list[str]) -> str:
-    shown = ", ".join(map(one_line, names[:NAMES_SHOWN]))
-    return f"{shown}, ..." if len(names) > NAMES_SHOWN else shown
+def few(names: Sequence[str], number: int = 3) -> str:
+    """Return the first names, each in one line."""
+    shown = ", ".join(map(one_line, names[:number]))
+    return f"{shown}, ..." if len(names) > number else shown

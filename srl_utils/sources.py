@@ -32,6 +32,7 @@ LARGEST_TILE = 256  # pixels; every photograph holds one
 VALIDATION_SPLITS = ("validation", "val", "test")
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
 SHUFFLE_BUFFER = 1000
+UNKNOWN_TO_LIBRARY = "a picture that the datasets library passes over; name the folder with --train_data_dir"
 TAR_END = 1024  # bytes
 HELD_OUT_SEED = 3  # second word of a seed: keeps these draws apart from those of pictures.py and data.py
 
@@ -113,7 +114,7 @@ Images = Sequence[RawImage] | StreamImages
 
 
 class Opened(NamedTuple):
-    """Training and validation images, and what of the training images' folder or tars was not looked at."""
+    """Training and validation images, and what was not looked at in their folders and tars."""
 
     training: Images
     validation: Images
@@ -121,7 +122,7 @@ class Opened(NamedTuple):
 
 
 class OpenedValidation(NamedTuple):
-    """Validation images, and what of their folder or tars was not looked at."""
+    """Validation images, and what was not looked at in their folder or tars."""
 
     images: Images
     passed_over: list[PassedOver]
@@ -141,7 +142,7 @@ def open_images(source: DataSource, resolution: int, seed: int) -> Opened:
             f"{source.dataset_name} has no split '{source.train_split}'; its splits are {', '.join(splits.found)}; "
             "name one: --train_split"
         )
-    validation = splits.validation(training)
+    validation = splits.validation()
     if isinstance(validation, HeldOut):
         training, validation = _hold_out(training, validation, seed)
     return Opened(_limited(training, source.max_train_samples), validation, splits.passed_over)
@@ -155,17 +156,14 @@ def open_validation(source: DataSource, resolution: int, seed: int) -> OpenedVal
     Raises:
         UserError: if flags conflict, there is no such data set or split, or it holds no images.
     """
-    splits = Splits(source, {})
     if source.validation_data_dir:
+        splits = Splits(source, {})
         return OpenedValidation(splits.folder("validation_data_dir"), splits.passed_over)
     source.check()
     splits = _open_splits(source, resolution)
-    if (only := splits.only_other()) is not None:
-        return OpenedValidation(only, splits.passed_over)
-    training = splits.pick(source.train_split)
-    validation = splits.validation(training)
+    validation = splits.only_other() or splits.validation()
     if isinstance(validation, HeldOut):
-        _, validation = _hold_out(training, validation, seed)
+        _, validation = _hold_out(splits.to_hold_out_of(), validation, seed)
     return OpenedValidation(validation, splits.passed_over)
 
 
@@ -234,7 +232,7 @@ class Splits:
             return None
         return self._open(split)
 
-    def validation(self, training: Images | None) -> Images | HeldOut:
+    def validation(self) -> Images | HeldOut:
         """What the flags or the names of the splits say: a split, or how many training images to hold out."""
         if self.source.validation_data_dir:
             return self.folder("validation_data_dir")
@@ -244,18 +242,22 @@ class Splits:
             wanted = next((name for name in VALIDATION_SPLITS if name in self.found and name not in trained), None)
         if wanted is not None and (validation := self.pick(wanted)) is not None:
             return validation
-        held = HeldOut(HELD_OUT_SHARE, HELD_OUT_LIMIT) if wanted is None else HeldOut(self._share(wanted), None)
-        if training is None:
-            raise UserError(
-                f"{self.source.dataset_name} has no split for validation; its splits are {', '.join(self.found)}; "
-                "name one: --validation_split"
-            )
-        if isinstance(training, StreamImages):
-            raise UserError(
-                "no images can be held out of streamed training data for validation; "
-                "give --validation_data_dir, or a split of the data set as --validation_split"
-            )
-        return held
+        return HeldOut(HELD_OUT_SHARE, HELD_OUT_LIMIT) if wanted is None else HeldOut(self._share(wanted), None)
+
+    def to_hold_out_of(self) -> Images:
+        """The training split, or else the only one there is.
+
+        Raises:
+            UserError: if there are several splits of other names.
+        """
+        if (training := self.pick(self.source.train_split)) is not None:
+            return training
+        if len(self.found) == 1:
+            return self._open(next(iter(self.found.values())))
+        raise UserError(
+            f"{self.source.dataset_name} has no split for validation; its splits are {', '.join(self.found)}; "
+            "name one: --validation_split"
+        )
 
     def _share(self, text: str) -> float:
         try:
@@ -329,11 +331,17 @@ def _load_splits(source: DataSource, passed_over: list[PassedOver]) -> dict[str,
     if isinstance(builder, WebDataset):
         return {str(name): Tars(list(files)) for name, files in builder.config.data_files.items()}
     if isinstance(builder, ImageFolder) and Path(source.dataset_name).is_dir():
-        passed_over.append(list_pictures(Path(source.dataset_name))[1])
+        passed_over.append(_passed_over_by_library(Path(source.dataset_name)))
     if source.streaming:
         return dict(builder.as_streaming_dataset())
     builder.download_and_prepare()
     return dict(builder.as_dataset())
+
+
+def _passed_over_by_library(folder: Path) -> PassedOver:
+    pictures, others = list_pictures(folder)
+    unknown = [str(path.relative_to(folder)) for path in pictures if path.suffix.lower() not in ImageFolder.EXTENSIONS]
+    return PassedOver({**others.names, UNKNOWN_TO_LIBRARY: unknown} if unknown else others.names)
 
 
 def _training_photographs(resolution: int) -> list[RawImage]:
@@ -397,7 +405,12 @@ def _one_line_error(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be read: {reason}; {advice}") from error
 
 
-def _hold_out(images: Sequence[RawImage], held: HeldOut, seed: int) -> tuple[Sequence[RawImage], Sequence[RawImage]]:
+def _hold_out(images: Images, held: HeldOut, seed: int) -> tuple[Sequence[RawImage], Sequence[RawImage]]:
+    if isinstance(images, StreamImages):
+        raise UserError(
+            "no images can be held out of streamed training data for validation; "
+            "give --validation_data_dir, or a split of the data set as --validation_split"
+        )
     if len(images) < 2:
         raise UserError("a single training image leaves none to hold out; give --validation_data_dir")
     number = min(max(round(held.share * len(images)), 1), held.limit or len(images), len(images) - 1)

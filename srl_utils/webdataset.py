@@ -218,7 +218,7 @@ def index_tars(
             if not images:
                 without.append((reader.why_none(sample), f"{os.path.basename(tar)}: {sample[0].name}"))
     census.check(reader, where)
-    return TarImages(pictures), PassedOver.of(without)
+    return TarImages(pictures), PassedOver.of(without, "samples")
 
 
 def stream_tars(tars: Sequence[str], reader: SampleReader, *, where: str) -> datasets.IterableDataset:

@@ -85,7 +85,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation.commands.common": {
         "attacks.protections", "autoencoders", "checkpoints", "codecs", "command_line", "data", "errors",
         "evaluation.catalogue", "evaluation.document", "evaluation.editing", "evaluation.extremes", "evaluation.reconstruction",
-        "evaluation.report", "evaluation.sanity", "evaluation.study", "evaluation.tasks", "locking", "losses", "metrics", "pictures",
+        "evaluation.report", "evaluation.sanity", "evaluation.study", "evaluation.tasks", "listing", "locking", "losses", "metrics", "pictures",
         "set_metrics", "sources",
     },
     "evaluation.commands.reconstruction": {
