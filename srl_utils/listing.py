@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -13,13 +14,37 @@ from srl_utils.errors import one_line
 from srl_utils.pictures import list_files, picture_formats, picture_suffixes
 
 MAGIC_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF")
-HEAD = 32  # bytes that tell a format
+HEAD = 64  # bytes that tell a format
 BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # lengths; the two letters before them also begin words
-HEIF_SUFFIXES = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
-HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-AVIF_SUFFIXES, AVIF_BRANDS = frozenset({".avif", ".avifs"}), (b"avif", b"avis")
-NEEDS_HEIF = "needs pillow-heif: pip install pillow-heif"
-NEEDS_AVIF = "needs Pillow 11.3 or newer: pip install --upgrade pillow"
+
+
+class Software(NamedTuple):
+    """What a format needs, and how its files are told: by suffix, brand (of the ISO formats) or first bytes."""
+
+    reason: str
+    suffixes: frozenset[str]
+    brands: frozenset[bytes] = frozenset()
+    beginnings: tuple[bytes, ...] = ()
+
+
+SOFTWARE = (
+    Software(  # before HEIF, whose general brands its files also have
+        "needs Pillow 11.3 or newer: pip install --upgrade pillow",
+        suffixes=frozenset({".avif", ".avifs"}),
+        brands=frozenset({b"avif", b"avis"}),
+    ),
+    Software(
+        "needs pillow-heif: pip install pillow-heif",
+        suffixes=frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"}),
+        brands=frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}),
+    ),
+    Software(
+        "needs pillow-jxl-plugin: pip install pillow-jxl-plugin",
+        suffixes=frozenset({".jxl"}),
+        beginnings=(b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
+    ),
+)
+NO_FORMAT = "no format that Pillow reads"
 NO_SUFFIX = "no suffix, and no picture by its content"
 # Captions, tables, caches of trainers, notes and what systems leave behind: nobody expects pictures there.
 COMPANIONS = frozenset({
@@ -90,7 +115,7 @@ def suffix_of(name: str) -> str:
 
 def is_told_by_content(suffix: str) -> bool:
     """Return whether the suffix leaves open what the file holds: phones also name JPEG files .heic."""
-    return suffix in {"", *HEIF_SUFFIXES, *AVIF_SUFFIXES}
+    return suffix == "" or any(suffix in software.suffixes for software in SOFTWARE)
 
 
 def reason_of(suffix: str, head: bytes) -> str | None:
@@ -103,12 +128,11 @@ def reason_of(suffix: str, head: bytes) -> str | None:
     # Raw photographs, of many suffixes, begin like a TIFF, which holds no more than their thumbnail.
     if any(_accepts(name, head) for name in MAGIC_FORMATS if not (suffix and name == "TIFF")):
         return None
-    brand = head[8:12] if head[4:8] == b"ftyp" else b""
-    if suffix in HEIF_SUFFIXES or brand in HEIF_BRANDS:
-        return NEEDS_HEIF
-    if suffix in AVIF_SUFFIXES or brand in AVIF_BRANDS:
-        return NEEDS_AVIF
-    return f"{one_line(suffix)} is no suffix of a picture" if suffix else NO_SUFFIX
+    brands = {head[start : start + 4] for start in range(8, len(head), 4)} if head[4:8] == b"ftyp" else set()
+    for software in SOFTWARE:
+        if suffix in software.suffixes or brands & software.brands or head.startswith(software.beginnings):
+            return software.reason
+    return NO_FORMAT if suffix else NO_SUFFIX
 
 
 def _accepts(name: str, head: bytes) -> bool:

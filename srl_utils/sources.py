@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,15 +24,12 @@ from srl_utils.pictures import RawImage, list_files
 from srl_utils.webdataset import COLUMNS as TAR_COLUMNS
 from srl_utils.webdataset import SampleReader, index_tars, is_tar, stream_tars
 
-logger = logging.getLogger(__name__)
-
 PHOTOGRAPHS = "scikit-image"
 LARGEST_TILE = 256  # pixels; every photograph holds one
 VALIDATION_SPLITS = ("validation", "val", "test")
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
 SHUFFLE_BUFFER = 1000
 UNKNOWN_TO_LIBRARY = "a picture that the datasets library passes over; name the folder with --train_data_dir"
-TAR_END = 1024  # bytes
 HELD_OUT_SEED = 3  # second word of a seed: keeps these draws apart from those of pictures.py and data.py
 
 
@@ -216,7 +212,9 @@ class Splits:
             return None
         opened = {name: self._open(self.found[name]) for name in _split_names(wanted)}
         try:
-            parts = datasets.ReadInstruction.from_spec(wanted).to_absolute({n: len(split) for n, split in opened.items()})
+            parts = datasets.ReadInstruction.from_spec(wanted).to_absolute(
+                {n: len(split) for n, split in opened.items()}
+            )
         except (ValueError, AssertionError):
             return None
         images = [Subset(opened[part.splitname], range(part.from_, part.to)) for part in parts]
@@ -282,13 +280,10 @@ class Splits:
         source = self.source
         reader = SampleReader(source.image_column, source.caption_column)
         where = one_line(source.dataset_name or os.path.dirname(tars[0]))
-        remote = any("://" in tar for tar in tars)
-        if remote and not source.streaming:
+        if any("://" in tar for tar in tars) and not source.streaming:
             with _one_line_error(f"--dataset_name {where}"):
                 config = datasets.DownloadConfig(cache_dir=source.cache_dir)
                 tars = datasets.DownloadManager(download_config=config).download(list(tars))
-        for tar in filter(_ends_early, [] if remote else tars):
-            logger.warning("%s ends early: what is missing from it cannot be counted", one_line(tar))
         with _one_line_error(where):
             if source.streaming:
                 return StreamImages(stream_tars(tars, reader, where=where), *TAR_COLUMNS[:2])
@@ -325,9 +320,7 @@ def _find_splits(source: DataSource, resolution: int, passed_over: list[PassedOv
 
 def _load_splits(source: DataSource, passed_over: list[PassedOver]) -> dict[str, RawSplit]:
     """The splits of a data set of the Hub, or of a folder that the datasets library understands."""
-    builder = datasets.load_dataset_builder(
-        source.dataset_name, source.dataset_config_name, cache_dir=source.cache_dir
-    )
+    builder = datasets.load_dataset_builder(source.dataset_name, source.dataset_config_name, cache_dir=source.cache_dir)
     if isinstance(builder, WebDataset):
         return {str(name): Tars(list(files)) for name, files in builder.config.data_files.items()}
     if isinstance(builder, ImageFolder) and Path(source.dataset_name).is_dir():
@@ -383,14 +376,6 @@ def _refuse_without_columns(source: DataSource, flag: str) -> None:
     for name in ("image_column", "streaming"):
         if getattr(source, name) != DataSource.__dataclass_fields__[name].default:
             raise UserError(f"--{name} has no effect on a folder of image files")
-
-
-def _ends_early(tar: str) -> bool:
-    """Whether the file lacks the zeros that close a tar, which readers in sequence take for its end."""
-    with open(tar, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAR_END))
-        return file.read() != bytes(TAR_END)
 
 
 @contextmanager

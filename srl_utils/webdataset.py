@@ -16,8 +16,8 @@ import posixpath
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 TEXT_SUFFIXES = frozenset({".txt", ".caption", ".text", ".json", ".cls"})
+TAR_END = 1024  # bytes
 LONGEST_TEXT = 2**20  # bytes
 ANY_PICTURE = "image"
 """The default name of the column of images."""
@@ -100,9 +101,11 @@ class TarImages(Sequence[RawImage]):
 
     def __getitem__(self, index: int) -> RawImage:
         picture = self.pictures[int(index)]
-        with open(picture.tar, "rb") as file:
+        content = None  # of a tar that has become unreadable, which costs these images and not the run
+        with suppress(OSError), open(picture.tar, "rb") as file:
             file.seek(picture.offset)
-            return RawImage(file.read(picture.size), picture.label, picture.caption)
+            content = file.read(picture.size)
+        return RawImage(content, picture.label, picture.caption)
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,9 @@ class SampleReader:
         if any(member.why_no_picture is None for member in sample):
             return f"samples without {self.image_column}"
         reasons = [member.why_no_picture for member in sample]
-        return next((reason for reason in reasons if reason and reason.startswith("needs")), "samples without a picture")
+        return next(
+            (reason for reason in reasons if reason and reason.startswith("needs")), "samples without a picture"
+        )
 
     def _chosen(self, sample: Sequence[Member]) -> list[Member]:
         wanted = self.image_column.lower()
@@ -210,6 +215,7 @@ def index_tars(
     without: list[tuple[str, str]] = []
     census = Census()
     for tar in tars:
+        _check_end(tar)
         place = unpacked(tar, cache_dir)
         for sample in _grouped(_in_order_of_samples(_members_at(place, tar))):
             images = reader.images(sample)
@@ -227,6 +233,8 @@ def stream_tars(tars: Sequence[str], reader: SampleReader, *, where: str) -> dat
     Raises:
         UserError: if the first tars hold no images, or no captions of the name that is asked for.
     """
+    for tar in tars:
+        _check_end(tar)
     census = Census()
     for sample in _grouped(member for tar in tars for member in _members_of(tar)):
         census.add(sample, reader.images(sample))
@@ -249,9 +257,8 @@ def _rows(tars: Sequence[str], reader: SampleReader) -> Iterator[dict[str, objec
 def unpacked(tar: str, cache_dir: str | None) -> str:
     """Return the path of the tar itself, or of its unpacked copy in the cache if it is compressed."""
     with open(tar, "rb") as file:
-        head = file.read(tarfile.BLOCKSIZE)
-    opener = next((opener for magic, opener in COMPRESSED.items() if head.startswith(magic)), None)
-    if opener is None or head[257:262] == b"ustar":  # whose first member may have any name
+        opener = _opener(file)
+    if opener is None:
         return tar
     facts = os.stat(tar)
     name = sha256(f"{os.path.abspath(tar)} {facts.st_size} {facts.st_mtime_ns}".encode(errors="replace")).hexdigest()
@@ -259,10 +266,32 @@ def unpacked(tar: str, cache_dir: str | None) -> str:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{name}.{os.getpid()}")
-        with opener(tar, "rb") as packed, part.open("wb") as file, _ending_early(tar):
+        with opener(tar) as packed, part.open("wb") as file, _ending_early(tar):
             shutil.copyfileobj(packed, file, 2**20)
         os.replace(part, target)
     return str(target)
+
+
+def _opener(file: BinaryIO) -> Callable[[BinaryIO], BinaryIO] | None:
+    """Return what unpacks a file, which is left at its beginning; None if it is not compressed."""
+    head = file.read(tarfile.BLOCKSIZE)
+    file.seek(0)
+    if head[257:262] == b"ustar":  # whose first member may have any name
+        return None
+    return next((opener for magic, opener in COMPRESSED.items() if head.startswith(magic)), None)
+
+
+def _check_end(tar: str) -> None:
+    """Warn of a local file that lacks the zeros that close a tar, which readers in sequence take for its end."""
+    if "://" in tar:
+        return
+    with suppress(OSError), open(tar, "rb") as file:
+        if _opener(file) is not None:
+            return
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAR_END))
+        if file.read() != bytes(TAR_END):
+            _warn_once(f"{one_line(tar)} ends early: what is missing from it cannot be counted")
 
 
 @contextmanager
@@ -292,9 +321,12 @@ def _members_of(tar: str) -> Iterator[Member]:
     """Read the members in sequence, with the whole content of pictures."""
     try:
         with xopen(tar, "rb") as file, _ending_early(tar):
-            for archive, info in _infos(file, "r|*"):
-                wanted = _bytes_wanted(info) or info.size
-                yield Member(_plain_name(info), info.offset_data, info.size, archive.extractfile(info).read(wanted))
+            opener = _opener(file)
+            for archive, info in _infos(file if opener is None else opener(file), "r|"):
+                content = archive.extractfile(info)
+                beginning = content.read(_bytes_wanted(info))
+                member = Member(_plain_name(info), info.offset_data, info.size, beginning)
+                yield member._replace(content=beginning + content.read()) if member.why_no_picture is None else member
     except FileNotFoundError as error:
         raise UserError(f"{one_line(tar)} cannot be read: {error.strerror or error}") from None
 
