@@ -65,44 +65,61 @@ def folder_captions(folder: Path, pictures: Sequence[Path], column: str) -> list
     Raises:
         UserError: if a metadata file cannot be read, or if there are no captions of this name at all.
     """
-    found = _from_sidecars(folder) if column.lower() in SIDECAR_COLUMNS else {}
-    sidecars = bool(found)
-    tables = [path for path in list_files(folder) if path.name in METADATA]
-    columns: dict[str, None] = {}
-    for path in sorted(tables, key=lambda path: len(path.parts)):  # of two, the nearest says what a picture shows
-        for row in _rows(path):
-            columns.update(dict.fromkeys(row))
-            if caption := as_caption(row.get(column)):
-                found.update(dict.fromkeys(_names(path, row), caption))
-    if tables and not sidecars and column not in columns:
-        raise UserError(
-            f"--caption_column {column}: there is no such column in {one_line(str(tables[0]))}; "
-            f"the columns are {one_line(', '.join(map(str, columns)) or 'none')}"
-        )
-    if not tables and not sidecars:
+    tables = sorted(
+        (path for path in list_files(folder) if path.name in METADATA), key=lambda path: (len(path.parts), path)
+    )
+    found = _from_sidecars(folder, pictures) if column.lower() in SIDECAR_COLUMNS else {}
+    if not tables and not found:
         raise UserError(
             f"--caption_column {column}: {one_line(str(folder))} has no {METADATA[0]}, with a line such as "
             f'{{"file_name": "1.png", "{column}": "a red circle"}} for each image; '
             "with --caption_column text, files such as 1.txt beside 1.png do as well"
         )
-    captions = [_lookup(found, path) for path in pictures]
-    logger.info("%d of %d images have a caption", sum(map(bool, captions)), len(captions))
-    return captions
+    known = {_key(path) for path in pictures}
+    columns: dict[str, None] = {}
+    for table in tables:  # of two, the one nearest to a picture is the last
+        found.update(_from_table(table, column, known, columns))
+    if not found and column not in columns:
+        raise UserError(
+            f"--caption_column {column}: there is no such column in {one_line(str(tables[0]))}; "
+            f"the columns are {one_line(', '.join(map(str, columns)) or 'none')}"
+        )
+    return [next((found[key] for key in (_key(path), *_sidecar_keys(path)) if key in found), "") for path in pictures]
 
 
-def _lookup(found: Mapping[str, str], path: Path) -> str:
-    """Return the caption of a picture by its name, or by its name without or with the suffix of a text file."""
-    return next((found[key] for key in (_key(path), *_sidecar_keys(path)) if key in found), "")
+def _from_table(path: Path, column: str, known: set[str], columns: dict[str, None]) -> dict[str, str]:
+    """Return the captions of a metadata file; adds its columns, and names a row whose pictures are not `known`."""
+    folder = path.parent.absolute().as_posix()
+    found: dict[str, str] = {}
+    strays: list[str] = []
+    for row in _rows(path):
+        columns.update(dict.fromkeys(row))
+        names = list(_names(row))
+        keys = known.intersection(_normal(posixpath.join(folder, name)) for name in _spellings(names))
+        if not keys:
+            strays += names
+        if caption := as_caption(row.get(column)):
+            found.update(dict.fromkeys(keys, caption))
+    if strays:
+        logger.warning(
+            "%s names %d files that are not among the images, such as %s",
+            one_line(str(path)), len(strays), one_line(strays[0]),
+        )  # fmt: skip
+    return found
 
 
-def _from_sidecars(folder: Path) -> dict[str, str]:
+def _from_sidecars(folder: Path, pictures: Sequence[Path]) -> dict[str, str]:
+    """Return the first lines of text files beside pictures, by the key of the file without its suffix."""
+    wanted = {key for path in pictures for key in _sidecar_keys(path)}
     files = [path for path in list_files(folder, frozenset(SIDECARS)) if path.is_file()]
     # Those that come last count: .txt before .caption.
     ordered = sorted(files, key=lambda path: SIDECARS.index(path.suffix.lower()), reverse=True)
-    return {f"{_key(path.with_suffix(''))}*": caption for path in ordered if (caption := _first_line(path))}
+    keys = {path: f"{_key(path.with_suffix(''))}*" for path in ordered}
+    return {keys[path]: caption for path in ordered if keys[path] in wanted and (caption := _first_line(path))}
 
 
 def _sidecar_keys(path: Path) -> tuple[str, str]:
+    """Return the keys of `1.png.txt` and `1.txt` beside `1.png`."""
     return f"{_key(path)}*", f"{_key(path.with_suffix(''))}*"
 
 
@@ -114,20 +131,27 @@ def _first_line(path: Path) -> str:
         return ""
 
 
-def _key(path: Path | str) -> str:
+def _key(path: Path) -> str:
+    return _normal(path.absolute().as_posix())
+
+
+def _normal(path: str) -> str:
     """Return one name for all spellings of a path: ./a, b/../a, and composed or decomposed letters."""
-    return unicodedata.normalize("NFC", posixpath.normpath(Path(path).absolute().as_posix()))
+    return unicodedata.normalize("NFC", posixpath.normpath(path))
 
 
-def _names(metadata: Path, row: Row) -> Iterator[str]:
-    """Return the keys of the pictures of a row; a backslash may be part of a name, or separate folders."""
+def _names(row: Row) -> Iterator[str]:
+    """Return the names of the pictures of a row, in the columns where the datasets library looks for them."""
     for column, value in row.items():
-        if value is None or re.fullmatch(r"(.*_)?file_names?", str(column)) is None:
-            continue
-        for name in value if isinstance(value, list) else [value]:
-            yield _key(metadata.parent / str(name))
-            if "\\" in str(name):
-                yield _key(metadata.parent / str(name).replace("\\", "/"))
+        if value is not None and re.fullmatch(r"(.*_)?file_names?", str(column)):
+            yield from map(str, value if isinstance(value, list) else [value])
+
+
+def _spellings(names: Iterable[str]) -> Iterator[str]:
+    """Return names as they are and with slashes: a backslash may be part of a name, or separate folders."""
+    for name in names:
+        yield name
+        yield name.replace("\\", "/")
 
 
 def _rows(path: Path) -> Iterable[Row]:
