@@ -29,7 +29,7 @@ LARGEST_TILE = 256  # pixels; every photograph holds one
 VALIDATION_SPLITS = ("validation", "val", "test")
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
 SHUFFLE_BUFFER = 1000
-UNKNOWN_TO_LIBRARY = "a picture that the datasets library passes over; name the folder with --train_data_dir"
+UNKNOWN_TO_LIBRARY = "a picture that the datasets library passes over"
 HELD_OUT_SEED = 3  # second word of a seed: keeps these draws apart from those of pictures.py and data.py
 
 
@@ -410,15 +410,23 @@ def _image_column(split: datasets.Dataset | datasets.IterableDataset, source: Da
     if not columns or (isinstance(split, datasets.Dataset) and len(split) == 0):
         raise UserError(f"{source.dataset_name or source.train_data_dir} holds no images; check its files and splits")
     if column not in columns:
-        raise UserError(f"--image_column {column}: there is no such column; the columns are {', '.join(columns)}")
+        told = f"--image_column {column}: there is no such column; the columns are {', '.join(columns)}"
+        raise UserError(told + _advice_on_folder(source))
     captions = source.caption_column
     if captions is not None and captions not in columns:
-        raise UserError(f"--caption_column {captions}: there is no such column; the columns are {', '.join(columns)}")
+        told = f"--caption_column {captions}: there is no such column; the columns are {', '.join(columns)}"
+        raise UserError(told + _advice_on_folder(source))
     if isinstance((split.features or {}).get(column), datasets.Image):
         split = split.cast_column(column, datasets.Image(decode=False))
     split = split.select_columns([name for name in columns if name in (column, captions, "__key__")])
     kind = StreamImages if isinstance(split, datasets.IterableDataset) else DatasetImages
     return kind(split, column, captions)
+
+
+def _advice_on_folder(source: DataSource) -> str:
+    """Of a folder that also has texts or videos, the library may make a table of these; and it reads no text as a caption."""
+    folder = Path(source.dataset_name or os.devnull)
+    return "; a folder of image files is read with --train_data_dir" if folder.is_dir() and list_pictures(folder)[0] else ""
 
 
 def _caption(row: Mapping[str, object], column: str | None) -> str:

@@ -407,6 +407,6 @@ def test_captions_of_a_folder_need_their_file(world, tmp_path: Path, capsys) -> 
     assert "has no metadata.jsonl, with a line such as" in capsys.readouterr().err
     (tmp_path / "photos/metadata.jsonl").write_text("{}")
     assert exit_code(lambda: command.main(["generation", *world])) == 2
-    assert "cannot be read as lines of JSON with file_name and text" in capsys.readouterr().err
+    assert "metadata.jsonl: row 1 has no file_name" in capsys.readouterr().err
 
 

@@ -274,8 +274,7 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
             source, num_images=args.num_images, resolution=args.resolution, seed=args.seed
         )
     except UserError as error:  # which names the flags of the training
-        told = str(error).replace("--validation_data_dir", "--data_dir").replace("--validation_split", "--split")
-        raise UserError(told) from None
+        raise UserError(with_flags_of_evaluation(str(error))) from None
     notes.extend(part.report() for part in loaded.passed_over if part)
     if loaded.without_caption:
         names = few(loaded.without_caption, 20)
@@ -285,6 +284,14 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
     if len(loaded.images) < args.num_images:
         notes.append(f"there are {len(loaded.images)} images and not the {args.num_images} of --num_images")
     return loaded
+
+
+def with_flags_of_evaluation(text: str) -> str:
+    """Return a message on the training's flags with this command's."""
+    flags = {"--validation_data_dir": "--data_dir", "--train_data_dir": "--data_dir", "--validation_split": "--split"}
+    for training, evaluation in flags.items():
+        text = text.replace(training, evaluation)
+    return text
 
 
 @torch.no_grad()
