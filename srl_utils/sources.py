@@ -198,11 +198,11 @@ class Splits:
     """What was not looked at in what was opened."""
 
     def folder(self, flag: str) -> Images:
-        """The images of the folder that `flag` names."""
+        """Return the images of the folder that `flag` names."""
         return self._open(_list_folder(flag, self.source, self.passed_over))
 
     def pick(self, wanted: str) -> Images | None:
-        """The split of this name or, as the datasets library writes it, parts and sums of splits: `train[:10%]+test`.
+        """Return the split of this name or, as the datasets library writes it, parts and sums of splits: `train[:10%]+test`.
 
         None if there is no such split.
         """
@@ -221,7 +221,7 @@ class Splits:
         return images[0] if len(images) == 1 else ConcatDataset(images)
 
     def only_other(self) -> Images | None:
-        """The only split, if there is one and it is not for training. None if the flags ask for something else."""
+        """Return the only split, if there is one and it is not for training. None if the flags ask for something else."""
         if len(self.found) != 1:
             return None
         ((name, split),) = self.found.items()
@@ -231,7 +231,7 @@ class Splits:
         return self._open(split)
 
     def validation(self) -> Images | HeldOut:
-        """What the flags or the names of the splits say: a split, or how many training images to hold out."""
+        """Return the split that the flags or the usual names say, or else how many training images to hold out."""
         if self.source.validation_data_dir:
             return self.folder("validation_data_dir")
         wanted = self.source.validation_split
@@ -243,7 +243,7 @@ class Splits:
         return HeldOut(HELD_OUT_SHARE, HELD_OUT_LIMIT) if wanted is None else HeldOut(self._share(wanted), None)
 
     def to_hold_out_of(self) -> Images:
-        """The training split, or else the only one there is.
+        """Return the training split, or else the only one there is.
 
         Raises:
             UserError: if there are several splits of other names.
@@ -270,19 +270,20 @@ class Splits:
         return share
 
     def _open(self, split: RawSplit) -> Images:
-        """The undecoded images of a split."""
+        """Open the undecoded images of a split."""
         if isinstance(split, list):
             return split
         return self._open_tars(split.paths) if isinstance(split, Tars) else _image_column(split, self.source)
 
     def _open_tars(self, tars: Sequence[str]) -> Images:
-        """Remote tars are downloaded, unless they are streamed."""
+        """Open tars; remote ones are downloaded, unless they are streamed."""
         source = self.source
         reader = SampleReader(source.image_column, source.caption_column)
         where = one_line(source.dataset_name or os.path.dirname(tars[0]))
         if any("://" in tar for tar in tars) and not source.streaming:
             with _one_line_error(f"--dataset_name {where}"):
-                config = datasets.DownloadConfig(cache_dir=source.cache_dir)
+                cache = source.cache_dir and os.path.join(source.cache_dir, "downloads")
+                config = datasets.DownloadConfig(cache_dir=cache)
                 tars = datasets.DownloadManager(download_config=config).download(list(tars))
         with _one_line_error(where):
             if source.streaming:
@@ -293,7 +294,7 @@ class Splits:
 
 
 def _split_names(text: str) -> set[str]:
-    """The splits that `train[:10%]+test` is made of."""
+    """Return the splits that `train[:10%]+test` is made of."""
     return {part.partition("[")[0].strip() for part in text.split("+")}
 
 
@@ -319,7 +320,7 @@ def _find_splits(source: DataSource, resolution: int, passed_over: list[PassedOv
 
 
 def _load_splits(source: DataSource, passed_over: list[PassedOver]) -> dict[str, RawSplit]:
-    """The splits of a data set of the Hub, or of a folder that the datasets library understands."""
+    """Find the splits of a data set of the Hub, or of a folder that the datasets library understands."""
     builder = datasets.load_dataset_builder(source.dataset_name, source.dataset_config_name, cache_dir=source.cache_dir)
     if isinstance(builder, WebDataset):
         return {str(name): Tars(list(files)) for name, files in builder.config.data_files.items()}
@@ -352,7 +353,7 @@ def _photographs(split: Split, side: int, across: int = 2) -> list[RawImage]:
 
 
 def _list_folder(flag: str, source: DataSource, passed_over: list[PassedOver]) -> list[RawImage] | Tars:
-    """The image files below the folder that `flag` names, or else its tar files (WebDataset)."""
+    """List the image files below the folder that `flag` names, or else its tar files (WebDataset)."""
     folder = Path(getattr(source, flag))
     if not folder.is_dir():
         raise UserError(f"--{flag} {folder}: there is no such folder")
@@ -424,9 +425,13 @@ def _image_column(split: datasets.Dataset | datasets.IterableDataset, source: Da
 
 
 def _advice_on_folder(source: DataSource) -> str:
-    """Of a folder that also has texts or videos, the library may make a table of these; and it reads no text as a caption."""
+    """Return what to do if the datasets library reads a folder of images as a table of texts or videos."""
     folder = Path(source.dataset_name or os.devnull)
-    return "; a folder of image files is read with --train_data_dir" if folder.is_dir() and list_pictures(folder)[0] else ""
+    return (
+        "; a folder of image files is read with --train_data_dir"
+        if folder.is_dir() and list_pictures(folder)[0]
+        else ""
+    )
 
 
 def _caption(row: Mapping[str, object], column: str | None) -> str:

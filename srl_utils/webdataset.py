@@ -43,6 +43,8 @@ ANY_PICTURE = "image"
 """The default name of the column of images."""
 COMPRESSED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 BROKEN = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+NO_PICTURE = "samples without a picture"
+OTHER_PICTURE = "another picture of the sample is used"
 COLUMNS = ("image", "caption", "__key__")
 
 
@@ -125,14 +127,16 @@ class SampleReader:
         """Return the pictures that are images, each with its caption."""
         return [(member, self._caption(sample, member.view)) for member in self._chosen(sample)]
 
-    def why_none(self, sample: Sequence[Member]) -> str:
-        """Return why a sample has no images."""
-        if any(member.why_no_picture is None for member in sample):
-            return f"samples without {self.image_column}"
-        reasons = [member.why_no_picture for member in sample]
-        return next(
-            (reason for reason in reasons if reason and reason.startswith("needs")), "samples without a picture"
-        )
+    def passed_over(self, sample: Sequence[Member], images: Sequence[tuple[Member, str]]) -> list[tuple[str, str]]:
+        """Return the pictures that are no images and, of a sample without images, its first member: (reason, name)."""
+        chosen = {member for member, _ in images}
+        others = [member.name for member in sample if member not in chosen and member.why_no_picture is None]
+        if images:
+            return [(OTHER_PICTURE, name) for name in others]
+        if others:
+            return [(f"samples without {self.image_column}", others[0])]
+        reasons = [member.why_no_picture or "" for member in sample]
+        return [(next((reason for reason in reasons if reason.startswith("needs")), NO_PICTURE), sample[0].name)]
 
     def _chosen(self, sample: Sequence[Member]) -> list[Member]:
         wanted = self.image_column.lower()
@@ -212,7 +216,7 @@ def index_tars(
         UserError: if there are no images, or no captions of the name that is asked for.
     """
     pictures: list[TarPicture] = []
-    without: list[tuple[str, str]] = []
+    passed_over: list[tuple[str, str]] = []
     census = Census()
     for tar in tars:
         _check_end(tar)
@@ -221,10 +225,11 @@ def index_tars(
             images = reader.images(sample)
             census.add(sample, images)
             pictures += [TarPicture(place, image.name, image.offset, image.size, caption) for image, caption in images]
-            if not images:
-                without.append((reader.why_none(sample), f"{os.path.basename(tar)}: {sample[0].name}"))
+            passed_over += [
+                (why, f"{os.path.basename(tar)}: {name}") for why, name in reader.passed_over(sample, images)
+            ]
     census.check(reader, where)
-    return TarImages(pictures), PassedOver.of(without, "samples")
+    return TarImages(pictures), PassedOver.of(passed_over, "members of tars")
 
 
 def stream_tars(tars: Sequence[str], reader: SampleReader, *, where: str) -> datasets.IterableDataset:
@@ -250,8 +255,8 @@ def _rows(tars: Sequence[str], reader: SampleReader) -> Iterator[dict[str, objec
             images = reader.images(sample)
             for image, caption in images:
                 yield dict(zip(COLUMNS, (image.content, caption, f"{tar}: {image.name}"), strict=True))
-            if not images:
-                _warn_once(f"{one_line(tar)}: {one_line(sample[0].name)} passed over: {reader.why_none(sample)}")
+            for reason, name in [] if images else reader.passed_over(sample, images):
+                _warn_once(f"{one_line(tar)}: {one_line(name)} passed over: {reason}")
 
 
 def unpacked(tar: str, cache_dir: str | None) -> str:

@@ -16,13 +16,16 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from srl_utils import listing
 from srl_utils.data import DataSource, ImageLedger, TrainingData, load_validation_images, open_data, training_batches
 from srl_utils.errors import UserError
 from srl_utils.sources import open_images
+from srl_utils.webdataset import OTHER_PICTURE
 
 Files = Sequence[tuple[str, bytes]]
 MODES = {"map": False, "stream": True}
@@ -154,7 +157,9 @@ def test_one_of_several_pictures_can_be_named(column: str, streaming: bool, tmp_
     if not streaming:
         source = DataSource(validation_data_dir=str(tmp_path), image_column=column)
         (passed_over,) = load_validation_images(source, num_images=9, resolution=8).passed_over
-        assert passed_over.report() == f"1 samples were not looked at: samples without {column} (1: a.tar: 1.png)"
+        assert passed_over.report() == (
+            f"2 members of tars were not looked at: {OTHER_PICTURE} (1: a.tar: 0.png); samples without {column} (1: a.tar: 1.png)"
+        )
 
 
 TAR_FORMATS = {"pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT, "ustar": tarfile.USTAR_FORMAT}
@@ -272,16 +277,22 @@ def test_tars_without_pictures_are_one_line(streaming: bool, tmp_path: Path) -> 
         read(tmp_path, streaming=streaming)
 
 
-def test_samples_without_a_picture_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_without_a_picture_are_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: what was written; of a phone's pictures the package that reads them is named, if it is missing."""
+    monkeypatch.setattr(listing, "picture_formats", lambda: ("PNG",))  # as without pillow-heif
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(60)
     write_tar(
         tmp_path / "tars/a.tar", [(f"{n}.png", picture(n)) for n in range(4)] + [("8.txt", b"x"), ("9.xyz", heic)]
     )
     data = training(tmp_path)
     assert data.num_images == 4
-    assert "2 samples were not looked at" in data.description and "samples without a picture (1)" in data.description
-    assert "needs pillow-heif: pip install pillow-heif (1)" in data.description or "2" in data.description
+    assert "2 members of tars were not looked at" in data.description
+    assert (
+        "samples without a picture (1)" in data.description
+        and "needs pillow-heif: pip install pillow-heif (1)" in data.description
+    )
     assert any("a.tar: 8.txt" in message for message in caplog.messages)
     (stream,) = {training(tmp_path, streaming=True).samples.images}
     with caplog.at_level(logging.WARNING):
@@ -343,6 +354,26 @@ def test_splits_of_tars_are_told_by_their_names(tmp_path: Path) -> None:
     (tmp_path / "tars/train-000.tar").write_bytes(b"no tar")
     loaded = load_validation_images(DataSource(dataset_name=str(tmp_path / "tars")), num_images=9, resolution=8)
     assert len(loaded.images) == 3
+
+
+@every_mode
+def test_remote_tars(streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the pictures written, behind a URL, as those of a data set of the Hub are; downloaded, or streamed."""
+    tar = write_tar(tmp_path / "a.tar", [("0.jpg", picture(0, "JPEG")), ("1.png", picture(1))]).read_bytes()
+    files = {}
+    for split, content in (("train", tar), ("test", gzip.compress(tar))):
+        files[split] = f"memory://{tmp_path.name}/{split}.tar"
+        with fsspec.open(files[split], "wb") as file:
+            file.write(content)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # which also guards the memory
+    builder = datasets.load_dataset_builder("webdataset", data_files=files)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names, **settings: builder)
+    for split in files:
+        source = DataSource(
+            dataset_name="user/tars", validation_split=split, streaming=streaming, cache_dir=str(tmp_path)
+        )
+        assert len(load_validation_images(source, num_images=9, resolution=8).images) == 2
+    assert (tmp_path / "downloads").exists() == (not streaming)
 
 
 def test_the_index_reads_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
