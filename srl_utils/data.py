@@ -15,7 +15,7 @@ import threading
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -367,11 +367,14 @@ def _decode_evenly(images: Images, number: int, resolution: int, *, captioned: b
     captions: list[str] = []
     unreadable: list[str] = []
     without: list[str] = []
-    for candidates in _stretches(images, number):
+
+    def is_candidate(raw: RawImage) -> bool:
+        if captioned and not raw.caption:
+            without.append(raw.name)
+        return bool(raw.caption) or not captioned
+
+    for candidates in _stretches(images, number, is_candidate):
         for raw in candidates:
-            if captioned and not raw.caption:
-                without.append(raw.name)
-                continue
             try:
                 decoded.append(to_tensor(centre_square(decode_rgb(raw.source), resolution=resolution)))
                 captions.append(raw.caption)
@@ -386,14 +389,14 @@ def _decode_evenly(images: Images, number: int, resolution: int, *, captioned: b
     return ValidationImages(torch.stack(decoded), unreadable, captions, without, passed_over=[])
 
 
-def _stretches(images: Images, number: int) -> list[Iterator[RawImage]]:
+def _stretches(images: Images, number: int, is_candidate: Callable[[RawImage], bool]) -> list[Iterator[RawImage]]:
     """For each validation image to be shown, the candidates of which the first readable one is taken."""
     if isinstance(images, StreamImages):
         # One iterator, repeated: each stretch begins where the one before it ended.
-        return [islice(images, number + DECODE_ATTEMPTS)] * number
+        return [islice(filter(is_candidate, images), number + DECODE_ATTEMPTS)] * number
     bounds = np.linspace(0, len(images), min(number, len(images)) + 1).astype(int).tolist()
     return [
-        (images[index] for index in range(start, min(end, start + DECODE_ATTEMPTS)))
+        islice(filter(is_candidate, map(images.__getitem__, range(start, end))), DECODE_ATTEMPTS)
         for start, end in pairwise(bounds)
     ]
 

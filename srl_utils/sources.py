@@ -425,13 +425,11 @@ def _image_column(split: datasets.Dataset | datasets.IterableDataset, source: Da
 
 
 def _advice_on_folder(source: DataSource) -> str:
-    """Return what to do if the datasets library reads a folder of images as a table of texts or videos."""
+    """Return what to do if the datasets library takes a folder of images for a table of the files beside them."""
     folder = Path(source.dataset_name or os.devnull)
-    return (
-        "; a folder of image files is read with --train_data_dir"
-        if folder.is_dir() and list_pictures(folder)[0]
-        else ""
-    )
+    if folder.is_dir() and (list_pictures(folder)[0] or any(map(is_tar, list_files(folder)))):
+        return "; a folder of image files or of tars is read with --train_data_dir"
+    return ""
 
 
 def _caption(row: Mapping[str, object], column: str | None) -> str:

@@ -144,7 +144,7 @@ def test_a_folder_that_the_datasets_library_reads_is_counted_too(album: Path, tm
     """Oracle: the one picture that the library reads, and the others; beside a text the line says how they are read."""
     (album / "metadata.jsonl").unlink()
     source = DataSource(dataset_name=str(album), validation_split="train", cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"the columns are text; a folder of image files is read with --train_data_dir"):
+    with pytest.raises(UserError, match=r"the columns are text; a folder of image files or of tars is read with"):
         load_validation_images(source, num_images=9, resolution=8)
     for name in ("0.txt", "clip.mov"):
         (album / name).unlink()
