@@ -234,7 +234,7 @@ def describe(args: argparse.Namespace, accelerator: Accelerator, data: TrainingD
     return (
         f"Configuration\n{settings}\n"
         f"Device {accelerator.device}, {accelerator.num_processes} process(es), {plan.execution}\n"
-        f"Data: {data.description}\n"
+        f"Data: {'; '.join([data.description, *data.passed_over])}\n"
         f"Step: {args.train_batch_size} images x {accelerator.num_processes} process(es) x "
         f"{args.gradient_accumulation_steps} accumulated = {plan.samples_per_step} images\n"
         f"Run: {plan.max_train_steps} steps, {seen} images{epochs}\n"
@@ -767,7 +767,8 @@ def finish(run: Run) -> int:
     write_card(run, args.output_dir)
     run.accelerator.end_training()
     run.accelerator.print(f"\n{table}\n{variants}\n{time_summary(run.progress)}")
-    run.accelerator.print(f"Saved to {args.output_dir}. {run.ledger.summary()}")
+    left_out = "; ".join(filter(None, [run.ledger.summary(), *run.data.passed_over]))
+    run.accelerator.print(f"Saved to {args.output_dir}. {left_out}")
     return publish_result(run)
 
 

@@ -174,6 +174,8 @@ class TrainingData:
     num_images: int | None
     validation_images: Tensor
     description: str
+    passed_over: list[str]
+    """Lines on files that were not looked at, without their names."""
 
 
 def open_data(
@@ -197,7 +199,8 @@ def open_data(
     _check_readable(training)
     validation_images = _decode_evenly(validation, num_validation_images, resolution).images
     # The last part of a path: the description is published with the model.
-    place = source.dataset_name or Path(source.train_data_dir).name
+    place = source.dataset_name or source.train_data_dir
+    place = Path(place).name if Path(place).exists() else place
     if isinstance(training, StreamImages):
         samples, num_images, amount = StreamSamples(images=training, framing=framing), None, "a stream of"
     else:
@@ -206,10 +209,8 @@ def open_data(
         samples=samples,
         num_images=num_images,
         validation_images=validation_images,
-        description="; ".join([
-            f"{place}: {amount} training images, {len(validation_images)} validation images",
-            *(part.summary() for part in passed_over if part),
-        ]),
+        description=f"{place}: {amount} training images, {len(validation_images)} validation images",
+        passed_over=[part.summary() for part in passed_over if part],
     )
 
 

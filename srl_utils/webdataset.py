@@ -157,14 +157,16 @@ class SampleReader:
             return ""
         fields = {member.field: member.content for member in sample}
         wanted = self.caption_column.lower()
-        names = [wanted, *SIDECAR_COLUMNS] if wanted in SIDECAR_COLUMNS else [wanted]
-        for name in [f"{part}{name}" for name in names for part in (f"{view}.", "")]:
+        prefixes = (f"{view}.", "")
+        for name in (f"{prefix}{wanted}" for prefix in prefixes):
             if name in fields:
                 return _text(fields[name])
-        for name in (f"{view}.json", "json"):
-            if name in fields:
-                return as_caption(_keys(fields[name]).get(self.caption_column))
-        return ""
+        for name in (f"{prefix}json" for prefix in prefixes):
+            if name in fields and (caption := as_caption(_keys(fields[name]).get(self.caption_column))):
+                return caption
+        others = SIDECAR_COLUMNS if wanted in SIDECAR_COLUMNS else ()
+        texts = (fields.get(f"{prefix}{name}") for name in others for prefix in prefixes)
+        return next((_text(content) for content in texts if content is not None), "")
 
 
 @dataclass
@@ -316,7 +318,7 @@ def _warn_once(message: str) -> None:
 def _members_at(place: str, tar: str) -> Iterator[Member]:
     """List the members of an uncompressed file; of pictures only the place is read."""
     with open(place, "rb") as file, _ending_early(tar):
-        for archive, info in _infos(file, "r:"):
+        for archive, info in _infos(file, "r:", tar):
             wanted = _bytes_wanted(info)
             content = archive.extractfile(info).read(wanted) if wanted else b""
             yield Member(_plain_name(info), info.offset_data, info.size, content)
@@ -327,7 +329,7 @@ def _members_of(tar: str) -> Iterator[Member]:
     try:
         with xopen(tar, "rb") as file, _ending_early(tar):
             opener = _opener(file)
-            for archive, info in _infos(file if opener is None else opener(file), "r|"):
+            for archive, info in _infos(file if opener is None else opener(file), "r|", tar):
                 content = archive.extractfile(info)
                 beginning = content.read(_bytes_wanted(info))
                 member = Member(_plain_name(info), info.offset_data, info.size, beginning)
@@ -336,14 +338,18 @@ def _members_of(tar: str) -> Iterator[Member]:
         raise UserError(f"{one_line(tar)} cannot be read: {error.strerror or error}") from None
 
 
-def _infos(file: BinaryIO, mode: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+def _infos(file: BinaryIO, mode: str, tar: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """Yield the files of a tar, without those that systems add, such as `._1.jpg`; it may be several in a row."""
     with tarfile.open(fileobj=file, mode=mode, ignore_zeros=True, errors="surrogateescape") as archive:
         for info in archive:
             archive.members = []  # which would grow without end
             parts = _plain_name(info).split("/")
-            if info.isfile() and not any(part.startswith(".") or part == "__MACOSX" for part in parts):
+            if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+                continue
+            if info.isfile():
                 yield archive, info
+            elif not info.isdir():
+                _warn_once(f"{one_line(tar)}: {one_line(info.name)} passed over: a link or a device, and no file")
 
 
 def _plain_name(info: tarfile.TarInfo) -> str:

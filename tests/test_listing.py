@@ -131,12 +131,17 @@ def test_evaluation_reports_what_it_did_not_look_at(album: Path, vae_folder: Pat
 
 
 def test_training_says_what_it_does_not_look_at(
-    run: Run, flags: list[str], album: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Run, flags: list[str], photographs: Path, album: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Oracle: what was written; counted in the description of the data, and named in the log alone."""
+    """Oracle: what was written; counted before the training and after it, and named in the log alone."""
     code, printed = run(*flags, "--train_data_dir", album, "--dry_run")
     assert code == 0 and "album: 3 training images, 1 validation images; 9 files were not looked at" in printed
     assert "IMG_4.HEIC" not in printed.split("Data:")[1]
+    for path in photographs.rglob("*.png"):
+        (album / path.name).write_bytes(path.read_bytes())
+    code, printed = run(*flags, "--train_data_dir", album, "--pgd_steps", "1", "--max_train_steps", "1")
+    assert code == 0 and printed.count("9 files were not looked at") == 1, printed
+    assert "IMG_4.HEIC" not in (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert any("IMG_4.HEIC" in message and NEEDS_HEIF in message for message in caplog.messages)
 
 

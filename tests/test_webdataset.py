@@ -228,6 +228,7 @@ def test_captions_come_from_members_and_from_json(streaming: bool, tmp_path: Pat
     write_tar(tmp_path / "a.tar", files)
     assert read(tmp_path, caption_column="txt", streaming=streaming) == [(0, "zero"), (1, "ein\u2028s")]
     assert read(tmp_path, caption_column="text", streaming=streaming) == [(0, "zero"), (1, "ein\u2028s")]
+    assert read(tmp_path, caption_column="caption", streaming=streaming) == [(0, "nought"), (1, "one")]
     assert read(tmp_path, caption_column="n", streaming=streaming) == [(0, "0"), (1, "1")]
     with pytest.raises(
         UserError, match=r"--caption_column title: there is no such column .* png, txt, json, .* caption, n"
@@ -288,10 +289,10 @@ def test_samples_without_a_picture_are_counted_and_named(
     )
     data = training(tmp_path)
     assert data.num_images == 4
-    assert "2 members of tars were not looked at" in data.description
+    assert "2 members of tars were not looked at" in data.passed_over[0]
     assert (
-        "samples without a picture (1)" in data.description
-        and "needs pillow-heif: pip install pillow-heif (1)" in data.description
+        "samples without a picture (1)" in data.passed_over[0]
+        and "needs pillow-heif: pip install pillow-heif (1)" in data.passed_over[0]
     )
     assert any("a.tar: 8.txt" in message for message in caplog.messages)
     (stream,) = {training(tmp_path, streaming=True).samples.images}
@@ -374,6 +375,19 @@ def test_remote_tars(streaming: bool, tmp_path: Path, monkeypatch: pytest.Monkey
         )
         assert len(load_validation_images(source, num_images=9, resolution=8).images) == 2
     assert (tmp_path / "downloads").exists() == (not streaming)
+
+
+@every_mode
+def test_links_inside_a_tar_are_named(streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: what was written; no link is followed, wherever it leads."""
+    path = write_tar(tmp_path / "a.tar", [("0.png", picture(0))])
+    with tarfile.open(path, "a") as tar:
+        for name, kind, target in (("1.png", tarfile.LNKTYPE, "0.png"), ("2.png", tarfile.SYMTYPE, "/etc/passwd")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    assert numbers(tmp_path, streaming=streaming) == [0]
+    assert sum("passed over: a link" in message for message in caplog.messages) == 2
 
 
 def test_the_index_reads_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
