@@ -235,7 +235,7 @@ def describe(args: argparse.Namespace, accelerator: Accelerator, data: TrainingD
     return (
         f"Configuration\n{settings}\n"
         f"Device {accelerator.device}, {accelerator.num_processes} process(es), {plan.execution}\n"
-        f"Data: {data.description}\n"
+        f"Data: {'; '.join([data.description, *data.passed_over])}\n"
         f"Step: {args.train_batch_size} images x {accelerator.num_processes} process(es) x "
         f"{args.gradient_accumulation_steps} accumulated = {plan.samples_per_step} images\n"
         f"Run: {plan.max_train_steps} steps, {seen} images{epochs}\n"
@@ -768,7 +768,8 @@ def finish(run: Run) -> int:
     write_card(run, args.output_dir)
     run.accelerator.end_training()
     run.accelerator.print(f"\n{table}\n{variants}\n{time_summary(run.progress)}")
-    run.accelerator.print(f"Saved to {args.output_dir}. {run.ledger.summary()}")
+    left_out = "; ".join(filter(None, [run.ledger.summary(), *run.data.passed_over]))
+    run.accelerator.print(f"Saved to {args.output_dir}. {left_out}")
     return publish_result(run)
 
 
@@ -907,6 +908,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hub dataset, local dataset folder, or scikit-image for the photographs that ship inside it",
     )
     group.add_argument("--dataset_config_name", default=None, help="configuration of the Hub dataset")
+    group.add_argument("--train_split", default="train", help="split of the dataset to train on, or a part: train[:90%%]")
     group.add_argument("--train_data_dir", default=None, help="folder of images (nested) or of webdataset *.tar files")
     group.add_argument("--image_column", default="image", help="column of the dataset that holds the image")
     group.add_argument("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")

@@ -15,7 +15,7 @@ import threading
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from srl_utils.decoding import UnreadableImage, decode_rgb
 from srl_utils.errors import ResourceError, UserError
+from srl_utils.listing import PassedOver
 from srl_utils.pictures import (
     DECODE_ATTEMPTS,
     Framing,
@@ -40,7 +41,7 @@ from srl_utils.pictures import (
     to_tensor,
 )
 from srl_utils.resources import LOST_WORKER
-from srl_utils.sources import DataSource, Images, StreamImages, open_images, open_validation_folder
+from srl_utils.sources import DataSource, Images, StreamImages, open_images, open_validation
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +64,16 @@ class Batch(NamedTuple):
 
 
 class ValidationImages(NamedTuple):
-    """Images `[n,3,R,R]` in [-1,1], the names of the unreadable ones passed over, and a caption for each, "" for none."""
+    """Images `[n,3,R,R]` in [-1,1], a caption for each ("" if none was asked for), and what was left out."""
 
     images: Tensor
     unreadable: list[str]
+    """The names of images that cannot be decoded."""
     captions: list[str]
+    without_caption: list[str]
+    """The names of images that have none of the captions asked for."""
+    passed_over: list[PassedOver]
+    """What of a folder or of tars was not looked at."""
 
 
 class TrainingSamples(Dataset):
@@ -167,6 +173,8 @@ class TrainingData:
     num_images: int | None
     validation_images: Tensor
     description: str
+    passed_over: list[str]
+    """Lines on files that were not looked at, without their names."""
 
 
 def open_data(
@@ -184,11 +192,14 @@ def open_data(
         UserError: if there are none, if flags conflict, or if none of the images tried can be decoded.
     """
     framing = Framing(resolution=resolution, seed=seed, center_crop=center_crop, random_flip=random_flip)
-    training, validation = open_images(source, resolution, seed)
+    training, validation, passed_over = open_images(source, resolution, seed)
+    for part in filter(None, passed_over):
+        logger.warning("%s", part.report())
     _check_readable(training)
     validation_images = _decode_evenly(validation, num_validation_images, resolution).images
     # The last part of a path: the description is published with the model.
-    place = source.dataset_name or Path(source.train_data_dir).name
+    place = source.dataset_name or source.train_data_dir
+    place = Path(place).name if Path(place).exists() else place
     if isinstance(training, StreamImages):
         samples, num_images, amount = StreamSamples(images=training, framing=framing), None, "a stream of"
     else:
@@ -198,6 +209,7 @@ def open_data(
         num_images=num_images,
         validation_images=validation_images,
         description=f"{place}: {amount} training images, {len(validation_images)} validation images",
+        passed_over=[part.summary() for part in passed_over if part],
     )
 
 
@@ -206,19 +218,22 @@ def load_validation_images(
 ) -> ValidationImages:
     """Central squares spread evenly over the validation images (of a stream: the first), always the same ones.
 
-    A `source` with `validation_data_dir` needs no training data. The seed matters for held-out training images.
+    A `source` with `validation_data_dir` needs no training data. The seed matters for held-out training images. If the
+    source names captions, images without one are left out.
 
     Returns:
         Up to `num_images` images.
 
     Raises:
-        UserError: if there are no validation images or none of them can be decoded.
+        UserError: if there are no validation images or none of them can be used.
     """
-    if source.validation_data_dir:
-        validation = open_validation_folder(source)
-    else:
-        _, validation = open_images(source, resolution, seed)
-    return _decode_evenly(validation, num_images, resolution)
+    validation, passed_over = open_validation(source, resolution, seed)
+    captioned = source.caption_column is not None
+    without = [raw.name for raw in validation if not raw.caption] if captioned and isinstance(validation, list) else []
+    if without:
+        validation = [raw for raw in validation if raw.caption]
+    loaded = _decode_evenly(validation, num_images, resolution, captioned=captioned)
+    return loaded._replace(without_caption=without + loaded.without_caption, passed_over=passed_over)
 
 
 def training_batches(
@@ -346,11 +361,19 @@ def _check_readable(images: Images) -> None:
     raise UserError(f"none of {len(problems)} training images tried can be read; {problems[0]}")
 
 
-def _decode_evenly(images: Images, number: int, resolution: int) -> ValidationImages:
+def _decode_evenly(images: Images, number: int, resolution: int, *, captioned: bool = False) -> ValidationImages:
+    """Decode images from all over; where they must have captions, those without one are passed over."""
     decoded: list[Tensor] = []
     captions: list[str] = []
     unreadable: list[str] = []
-    for candidates in _stretches(images, number):
+    without: list[str] = []
+
+    def is_candidate(raw: RawImage) -> bool:
+        if captioned and not raw.caption:
+            without.append(raw.name)
+        return bool(raw.caption) or not captioned
+
+    for candidates in _stretches(images, number, is_candidate):
         for raw in candidates:
             try:
                 decoded.append(to_tensor(centre_square(decode_rgb(raw.source), resolution=resolution)))
@@ -359,19 +382,21 @@ def _decode_evenly(images: Images, number: int, resolution: int) -> ValidationIm
             except UnreadableImage as error:
                 unreadable.append(raw.name)
                 logger.warning("unreadable validation image, passed over: %s (%s)", raw.name, error)
+    if not decoded and without:
+        raise UserError(f"none of {len(without)} images has a caption, the first is {without[0]}")
     if not decoded:
         raise UserError(f"none of {len(unreadable)} validation images can be read; check the validation data")
-    return ValidationImages(torch.stack(decoded), unreadable, captions)
+    return ValidationImages(torch.stack(decoded), unreadable, captions, without, passed_over=[])
 
 
-def _stretches(images: Images, number: int) -> list[Iterator[RawImage]]:
+def _stretches(images: Images, number: int, is_candidate: Callable[[RawImage], bool]) -> list[Iterator[RawImage]]:
     """For each validation image to be shown, the candidates of which the first readable one is taken."""
     if isinstance(images, StreamImages):
         # One iterator, repeated: each stretch begins where the one before it ended.
-        return [islice(images, number + DECODE_ATTEMPTS)] * number
+        return [islice(filter(is_candidate, images), number + DECODE_ATTEMPTS)] * number
     bounds = np.linspace(0, len(images), min(number, len(images)) + 1).astype(int).tolist()
     return [
-        (images[index] for index in range(start, min(end, start + DECODE_ATTEMPTS)))
+        islice(filter(is_candidate, map(images.__getitem__, range(start, end))), DECODE_ATTEMPTS)
         for start, end in pairwise(bounds)
     ]
 

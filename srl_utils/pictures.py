@@ -91,8 +91,8 @@ class Framing:
         return to_tensor(random_square(picture, resolution=self.resolution, rng=rng), flip=flip)
 
 
-def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
-    """The files below `folder` with one of these lower-case suffixes, sorted; no hidden files or folders.
+def list_files(folder: Path, suffixes: frozenset[str] | None = None) -> list[Path]:
+    """The files below `folder` with one of these lower-case suffixes, or all of them, sorted; no hidden files or folders.
 
     Links to folders are followed, and each folder is listed once, so a loop of links ends. A folder that may not be
     read is passed over, and named in the log.
@@ -105,7 +105,7 @@ def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
         if real not in visited:
             found += [Path(directory, name) for name in names if not name.startswith(".")]
         visited.add(real)
-    return sorted(path for path in found if path.suffix.lower() in suffixes)
+    return sorted(path for path in found if suffixes is None or path.suffix.lower() in suffixes)
 
 
 def _note_unlisted(error: OSError) -> None:

@@ -24,6 +24,7 @@ def training_effects(args: argparse.Namespace) -> Effects:
         "revision": (hub_model, "a model of the Hub"),
         "cache_dir": (hub_model or data_set or args.train_data_dir is not None, "a model or a data set of the Hub"),
         "dataset_config_name": (data_set, "--dataset_name of a data set with configurations"),
+        "train_split": (data_set, "--dataset_name of a data set with splits"),
         "image_column": (data_set or args.train_data_dir is not None, "a data set with columns"),
         "streaming": (data_set or args.train_data_dir is not None, "a data set that can be streamed"),
         "dataloader_num_workers": (

@@ -241,7 +241,7 @@ def assert_one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
         ({"train_data_dir": "images", "validation_split": "1.5"}, ["--validation_split 1.5", "train", "0.05"]),
         ({"train_data_dir": "one"}, ["--validation_data_dir"]),
         ({"train_data_dir": "images", "max_train_samples": 0}, ["no images", "--max_train_samples"]),
-        ({"train_data_dir": "tar"}, ["--image_column image", "png", "json"]),
+        ({"train_data_dir": "tar", "image_column": "depth.png"}, ["--image_column depth.png", "png, json"]),
         ({"train_data_dir": "broken"}, ["training images tried can be read", "broken", "UnidentifiedImageError"]),
         ({"dataset_name": "./parquet", "image_column": "img"}, ["--image_column img", "image, text"]),
         ({"dataset_name": "./parquet", "validation_split": "dev"}, ["--validation_split dev", "train"]),
@@ -484,7 +484,7 @@ def test_held_out_images_are_not_trained_on(split: str | None, held_out: int, tm
     training = identities(joined(first_batches(data, data.num_images, batch_size=1))[1])
     assert len(validation) == held_out
     assert sorted(validation + training) == list(range(COUNT))
-    again, names, _ = load_validation_images(source, num_images=COUNT, resolution=RESOLUTION)
+    again, names, *_ = load_validation_images(source, num_images=COUNT, resolution=RESOLUTION)
     assert again.equal(data.validation_images) and names == []
     others = [opened(source, seed=seed, num_validation_images=COUNT).validation_images for seed in range(1, 5)]
     assert any(identities(other) != validation for other in others)
@@ -497,7 +497,7 @@ def test_validation_images_are_spread_evenly(tmp_path: Path) -> None:
     for number in range(COUNT):
         (folder / f"{number:02d}.png").write_bytes(png(number) if number != 3 else b"broken")
     source = DataSource(validation_data_dir=str(folder))
-    images, unreadable, _ = load_validation_images(source, num_images=4, resolution=RESOLUTION)
+    images, unreadable, *_ = load_validation_images(source, num_images=4, resolution=RESOLUTION)
     assert identities(images) == [0, 4, 6, 9]
     assert unreadable == [str(folder / "03.png")]
     assert images.shape == (4, 3, RESOLUTION, RESOLUTION)
@@ -544,7 +544,7 @@ def test_unreadable_validation_images(tmp_path: Path) -> None:
     folder = write_parquet(tmp_path / "stream")
     source = DataSource(dataset_name=str(folder), streaming=True)
     write_parquet(folder, [b"x", png(1), b"y", png(2)], "validation")
-    images, unreadable, _ = load_validation_images(source, num_images=4, resolution=RESOLUTION)
+    images, unreadable, *_ = load_validation_images(source, num_images=4, resolution=RESOLUTION)
     assert identities(images) == [1, 2] and len(unreadable) == 2
     write_parquet(folder, [b"x", b"y"], "validation")
     with pytest.raises(UserError, match="none of 2"):
@@ -628,7 +628,7 @@ raise SystemExit(7)
 
 
 def test_rows_and_keys_name_bad_images(tmp_path: Path) -> None:
-    """Oracle: the row of a table, counted in the whole split, and the key of a WebDataset sample."""
+    """Oracle: the row of a table, counted in the whole split, and the tar and the name there of a WebDataset member."""
     contents = [png(0), b"broken", png(2), png(3)]
     datasets.Dataset.from_dict({"image": contents}).save_to_disk(tmp_path / "saved")
     validation = str(write_folder(tmp_path / "val", range(1)))
@@ -641,9 +641,10 @@ def test_rows_and_keys_name_bad_images(tmp_path: Path) -> None:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     source = DataSource(train_data_dir=str(tmp_path / "tar"), validation_data_dir=validation, image_column="png")
-    assert first_batches(opened(source), 1)[0].bad_images == ["row 1 (key1)"]
+    name = f"{tmp_path / 'tar' / 'a.tar'}: key1.png"
+    assert first_batches(opened(source), 1)[0].bad_images == [name]
     stream = opened(DataSource(**(vars(source) | {"streaming": True})))
-    assert set(first_batches(stream, 1)[0].bad_images) == {"key1"}
+    assert set(first_batches(stream, 1)[0].bad_images) == {name}
 
 
 def test_small_images_are_scaled_up_and_counted(tmp_path: Path) -> None:

@@ -407,6 +407,28 @@ def test_captions_of_a_folder_need_their_file(world, tmp_path: Path, capsys) -> 
     assert "has no metadata.jsonl, with a line such as" in capsys.readouterr().err
     (tmp_path / "photos/metadata.jsonl").write_text("{}")
     assert exit_code(lambda: command.main(["generation", *world])) == 2
-    assert "cannot be read as lines of JSON with file_name and text" in capsys.readouterr().err
+    assert "metadata.jsonl: row 1 has no file_name" in capsys.readouterr().err
 
 
+def test_images_without_a_caption_are_left_out_and_named(world, tmp_path: Path, capsys) -> None:
+    """Oracle: specification; what is left of the six images, and the name of the one that is not."""
+    path = tmp_path / "photos/metadata.jsonl"
+    first, *others = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(others), encoding="utf-8")
+    assert command.main(["generation", *world, "--strengths", "0.6", "--metrics", "psnr", "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    name = str(tmp_path / "photos" / json.loads(first)["file_name"])
+    assert f"1 images without a caption were left out: {name}" in printed
+    assert f"{len(CAPTIONS) - 1} images, 2 VAEs" in printed
+
+
+def test_text_files_beside_the_images_are_captions(world, tmp_path: Path, capsys) -> None:
+    """Oracle: the same images and captions in the other form, so nothing is left out."""
+    path = tmp_path / "photos/metadata.jsonl"
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        (tmp_path / "photos" / row["file_name"]).with_suffix(".txt").write_text(row["text"], encoding="utf-8")
+    path.unlink()
+    few = ["--strengths", "0.6", "--metrics", "psnr", "--attacks", "clean", "--no_checks", "--dry_run"]
+    assert command.main(["editing", *world, "--replace", "ring=box", "star=cup", *few]) == 0
+    printed = capsys.readouterr().out
+    assert f"{len(CAPTIONS)} images, 2 VAEs" in printed and "without a caption" not in printed

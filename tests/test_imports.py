@@ -87,7 +87,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation.commands.common": {
         "attacks.protections", "autoencoders", "checkpoints", "codecs", "command_line", "data", "decoding", "errors",
         "evaluation.catalogue", "evaluation.document", "evaluation.editing", "evaluation.extremes", "evaluation.reconstruction",
-        "evaluation.report", "evaluation.sanity", "evaluation.study", "evaluation.tasks", "locking", "losses", "metrics", "pictures",
+        "evaluation.report", "evaluation.sanity", "evaluation.study", "evaluation.tasks", "listing", "locking", "losses", "metrics", "pictures",
         "set_metrics", "sources",
     },
     "evaluation.commands.reconstruction": {
@@ -98,7 +98,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation.reconstruction", "evaluation.study",
     },
     "evaluation.commands.editing": {
-        "command_line", "errors", "evaluation.catalogue", "evaluation.commands.common", "evaluation.editing",
+        "captions", "command_line", "errors", "evaluation.catalogue", "evaluation.commands.common", "evaluation.editing",
     },
     "evaluation.commands.poisoning": {
         "attacks.protections", "checkpoints", "command_line", "evaluation.catalogue",
@@ -116,8 +116,11 @@ ALLOWED: dict[str, set[str]] = {
     "jp2_boxes": set(),
     "decoding": {"colours", "jp2_boxes", "png_chunks", "sample_ranges", "tiff_pages"},
     "pictures": {"decoding", "images", "errors"},
-    "sources": {"decoding", "photographs", "errors", "pictures"},
-    "data": {"decoding", "errors", "pictures", "resources", "sources"},
+    "listing": {"decoding", "errors", "pictures"},
+    "captions": {"errors", "pictures"},
+    "webdataset": {"captions", "decoding", "errors", "listing", "pictures"},
+    "sources": {"captions", "errors", "listing", "photographs", "pictures", "webdataset"},
+    "data": {"decoding", "errors", "listing", "pictures", "resources", "sources"},
     "integrity": set(),
     "locking": {"errors"},
     "resources": {"errors"},

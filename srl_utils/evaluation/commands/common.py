@@ -46,6 +46,7 @@ from srl_utils.evaluation.report import Rows
 from srl_utils.evaluation.sanity import Check, Depth, check_robustness
 from srl_utils.evaluation.study import THREAT_MODELS, Job, Study
 from srl_utils.evaluation.tasks import Metrics, Task
+from srl_utils.listing import few
 from srl_utils.locking import sole_run
 from srl_utils.losses import PerceptualDistance, load_perceptual_distance
 from srl_utils.metrics import SSIM_WINDOW
@@ -274,12 +275,24 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
             source, num_images=args.num_images, resolution=args.resolution, seed=args.seed
         )
     except UserError as error:  # which names the flags of the training
-        raise type(error)(str(error).replace("--validation_data_dir", "--data_dir")) from None
+        raise type(error)(with_flags_of_evaluation(str(error))) from None
+    notes.extend(part.report() for part in loaded.passed_over if part)
+    if loaded.without_caption:
+        names = few(loaded.without_caption, 20)
+        notes.append(f"{len(loaded.without_caption)} images without a caption were left out: {names}")
     if loaded.unreadable:
         notes.append(f"{len(loaded.unreadable)} unreadable images were passed over: {', '.join(loaded.unreadable)}")
     if len(loaded.images) < args.num_images:
         notes.append(f"there are {len(loaded.images)} images and not the {args.num_images} of --num_images")
     return loaded
+
+
+def with_flags_of_evaluation(text: str) -> str:
+    """Return a message on the training's flags with this command's."""
+    flags = {"--validation_data_dir": "--data_dir", "--train_data_dir": "--data_dir", "--validation_split": "--split"}
+    for training, evaluation in flags.items():
+        text = text.replace(training, evaluation)
+    return text
 
 
 @torch.no_grad()
@@ -471,7 +484,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae", required=True, nargs="+", metavar="NAME=PLACE", help="VAEs to hold against it; the name may be left out")
     add("--dataset_name", default=None, help="Hub dataset, local dataset folder, or scikit-image")
     add("--data_dir", default=None, help="folder of images (nested)")
-    add("--split", default=None, help="split of the dataset; default: its validation or test split")
+    add("--split", default=None, help="split of the dataset, or a part: test[:10%%]; default: its validation, test or only split")
     add("--image_column", default="image", help="column of the dataset that holds the image")
     add("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
     add("--resolution", type=image_side, default=256, help="side of the images in pixels")
@@ -504,7 +517,7 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--pipeline", required=True, help="diffusion pipeline (folder or Hub id)")
-    add("--caption_column", default=None, help="of the data set, or of the metadata.jsonl in --data_dir")
+    add("--caption_column", default=None, help="of the data set, the tars, or the metadata.jsonl, metadata.csv or text files in --data_dir")
     add("--classifier", default=None, help="image classifier (folder or Hub id): takes Inception's place, and judges prompts")
     add("--num_inference_steps", type=positive_int, default=50)
     add("--guidance_scale", type=non_negative_float, default=7.5)

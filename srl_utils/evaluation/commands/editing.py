@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median_low
 
+from srl_utils.captions import decode_text, lines_of
 from srl_utils.command_line import Effects
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import select
@@ -92,10 +93,9 @@ def edit_prompts(args: argparse.Namespace, setup: Setup) -> Sequence[str]:
 def read_prompts(path: Path, count: int) -> list[str]:
     """A line for each of `count` images, or one for all of them."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        prompts = lines_of(decode_text(path.read_bytes()))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path} cannot be read: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
     if len(prompts) not in (1, count):
         raise UserError(f"--prompts {path} has {len(prompts)} lines; {count} images need as many, or one for all")
     return prompts * count if len(prompts) == 1 else prompts

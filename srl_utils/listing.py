@@ -1,0 +1,162 @@
+"""Lists the pictures of a folder, and the files that are passed over with the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from srl_utils.decoding import picture_formats, picture_suffixes
+from srl_utils.errors import one_line
+from srl_utils.pictures import list_files
+
+MAGIC_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF")
+HEAD = 64  # bytes that tell a format
+BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # lengths; the two letters before them also begin words
+
+
+class Software(NamedTuple):
+    """What a format needs, and how its files are told: by suffix, brand (of the ISO formats) or first bytes."""
+
+    reason: str
+    suffixes: frozenset[str]
+    brands: frozenset[bytes] = frozenset()
+    beginnings: tuple[bytes, ...] = ()
+
+
+SOFTWARE = (
+    Software(  # before HEIF, whose general brands its files also have
+        "needs Pillow 11.3 or newer: pip install --upgrade pillow",
+        suffixes=frozenset({".avif", ".avifs"}),
+        brands=frozenset({b"avif", b"avis"}),
+    ),
+    Software(
+        "needs pillow-heif: pip install pillow-heif",
+        suffixes=frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"}),
+        brands=frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}),
+    ),
+    Software(
+        "needs pillow-jxl-plugin: pip install pillow-jxl-plugin",
+        suffixes=frozenset({".jxl"}),
+        beginnings=(b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
+    ),
+)
+NO_FORMAT = "no format that Pillow reads"
+NO_SUFFIX = "no suffix, and no picture by its content"
+# Captions, tables, caches of trainers, notes and what systems leave behind: nobody expects pictures there.
+COMPANIONS = frozenset({
+    ".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".npy", ".npz", ".safetensors", ".xml",
+    ".yaml", ".yml", ".toml", ".md", ".rst", ".html", ".log", ".ini", ".db", ".aae", ".xmp", ".url", ".lnk", ".py", ".sh",
+    ".sha256", ".md5",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """Files, or samples of tars, that were not looked at: their names by reason."""
+
+    names: Mapping[str, list[str]] = field(default_factory=dict)
+    kind: str = "files"
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[str, str]], kind: str = "files") -> PassedOver:
+        """Group pairs of (reason, name)."""
+        names: dict[str, list[str]] = {}
+        for reason, name in pairs:
+            names.setdefault(reason, []).append(name)
+        return cls(names, kind)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.names.values()))
+
+    def summary(self) -> str:
+        """Return a line of counts and reasons without names."""
+        reasons = "; ".join(f"{reason} ({len(names)})" for reason, names in self.names.items())
+        return f"{len(self)} {self.kind} were not looked at: {reasons}"
+
+    def report(self) -> str:
+        """Return `summary` with the first few names of each reason."""
+        reasons = "; ".join(f"{reason} ({len(names)}: {few(names)})" for reason, names in self.names.items())
+        return f"{len(self)} {self.kind} were not looked at: {reasons}"
+
+
+def list_pictures(folder: Path) -> tuple[list[Path], PassedOver]:
+    """List the pictures below `folder`, sorted, and count the other files.
+
+    A file without a suffix is a picture if its first bytes say so. Hidden files are left out of both. So are
+    companions of pictures, such as captions and tables.
+    """
+    pictures, others = [], []
+    for path in list_files(folder):
+        reason = why_no_picture(path)
+        if reason is None:
+            pictures.append(path)
+        elif path.suffix.lower() not in COMPANIONS:
+            others.append((reason, str(path.relative_to(folder))))
+    return pictures, PassedOver.of(sorted(others))
+
+
+def why_no_picture(path: Path) -> str | None:
+    """Return why a file is not read as a picture; None if it is one."""
+    suffix = suffix_of(path.name)
+    if suffix in picture_suffixes():
+        return None
+    return reason_of(suffix, _head(path) if is_told_by_content(suffix) else b"")
+
+
+def suffix_of(name: str) -> str:
+    """Return the lower-case suffix, "" for none; a number, as in `scan.0001`, is none."""
+    suffix = os.path.splitext(name)[1].lower()
+    return "" if suffix[1:].isdigit() else suffix
+
+
+def is_told_by_content(suffix: str) -> bool:
+    """Return whether the suffix leaves open what the file holds: phones also name JPEG files .heic."""
+    return suffix == "" or any(suffix in software.suffixes for software in SOFTWARE)
+
+
+def reason_of(suffix: str, head: bytes) -> str | None:
+    """Return why a file whose suffix is not that of a picture is not read; None if `head` begins a picture.
+
+    Args:
+        suffix: lower-case, "" for none.
+        head: the first bytes, or none where they do not matter.
+    """
+    # Raw photographs, of many suffixes, begin like a TIFF, which holds no more than their thumbnail.
+    if any(_accepts(name, head) for name in MAGIC_FORMATS if not (suffix and name == "TIFF")):
+        return None
+    brands = {head[start : start + 4] for start in range(8, len(head), 4)} if head[4:8] == b"ftyp" else set()
+    for software in SOFTWARE:
+        if suffix in software.suffixes or brands & software.brands or head.startswith(software.beginnings):
+            return software.reason
+    return NO_FORMAT if suffix else NO_SUFFIX
+
+
+def _accepts(name: str, head: bytes) -> bool:
+    """Return whether the bytes begin a file of this format, and Pillow can decode it."""
+    if name not in picture_formats() or (name == "BMP" and int.from_bytes(head[14:18], "little") not in BMP_HEADERS):
+        return False
+    accept = Image.OPEN[name][1]
+    told = accept is not None and len(head) >= 4 and accept(head[:16])
+    return bool(told) and not isinstance(told, str)  # a text says which software is missing
+
+
+def _head(path: Path) -> bytes:
+    """Return the first bytes of a regular file; none of what cannot be read."""
+    try:
+        if path.is_file():  # a pipe would wait for ever
+            with path.open("rb") as file:
+                return file.read(HEAD)
+    except OSError:
+        pass
+    return b""
+
+
+def few(names: Sequence[str], number: int = 3) -> str:
+    """Return the first names, each in one line."""
+    shown = ", ".join(map(one_line, names[:number]))
+    return f"{shown}, ..." if len(names) > number else shown
