@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srl_utils.autoencoders import AutoencoderSource, downsampling_factor, load_autoencoder, read_config
 from srl_utils.errors import UserError
+from srl_utils.pipelines.precision import fit_for, note_taken_out
 
 STRUCTURE = ("in_channels", "out_channels", "latent_channels")
 FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -39,7 +40,8 @@ def swap_vae(
     The newcomer takes over device, dtype, slicing and tiling, and the pipeline's offloading is put on again around
     it. A VAE object of the pipeline's dtype is put in as it is; of one with another dtype a converted copy is, so
     that the caller's weights keep their precision. `force_upcast` stays the newcomer's own: it says what its weights
-    bear.
+    bear. One that overflows in a half-precision pipeline all the same is put in as a copy with `force_upcast`, or
+    refused if the pipeline would not look at that.
 
     Args:
         pipe: any pipeline with an `AutoencoderKL` as its `.vae`.
@@ -49,13 +51,14 @@ def swap_vae(
 
     Raises:
         UserError: if `pipe` has no such VAE, if `vae` cannot be loaded, or if it does not fit: other channels,
-            down-sampling, or factors.
+            down-sampling, or factors; or if it overflows in the pipeline's precision.
     """
     previous = _vae_of(pipe)
     replacement = resolve_vae(vae, subfolder=subfolder, revision=revision, variant=variant)
     _check_fit(replacement, previous, allow_mismatch)
     with _offload_suspended(pipe):
-        pipe.register_modules(vae=_in_place_of(previous, replacement))
+        pipe.register_modules(vae=fit_for(pipe, _in_place_of(previous, replacement)))
+    note_taken_out(previous)
     return previous
 
 
@@ -101,11 +104,10 @@ def robustify(
     _check_fit(source, own, allow_mismatch)
     with _offload_suspended(pipe):
         _check_same_encoder(source, own)
+        upcast = fit_for(pipe, _trial(source, own)).config.force_upcast
         previous = copy.deepcopy(own, {id(tensor): tensor for tensor in _tensors(own, DECODER_PARTS).values()})
-        for part in ENCODER_PARTS:
-            if getattr(own, part) is not None:
-                getattr(own, part).load_state_dict(getattr(source, part).state_dict())
-    if source.config.force_upcast:  # fp16 overflows in the new encoder, whatever the old one bore
+        _copy_encoder(source, own)
+    if upcast:  # fp16 overflows in the new encoder, whatever the old one bore
         own.register_to_config(force_upcast=True)
     return previous
 
@@ -131,6 +133,20 @@ def resolve_vae(
     )
     read_config(source)
     return load_autoencoder(source)
+
+
+def _trial(source: AutoencoderKL, own: AutoencoderKL) -> AutoencoderKL:
+    """What `robustify` will make of `own`, which stays as it is."""
+    trial = copy.deepcopy(own, {id(tensor): tensor for tensor in _tensors(own, DECODER_PARTS).values()})
+    _copy_encoder(source, trial)
+    trial.register_to_config(force_upcast=own.config.force_upcast or source.config.force_upcast)
+    return trial
+
+
+def _copy_encoder(source: AutoencoderKL, target: AutoencoderKL) -> None:
+    for part in ENCODER_PARTS:
+        if getattr(target, part) is not None:
+            getattr(target, part).load_state_dict(getattr(source, part).state_dict())
 
 
 def _vae_of(pipe: DiffusionPipeline) -> AutoencoderKL:
