@@ -127,11 +127,17 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": {"autoencoder_files", "autoencoders", "errors", "integrity", "resources"},
     "command_line": {"errors", "images", "resources"},
     "pipelines": {"pipelines.sanitizing", "pipelines.swapping"},
-    "pipelines.swapping": {"errors", "autoencoders"},
-    "pipelines.sanitizing": {"autoencoders", "decoding", "images", "pipelines.swapping"},
+    "pipelines.precision": {"autoencoder_files", "autoencoders", "errors"},
+    "pipelines.swapping": {"errors", "autoencoders", "pipelines.precision"},
+    "pipelines.metadata": set(),
+    "pipelines.sanitizing": {
+        "autoencoders", "decoding", "images", "pipelines.metadata", "pipelines.precision", "pipelines.swapping",
+    },
+    "pipelines.formats": {"checkpoints", "pipelines.metadata"},
+    "pipelines.files": {"decoding", "errors", "pipelines.formats", "pipelines.metadata", "pipelines.sanitizing"},
     "pipelines.__main__": {
-        "checkpoints", "command_line", "decoding", "errors", "pictures", "pipelines.sanitizing", "pipelines.swapping",
-        "resources",
+        "command_line", "decoding", "errors", "pictures", "pipelines.files", "pipelines.formats", "pipelines.sanitizing",
+        "pipelines.swapping", "resources",
     },
     "journal": {"checkpoints"},
     "evaluation.judge": {

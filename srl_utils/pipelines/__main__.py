@@ -6,43 +6,124 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm.auto import tqdm
 
-from srl_utils.checkpoints import write_atomically
 from srl_utils.command_line import Parser, exit_code, positive_int
-from srl_utils.decoding import UnreadableImage, decode_rgb, picture_suffixes
+from srl_utils.decoding import UnreadableImage, open_picture, picture_suffixes
 from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.pictures import list_files
-from srl_utils.pipelines.sanitizing import TILE_ABOVE, sanitize
+from srl_utils.pipelines.files import check_size, check_writable, fitting_target, sanitize_file
+from srl_utils.pipelines.formats import format_of, writable_suffixes
+from srl_utils.pipelines.sanitizing import TILE_ABOVE
 from srl_utils.pipelines.swapping import resolve_vae
 from srl_utils.resources import failed_write
 
-WRITABLE = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+@dataclass
+class Outcome:
+    """What has become of the images so far; each list holds lines that name one."""
+
+    written: int = 0
+    files: set[tuple[int, int]] = field(default_factory=set)
+    """Device and inode of what was written."""
+    unreadable: list[str] = field(default_factory=list)
+    unwritten: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     jobs = list(plan(args.input, args.output))
+    if args.input.is_file():
+        check_before(*jobs[0], args)
     vae = resolve_vae(args.vae, subfolder=args.subfolder, revision=args.revision, variant=args.variant)
     vae.to(args.device)
-    unreadable = []
+    outcome = Outcome()
     for source, target in tqdm(jobs, desc="sanitize", unit="image"):
-        try:
-            picture = decode_rgb(source)
-        except UnreadableImage as error:
-            unreadable.append(one_line(f"{source} ({error})"))
-            continue
-        save(sanitize(picture, vae, tile_above=args.tile_above), target)
-    if len(unreadable) == len(jobs):
-        raise UserError(f"nothing was written: none of {len(jobs)} images can be read, the first is {unreadable[0]}")
-    print(f"{len(jobs) - len(unreadable)} images written to {args.output}")
-    if unreadable:
-        print(f"{len(unreadable)} images cannot be read:", *unreadable, sep="\n  ", file=sys.stderr)
+        work(source, target, vae, args, outcome)
+    report(outcome, len(jobs), args.output)
     return 0
+
+
+def work(source: Path, target: Path, vae: AutoencoderKL, args: argparse.Namespace, outcome: Outcome) -> None:
+    """Sanitizes one image. What is wrong with it is noted, and the others still have their turn."""
+    try:
+        place = unlike(outcome, fitting_target(source, target, max_pixels=args.max_pixels))
+        check_writable(place)
+        lost = sanitize_file(source, place, vae, tile_above=args.tile_above, max_pixels=args.max_pixels)
+        found = os.lstat(place)
+    except UnreadableImage as error:
+        outcome.unreadable.append(one_line(f"{source} ({reason_of(error)})"))
+        return
+    except OSError as error:
+        if reason := failed_write(error):
+            raise ResourceError(f"cannot write {target}: {reason}") from None
+        outcome.unwritten.append(one_line(f"{target} ({error.strerror or error})"))
+        return
+    outcome.written += 1
+    outcome.files.add((found.st_dev, found.st_ino))
+    if place != target:
+        lost.insert(0, f"its name (written as {place.name})")
+    if lost:
+        outcome.lost.append(one_line(f"{source}: {'; '.join(lost)}"))
+
+
+def report(outcome: Outcome, wanted: int, output: Path) -> None:
+    """Prints what was done.
+
+    Raises:
+        UserError: if nothing was written, or an image that was read has not been.
+    """
+    if len(outcome.unreadable) == wanted:
+        raise UserError(f"nothing was written: none of {wanted} images can be read, the first is {outcome.unreadable[0]}")
+    print(f"{outcome.written} images written to {output}")
+    for lines, what in (
+        (outcome.unreadable, "images cannot be read"),
+        (outcome.lost, "images lost something in their new format"),
+    ):
+        if lines:
+            print(f"{len(lines)} {what}:", *lines, sep="\n  ", file=sys.stderr)
+    if outcome.unwritten:
+        raise UserError(f"cannot write {len(outcome.unwritten)} of {wanted} images: {', '.join(outcome.unwritten)}")
+
+
+def reason_of(error: UnreadableImage) -> str:
+    """In one line, with the flag that helps."""
+    bomb = "DecompressionBomb" in str(error)
+    return f"{error}; --max_pixels reads larger pictures" if bomb else str(error)
+
+
+def unlike(outcome: Outcome, target: Path) -> Path:
+    """`target`, or a numbered name beside it if this run has written there: some disks take `a.jpg` for `A.JPG`."""
+    for number in count(2):
+        try:
+            found = os.lstat(target)
+        except FileNotFoundError:
+            return target
+        if (found.st_dev, found.st_ino) not in outcome.files:
+            return target
+        target = target.with_name(f"{target.stem}-{number}{target.suffix}")
+
+
+def check_before(source: Path, target: Path, args: argparse.Namespace) -> None:
+    """Raises a UserError if the only image cannot be written, before a VAE is loaded."""
+    try:
+        check_writable(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+    try:
+        with open_picture(source, max_pixels=args.max_pixels) as image:
+            if not args.output.is_dir():
+                check_size(image, format_of(target))
+    except UnreadableImage as error:
+        raise UserError(f"nothing was written: none of 1 images can be read, the first is {source} ({reason_of(error)})") from None
 
 
 def plan(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
@@ -54,12 +135,12 @@ def plan(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
     if not source.exists():
         raise UserError(f"{source} does not exist")
     if source.is_file() and target.is_dir():
-        target = writable(target / source.name)
-    if source.resolve() == target.resolve():
+        target = writable(target / source.name, set())
+    if source.resolve() == target.resolve() or (target.exists() and source.samefile(target)):
         raise UserError(f"{target} is the input; give the result a place of its own")
     if source.is_file():
-        if target.suffix.lower() not in WRITABLE:
-            raise UserError(f"{target} must end in one of {', '.join(sorted(WRITABLE))}")
+        if format_of(target) is None:
+            raise UserError(f"{target} must end in one of {', '.join(writable_suffixes())}")
         yield source, target
         return
     if target.is_file():
@@ -69,27 +150,19 @@ def plan(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
     files = [file for file in list_files(source, picture_suffixes()) if not os.path.realpath(file).startswith(inside)]
     if not files:
         raise UserError(f"{source} holds no images")
+    taken = {target / file.relative_to(source) for file in files if format_of(file) is not None}
     for file in files:
-        yield file, writable(target / file.relative_to(source))
+        yield file, writable(target / file.relative_to(source), taken)
 
 
-def writable(place: Path) -> Path:
-    """`place`, or a PNG's beside it where its own format can only be read."""
-    return place if place.suffix.lower() in WRITABLE else place.with_name(f"{place.name}.png")
-
-
-def save(picture: Image.Image, target: Path) -> None:
-    """Writes `picture` in the format of the name's suffix, with little loss where that format loses any.
-
-    Raises:
-        UserError: if there is no writing there; a ResourceError if the disk is full.
-    """
-    form = Image.registered_extensions()[target.suffix.lower()]
-    try:
-        write_atomically(target, lambda aside: picture.save(aside, format=form, quality=95))
-    except OSError as error:
-        kind = ResourceError if failed_write(error) else UserError
-        raise kind(f"cannot write {target}: {error.strerror or error}") from None
+def writable(place: Path, taken: set[Path]) -> Path:
+    """`place`, or a PNG's beside it where its own format can only be read; that one is added to `taken`."""
+    if format_of(place) is not None:
+        return place
+    names = chain([f"{place.name}.png"], (f"{place.name}-{number}.png" for number in count(2)))
+    free = next(path for path in map(place.with_name, names) if path not in taken)
+    taken.add(free)
+    return free
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -108,6 +181,10 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument(
         "--tile_above", type=positive_int, default=TILE_ABOVE, help="process larger images (longer side) in tiles"
     )
+    command.add_argument(
+        "--max_pixels", type=positive_int, default=None,
+        help=f"largest picture to read, in pixels (default: Pillow's {Image.MAX_IMAGE_PIXELS})",
+    )  # fmt: skip
     command.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     command.refuse_without_effect({"revision": (not os.path.isdir(args.vae), "a model of the Hub")})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -15,8 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from srl_utils.autoencoders import downsampling_factor
-from srl_utils.decoding import decode_rgb
+from srl_utils.decoding import to_srgb
 from srl_utils.images import check_images, from_pil, to_model_range, to_pil, to_unit_range
+from srl_utils.pipelines.metadata import read_metadata, srgb_profile
+from srl_utils.pipelines.precision import reconstruct
 from srl_utils.pipelines.swapping import resolve_vae
 
 TILE_ABOVE = 1024
@@ -33,7 +33,7 @@ def sanitize(
     by repeating the border, and cropped back.
 
     Args:
-        images: a PIL image of any mode (transparent parts over white), an array `[H,W,3]` or `[N,H,W,3]`, a tensor
+        images: a PIL image of any mode (of an animation the frame it is at), an array `[H,W,3]` or `[N,H,W,3]`, a tensor
             `[3,H,W]` or `[N,3,H,W]` (floats in [0,1], as pipelines return them, or uint8 in [0,255]), or a list of
             any of these, of any sizes.
         vae: an `AutoencoderKL`, a folder, or a Hub id; given an object, it is not loaded for each call.
@@ -41,17 +41,19 @@ def sanitize(
         loading: `subfolder`, `revision`, `variant` of a folder or Hub id.
 
     Returns:
-        The same kind, size and dtype; PIL images are RGB.
+        The same kind, size and dtype. PIL images are upright and sRGB, RGBA with the same alpha where the image has
+        transparency, else RGB; `info` keeps `dpi`, `exif`, `xmp` and `comment`. A half-precision VAE that overflows
+        computes in float32.
 
     Raises:
-        UserError: if `vae` cannot be loaded.
+        UserError: if `vae` cannot be loaded, or returns values that are not finite.
         ValueError: if `images` are none of the above; UnreadableImage, a ValueError, if a PIL image is broken.
     """
     model = resolve_vae(vae, **loading)
     if isinstance(images, (list, tuple)):
         return [sanitize(image, model, tile_above=tile_above) for image in images]
     if isinstance(images, Image.Image):
-        return to_pil(_purify(from_pil(decode_rgb(images))[None], model, tile_above)[0])
+        return _sanitize_picture(images, model, tile_above)
     if isinstance(images, np.ndarray):
         channels_first = np.moveaxis(images, -1, -3) if images.ndim in (3, 4) else images
         cleaned = _sanitize_tensor(torch.from_numpy(np.ascontiguousarray(channels_first)), model, tile_above)
@@ -59,6 +61,52 @@ def sanitize(
     if isinstance(images, Tensor):
         return _sanitize_tensor(images, model, tile_above)
     raise ValueError(f"expected PIL images, arrays or tensors, got {type(images).__name__}")
+
+
+def purify_frame(
+    image: Image.Image, vae: AutoencoderKL, tile_above: int, *, flat: bool = False
+) -> tuple[Image.Image, Image.Image | None]:
+    """Return the current frame of an opened picture after encoding and decoding, upright, RGB or RGBA, and its alpha.
+
+    The alpha stays as it is. Fully transparent parts get the colours around them first, so that what they hide does not
+    shine through at their edges. With `flat`, transparent parts are laid over white instead.
+    """
+    colour, alpha = to_srgb(image)
+    if alpha is not None and flat:
+        colour = Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
+    elif alpha is not None:
+        colour = spread_colours(colour, alpha)
+    cleaned = to_pil(_purify(from_pil(colour)[None], vae, tile_above)[0])
+    if alpha is not None and not flat:
+        cleaned.putalpha(alpha)
+    return cleaned, alpha
+
+
+def spread_colours(colour: Image.Image, alpha: Image.Image) -> Image.Image:
+    """Return an RGB picture whose fully transparent parts have the visible colours around them.
+
+    Args:
+        colour: RGB.
+        alpha: mode L, of the same size.
+    """
+    if alpha.getextrema()[0] > 0 or max(colour.size) == 1:
+        return colour
+    coarse = colour.copy()
+    coarse.putalpha(alpha)
+    coarse = coarse.reduce(2)  # weighted by alpha
+    coarse_alpha = coarse.getchannel("A").point([0] + [255] * 255)
+    around = spread_colours(coarse.convert("RGB"), coarse_alpha).resize(colour.size, Image.Resampling.BILINEAR)
+    return Image.composite(colour, around, alpha.point([0] + [255] * 255))
+
+
+def _sanitize_picture(image: Image.Image, vae: AutoencoderKL, tile_above: int) -> Image.Image:
+    cleaned, _ = purify_frame(image, vae, tile_above)
+    metadata = read_metadata(image)
+    kept = {"dpi": metadata.dpi, "xmp": metadata.xmp, "comment": metadata.comment, "icc_profile": srgb_profile()}
+    if len(metadata.exif):
+        kept["exif"] = metadata.exif.tobytes()
+    cleaned.info = {name: value for name, value in kept.items() if value}
+    return cleaned
 
 
 def _sanitize_tensor(images: Tensor, vae: AutoencoderKL, tile_above: int) -> Tensor:
@@ -89,30 +137,5 @@ def _purify(images: Tensor, vae: AutoencoderKL, tile_above: int) -> Tensor:
     height, width = images.shape[-2:]
     factor = downsampling_factor(vae.config)
     padded = F.pad(images.float(), (0, -width % factor, 0, -height % factor), mode="replicate")
-    with torch.no_grad(), _set_up(vae, tiled=max(height, width) > tile_above):
-        latents = vae.encode(padded.to(_execution_device(vae), vae.dtype)).latent_dist.mean
-        reconstructions = vae.decode(latents).sample
-    return reconstructions[..., :height, :width].float().clamp(-1, 1)
-
-
-def _execution_device(vae: AutoencoderKL) -> torch.device:
-    """Where `vae` computes; an offloading pipeline keeps its weights elsewhere in between."""
-    hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return next((torch.device(device) for device in devices if device is not None), vae.device)
-
-
-@contextmanager
-def _set_up(vae: AutoencoderKL, *, tiled: bool) -> Iterator[None]:
-    """Within, `vae` tiles if `tiled`, and computes in float32 if it cannot bear fp16; afterwards as before."""
-    tiling, dtype = vae.use_tiling, vae.dtype
-    upcast = dtype == torch.float16 and vae.config.force_upcast
-    vae.use_tiling = tiling or tiled
-    if upcast:
-        vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        vae.use_tiling = tiling
-        if upcast:
-            vae.to(dtype)
+    reconstructions = reconstruct(padded, vae, tiled=max(height, width) > tile_above)
+    return reconstructions[..., :height, :width].clamp(-1, 1)

@@ -17,6 +17,7 @@ from torch import nn
 
 from srl_utils.autoencoders import AutoencoderSource, downsampling_factor, load_autoencoder, read_config
 from srl_utils.errors import UserError, WrongType
+from srl_utils.pipelines.precision import fit_for
 
 STRUCTURE = ("in_channels", "out_channels", "latent_channels")
 FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -47,7 +48,8 @@ def swap_vae(
     The newcomer takes over device, dtype, slicing and tiling, and the pipeline's offloading is put on again around
     it. A VAE object of the pipeline's dtype is put in as it is; of one with another dtype a converted copy is, so
     that the caller's weights keep their precision. `force_upcast` stays the newcomer's own: it says what its weights
-    bear.
+    bear. One that overflows in a half-precision pipeline all the same is put in as a copy with `force_upcast`, or
+    refused if the pipeline would not look at that.
 
     Args:
         pipe: any pipeline with an `AutoencoderKL` as its `.vae`.
@@ -60,13 +62,15 @@ def swap_vae(
         MissingFile: a FileNotFoundError, if there is no VAE at that place.
         WrongType: a TypeError, if `vae` or the VAE of `pipe` is no `AutoencoderKL`.
         UserError: a ValueError and the base of both, if `vae` cannot be loaded; if it does not fit: other channels,
-            down-sampling, or factors; or if `pipe` has a device map, group offloading, or another pipeline's hooks.
+            down-sampling, or factors; or if `pipe` has a device map, group offloading, or another
+            pipeline's hooks; or if `vae` overflows in the pipeline's precision.
     """
     previous = _vae_of(pipe)
     replacement = resolve_vae(vae, subfolder=subfolder, revision=revision, variant=variant)
     _check_newcomer(replacement, pipe, allow_mismatch)
     with _offload_suspended(pipe):
-        _register(pipe, _in_place_of(previous, replacement))
+        newcomer = _in_place_of(previous, replacement)
+        _register(pipe, newcomer if _had(pipe, replacement) else fit_for(pipe, newcomer))
     return previous
 
 
@@ -122,7 +126,7 @@ def robustify(
             getattr(robust, part).load_state_dict(_plain(getattr(source, part)).state_dict())
         if source.config.force_upcast:  # fp16 overflows in the new encoder, whatever the old one bore
             robust.register_to_config(force_upcast=True)
-        _register(pipe, robust)
+        _register(pipe, fit_for(pipe, robust))
     return previous
 
 
@@ -162,9 +166,14 @@ def _register(pipe: DiffusionPipeline, vae: AutoencoderKL) -> None:
     pipe.register_modules(vae=vae)
 
 
+def _had(pipe: DiffusionPipeline, vae: AutoencoderKL) -> bool:
+    """Whether `vae` is in `pipe` or was: putting it back never fails."""
+    return vae is pipe.vae or vae in _TAKEN_OUT.get(pipe, ())
+
+
 def _check_newcomer(candidate: AutoencoderKL, pipe: DiffusionPipeline, allow_mismatch: bool) -> None:
     """Raises a UserError unless `candidate` fits `pipe` and its weights are at hand."""
-    if candidate is pipe.vae or candidate in _TAKEN_OUT.get(pipe, ()):
+    if _had(pipe, candidate):
         return
     if _offloaded(candidate):
         raise UserError(

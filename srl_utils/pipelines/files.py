@@ -1,0 +1,120 @@
+"""Sanitizing a picture file, with all its frames and with what it says of itself."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from srl_utils.decoding import UnreadableImage, open_picture
+from srl_utils.errors import UserError
+from srl_utils.pipelines.formats import ANIMATION, FULLY, PAGES, PARTLY, Film, Format, format_of, losses, write_film
+from srl_utils.pipelines.metadata import read_metadata
+from srl_utils.pipelines.sanitizing import purify_frame
+
+# Of other formats the further frames are layers, sizes, previews or gain maps of one picture.
+SEQUENCES = {"GIF": ANIMATION, "PNG": ANIMATION, "WEBP": ANIMATION, "AVIF": ANIMATION, "FLI": ANIMATION, "TIFF": PAGES, "DCX": PAGES}
+WEBP_HEAD = 2**16  # bytes, in which the first pixels begin
+
+
+def sanitize_file(
+    source: Path, target: Path, vae: AutoencoderKL, *, tile_above: int, max_pixels: int | None = None
+) -> list[str]:
+    """Encode and decode every frame of a picture file and write it, in the format that the target's suffix names.
+
+    Args:
+        source: a file of any readable format.
+        target: the file to write; its suffix is one of `writable_suffixes`.
+        vae: the robust VAE.
+        tile_above: pictures with a longer side are processed in tiles.
+        max_pixels: the largest picture to read, in place of Pillow's limit.
+
+    Returns:
+        What the written file lacks of `source`, in words.
+
+    Raises:
+        UnreadableImage: if the picture or one of its frames cannot be read.
+        UserError: if the target's format cannot hold the picture; nothing has been computed then.
+        OSError: if there is no writing at `target`.
+    """
+    form = format_of(target)
+    with open_picture(source, max_pixels=max_pixels) as image:
+        check_size(image, form)
+        count, sequence = _count_frames(image), SEQUENCES.get(image.format or "", "")
+        film, alphas = Film(lossless=_is_lossless_webp(source)), set()
+        for index in range(count if sequence and sequence == form.sequence else 1):
+            _seek(image, index)
+            frame, alpha = purify_frame(image, vae, tile_above, flat=not form.alpha)
+            film.frames.append(frame)
+            film.durations.append(_duration(image))
+            alphas |= _alpha_kinds(alpha)
+            if index == 0:  # and loaded, so that what follows its pixels is known
+                metadata, film.loop = read_metadata(image), image.info.get("loop")
+                film.still_first = bool(image.info.get("default_image"))
+        lost = losses(count, sequence or f"pictures in the {image.format} file", alphas, form)
+        return lost + write_film(film, metadata, target, form)
+
+
+def check_size(image: Image.Image, form: Format) -> None:
+    """Raise a UserError if `form` cannot hold a picture of this size."""
+    if reason := form.refusal(image.size):
+        raise UserError(f"{reason}; end the name of the output in .png or .tif")
+
+
+def fitting_target(source: Path, target: Path, *, max_pixels: int | None = None) -> Path:
+    """Return `target`, or a PNG beside it if its format cannot hold the picture at `source`."""
+    form = format_of(target)
+    with open_picture(source, max_pixels=max_pixels) as image:
+        fits = form is not None and form.refusal(image.size) is None
+    return target if fits else target.with_name(f"{target.name}.png")
+
+
+def check_writable(target: Path) -> None:
+    """Raise an OSError if no file can be written at `target`; leaves nothing behind."""
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder")
+    with suppress(FileNotFoundError):
+        os.lstat(target)  # tells of a name that is too long
+    folder = next(parent for parent in target.parents if os.path.lexists(parent))
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _count_frames(image: Image.Image) -> int:
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception as error:  # on broken files Pillow raises nearly anything
+        raise UnreadableImage(f"its frames cannot be counted: {error}") from error
+
+
+def _seek(image: Image.Image, index: int) -> None:
+    if index == 0:
+        return
+    try:
+        image.seek(index)
+    except Exception as error:
+        raise UnreadableImage(f"frame {index + 1} cannot be read: {error}") from error
+
+
+def _duration(image: Image.Image) -> float:
+    """In milliseconds, of the frame that was loaded last."""
+    try:
+        return float(image.info.get("duration", 0))
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _alpha_kinds(alpha: Image.Image | None) -> set[str]:
+    """`FULLY` and `PARTLY`, as far as pixels are transparent."""
+    counts = [0] * 256 if alpha is None else alpha.histogram()
+    return ({FULLY} if counts[0] else set()) | ({PARTLY} if any(counts[1:255]) else set())
+
+
+def _is_lossless_webp(source: Path) -> bool:
+    with source.open("rb") as file:
+        head = file.read(WEBP_HEAD)
+    return head[8:12] == b"WEBP" and b"VP8L" in head

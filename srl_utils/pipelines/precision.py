@@ -1,0 +1,129 @@
+"""Reconstructions that half precision cannot spoil."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import Tensor
+
+from srl_utils.autoencoder_files import check_parameters
+from srl_utils.autoencoders import downsampling_factor
+from srl_utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+HALF = (torch.float16, torch.bfloat16)
+PROBE_SIDE = 8  # latent pixels
+
+
+def reconstruct(images: Tensor, vae: AutoencoderKL, *, tiled: bool = False) -> Tensor:
+    """Encode and decode images by the posterior's mean.
+
+    The VAE computes in its own dtype, an fp16 one with `force_upcast` in float32. Images for which half precision
+    gives values that are not finite are computed again by a float32 copy. `vae` itself is left as it is at all times, so
+    threads may share it.
+
+    Args:
+        images: `[N,3,H,W]` in [-1,1]; sides are multiples of the down-sampling factor.
+        vae: any AutoencoderKL; it may be offloaded.
+        tiled: process the images in the VAE's overlapping tiles.
+
+    Returns:
+        `[N,3,H,W]` float32, about [-1,1], on the device where `vae` computes.
+
+    Raises:
+        UserError: if float32 gives no finite values either.
+    """
+    device = execution_device(vae)
+    half = vae.dtype in HALF or torch.is_autocast_enabled(device.type)
+    if vae.dtype == torch.float16 and vae.config.force_upcast:
+        finite = torch.zeros(len(images), dtype=torch.bool)
+        outcome = torch.empty(images.shape, device=device)
+    else:
+        outcome, finite = _attempt(images, vae, tiled)
+        if half and not finite.all():
+            logger.warning("the VAE overflows in half precision; computed in float32: %d images", int((~finite).sum()))
+    if half and not finite.all():
+        again = (~finite).nonzero().flatten()
+        with torch.autocast(device.type, enabled=False):
+            outcome[again.to(device)], finite[again] = _attempt(images[again.to(images.device)], _in_float32(vae), tiled)
+    if not finite.all():
+        raise _not_finite(vae)
+    return outcome
+
+
+def execution_device(vae: AutoencoderKL) -> torch.device:
+    """Return the device on which `vae` computes; an offloading pipeline keeps its weights elsewhere in between."""
+    hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((torch.device(device) for device in devices if device is not None), vae.device)
+
+
+def fit_for(pipe: DiffusionPipeline, vae: AutoencoderKL) -> AutoencoderKL:
+    """Return `vae`, or a copy of it with `force_upcast` where it overflows in half precision and `pipe` can upcast it.
+
+    A picture of noise is encoded and decoded to find out.
+
+    Raises:
+        UserError: if `vae` overflows, and `pipe` would not compute it in float32.
+    """
+    if vae.dtype not in HALF or _upcasts(pipe, vae) or _bears_half(vae):
+        return vae
+    upcast = copy.deepcopy(vae)
+    upcast.register_to_config(force_upcast=True)
+    if not _upcasts(pipe, upcast):
+        raise UserError(
+            f"this VAE returns values that are not finite in {_name(vae.dtype)}, in which the {type(pipe).__name__} "
+            "computes; load the pipeline with torch_dtype=torch.float32 (of fp16, bfloat16 may do)"
+        )
+    return upcast
+
+
+def _attempt(images: Tensor, vae: AutoencoderKL, tiled: bool) -> tuple[Tensor, Tensor]:
+    """Reconstructions in float32, and for each on the CPU whether it and its latent are finite."""
+    view = copy.copy(vae)  # its modules are those of `vae`, its tiling is its own
+    view.use_tiling = vae.use_tiling or tiled
+    with torch.no_grad():
+        latents = view.encode(images.to(execution_device(vae), vae.dtype)).latent_dist.mean
+        outcome = view.decode(latents).sample
+    finite = latents.isfinite().flatten(1).all(dim=1) & outcome.isfinite().flatten(1).all(dim=1)
+    return outcome.float(), finite.cpu()
+
+
+def _in_float32(vae: AutoencoderKL) -> AutoencoderKL:
+    """A copy, offloaded as `vae` is: the hooks are the same, since they lead to the rest of a pipeline."""
+    hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
+    return copy.deepcopy(vae, {id(hook): hook for hook in hooks if hook is not None}).float()
+
+
+def _not_finite(vae: AutoencoderKL) -> UserError:
+    name = vae.config.get("_name_or_path") or type(vae).__name__
+    try:
+        if vae.device.type != "meta":  # offloaded weights are elsewhere
+            check_parameters(vae, name)
+    except UserError as error:
+        return error
+    return UserError(f"the VAE '{name}' returns values that are not finite, in float32 too; use another one")
+
+
+@torch.no_grad()
+def _bears_half(vae: AutoencoderKL) -> bool:
+    side = PROBE_SIDE * downsampling_factor(vae.config)
+    noise = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return bool(_attempt(noise, vae, tiled=False)[1].all())
+
+
+def _upcasts(pipe: DiffusionPipeline, vae: AutoencoderKL) -> bool:
+    """Whether `pipe` computes `vae` in float32: only those of the SDXL family look at `force_upcast`, and in fp16 only."""
+    if vae.dtype != torch.float16 or not vae.config.force_upcast:
+        return False
+    classes = (kind for kind in type(pipe).__mro__ if kind.__module__.startswith("diffusers."))
+    return any("config.force_upcast" in inspect.getsource(kind) for kind in classes)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
