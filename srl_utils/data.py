@@ -189,7 +189,8 @@ def open_data(
     _check_readable(training)
     validation_images = _decode_evenly(validation, num_validation_images, resolution).images
     # The last part of a path: the description is published with the model.
-    place = source.dataset_name or Path(source.train_data_dir).name
+    place = source.dataset_name or source.train_data_dir
+    place = Path(place).resolve().name if Path(place).exists() else place
     if isinstance(training, StreamImages):
         samples, num_images, amount = StreamSamples(images=training, framing=framing), None, "a stream of"
     else:
