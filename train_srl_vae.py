@@ -25,7 +25,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -47,6 +47,7 @@ from srl_utils.arithmetic import StepArithmetic, step_arithmetic
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.autoencoders import (
     HALF_PRECISION,
+    WEIGHTS_NAME,
     AutoencoderSource,
     LatentDecoder,
     LatentEncoder,
@@ -54,6 +55,7 @@ from srl_utils.autoencoders import (
     inference_dtype,
     load_autoencoder,
     read_config,
+    variant_name,
 )
 from srl_utils.checkpoints import (
     Checkpoints,
@@ -84,6 +86,7 @@ from srl_utils.evaluation.reconstruction import image_generators
 from srl_utils.execution import Execution, check_execution, choose_execution, requested_precision, runs_in_fp16
 from srl_utils.hub.card import CardFacts, base_license, render_card
 from srl_utils.hub.publishing import EXIT_PUSH_FAILED, Publisher, create_repository
+from srl_utils.integrity import checksum
 from srl_utils.interruption import Interruption
 from srl_utils.journal import Journal
 from srl_utils.latents import LatentScale
@@ -136,8 +139,7 @@ def main(args: argparse.Namespace) -> int:
         run = build_run(args, accelerator, vae, data, plan, publisher)
         run.checkpoints.check_room()
         resume(run)
-        run.journal.begin(run.progress.step)
-        run.judge.judge_original(resumed=run.progress.step > 0)
+        run.judge.judge_original(resumed=begin_records(run) > 0)
         write_card(run, args.output_dir)
         with Interruption() as interruption:
             stop = train(run, interruption)
@@ -272,6 +274,8 @@ def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accel
 
 def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
+        if not Checkpoints(args.output_dir).found() and args.resume_from_checkpoint in (None, "latest"):
+            remove_logs(args.output_dir, args.output_dir / args.logging_dir / args.tracker_project_name)
         record = {"arguments": json_arguments(args), "versions": package_versions()}
         write_text_atomically(args.output_dir / "training_args.json", json.dumps(record, indent=1) + "\n")
     accelerator.wait_for_everyone()
@@ -279,6 +283,17 @@ def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
         settings = {name: value for name, value in json_arguments(args).items() if value is not None}
         settings["save_variant"] = " ".join(args.save_variant)  # TensorBoard takes no lists
         accelerator.init_trackers(args.tracker_project_name, config=settings)
+
+
+def remove_logs(output_dir: Path, tracked: Path) -> None:
+    """Removes what an earlier run logged in the same folder: TensorBoard would draw both runs as one.
+
+    The numbers of that run stay in its `metrics.jsonl` until this one begins. Folders elsewhere are shared with others.
+    """
+    (output_dir / "hub.log").unlink(missing_ok=True)
+    if tracked.resolve().is_relative_to(output_dir.resolve()):
+        for events in tracked.rglob("events.out.tfevents.*"):
+            events.unlink()
 
 
 def open_repository(args: argparse.Namespace, accelerator: Accelerator) -> Publisher | None:
@@ -744,6 +759,20 @@ def resume(run: Run) -> None:
     run.accelerator.print(f"continuing from {checkpoint}, after step {run.progress.step}")
 
 
+def begin_records(run: Run) -> int:
+    """Takes back the rows and pictures in the folder that are not of this run's steps so far.
+
+    Returns the step up to which they stay: 0 for a new run and for one that goes on from another folder's checkpoint.
+    Weights stay until new ones are saved.
+    """
+    here, named = run.args.output_dir.resolve(), run.args.resume_from_checkpoint
+    elsewhere = named not in (None, "latest") and Path(named).exists() and Path(named).resolve().parent != here
+    step = 0 if elsewhere else run.progress.step
+    run.journal.begin(step)
+    run.judge.begin(step)
+    return step
+
+
 def save_and_stop(run: Run, stop: Stop) -> int:
     checkpoint = run.checkpoints.save(run.accelerator, run.progress.step)
     if run.publisher is not None:
@@ -765,7 +794,7 @@ def finish(run: Run) -> int:
     with judged_weights(run):
         table = run.judge.judge_result()
     variants = "".join(judge_variant(run, variant) for variant in args.save_variant)
-    write_card(run, args.output_dir)
+    write_card(run, args.output_dir, saved=[WEIGHTS_NAME, *map(variant_name, args.save_variant)])
     run.accelerator.end_training()
     run.accelerator.print(f"\n{table}\n{variants}\n{time_summary(run.progress)}")
     left_out = "; ".join(filter(None, [run.ledger.summary(), *run.data.passed_over]))
@@ -809,7 +838,7 @@ def publish_snapshot(run: Run, validation: dict[str, float]) -> None:
             save_drop_in(run.networks.vae, folder)
         for name in ("metrics.jsonl", "results.json"):
             shutil.copy(run.args.output_dir / name, folder)
-        write_card(run, folder)
+        write_card(run, folder, saved=[WEIGHTS_NAME])
 
     measured = ", ".join(
         f"{name.split('/')[1]} {value:.2f} dB" for name, value in validation.items() if name.endswith("psnr")
@@ -828,8 +857,11 @@ def publish_result(run: Run) -> int:
     return EXIT_PUSH_FAILED
 
 
-def write_card(run: Run, folder: Path) -> None:
-    """The model card, with what is known now: before the training, the original VAE's results."""
+def write_card(run: Run, folder: Path, *, saved: Sequence[str] = ()) -> None:
+    """The model card, with what is known now: before the training, the original VAE's results.
+
+    `saved` are the weights in `folder` that it describes; those that an earlier run left there are none of them.
+    """
     if not run.accelerator.is_main_process:
         return
     args = run.args
@@ -855,6 +887,7 @@ def write_card(run: Run, folder: Path) -> None:
         results=run.judge.rows,
         results_table=run.judge.table(),
         picture=str(picture) if (folder / picture).exists() else None,
+        weights={name: checksum(folder / name) for name in saved},
     )
     write_text_atomically(folder / "README.md", render_card(facts))
 
@@ -1049,7 +1082,7 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Hub")
     group.add_argument("--push_to_hub", action="store_true", help="publish the result on the Hugging Face Hub")
     group.add_argument("--hub_model_id", default=None, help="repository; default: the name of --output_dir")
-    group.add_argument("--hub_private_repo", action="store_true", help="create the repository as a private one")
+    group.add_argument("--hub_private_repo", action="store_true", help="create it private; one that is public is made private")
     group.add_argument(
         "--hub_strategy",
         choices=("end", "checkpoint"),
@@ -1078,10 +1111,17 @@ def published_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that differ from the paper's or the recipe's; of a path on this machine only its last part."""
     paper, recipe = recipe_arguments("paper"), recipe_arguments(args.recipe)
     return {
-        name: Path(value).name.strip() or value if isinstance(value, str) and Path(value).is_absolute() else value
+        name: without_folders(value) if isinstance(value, str) else value
         for name, value in json_arguments(args).items()
         if value != paper[name] or value != recipe[name]
     }
+
+
+def without_folders(value: str) -> str:
+    """`value`, or its last part where it is a path that leaves the folder where the command was typed."""
+    path = Path(value)
+    leaves = path.is_absolute() or value.startswith("~") or ".." in path.parts
+    return path.name.strip() or value if leaves else value
 
 
 def training_command(args: argparse.Namespace) -> str:

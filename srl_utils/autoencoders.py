@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -95,8 +96,7 @@ def _loading_error(error: Exception, source: AutoencoderSource) -> type[UserErro
     if not isinstance(error, OSError):
         return UserError
     place = Path(source.pretrained_model_name_or_path, source.subfolder or "")
-    name = _add_variant(WEIGHTS_NAME, source.variant)
-    return UnusableFile if (place / name).exists() else MissingFile
+    return UnusableFile if (place / variant_name(source.variant)).exists() else MissingFile
 
 
 HALF_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -105,11 +105,23 @@ HALF_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def save_variant(vae: AutoencoderKL, folder: Path, variant: str) -> None:
     """Writes the weights at half precision beside the full ones, where `from_pretrained(variant=...)` finds them."""
     weights = {name: tensor.to(HALF_PRECISION[variant]).contiguous() for name, tensor in vae.state_dict().items()}
-    save_file(weights, folder / _add_variant(WEIGHTS_NAME, variant), metadata={"format": "pt"})
+    save_file(weights, folder / variant_name(variant), metadata={"format": "pt"})
 
 
-def _add_variant(name: str, variant: str | None) -> str:
-    return name if variant is None else name.replace(".", f".{variant}.", 1)
+def variant_name(variant: str | None) -> str:
+    """Return the file name of the weights of `variant`, None for the full ones."""
+    return WEIGHTS_NAME if variant is None else WEIGHTS_NAME.replace(".", f".{variant}.", 1)
+
+
+def is_weights_file(name: str, variants: str = r"[\w-]+") -> bool:
+    """Return whether diffusers looks for weights under this file name: whole or in shards, safetensors or a pickle.
+
+    `variants` is a pattern of the variants that count beside the full weights; by default all of them do.
+    """
+    variant, shard = rf"(\.({variants}))?", r"(-\d+-of-\d+)?"
+    stem = WEIGHTS_NAME.partition(".")[0]
+    kind = r"\.(safetensors|bin)"
+    return bool(re.fullmatch(rf"{stem}{shard}{variant}{shard}{kind}({variant}\.index{variant}\.json)?", name))
 
 
 def inference_dtype(config: dict[str, Any], variant: str) -> torch.dtype | None:
@@ -121,9 +133,13 @@ def save_autoencoder(vae: AutoencoderKL, folder: Path) -> None:
     """Writes config and weights as `from_pretrained` reads them, in the one layout that safetensors takes.
 
     `save_pretrained` refuses channels-last weights, and converting the VAE itself would move the parameters
-    that an optimizer and DistributedDataParallel hold.
+    that an optimizer and DistributedDataParallel hold. The config names the VAE that it was loaded from; of a folder of
+    this machine it names the last part alone, as the config is published.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    origin = vae.config.get("_name_or_path")
+    if origin and Path(origin).exists():
+        vae.register_to_config(_name_or_path=Path(origin).resolve().name)
     vae.save_config(folder)
     weights = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
     save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})

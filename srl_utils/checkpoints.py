@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from srl_utils.autoencoder_files import first_line
-from srl_utils.autoencoders import WEIGHTS_NAME, save_autoencoder, save_variant
+from srl_utils.autoencoders import HALF_PRECISION, WEIGHTS_NAME, is_weights_file, save_autoencoder, save_variant
 from srl_utils.errors import MissingFile, ResourceError, UnusableFile, UserError
 from srl_utils.integrity import fault, flush, seal
 from srl_utils.resources import failed_write, gigabytes
@@ -76,18 +76,30 @@ def read_json(path: Path) -> Any:
 def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str] = ()) -> None:
     """Writes what `AutoencoderKL.from_pretrained(output_dir)` needs; each file changes in one rename.
 
-    `variants`, `fp16` or `bf16`, are half-precision weights to write beside the full ones.
+    `variants`, `fp16` or `bf16`, are half-precision weights to write beside the full ones. Full and half-precision weights
+    of an earlier run that are not written anew are removed: they are of another VAE, and diffusers would load them.
     """
     aside = output_dir / ".drop-in.partial"
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
     try:
         save_autoencoder(vae, aside)
         for variant in variants:
             save_variant(vae, aside, variant)
-        for file in aside.iterdir():
+        files = list(aside.iterdir())
+        for file in files:
             flush(file)
+        for outdated in _weights_beside(output_dir, {file.name for file in files}):
+            outdated.unlink()
+        for file in files:
             os.replace(file, output_dir / file.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would be in the way
+
+
+def _weights_beside(folder: Path, names: set[str]) -> list[Path]:
+    """Weights in `folder` that are not among `names`; variants that no run writes, such as copies under a name, stay."""
+    written = "|".join(HALF_PRECISION)
+    return [path for path in folder.iterdir() if path.name not in names and is_weights_file(path.name, written)]
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@
         subprocess.run(command, env={**os.environ, **server.environment(tmp_path)})
         assert "config.json" in server.repositories["user/model"].commits[-1].files
 
-It speaks as much of the Hub's protocol as models need: repositories, branches, commits, classic LFS uploads, downloads
-by branch and by commit, and the token with which hf-xet uploads to a local folder. It does not redirect, and knows no
-datasets, pull requests, tags, multipart uploads or xet downloads.
+It speaks as much of the Hub's protocol as models need: repositories and who sees them, branches, tags, commits, classic
+LFS uploads, downloads by branch and by commit, the redirects of renamed repositories, and the token with which hf-xet
+uploads to a local folder. It knows no datasets, pull requests, multipart uploads or xet downloads.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Repository:
     private: bool = False
     commits: list[Commit] = field(default_factory=list)  # of all branches, oldest first
     branches: dict[str, Commit] = field(default_factory=dict)
+    tags: dict[str, Commit] = field(default_factory=dict)
 
     def commit(self, branch: str, title: str, files: dict[str, bytes | Pointer]) -> Commit:
         contents = sorted((path, _etag(path, content)) for path, content in files.items())
@@ -91,7 +92,7 @@ class Repository:
 
     def find(self, revision: str) -> Commit:
         by_oid = {commit.oid: commit for commit in self.commits}
-        if commit := self.branches.get(revision) or by_oid.get(revision):
+        if commit := self.branches.get(revision) or self.tags.get(revision) or by_oid.get(revision):
             return commit
         raise Refusal(404, f"Invalid rev id: {revision}", {"X-Error-Code": "RevisionNotFound"})
 
@@ -150,6 +151,8 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
+        self.renamed: dict[str, str] = {}  # former or differently written ids, and the present ones
+        self.private_by_default = False  # as an organisation may choose
         self.requests: list[tuple[str, str]] = []  # method, path with query
         self.stages: list[str] = []  # of the same requests; "unknown" where this server has no answer
         self.closing = threading.Event()
@@ -214,7 +217,8 @@ class HubServer:
     def reset(self) -> None:
         """As new: forgets faults, repositories, files and requests."""
         self.heal()
-        for memory in (self.repositories, self.requests, self.stages, self._objects):
+        self.private_by_default = False
+        for memory in (self.repositories, self.renamed, self.requests, self.stages, self._objects):
             memory.clear()
         self._xet_in_use = False
 
@@ -242,12 +246,36 @@ class HubServer:
         wanted = request.json
         repo_id = f"{wanted.get('organization') or self.user}/{wanted['name']}"
         url = f"{self.url}/{repo_id}"
-        if repo_id in self.repositories:
+        if repo_id in self.repositories or repo_id in self.renamed:
             raise Refusal(409, f"You already created this model repo: {repo_id}", url=url)
-        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
-        self.repositories[repo_id] = Repository(private)
+        self.repositories[repo_id] = Repository(self._wanted_private(wanted, self.private_by_default))
         self.repositories[repo_id].commit("main", "initial commit", {".gitattributes": b"*.png filter=lfs -text\n"})
         return _done({"url": url, "name": repo_id})
+
+    @route("settings", rf"PUT {MODEL}/settings", writes=True)
+    def _settings(self, request: Request, repo_id: str) -> Status:
+        repository = self._open(repo_id, request)
+        repository.private = self._wanted_private(request.json, repository.private)
+        return _done({"private": repository.private})
+
+    @staticmethod
+    def _wanted_private(wanted: dict[str, Any], otherwise: bool) -> bool:
+        """Clients before 2.0 say "private", later ones "visibility"."""
+        if "visibility" in wanted:
+            return wanted["visibility"] == "private"
+        return bool(wanted.get("private", otherwise))
+
+    @route("refs", rf"GET {MODEL}/refs")
+    def _refs(self, request: Request, repo_id: str) -> Status:
+        repository = self._open(repo_id, request)
+
+        def listing(kind: str, known: dict[str, Commit]) -> list[dict[str, str]]:
+            return [
+                {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit.oid} for name, commit in known.items()
+            ]
+
+        heads, tags = listing("heads", repository.branches), listing("tags", repository.tags)
+        return _done({"branches": heads, "converts": [], "tags": tags})
 
     @route("validate-yaml", r"POST /api/validate-yaml")
     def _validate_yaml(self, request: Request) -> Status:
@@ -295,6 +323,8 @@ class HubServer:
     @route("branch", rf"POST {MODEL}/branch/{REVISION}", writes=True)
     def _branch(self, request: Request, repo_id: str, revision: str) -> Status:
         repository = self._open(repo_id, request)
+        if re.search(r"[\s~^:?*\[\\]|\.\.|^[-/]|[/.]$|\.lock$", revision):  # as git-check-ref-format
+            raise Refusal(400, f"Invalid reference name: {revision}")
         if revision in repository.branches:
             raise Refusal(409, f"Reference already exists: {revision}")
         repository.branches[revision] = repository.find(request.json.get("startingPoint", "main"))
@@ -305,7 +335,9 @@ class HubServer:
         repository = self._open(repo_id, request)
         header, *operations = [json.loads(line) for line in request.body.splitlines()]
         with self._lock:
-            parent = repository.find(revision)
+            if revision not in repository.branches:
+                raise Refusal(404, f"Invalid rev id: {revision}", {"X-Error-Code": "RevisionNotFound"})
+            parent = repository.branches[revision]
             if header["value"].get("parentCommit", parent.oid) != parent.oid:
                 raise Refusal(412, "A commit has happened since. Please refresh and try again.")
             files = dict(parent.files)
@@ -468,6 +500,8 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refusal(401, "Invalid username or password.")
             headers = {name.lower(): value for name, value in self.headers.items()}
             arguments = {name: value and unquote(value) for name, value in match.groupdict().items()}
+            if present := hub.renamed.get(arguments.get("repo_id")):
+                return Status(307, {"Location": hub.url + self.path.replace(arguments["repo_id"], present, 1)})
             return ROUTES[stage].work(hub, Request(body, headers, token is not None), **arguments)
         except Refusal as refusal:
             return refusal.answer

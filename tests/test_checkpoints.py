@@ -118,6 +118,54 @@ def test_channels_last_weights_are_saved_without_being_moved(tiny_vae: Autoencod
     assert {name: tensor.data_ptr() for name, tensor in tiny_vae.state_dict().items()} == before
 
 
+OF_AN_EARLIER_RUN = [
+    "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bf16.safetensors",
+    "diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.fp16.json",
+    "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin",
+]  # fmt: skip
+OF_THE_USER = [
+    "diffusion_pytorch_model.kept.safetensors", "diffusion_pytorch_model_backup.safetensors", "pytorch_model.bin", "LICENSE"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variants", [[], ["fp16"]], ids=["full", "with fp16"])
+def test_a_drop_in_leaves_no_weights_of_an_earlier_run(
+    tiny_vae: AutoencoderKL, tmp_path: Path, variants: list[str]
+) -> None:
+    """Oracle: diffusers, which loads the saved VAE or nothing under every name that a run writes; other files stay.
+
+    Among the leftovers is the folder of a run that was killed while it saved.
+    """
+    (tmp_path / ".drop-in.partial").mkdir()
+    for name in (*OF_AN_EARLIER_RUN, *OF_THE_USER, ".drop-in.partial/diffusion_pytorch_model.bf16.safetensors"):
+        (tmp_path / name).write_bytes(b"outdated")
+    save_drop_in(tiny_vae, tmp_path, variants=variants)
+    written = {"config.json", "diffusion_pytorch_model.safetensors", *(OF_AN_EARLIER_RUN[:1] if variants else [])}
+    assert {path.name for path in tmp_path.iterdir()} == {*written, *OF_THE_USER}
+    loaded = AutoencoderKL.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in tiny_vae.state_dict().items())
+    for variant in ("fp16", "bf16"):
+        if variant in variants:
+            assert AutoencoderKL.from_pretrained(tmp_path, variant=variant)
+        else:
+            with pytest.raises(OSError, match=variant):
+                AutoencoderKL.from_pretrained(tmp_path, variant=variant)
+
+
+def test_a_config_names_no_folder_of_this_machine(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    """Oracle: a search for the folder in the file; of a VAE of the Hub the config keeps the id."""
+    tiny_vae.save_pretrained(tmp_path / "private/base")
+    base = AutoencoderKL.from_pretrained(tmp_path / "private/base")
+    save_drop_in(base, tmp_path / "out")
+    text = (tmp_path / "out/config.json").read_text()
+    assert str(tmp_path) not in text
+    assert json.loads(text)["_name_or_path"] == "base"
+    base.register_to_config(_name_or_path="user/base")
+    save_drop_in(base, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["_name_or_path"] == "user/base"
+
+
 def test_the_journal_takes_back_lost_steps(tmp_path: Path) -> None:
     """Oracle: the rows. Those after the step that a run resumes from are gone; NaN is null, which JSON allows."""
 

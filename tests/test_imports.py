@@ -146,8 +146,9 @@ ALLOWED: dict[str, set[str]] = {
     "hub": set(),
     "markdown": set(),
     "hub.card": {"images", "markdown"},
-    "hub.publishing": {"errors"},
-    "hub.__main__": {"autoencoders", "command_line", "hub.publishing"},
+    "hub.contents": {"autoencoders", "errors", "hub.card", "integrity"},
+    "hub.publishing": {"errors", "hub.contents"},
+    "hub.__main__": {"autoencoders", "command_line", "hub.contents", "hub.publishing"},
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from warm_python import warm_python
 
 from srl_utils.checkpoints import save_drop_in
 from srl_utils.hub import publishing
+from srl_utils.hub.card import WEIGHTS_HEADING, recorded_weights
 from srl_utils.hub.publishing import Publisher, asked_wait, may_pass, push_command, with_retries
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +117,8 @@ PUBLISHED = {
     "samples/comparison.png", "samples/step-000000.png",
 }  # fmt: skip
 PRIVATE = {
-    ".lock", "checkpoint-5/optimizer.bin", "checkpoint-5/vae/config.json", "logs/run/events.out", "hub.log",
+    "samples/holiday.png", "samples/step-backup/step-000000.png", "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model_backup.safetensors", ".lock", "checkpoint-5/optimizer.bin", "checkpoint-5/vae/config.json", "logs/run/events.out", "hub.log",
     ".snapshot/config.json", ".config.json.partial", "samples/notes.txt", "pytorch_model.bin", "training_args.json",
 }  # fmt: skip
 
@@ -279,7 +281,7 @@ def test_the_command_is_one_for_the_shell() -> None:
 
 
 def test_exactly_the_drop_in_is_pushed(machine: Machine, hub: HubServer, drop_in: Path) -> None:
-    """Oracle: the files' bytes on the server. The second push finds the repository there (409) and nothing to do."""
+    """Oracle: the files' bytes on the server. The second push finds the repository there (409) and no file to send."""
     code, printed = machine.push(drop_in, "--repo_id", "model")
     assert code == 0, printed
     assert f"pushed to {hub.url}/user/model" in printed
@@ -290,6 +292,8 @@ def test_exactly_the_drop_in_is_pushed(machine: Machine, hub: HubServer, drop_in
     assert hub.stages.count("lfs-upload") == 4  # two of weights, two pictures
     code, printed = machine.push(drop_in, "--repo_id", "user/model", "--private")
     assert code == 0, printed
+    assert "user/model was public and is private now" in printed
+    assert repository.private
     assert_holds(repository, drop_in, PUBLISHED)
     assert hub.stages.count("lfs-upload") == 4
 
@@ -301,6 +305,202 @@ def test_a_private_repository_is_private(machine: Machine, hub: HubServer, drop_
     code, printed = machine.python_code(LOAD, "user/model", HF_TOKEN=None)
     assert code == 1
     assert "user/model" in printed
+
+
+UPLOADS = {"preupload", "lfs-batch", "lfs-upload", "xet-token", "commit"}
+
+
+def add_public(hub: HubServer, repo_id: str = "user/model", **files: bytes) -> Repository:
+    """A repository that is there before the push, with the card of its owner."""
+    hub.repositories[repo_id] = Repository()
+    hub.repositories[repo_id].commit("main", "mine", {".gitattributes": b"*.png filter=lfs -text\n", **files})
+    return hub.repositories[repo_id]
+
+
+def test_a_public_repository_is_made_private_first(machine: Machine, hub: HubServer, drop_in: Path) -> None:
+    """Oracle: the server's list of requests: the settings come before anything of the folder."""
+    repository = add_public(hub)
+    code, printed = machine.push(drop_in, "--repo_id", "user/model", "--private")
+    assert code == 0, printed
+    assert repository.private
+    assert_holds(repository, drop_in, PUBLISHED)
+    first = min(number for number, stage in enumerate(hub.stages) if stage in UPLOADS)
+    assert hub.stages[:first] == ["create", "info", "settings", "info", "tree", *hub.stages[5:first]]
+
+
+REFUSED = {
+    "not allowed": (Status(403), 2, "403"),
+    "no such request": (Status(404), 2, "404"),
+    "said and not done": (Status(200, body={"private": True}), 2, "still public"),
+    "the server is down": (Status(503), 3, "503"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_made_private_gets_nothing(
+    machine: Machine, hub: HubServer, drop_in: Path, case: str
+) -> None:
+    """Oracle: the server: no upload was even announced, and one line says so."""
+    fault, expected, reason = REFUSED[case]
+    repository = add_public(hub)
+    hub.fail("settings", fault, times=None)
+    code, printed = machine.push(drop_in, "--repo_id", "user/model", "--private", PUBLISHING=HURRIED)
+    assert code == expected, printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert reason in line
+    assert "nothing was uploaded" in line
+    assert "Traceback" not in printed
+    assert not UPLOADS & set(hub.stages)
+    assert [commit.title for commit in repository.commits] == ["mine"]
+
+
+def test_a_new_repository_that_is_not_private_gets_nothing(machine: Machine, hub: HubServer, drop_in: Path) -> None:
+    """Oracle: the server, which takes the wish for a private repository and makes a public one."""
+    url = f"{hub.url}/user/model"
+    hub.fail("create", Status(200, body={"url": url, "name": "user/model"}))
+    hub.fail("settings", Status(403), times=None)
+    add_public(hub)
+    assert machine.push(drop_in, "--repo_id", "user/model", "--private")[0] == 2
+    assert not UPLOADS & set(hub.stages)
+
+
+@pytest.mark.parametrize(("private", "default"), [(True, False), (False, True)], ids=["existing", "by default"])
+def test_a_private_repository_stays_private(
+    machine: Machine, hub: HubServer, drop_in: Path, private: bool, default: bool
+) -> None:
+    """Oracle: the server's flag. Without --private an existing one is as it was, a new one as its owner's default."""
+    hub.private_by_default = default
+    if private:
+        add_public(hub).private = True
+    assert machine.push(drop_in, "--repo_id", "user/model")[0] == 0
+    assert hub.repositories["user/model"].private
+    assert "settings" not in hub.stages
+
+
+def test_a_repository_under_a_former_name(machine: Machine, hub: HubServer, drop_in: Path) -> None:
+    """Oracle: the server, which redirects; privacy and files are those of the repository behind the name."""
+    repository = add_public(hub, "user/new-name")
+    hub.renamed["user/model"] = "user/new-name"
+    code, printed = machine.push(drop_in, "--repo_id", "user/model", "--private")
+    assert code == 0, printed
+    assert f"pushed to {hub.url}/user/new-name" in printed
+    assert repository.private
+    assert_holds(repository, drop_in, PUBLISHED)
+
+
+# --- what an earlier upload has left ----------------------------------------------------------------------
+
+
+OUTDATED = {
+    "diffusion_pytorch_model.bf16.safetensors", "diffusion_pytorch_model.non_ema.safetensors",
+    "diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "samples/step-000900.png",
+}  # fmt: skip
+OF_OTHERS = {
+    "LICENSE", "NOTES.md", "samples/mine.png", "vae/diffusion_pytorch_model.bf16.safetensors", "pytorch_model.bin",
+    "diffusion_flax_model.msgpack", "figures/results.json",
+}  # fmt: skip
+
+
+def test_outdated_files_are_deleted_in_the_same_commit(machine: Machine, hub: HubServer, drop_in: Path) -> None:
+    """Oracle: the server's files after each commit; what a training never writes stays."""
+    repository = add_public(hub, **dict.fromkeys(OUTDATED | OF_OTHERS, b"of before"))
+    code, printed = machine.push(drop_in, "--repo_id", "user/model")
+    assert code == 0, printed
+    assert [commit.title for commit in repository.commits] == ["mine", "End of training"]
+    assert set(repository.commits[-1].files) - {".gitattributes"} == PUBLISHED | OF_OTHERS
+    assert all(name in printed for name in OUTDATED)
+    code, printed = machine.push(drop_in, "--repo_id", "user/model")
+    assert code == 0, printed
+    assert "deleted" not in printed
+
+
+def bare(drop_in: Path, folder: Path) -> Path:
+    """Configuration and full weights alone."""
+    for name in ("config.json", WEIGHTS):
+        (folder / name).write_bytes((drop_in / name).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("of_a_training", [True, False], ids=["a training's card", "a card by hand"])
+def test_a_folder_without_a_card(
+    machine: Machine, hub: HubServer, drop_in: Path, tmp_path: Path, of_a_training: bool
+) -> None:
+    """Oracle: the server. The card of other weights goes with them; one that says nothing of weights stays."""
+    card = card_of({WEIGHTS: "0" * 64}) if of_a_training else "# Mine\n"
+    repository = add_public(hub, **{"README.md": card.encode(), HALF: b"half", "results.json": b"[]"})
+    assert machine.push(bare(drop_in, tmp_path), "--repo_id", "user/model")[0] == 0
+    kept = set() if of_a_training else {"README.md"}
+    assert set(repository.branches["main"].files) - {".gitattributes"} == {"config.json", WEIGHTS, *kept}
+
+
+def card_of(weights: dict[str, str]) -> str:
+    lines = [f"- `{name}`: `{checksum}`" for name, checksum in weights.items()]
+    ending = ":\n\n" + "\n".join(lines) + "\n" if lines else ": none yet\n"
+    return f"---\ntags: [srl-vae]\n---\n# Model\n\n{WEIGHTS_HEADING}{ending}"
+
+
+def test_a_card_of_other_weights_is_refused(machine: Machine, hub: HubServer, drop_in: Path, tmp_path: Path) -> None:
+    """Oracle: SHA-256. The card of an unfinished training, of other or of missing weights ends a push before it begins."""
+    bare(drop_in, tmp_path)
+    own = hashlib.sha256((drop_in / WEIGHTS).read_bytes()).hexdigest()
+    for weights in ({}, {WEIGHTS: "0" * 64}, {WEIGHTS: own, HALF: own}):
+        (tmp_path / "README.md").write_text(card_of(weights))
+        code, printed = machine.push(tmp_path, "--repo_id", "user/model")
+        assert code == 2, printed
+        (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+        assert "README.md" in line
+    assert not hub.stages
+
+
+def test_weights_that_the_card_does_not_describe_stay_at_home(
+    machine: Machine, hub: HubServer, drop_in: Path, tmp_path: Path
+) -> None:
+    """Oracle: the server. The full weights are the card's, the half-precision ones are of another run."""
+    bare(drop_in, tmp_path)
+    (tmp_path / HALF).write_bytes(b"of another run")
+    own = hashlib.sha256((drop_in / WEIGHTS).read_bytes()).hexdigest()
+    (tmp_path / "README.md").write_text(card_of({WEIGHTS: own}) + "\nA paragraph by hand.\n")
+    code, printed = machine.push(tmp_path, "--repo_id", "user/model")
+    assert code == 0, printed
+    assert f"not published, as README.md does not describe them: {HALF}" in printed
+    assert_holds(hub.repositories["user/model"], tmp_path, {"config.json", WEIGHTS, "README.md"})
+
+
+# --- pushing to a branch ----------------------------------------------------------------------------------
+
+
+def test_a_branch_is_created_and_found(machine: Machine, hub: HubServer, drop_in: Path, tmp_path: Path) -> None:
+    """Oracle: the server's branches; main is as it was, and the address of the branch is printed."""
+    repository = add_public(hub, **{"NOTES.md": b"keep", HALF: b"of before"})
+    before = repository.branches["main"]
+    for folder in (drop_in, bare(drop_in, tmp_path)):
+        code, printed = machine.push(folder, "--repo_id", "user/model", "--revision", "eps/16", "--private")
+        assert code == 0, printed
+        assert f"on the branch {hub.url}/user/model/tree/eps/16" in printed
+    assert repository.branches["main"] is before
+    assert repository.private
+    assert set(repository.branches["eps/16"].files) - {".gitattributes"} == {
+        "NOTES.md", "config.json", WEIGHTS, "README.md"
+    }  # fmt: skip
+    assert hub.stages.count("branch") == 1
+
+
+@pytest.mark.parametrize("case", ["tag", "commit", "short commit", "reference", "no name"])
+def test_a_revision_that_is_no_branch_is_refused(
+    machine: Machine, hub: HubServer, drop_in: Path, case: str
+) -> None:
+    """Oracle: the server: nothing is uploaded, and one line names the revision."""
+    repository = add_public(hub)
+    commit = repository.branches["main"]
+    repository.tags["v1"] = commit
+    names = {"tag": "v1", "commit": commit.oid, "short commit": commit.oid[:8], "reference": "refs/pr/1", "no name": "a b"}
+    code, printed = machine.push(drop_in, "--repo_id", "user/model", "--revision", names[case])
+    assert code == 2, printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert names[case] in line
+    assert not UPLOADS & set(hub.stages)
+    assert set(repository.branches) == {"main"}
 
 
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS])
@@ -529,6 +729,14 @@ def test_every_validation_is_a_commit(published: Run) -> None:
     assert [commit.title for commit in published.repository.commits] == ["initial commit", *measured, "End of training"]
 
 
+def test_every_card_describes_the_weights_beside_it(published: Run) -> None:
+    """Oracle: SHA-256 of the files of each commit, halves included."""
+    for commit in published.repository.commits[1:]:
+        weights = {name: content for name, content in commit.files.items() if name.endswith(".safetensors")}
+        expected = {name: hashlib.sha256(content).hexdigest() for name, content in weights.items()}
+        assert recorded_weights(commit.files["README.md"].decode()) == expected
+
+
 def test_every_commit_is_that_step_and_loads(published: Run, machine: Machine, hub: HubServer) -> None:
     """Oracle: the checkpoints of the same steps, byte for byte; a card and the results so far come along."""
     _, *steps, end = published.repository.commits
@@ -608,6 +816,41 @@ def undisturbed(
     code, printed = machine_and_hub.train(*smallest_training(vae_folder, photographs, out))
     assert code == 0, printed
     return out
+
+
+def test_training_again_leaves_nothing_of_the_run_before(
+    machine: Machine, hub: HubServer, flags: list[str], tmp_path: Path, undisturbed: Path
+) -> None:
+    """Oracle: the run in a fresh folder, file by file, locally and on the server, which was public before."""
+    again = [*flags, "--push_to_hub", "--hub_model_id", "user/model"]
+    code, printed = machine.train(
+        *again, "--max_train_steps", "6", "--validation_steps", "1", "--save_variant", "fp16", "bf16", "--seed", "5"
+    )
+    assert code == 0, printed
+    assert HALF in hub.repositories["user/model"].branches["main"].files
+    (tmp_path / "out/hub.log").write_text("of before")
+    code, printed = machine.train(*again, "--hub_private_repo", "--hub_strategy", "checkpoint", "--validation_steps", "2")
+    assert code == 0, printed
+    ours, theirs = contents(tmp_path / "out"), contents(undisturbed)
+    assert set(ours) - {"hub.log", "samples/step-000002.png"} == set(theirs)
+    assert ours[WEIGHTS] == theirs[WEIGHTS]
+    assert b"of before" not in ours.get("hub.log", b"")
+    repository = hub.repositories["user/model"]
+    assert repository.private
+    assert_holds(repository, tmp_path / "out", set(ours) - {".lock", "hub.log", "training_args.json"})
+
+
+def test_a_training_that_cannot_be_private_does_not_begin(
+    machine: Machine, hub: HubServer, flags: list[str], tmp_path: Path
+) -> None:
+    """Oracle: the server and the disk: refused in the first seconds, before anything is written or uploaded."""
+    add_public(hub)
+    hub.fail("settings", Status(403), times=None)
+    code, printed = machine.train(*flags, "--push_to_hub", "--hub_model_id", "user/model", "--hub_private_repo")
+    assert code == 2, printed
+    assert re.search(r"^error: .*public.*403", printed, flags=re.MULTILINE)
+    assert not UPLOADS & set(hub.stages)
+    assert not (tmp_path / "out").exists()
 
 
 LATE = [

@@ -473,6 +473,17 @@ def test_names_cannot_leave_the_output_folder(picture: Path, tmp_path: Path) -> 
     assert all(re.fullmatch(r"[a-z0-9-]+\.png", path.name) for path in (tmp_path / "out/figures").iterdir())
 
 
+def test_figures_of_an_earlier_selection_are_removed(tmp_path: Path) -> None:
+    """Oracle: the links of the report; a figure that neither report shows is of another selection."""
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    (folder / "psnr-of-an-attack-left-out-now.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("mine")
+    written_page(example_findings(), tmp_path)
+    links = set(re.findall(r"\]\(figures/(.*)\)", (tmp_path / "report.md").read_text()))
+    assert {path.name for path in folder.iterdir()} == {*links, "notes.txt"}
+
+
 def test_pictures_that_are_in_place_are_not_copied(picture: Path, tmp_path: Path) -> None:
     """Oracle: specification; under a name that is safe a picture stays what it is, under another it is copied."""
     folder = tmp_path / "out/figures"

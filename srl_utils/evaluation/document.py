@@ -135,6 +135,9 @@ def write_report(findings: Findings, output_dir: Path) -> None:
     write_text_atomically(output_dir / "per_image.csv", _csv(findings.records))
     write_text_atomically(output_dir / "report.md", _render_markdown(contents))
     write_text_atomically(output_dir / "report.html", _render_html(contents))
+    shown = {figure.path for figure in figures} | set(findings.pictures.values())
+    for outdated in set(folder.glob("*.png")) - shown:
+        outdated.unlink()  # of an earlier selection; neither report shows it
 
 
 def _csv(records: Sequence[Record]) -> str:

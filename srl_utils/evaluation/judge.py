@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,12 +71,22 @@ class Judge:
         self.noise = noise(epsilon)
         self.rows: list[dict[str, Any]] = []
 
+    def begin(self, step: int) -> None:
+        """Removes pictures that an earlier run, or this one after `step`, has drawn; they are drawn anew."""
+        if self.accelerator.is_main_process:
+            for picture in (self.output_dir / "samples").glob("step-*.png"):
+                drawn = re.fullmatch(r"step-(\d+)\.png", picture.name)
+                if drawn and (step == 0 or int(drawn[1]) > step):
+                    picture.unlink()
+            (self.output_dir / "samples" / COMPARISON).unlink(missing_ok=True)
+
     def judge_original(self, *, resumed: bool) -> None:
-        """Measures the original VAE, unless a resumed run finds that done in `results.json`."""
+        """Measures the original VAE, unless a resumed run finds that done, on as many images, in `results.json`."""
         results = self.output_dir / "results.json"
         if resumed and results.exists():
             self.rows = [row for row in read_json(results) if row["vae"] == self.original.name]
-        if not self.rows:
+        wanted = {(one.name, one.epsilon, len(self.images)) for one in self._everything()}
+        if {(row["attack"], row["epsilon"], row["n"]) for row in self.rows} != wanted:
             self._record(self._measure(self.original, self._everything()))
 
     def judge_progress(self, step: int) -> dict[str, float]:

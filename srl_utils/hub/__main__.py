@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
+from urllib.parse import quote
+
+from huggingface_hub import constants
 
 from srl_utils.autoencoders import AutoencoderSource, load_autoencoder, read_config
 from srl_utils.command_line import Parser, exit_code
-from srl_utils.hub.publishing import EXIT_PUSH_FAILED, PushError, create_repository, push
+from srl_utils.hub.contents import CARD, Contents, contents
+from srl_utils.hub.publishing import EXIT_PUSH_FAILED, PushError, create_repository, open_branch, push
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,13 +21,26 @@ def main(arguments: list[str] | None = None) -> int:
     source = AutoencoderSource(pretrained_model_name_or_path=str(args.output_dir))
     read_config(source)
     load_autoencoder(source)  # what does not load here would not load from there
+    what = contents(args.output_dir)
+    if what.left_out:
+        print(f"not published, as {CARD} does not describe them: {', '.join(what.left_out)}", file=sys.stderr)
     try:
-        repo_id = create_repository(args.repo_id, token=None, private=args.private)
-        print(f"pushed to {push(args.output_dir, repo_id, token=None, commit_message=args.commit_message)}")
+        print(f"pushed to {publish(args, what)}")
     except PushError as error:
         print(f"error: the push of {args.output_dir} to {args.repo_id} failed: {error}", file=sys.stderr)
         return EXIT_PUSH_FAILED
     return 0
+
+
+def publish(args: argparse.Namespace, what: Contents) -> str:
+    """Open repository and branch, upload, and return the addresses of commit and branch."""
+    repo_id = create_repository(args.repo_id, token=None, private=args.private)
+    if args.revision is not None:
+        open_branch(repo_id, args.revision, token=None)
+    commit = push(what, repo_id, token=None, commit_message=args.commit_message, branch=args.revision)
+    if args.revision is None:
+        return commit
+    return f"{commit} on the branch {constants.ENDPOINT}/{repo_id}/tree/{quote(args.revision)}"
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -31,9 +49,17 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("push", help="publish what a training has left in its output folder")
     command.add_argument("output_dir", type=Path, help="the --output_dir of the training")
     command.add_argument("--repo_id", required=True, help="user/name on the Hub; created where it does not exist")
-    command.add_argument("--private", action="store_true", help="create it as a private repository")
+    command.add_argument("--private", action="store_true", help="create it private; one that is public is made private")
+    command.add_argument("--revision", type=branch, default=None, help="branch; created from main where it does not exist")
     command.add_argument("--commit_message", default="End of training")
     return parser.parse_args(arguments)
+
+
+def branch(name: str) -> str:
+    """Parse the name of a branch."""
+    if not name.strip() or name.startswith("refs/") or re.fullmatch(r"[0-9a-f]{40}", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is not the name of a branch, such as main or robust-v2")
+    return name
 
 
 if __name__ == "__main__":

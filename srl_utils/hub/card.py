@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -15,6 +16,7 @@ from srl_utils.images import format_pixel_distance
 from srl_utils.markdown import as_code, as_text
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
+WEIGHTS_HEADING = "SHA-256 of the weights that this card describes"
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 Rows = Sequence[Mapping[str, Any]]
@@ -47,6 +49,8 @@ class CardFacts:
     results: Rows = ()
     results_table: str = ""
     picture: str | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of each weights file that the card describes; empty before any is saved."""
 
 
 def render_card(facts: CardFacts) -> str:
@@ -74,12 +78,23 @@ def render_card(facts: CardFacts) -> str:
             "data": as_text(facts.data),
             "subfolder": as_code(facts.subfolder) if facts.subfolder else None,
             "model_literal": json.dumps(facts.model_id),  # in Python's code, where it must stay one text
+            "weights_heading": WEIGHTS_HEADING,
             "judged": bool(judged),
             "findings": [line for row in judged if (line := _finding(row, facts))],
             "halves": _halves(facts),
         },
     )
     return str(card)
+
+
+def recorded_weights(card: str) -> dict[str, str] | None:
+    """Return the SHA-256 of each weights file that a card describes; None if the card says nothing of them.
+
+    Empty for the card of a training that has not ended.
+    """
+    if WEIGHTS_HEADING not in card:
+        return None
+    return dict(re.findall(r"^- `([^`/]+)`: `([0-9a-f]{64})`$", card, flags=re.MULTILINE))
 
 
 @lru_cache(maxsize=1)  # one run asks several times, and may have no network

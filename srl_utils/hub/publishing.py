@@ -8,27 +8,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils._http import default_client_factory
 
 from srl_utils.errors import HubRefusal, UserError
-
-DROP_IN_FILES = [
-    "config.json",
-    "diffusion_pytorch_model*.safetensors",
-    "README.md",
-    "metrics.jsonl",
-    "results.json",
-    "samples/*.png",
-]
-"""What is uploaded: never `checkpoint-*`, whose optimizer states are no part of the model, nor `training_args.json`, which
-names folders of this machine; the card has the arguments without them."""
+from srl_utils.hub.contents import CARD, Contents
 
 EXIT_PUSH_FAILED = 3
 ATTEMPTS = 5
@@ -38,6 +30,7 @@ PUSH_TIME_LIMIT = 3600.0  # seconds for a whole push
 # Trying again would not help these; `ValueError` is also what a malformed repository id or a bad request raises.
 PERMANENT = (ValueError, TypeError, FileNotFoundError, PermissionError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 RETRIED_STATUS = {408, 425, 429}
+SHORTEST_COMMIT = 7  # hexadecimal digits that git shows of a commit
 
 Result = TypeVar("Result")
 
@@ -47,40 +40,107 @@ class PushError(UserError, ConnectionError):
 
 
 def create_repository(repo_id: str, *, token: str | None, private: bool) -> str:
-    """Creates the repository where it does not exist and returns its full id (`user/name`).
+    """Create the repository where it does not exist and return its full id (`user/name`), the present one if it moved.
+
+    With `private` it is private when this returns, whatever it was before.
 
     Raises:
         HubRefusal: a PermissionError, if the Hub refuses: better in the first seconds than at the end.
+        UserError: a ValueError, if the repository is not private afterwards.
         PushError: if it cannot be reached, in `ATTEMPTS` with growing waits.
     """
-    _limit_requests()
-    api = HfApi(token=token)
+    api = _api(token)
+    with _refusals(f"cannot create or open '{repo_id}' on the Hub"):
+        # None leaves the choice to the organisation's setting.
+        created = with_retries(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True)).repo_id
+        info = with_retries(lambda: api.model_info(created))
+    if private and info.private is not True:
+        _make_private(api, info.id)
+    return info.id
+
+
+def _make_private(api: HfApi, repo_id: str) -> None:
+    """Makes a repository private and reads that back, as `create_repo` ignores the wish where one exists."""
+    with _refusals(f"'{repo_id}' is public, cannot be made private, and nothing was uploaded"):
+        with_retries(lambda: api.update_repo_settings(repo_id, private=True))
+        private = with_retries(lambda: api.model_info(repo_id)).private
+    if private is not True:
+        raise UserError(
+            f"'{repo_id}' is still public after the Hub was asked to make it private, so nothing was uploaded; make it "
+            "private in its settings on the Hub, or choose another repository"
+        )
+    print(f"{repo_id} was public and is private now", file=sys.stderr)
+
+
+def open_branch(repo_id: str, branch: str, *, token: str | None) -> None:
+    """Create the branch, from `main`, where it does not exist.
+
+    Raises:
+        UserError: if the name is that of a tag or of a commit, or if the Hub refuses.
+        PushError: if it cannot be reached, in `ATTEMPTS` with growing waits.
+    """
+    api = _api(token)
+    with _refusals(f"cannot open the branch '{branch}' of '{repo_id}'"):
+        refs = with_retries(lambda: api.list_repo_refs(repo_id))
+        if branch in {known.name for known in refs.branches}:
+            return
+        if branch in {tag.name for tag in refs.tags}:
+            raise UserError(f"'{branch}' is a tag of '{repo_id}'; --revision takes the name of a branch")
+        if len(branch) >= SHORTEST_COMMIT and any(known.target_commit.startswith(branch) for known in refs.branches):
+            raise UserError(f"'{branch}' is a commit of '{repo_id}'; --revision takes the name of a branch")
+        with_retries(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+
+
+def push(
+    what: Contents, repo_id: str, *, token: str | None, commit_message: str, branch: str | None = None
+) -> str:
+    """Upload the contents, and delete what they make outdated, as one commit; return the commit's address.
+
+    Raises:
+        PushError: if the Hub refuses, or still fails after `ATTEMPTS` with growing waits.
+    """
+    api = _api(token)
     try:
-        return with_retries(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True)).repo_id
+        return with_retries(lambda: _commit(api, what, repo_id, commit_message, branch)).commit_url
+    except Exception as error:  # whatever it is, the weights are on the disk and the caller must go on
+        raise PushError(_reason(error)) from error
+
+
+def _commit(api: HfApi, what: Contents, repo_id: str, message: str, branch: str | None) -> CommitInfo:
+    """One attempt; `upload_folder` would make several commits of a large folder, and delete in the first."""
+    outdated = what.outdated(present := api.list_repo_files(repo_id, revision=branch))
+    if CARD in set(present) - set(what.names) and what.describes_others(_download_card(api, repo_id, branch)):
+        outdated.append(CARD)
+    if outdated:
+        print(f"deleted from {repo_id}, as they are of an earlier upload: {', '.join(outdated)}", file=sys.stderr)
+    additions = [CommitOperationAdd(name, what.folder / name) for name in what.names]
+    deletions = [CommitOperationDelete(name, is_folder=False) for name in outdated]
+    return api.create_commit(repo_id, [*deletions, *additions], commit_message=message, revision=branch)
+
+
+def _download_card(api: HfApi, repo_id: str, branch: str | None) -> str:
+    with TemporaryDirectory() as folder:
+        path = api.hf_hub_download(repo_id, CARD, revision=branch, local_dir=folder)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Within, an error of the Hub becomes a PushError if it may pass, else a UserError; `what` begins both."""
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as error:  # the HTTP library behind huggingface_hub differs between its versions
-        reason = f"cannot create or open '{repo_id}' on the Hub: {_reason(error)}"
+        reason = f"{what}: {_reason(error)}"
         if may_pass(error):
             raise PushError(reason) from None
         raise HubRefusal(f"{reason}; a token that may write comes from `hf auth login` or HF_TOKEN") from None
 
 
-def push(folder: Path, repo_id: str, *, token: str | None, commit_message: str) -> str:
-    """Uploads the drop-in's files as one commit and returns its address.
-
-    Raises:
-        PushError: if the Hub refuses, or still fails after `ATTEMPTS` with growing waits.
-    """
+def _api(token: str | None) -> HfApi:
     _limit_requests()
-    api = HfApi(token=token)
-    try:
-        commit = with_retries(
-            lambda: api.upload_folder(
-                repo_id=repo_id, folder_path=folder, allow_patterns=DROP_IN_FILES, commit_message=commit_message
-            )
-        )
-    except Exception as error:  # whatever it is, the weights are on the disk and the caller must go on
-        raise PushError(_reason(error)) from error
-    return commit.commit_url
+    return HfApi(token=token)
 
 
 def with_retries(action: Callable[[], Result], *, sleep: Callable[[float], None] = time.sleep) -> Result:
