@@ -53,6 +53,23 @@ def test_every_number_type_of_tiff(kind: type, order: str) -> None:
     assert error(tiff(planes, "rgb", planarconfig="separate", byteorder=order), COLOURS) <= tolerance
 
 
+LAYOUTS = {
+    "tiles": {"tile": (16, 16)}, "strips": {"rowsperstrip": 5}, "big tiff": {"bigtiff": True},
+    "predictor": {"compression": "zlib", "predictor": 2},
+}  # fmt: skip
+
+
+@ORDERS
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [np.int16, np.uint16, np.uint32, np.float32], ids=lambda kind: kind.__name__)
+def test_every_layout_of_tiff(kind: type, layout: str, order: str) -> None:
+    """Oracle: closed form, as above; the place of the samples in the file does not matter."""
+    options = {} if kind is np.float32 and layout == "predictor" else LAYOUTS[layout]
+    for unit, photometric in ((RAMP, "minisblack"), (COLOURS, "rgb")):
+        data = tiff((unit * WHITES[kind]).astype(kind), photometric, byteorder=order, **options)
+        assert error(data, unit) <= 1
+
+
 @ORDERS
 @pytest.mark.parametrize("compress", [False, True], ids=["plain", "deflated"])
 @pytest.mark.parametrize("bits", [10, 12, 14])
