@@ -200,7 +200,7 @@ def open_data(
     validation_images = _decode_evenly(validation, num_validation_images, resolution).images
     # The last part of a path: the description is published with the model.
     place = source.dataset_name or source.train_data_dir
-    place = Path(place).name if Path(place).exists() else place
+    place = Path(place).resolve().name if Path(place).exists() else place
     if isinstance(training, StreamImages):
         samples, num_images, amount = StreamSamples(images=training, framing=framing), None, "a stream of"
     else:
