@@ -126,6 +126,8 @@ def reason_of(suffix: str, head: bytes) -> str | None:
         suffix: lower-case, "" for none.
         head: the first bytes, or none where they do not matter.
     """
+    if suffix in COMPANIONS:
+        return NO_FORMAT
     # Raw photographs, of many suffixes, begin like a TIFF, which holds no more than their thumbnail.
     if any(_accepts(name, head) for name in MAGIC_FORMATS if not (suffix and name == "TIFF")):
         return None

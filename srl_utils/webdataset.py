@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 TEXT_SUFFIXES = frozenset({".txt", ".caption", ".text", ".json", ".cls"})
 TAR_END = 1024  # bytes
+ENOUGH = 100  # images that show what samples hold
 LONGEST_TEXT = 2**20  # bytes
 ANY_PICTURE = "image"
 """The default name of the column of images."""
@@ -144,13 +145,11 @@ class SampleReader:
         pictures = sorted(
             (member for member in sample if member.why_no_picture is None), key=lambda member: member.field != wanted
         )
-        view, dot, suffix = wanted.rpartition(".")
-        if f".{suffix}" not in picture_suffixes():
-            view, suffix = wanted, ""
-        if view in ("", ANY_PICTURE) and not dot:
+        if wanted == ANY_PICTURE or f".{wanted}" in picture_suffixes():
             plain = [member for member in pictures if not member.view]
             named = [member for member in pictures if member.view == ANY_PICTURE]
             return plain[:1] or named[:1] or pictures
+        view = wanted.rpartition(".")[0] if suffix_of(wanted) in picture_suffixes() else wanted
         return [member for member in pictures if wanted == member.field or view == member.view][:1]
 
     def _caption(self, sample: Sequence[Member], view: str) -> str:
@@ -180,9 +179,9 @@ class Census:
     images: int = 0
 
     def add(self, sample: Sequence[Member], images: Sequence[tuple[Member, str]]) -> None:
-        for member in sample:
+        for member in sample if self.images < ENOUGH else ():
             self.fields[member.field] = None
-            if member.field == "json" and len(self.keys) < 100:
+            if member.field == "json":
                 self.keys.update(dict.fromkeys(map(str, _keys(member.content))))
         self.captions += sum(bool(caption) for _, caption in images)
         self.images += len(images)
@@ -246,7 +245,7 @@ def stream_tars(tars: Sequence[str], reader: SampleReader, *, where: str) -> dat
     census = Census()
     for sample in _grouped(member for tar in tars for member in _members_of(tar)):
         census.add(sample, reader.images(sample))
-        if census.images and (census.captions or reader.caption_column is None or census.images >= 100):
+        if census.images and (census.captions or reader.caption_column is None or census.images >= ENOUGH):
             break
     census.check(reader, where)
     return datasets.IterableDataset.from_generator(_rows, gen_kwargs={"tars": list(tars), "reader": reader})
