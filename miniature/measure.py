@@ -19,6 +19,7 @@ from torch import Tensor
 from miniature.scenes import draw_dead_leaves, draw_scene
 from srl_utils.autoencoders import LatentDecoder, LatentEncoder
 from srl_utils.codecs import Codec
+from srl_utils.decoding import decode_rgb
 from srl_utils.evaluation.reconstruction import CLEAN, evaluate, noise, strong_attack, to_rows
 from srl_utils.evaluation.report import markdown_table
 from srl_utils.images import from_pil
@@ -123,9 +124,9 @@ def center_crops(folder: Path, *, limit: int) -> Tensor:
     """The central 64 px, at full resolution, of the first `limit` images of `folder`."""
     crops = []
     for path in sorted(folder.iterdir())[:limit]:
-        with Image.open(path) as image:
-            left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
-            crops.append(image.convert("RGB").crop((left, top, left + SIZE, top + SIZE)))
+        image = decode_rgb(path)
+        left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
+        crops.append(image.crop((left, top, left + SIZE, top + SIZE)))
     return _stack(crops)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageCms
 
 logger = logging.getLogger(__name__)
 
+Converter = Callable[[Image.Image], Image.Image]
 Chromaticities = tuple[float, ...]
 """x and y of white, red, green and blue, in this order."""
 
@@ -50,7 +51,10 @@ D50 = np.array([0.9642, 1.0, 0.8249])
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # by the colour space of a profile
 DEVICES = {"scnr", "mntr", "prtr", "spac"}
 SAME = 2  # levels by which roundings of one colour space differ
-CACHED_PROFILES = 16
+INTENTS = (ImageCms.Intent.PERCEPTUAL, ImageCms.Intent.RELATIVE_COLORIMETRIC)  # the first is used, as in browsers
+RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+CACHED_PROFILES = 8
+STRIP = 128  # rows
 
 
 def profile_of(image: Image.Image) -> bytes | None:
@@ -68,16 +72,62 @@ def profile_of(image: Image.Image) -> bytes | None:
     return _png_profile(image) or _exif_profile(image)
 
 
-def as_rgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return a picture of mode L, I;16 (white is 65535), RGB, CMYK or LAB in sRGB.
+def as_rgb(picture: Image.Image | np.ndarray, profile: bytes | None) -> Image.Image:
+    """Return a picture in sRGB, mode RGB.
 
     A profile that is broken, or made for pictures of another kind, is ignored, as browsers ignore it.
+
+    Args:
+        picture: of mode L, RGB, CMYK or LAB, or an array of 16 bits, `[H,W]` or `[H,W,3]`.
+        profile: ICC profile of its colours; None for sRGB.
     """
-    converter = _converter(profile, picture.mode) if profile and picture.mode != "LAB" else None
+    if profile and profile[16:20] == b"GRAY":
+        picture = _gray_of(picture)
+    mode = picture.mode if isinstance(picture, Image.Image) else "L" if picture.ndim == 2 else "RGB"
+    converter = _converter(profile, mode) if profile and mode != "LAB" else None
+    if isinstance(picture, np.ndarray):
+        return _deep_as_rgb(picture, converter)
+    return picture.convert("RGB") if converter is None else converter(picture)
+
+
+def _gray_of(picture: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
+    """The gray of an RGB picture without colours, as Pillow opens gray PNG of 16 bits with alpha."""
+    if isinstance(picture, np.ndarray) or picture.mode != "RGB":
+        return picture
+    red, green, blue = picture.split()
+    return red if red.tobytes() == green.tobytes() == blue.tobytes() else picture
+
+
+def _deep_as_rgb(samples: np.ndarray, converter: Converter | None) -> Image.Image:
+    """Of 16 bits, strip by strip where the numbers in between take many times the memory of the picture."""
     if converter is None:
-        return _eight_bits(picture).convert("RGB")
-    mode, transform = converter
-    return transform.apply(picture if picture.mode == mode else _eight_bits(picture).convert(mode))
+        return Image.fromarray((samples / 257).round().astype(np.uint8)).convert("RGB")
+    if samples.ndim == 2:
+        curves = np.asarray(converter(RAMP), np.float32)[0].T
+        levels = np.arange(65536) / 257
+        table = np.stack([np.interp(levels, np.arange(256), curve) for curve in curves], axis=-1)
+        return Image.fromarray(table.round().astype(np.uint8)[samples])
+    if not _is_steep(converter):
+        return converter(_deep_as_rgb(samples, None))
+    strips = [_interpolated(samples[row : row + STRIP], converter) for row in range(0, len(samples), STRIP)]
+    return Image.fromarray(np.concatenate(strips))
+
+
+def _is_steep(converter: Converter) -> bool:
+    """Whether neighbouring grays of 8 bits come out further apart than roundings, as those of linear light do."""
+    return bool(np.diff(np.asarray(converter(RAMP), int), axis=1).max() > SAME)
+
+
+def _interpolated(samples: np.ndarray, converter: Converter) -> np.ndarray:
+    """RGB of 16 bits `[H,W,3]` by a converter of 8 bits: what it makes of the eight colours around each, weighted."""
+    place = samples.astype(np.float32) / 257
+    below = np.minimum(place.astype(np.uint8), 254)
+    share = place - below
+    total = np.zeros_like(place)
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.prod(np.where(corner, share, 1 - share), axis=-1, keepdims=True)
+        total += weight * np.asarray(converter(Image.fromarray(below + np.uint8(corner))), np.float32)
+    return total.round().astype(np.uint8)
 
 
 def matrix_profile(primaries: Chromaticities, curve: Sequence[float]) -> bytes:
@@ -115,7 +165,7 @@ def _coded_profile(primaries: int, transfer: int, matrix: int, full_range: int) 
     """The profile of code points of ITU-T H.273, as the PNG chunk cICP holds them."""
     if primaries in CODED_PRIMARIES and transfer in CODED_CURVES and matrix == 0 and full_range == 1:
         return matrix_profile(CODED_PRIMARIES[primaries], CODED_CURVES[transfer])
-    _warn_once(f"colours of the code points {primaries}/{transfer}/{matrix}/{full_range} are read as sRGB")
+    warn_once(f"colours of the code points {primaries}/{transfer}/{matrix}/{full_range} are read as sRGB")
     return None
 
 
@@ -132,26 +182,32 @@ def _exif_profile(image: Image.Image) -> bytes | None:
 
 
 @lru_cache(maxsize=CACHED_PROFILES)
-def _converter(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform] | None:
-    """The mode that the transform to sRGB takes and the transform; None if there is none, or none is needed."""
+def _converter(profile: bytes, mode: str) -> Converter | None:
+    """What turns a picture of this mode and profile into sRGB; None if nothing can, or if it is sRGB."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         taken = MODES.get(opened.profile.xcolor_space.strip())
-        plain = "L" if mode == "I;16" else mode
-        if opened.profile.device_class not in DEVICES or taken is None or (plain != taken and (plain, taken) != ("L", "RGB")):
-            _warn_once("a colour profile made for another kind of picture is ignored")
+        if opened.profile.device_class not in DEVICES or taken not in (mode, "RGB" if mode == "L" else mode):
+            warn_once("a colour profile made for another kind of picture is ignored")
             return None
-        if any(_changes_nothing(opened, taken, intent) for intent in ImageCms.Intent):
+        if any(_changes_nothing(opened, taken, intent) for intent in INTENTS):
             return None
-        taken = mode if taken == "L" else taken
-        return taken, _transform(opened, taken, ImageCms.Intent.PERCEPTUAL)
-    except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        _warn_once(f"a broken colour profile is ignored ({(str(error).splitlines() or [''])[0]})")
+        transform = _transform(opened, taken, INTENTS[0])
+    except (ImageCms.PyCMSError, ImportError, OSError, ValueError) as error:
+        warn_once(f"a colour profile that cannot be used is ignored ({(str(error).splitlines() or [''])[0]})")
         return None
+    if taken == "L":
+        table = np.asarray(transform.apply(RAMP))[0]
+        return lambda picture: Image.fromarray(table[np.asarray(picture)])
+    return lambda picture: transform.apply(picture if picture.mode == taken else picture.convert(taken))
 
 
 def _transform(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.Intent) -> ImageCms.ImageCmsTransform:
-    return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB", renderingIntent=intent)
+    # Little CMS interpolates gray between few points, which is far off in the shadows.
+    flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+    return ImageCms.buildTransform(
+        profile, ImageCms.createProfile("sRGB"), mode, "RGB", renderingIntent=intent, flags=flags
+    )
 
 
 def _changes_nothing(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.Intent) -> bool:
@@ -163,13 +219,6 @@ def _changes_nothing(profile: ImageCms.ImageCmsProfile, mode: str, intent: Image
     image = Image.fromarray(chart[..., 0] if mode == "L" else chart)
     changed = np.asarray(_transform(profile, mode, intent).apply(image), int)
     return bool(np.abs(changed - np.asarray(image.convert("RGB"), int)).max() <= SAME)
-
-
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """A picture of mode I;16 as one of mode L."""
-    if picture.mode != "I;16":
-        return picture
-    return Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
 
 
 def _colorants(primaries: Chromaticities) -> np.ndarray:
@@ -207,5 +256,6 @@ def _assembled(tags: dict[bytes, bytes]) -> bytes:
 
 
 @cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning, once for each message and process."""
     logger.warning("%s", message)

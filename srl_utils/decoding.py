@@ -11,14 +11,16 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from srl_utils import png_chunks, tiff_pages
-from srl_utils.colours import as_rgb, profile_of
-from srl_utils.sample_ranges import Declared, unit_values
+from srl_utils import jp2_boxes, png_chunks, tiff_pages
+from srl_utils.colours import as_rgb, profile_of, warn_once
+from srl_utils.png_chunks import LOW_BYTES
+from srl_utils.sample_ranges import SIGNED, Declared, unit_values
 
 # Pillow only recognises the first five (their pixels need other software) and hands the last to Ghostscript.
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
@@ -27,6 +29,15 @@ HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"
 AVIF_BRANDS = {b"avif", b"avis"}
 JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 HEAD = 64  # bytes
+NEEDED = {
+    "HEIF": "HEIC needs pillow-heif",
+    "AVIF": "AVIF needs Pillow 11.3 or newer",
+    "JXL": "JPEG XL needs pillow-jxl-plugin",
+}
+NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}  # Pillow's names of raw samples
+NEEDS_ALL_BITS = {"cicp", "icc_profile", "gamma", "chromaticity", "transparency"}  # of `Image.info`
+SIXTEEN_BITS = Declared(bits=16)
+DARK = 4096
 
 _raised_limit = threading.RLock()
 
@@ -85,9 +96,16 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """
     with _one_line_reason():
         _refuse_bomb(image)
+        _expect_native_bytes(image)
         image.load()
-        colour, alpha = _split(_upright(image), _declared(image))
-        return as_rgb(colour, profile_of(image)), alpha
+        upright, low = _upright(image), image.info.get(LOW_BYTES)
+        if isinstance(low, Image.Image):
+            colour, alpha = _join(upright, _upright(low))
+        else:
+            colour, alpha = _split(upright, _declared(image))
+        picture = as_rgb(colour, profile_of(image))
+        picture.info = {}  # it says how to read the file, and would be taken for this picture's
+        return picture, alpha
 
 
 def decode_rgb(source: object, *, max_pixels: int | None = None) -> Image.Image:
@@ -163,7 +181,7 @@ def _open_file(path: Path) -> Image.Image:
         raise UnreadableImage("no regular file")
     with path.open("rb") as file:
         head = file.read(HEAD)
-    if head.startswith((png_chunks.SIGNATURE, *tiff_pages.SIGNATURES)):
+    if head.startswith((png_chunks.SIGNATURE, jp2_boxes.SIGNATURE, *tiff_pages.SIGNATURES)):
         return _open_bytes(path.read_bytes())
     with _named_reason(head):
         return Image.open(path, formats=picture_formats())
@@ -172,10 +190,23 @@ def _open_file(path: Path) -> Image.Image:
 def _open_bytes(data: bytes) -> Image.Image:
     if data.startswith(tiff_pages.SIGNATURES):
         return _open_tiff(data)
-    readable, info = png_chunks.readable_png(data) if data.startswith(png_chunks.SIGNATURE) else (data, {})
+    if data.startswith(png_chunks.SIGNATURE):
+        return _open_png(data)
     with _named_reason(data[:HEAD]):
-        image = Image.open(io.BytesIO(readable), formats=picture_formats())
+        image = Image.open(io.BytesIO(data), formats=picture_formats())
+    if data.startswith(jp2_boxes.SIGNATURE):
+        image.info["icc_profile"] = jp2_boxes.embedded_profile(data)
+    return image
+
+
+def _open_png(data: bytes) -> Image.Image:
+    readable, info = png_chunks.readable_png(data)
+    image = Image.open(io.BytesIO(readable), formats=["PNG"])
     image.info.update(info)
+    if png_chunks.is_deep(data) and NEEDS_ALL_BITS & image.info.keys() and not image.is_animated:
+        image.info[LOW_BYTES] = low = Image.open(io.BytesIO(readable), formats=["PNG"])
+        # In the opposite byte order Pillow keeps the other byte.
+        low.tile = [_told(tile, f"{low.mode};16L") for tile in low.tile]
     return image
 
 
@@ -185,7 +216,12 @@ def _open_tiff(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=["TIFF"])
     except UnidentifiedImageError:
         return tiff_pages.TiffPages(data)
-    return tiff_pages.TiffPages(data) if tiff_pages.misread_by_pillow(image.tag_v2) else image
+    if tiff_pages.misread_by_pillow(image.tag_v2):
+        return tiff_pages.TiffPages(data)
+    if tiff_pages.coarse_in_pillow(image.tag_v2):
+        with suppress(Exception):  # compressed in a way that tifffile does not know
+            return tiff_pages.TiffPages(data)
+    return image
 
 
 @contextmanager
@@ -194,14 +230,32 @@ def _named_reason(head: bytes) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError:
-        brands = {head[8:12], *(head[start : start + 4] for start in range(16, len(head), 4))}
-        if head[4:8] == b"ftyp" and AVIF_BRANDS & brands:
-            raise UnreadableImage("AVIF needs Pillow 11.3 or newer") from None
-        if head[4:8] == b"ftyp" and HEIF_BRANDS & brands:
-            raise UnreadableImage("HEIC needs pillow-heif") from None
-        if head.startswith(JPEG_XL):
-            raise UnreadableImage("JPEG XL needs pillow-jxl-plugin") from None
-        raise
+        file_format = _foreign_format(head)
+        if file_format is None or file_format in picture_formats():
+            raise
+        raise UnreadableImage(NEEDED[file_format]) from None
+
+
+def _foreign_format(head: bytes) -> str | None:
+    """One of `NEEDED`, by the first bytes of a file."""
+    if head.startswith(JPEG_XL):
+        return "JXL"
+    brands = {head[8:12], *(head[start : start + 4] for start in range(16, len(head), 4))}
+    if head[4:8] != b"ftyp" or not brands & (AVIF_BRANDS | HEIF_BRANDS):
+        return None
+    return "AVIF" if brands & AVIF_BRANDS else "HEIF"
+
+
+def _expect_native_bytes(image: Image.Image) -> None:
+    """Correct what Pillow tells its decoder of compressed big-endian TIFF: libtiff has swapped the bytes by then."""
+    tiles = getattr(image, "tile", [])
+    if tiles and tiles[0][0] == "libtiff":
+        image.tile = [_told(tile, (NATIVE.get(tile[3][0], tile[3][0]), *tile[3][1:])) for tile in tiles]
+
+
+def _told(tile: tuple[Any, ...], arguments: object) -> tuple[Any, ...]:
+    """A tile of an image, whose decoder is told something else. Older releases of Pillow have plain tuples."""
+    return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -219,33 +273,50 @@ def _declared(image: Image.Image) -> Declared:
     return Declared(bits=16 if sixteen_bits and image.mode != "F" else None)
 
 
-def _split(image: Image.Image, declared: Declared) -> tuple[Image.Image, Image.Image | None]:
-    """Colours of mode L, I;16, RGB, CMYK or LAB without transparency, and the alpha."""
+def _split(image: Image.Image, declared: Declared) -> tuple[Image.Image | np.ndarray, Image.Image | None]:
+    """Colours of mode L, RGB, CMYK or LAB or gray of 16 bits `[H,W]`, and the alpha."""
     transparent = image.info.pop("transparency", None)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    signed = image.mode == "L" and declared.kind == SIGNED
+    if signed or image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _long_samples(image, declared, transparent)
-    if isinstance(transparent, (int, tuple, bytes)):
+    if isinstance(transparent, (int, tuple, bytes)):  # a text of a PNG may have any name
         image.info["transparency"] = transparent
+    gray = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
-        return _split_alpha(image.convert("RGBA"))
-    if image.mode in ("1", "L"):
-        return image.convert("L"), None
-    return image if image.mode in ("CMYK", "LAB") else image.convert("RGB"), None
+        *bands, alpha = image.convert("LA" if gray else "RGBA").split()
+        return Image.merge("L" if gray else "RGB", bands), _unless_opaque(alpha)
+    return image if image.mode in ("CMYK", "LAB") else image.convert("L" if gray else "RGB"), None
 
 
-def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    alpha = image.getchannel("A")
-    return image.convert("RGB"), None if alpha.getextrema() == (255, 255) else alpha
+def _unless_opaque(alpha: Image.Image) -> Image.Image | None:
+    return None if alpha.getextrema() == (255, 255) else alpha
 
 
-def _long_samples(
-    image: Image.Image, declared: Declared, transparent: object
-) -> tuple[Image.Image, Image.Image | None]:
-    """Gray of more than 8 bits as mode I;16, white 65535: Pillow's own conversion clips it at 255."""
+def _long_samples(image: Image.Image, declared: Declared, transparent: object) -> tuple[np.ndarray, Image.Image | None]:
+    """Gray `[H,W]` of 16 bits from samples that Pillow's own conversion clips at 255, and the alpha."""
     values = np.asarray(image)
-    if declared.kind == 1 and declared.bits == 32 and values.dtype == np.int32:
+    if declared.kind == SIGNED and declared.bits in (8, 16):
+        values = values.astype(f"i{declared.bits // 8}")
+    elif declared.kind != SIGNED and declared.bits == 32 and values.dtype == np.int32:
         values = values.view(np.uint32)
-    gray = Image.fromarray((65535 * unit_values(values, declared)).round().astype(np.uint16))
-    if not isinstance(transparent, int) or not (values == transparent).any():
+    if declared == SIXTEEN_BITS and 0 < values.max() < DARK:
+        warn_once("an image of 16 bits has no value above 4095, and is as dark as its file says")
+    gray = (65535 * unit_values(values, declared)).round().astype(np.uint16)
+    if not isinstance(transparent, int):
         return gray, None
-    return gray, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    return gray, _unless_opaque(_mask(values != transparent))
+
+
+def _join(high: Image.Image, low: Image.Image) -> tuple[np.ndarray, Image.Image | None]:
+    """RGB `[H,W,3]` of 16 bits from pictures of its high and its low bytes, and the alpha."""
+    samples = np.asarray(high.convert("RGB")).astype(np.uint16) << 8 | np.asarray(low.convert("RGB"))
+    if high.mode == "RGBA":
+        return samples, _unless_opaque(high.getchannel("A"))
+    transparent = high.info.get("transparency")
+    if not isinstance(transparent, tuple):
+        return samples, None
+    return samples, _unless_opaque(_mask(~(samples == transparent).all(axis=-1)))
+
+
+def _mask(visible: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.where(visible, 255, 0).astype(np.uint8))

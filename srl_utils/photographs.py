@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from srl_utils.decoding import decode_rgb
+
 Split = Literal["train", "validation"]
 
 FILES: dict[Split, tuple[str, ...]] = {
@@ -34,8 +36,8 @@ def load_photographs(split: Split, *, short_side: int) -> list[Image.Image]:
     folder = files("skimage.data")
     photographs = []
     for name in FILES[split]:
-        with as_file(folder / name) as path, Image.open(path) as image:
-            photographs.append(_limit_short_side(image.convert("RGB"), short_side))
+        with as_file(folder / name) as path:
+            photographs.append(_limit_short_side(decode_rgb(path), short_side))
     return photographs
 
 

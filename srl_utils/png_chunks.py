@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-LONGEST_INFLATED = 64 * 2**20  # bytes of all compressed texts and profiles together; a real bomb has more
+LONGEST_TEXTS = 64 * 2**20  # bytes of all texts and the profile together; Pillow refuses more, and so does this module
 PILLOWS_LIMIT = 2**20  # bytes of one of them that Pillow inflates
 GREATEST_RATIO = 1030  # of deflate
-GRAY, RGB = 0, 2
+GRAY = 0  # colour type
+COLOURED = (2, 6)
+LOW_BYTES = "low_bytes"
+"""Key of `Image.info`: the low bytes of RGB of 16 bits, whose high bytes are the picture itself."""
+TEXTS = (b"tEXt", b"iTXt")
 
 
 class Chunk(NamedTuple):
@@ -24,12 +28,13 @@ def readable_png(data: bytes) -> tuple[bytes, dict[str, Any]]:
 
     Compressed texts beyond Pillow's limit are replaced by uncompressed ones; the profile moves to the information,
     as do the code points of cICP. The transparent gray of a PNG of fewer than 8 bits is scaled as Pillow scales gray.
+    Uncompressed texts beyond `LONGEST_TEXTS` bytes are left out.
 
     Raises:
-        ValueError: if the compressed texts and the profile have more than `LONGEST_INFLATED` bytes together.
+        ValueError: if the compressed texts and the profile have more than `LONGEST_TEXTS` bytes together.
     """
     info: dict[str, Any] = {}
-    parts, copied, budget = [], 0, LONGEST_INFLATED
+    parts, copied, budget, room = [], 0, LONGEST_TEXTS, LONGEST_TEXTS
     header = b""
     for start, end, chunk in _chunks(data):
         replacement: Chunk | None = chunk
@@ -44,10 +49,18 @@ def readable_png(data: bytes) -> tuple[bytes, dict[str, Any]]:
             replacement = _uncompressed(chunk, inflated)
             if replacement is None:
                 info["icc_profile"] = inflated
+        if replacement and replacement.kind in TEXTS:
+            room -= len(replacement.content)
+            replacement = replacement if room >= 0 else None
         if replacement is not chunk:
             parts += [data[copied:start], _encoded(replacement) if replacement else b""]
             copied = end
     return b"".join([*parts, data[copied:]]) if parts else data, info
+
+
+def is_deep(data: bytes) -> bool:
+    """Whether this is a PNG of RGB with 16 bits, of which Pillow keeps 8."""
+    return len(data) > 25 and data[24] == 16 and data[25] in COLOURED
 
 
 def _chunks(data: bytes) -> Iterator[tuple[int, int, Chunk]]:
@@ -98,7 +111,7 @@ def _inflated(chunk: Chunk, budget: int) -> bytes | None:
     except zlib.error:  # Pillow too takes broken texts for empty ones
         return b""
     if stream.unconsumed_tail or len(content) > budget:
-        raise ValueError(f"its compressed texts have more than {LONGEST_INFLATED >> 20} MB")
+        raise ValueError(f"its compressed texts have more than {LONGEST_TEXTS >> 20} MB")
     return content
 
 

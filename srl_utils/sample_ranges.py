@@ -11,7 +11,7 @@ OVERSHOOT = 0.25  # of the range; resampling leaves values beyond black and whit
 NOISE = 1 / 255  # below black, as a share of white
 DIMMEST_BYTES = 16  # the least maximum of values that are taken for those of 8 bits
 DIMMEST_SHARE = 1 / 4  # and for those of more bits, as a share of white
-DARKEST_MEAN = 1 / 64  # of white; darker fractions are rather light of which a little is very bright
+DARKEST_MEDIAN = 1 / 64  # of what is not black, as a share of white; darker fractions are rather light without a bound
 
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE, SAMPLE_FORMAT, S_MAX_SAMPLE = 258, 262, 281, 339, 341  # tags of TIFF
 WHITE_IS_ZERO = 0
@@ -74,13 +74,14 @@ def unit_values(values: np.ndarray, declared: Declared) -> np.ndarray:
 
 def _guessed_white(values: np.ndarray) -> float:
     """The white of fractions and of signed or long integers, for which most files name none."""
-    high, mean = float(values.max()), float(values.mean())
+    high = float(values.max())
     if high <= 1 + OVERSHOOT:
         return 1.0
+    median = float(np.median(values[values > 0]))
     whole = values.dtype.kind in "bui" or bool((values == np.round(values)).all())
     sixteen_bits = 2.0**15 - 1 if values.dtype == np.int16 else 2.0**16 - 1
     for white, dimmest in ((255.0, DIMMEST_BYTES), (sixteen_bits, DIMMEST_SHARE * sixteen_bits)):
-        if dimmest <= high <= white * (1 + OVERSHOOT) and (whole or mean >= DARKEST_MEAN * white):
+        if dimmest <= high <= white * (1 + OVERSHOOT) and (whole or median >= DARKEST_MEDIAN * white):
             return white
     if values.dtype.kind in "ui" and high >= DIMMEST_SHARE * np.iinfo(values.dtype).max:
         return float(np.iinfo(values.dtype).max)

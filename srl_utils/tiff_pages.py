@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import tifffile
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import IFDRational
 
-from srl_utils.sample_ranges import Declared, unit_values
+from srl_utils.png_chunks import LOW_BYTES
+from srl_utils.sample_ranges import BITS_PER_SAMPLE, MAX_SAMPLE, S_MAX_SAMPLE, Declared, unit_values
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-COMPRESSION, MAX_SAMPLE, PLANAR, ICC_PROFILE = 259, 281, 284, 34675
+COMPRESSION, SAMPLES_PER_PIXEL, PLANAR, ICC_PROFILE = 259, 277, 284, 34675
 UNCOMPRESSED, SEPARATE_PLANES = 1, 2
 COLOUR_SAMPLES = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}  # by TIFF's PhotometricInterpretation
-PALETTE = 3
+PALETTE, CMYK = 3, 5
 MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 PREMULTIPLIED, ALPHA = 1, 2  # TIFF's ExtraSamples
 KEPT_TAGS = (270, 271, 272, 282, 283, 296, 305, 306, 315, 33432)  # description, resolution, author, copyright, ...
@@ -24,7 +27,7 @@ WHOLE_BYTES = (8, 16, 32, 64)
 
 
 class TiffPages(Image.Image):
-    """The pages of a TIFF file as tifffile reads them: 8 bits a sample, upright."""
+    """The pages of a TIFF file as tifffile reads them, upright. RGB of 16 bits has its `LOW_BYTES` beside it."""
 
     format = "TIFF"
 
@@ -40,9 +43,12 @@ class TiffPages(Image.Image):
         if not 0 <= frame < self.n_frames:
             raise EOFError("no more pages in TIFF file")
         page = self._file.pages[frame].aspage()
-        picture = _picture(page)
+        samples, alpha = _planes(page)
+        picture = _merged(samples, alpha, page)
         self.im, self._mode, self._size = picture.im, picture.mode, picture.size
         self.info = {"icc_profile": page.tags.valueof(ICC_PROFILE), "exif": _kept(page).tobytes()}
+        if picture.mode.startswith("RGB"):
+            self.info[LOW_BYTES] = _merged(samples << 8, None, page)
         self._frame = frame
 
     def tell(self) -> int:
@@ -56,34 +62,49 @@ class TiffPages(Image.Image):
 
 def misread_by_pillow(tags: Mapping[int, object]) -> bool:
     """Whether Pillow opens a file with these tags, but takes the wrong bytes or bits for the pixels."""
-    declared = Declared.of_tiff(tags)
-    if (declared.bits or 1) <= 8:
-        return False
-    separate = tags.get(PLANAR) == SEPARATE_PLANES and tags.get(COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
-    fewer_bits = MAX_SAMPLE in tags and len(np.atleast_1d(tags[258])) > 1
-    return separate or fewer_bits
+    uncompressed = tags.get(COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
+    declares_white = MAX_SAMPLE in tags or S_MAX_SAMPLE in tags
+    return _is_deep(tags) and (declares_white or (uncompressed and tags.get(PLANAR) == SEPARATE_PLANES))
 
 
-def _picture(page: tifffile.TiffPage) -> Image.Image:
+def coarse_in_pillow(tags: Mapping[int, object]) -> bool:
+    """Whether Pillow drops bits that the colour profile of a file with these tags needs."""
+    return _is_deep(tags) and ICC_PROFILE in tags
+
+
+def _is_deep(tags: Mapping[int, object]) -> bool:
+    """Whether the pixels have several samples of more than 8 bits."""
+    bits = np.atleast_1d(tags.get(BITS_PER_SAMPLE, 1))
+    return int(tags.get(SAMPLES_PER_PIXEL, len(bits))) > 1 and bits.max() > 8
+
+
+def _planes(page: tifffile.TiffPage) -> tuple[np.ndarray, np.ndarray | None]:
+    """Colours `[H,W,C]` and alpha `[H,W]`, both of 16 bits."""
     _check(page)
     values = _samples(page)
     declared = Declared.of_tiff({tag.code: tag.value for tag in page.tags})
     if page.photometric == PALETTE:
-        values = np.moveaxis(page.colormap, 0, -1)[values[..., 0]]
-        declared = Declared(bits=16)
-    colours = 3 if page.photometric == PALETTE else COLOUR_SAMPLES[page.photometric]
-    unit = unit_values(values[..., :colours], declared)
+        return np.moveaxis(page.colormap, 0, -1)[values[..., 0]], None
+    unit = unit_values(values[..., : COLOUR_SAMPLES[page.photometric]], declared)
     alpha = _alpha(page, values, declared._replace(inverted=False))
     if alpha is not None and PREMULTIPLIED in page.extrasamples:
         unit = np.clip(unit / np.maximum(alpha, 1e-6)[..., None], 0, 1)
-    planes = [Image.fromarray((255 * plane).round().astype(np.uint8)) for plane in np.moveaxis(unit, -1, 0)]
-    mode = MODES[colours]
-    if alpha is not None and mode != "CMYK":
-        planes.append(Image.fromarray((255 * alpha).round().astype(np.uint8)))
-        mode += "A"
-    picture = Image.merge(mode, planes)
-    exif = picture.getexif()
-    exif[ORIENTATION] = page.tags.valueof(ORIENTATION, 1)
+    return _sixteen_bits(unit), None if alpha is None else _sixteen_bits(alpha)
+
+
+def _sixteen_bits(unit: np.ndarray) -> np.ndarray:
+    return (65535 * unit).round().astype(np.uint16)
+
+
+def _merged(samples: np.ndarray, alpha: np.ndarray | None, page: tifffile.TiffPage) -> Image.Image:
+    """Colours and alpha of 16 bits as an upright picture: all bits of gray, and the high bytes of anything else."""
+    if samples.shape[-1] == 1 and alpha is None:
+        picture = Image.fromarray(samples[..., 0])
+    else:
+        planes = [*np.moveaxis(samples, -1, 0), *([] if alpha is None else [alpha])]
+        mode = MODES[samples.shape[-1]] + ("" if alpha is None else "A")
+        picture = Image.merge(mode, [Image.fromarray((plane >> 8).astype(np.uint8)) for plane in planes])
+    picture.getexif()[ORIENTATION] = page.tags.valueof(ORIENTATION, 1)
     return ImageOps.exif_transpose(picture)
 
 
@@ -91,7 +112,7 @@ def _alpha(page: tifffile.TiffPage, values: np.ndarray, declared: Declared) -> n
     colours = COLOUR_SAMPLES[page.photometric]
     unnamed = page.photometric == 2 and not page.extrasamples
     kind = page.extrasamples[0] if page.extrasamples else ALPHA if unnamed else 0
-    if page.photometric == PALETTE or values.shape[-1] <= colours or kind not in (PREMULTIPLIED, ALPHA):
+    if page.photometric in (PALETTE, CMYK) or values.shape[-1] <= colours or kind not in (PREMULTIPLIED, ALPHA):
         return None
     return unit_values(values[..., colours], declared)
 
@@ -105,9 +126,11 @@ def _check(page: tifffile.TiffPage) -> None:
         raise Image.DecompressionBombError(f"{pixels} pixels are more than {Image.MAX_IMAGE_PIXELS}")
     if page.samplesperpixel > COLOUR_SAMPLES[page.photometric] + 4:
         raise ValueError(f"TIFF with {page.samplesperpixel} samples per pixel, which is no picture")
-    size = page.parent.filehandle.size
-    segments = _segments(page)
-    if not segments or any(offset <= 0 or count <= 0 or offset + count > size for offset, count in segments):
+    size, segments = page.parent.filehandle.size, _segments(page)
+    stored = sum(count for _, count in segments)
+    packed = pixels * page.samplesperpixel * page.bitspersample // 8 if page.compression == UNCOMPRESSED else 1
+    outside = any(offset <= 0 or count <= 0 or offset + count > size for offset, count in segments)
+    if outside or stored < packed or len(segments) < math.prod(page.chunked):
         raise ValueError("TIFF that is cut short")
 
 
@@ -148,5 +171,5 @@ def _kept(page: tifffile.TiffPage) -> Image.Exif:
     exif = Image.Exif()
     for code in KEPT_TAGS:
         if (value := page.tags.valueof(code)) is not None:
-            exif[code] = value
+            exif[code] = IFDRational(*value) if isinstance(value, tuple) and len(value) == 2 else value
     return exif
