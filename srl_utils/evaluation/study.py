@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, product
@@ -132,7 +133,10 @@ class Study:
     def _compute(self, job: Job) -> None:
         cell, numbers = job.cell, job.batch
         clean = self.images[numbers].to(self.accelerator.device, memory_format=torch.channels_last)
-        shown = cell.perturbation.apply(cell.source, ReconstructionLoss(), clean, image_generators(self.seed, numbers))
+        with _watched(cell.source) as finite:
+            shown = cell.perturbation.apply(cell.source, ReconstructionLoss(), clean, image_generators(self.seed, numbers))
+        if not all(finite):  # such an attack would be weaker than it claims
+            raise _not_finite(job, cell.source, numbers)
         records: list[Record] = []
         features: dict[str, Tensor] = {}
         for codec, variant in product(cell.judged, self.task.variants):
@@ -140,6 +144,8 @@ class Study:
                 outcome = self.task.attempt(cell, codec, shown, numbers, variant)
                 _check_finite(outcome, job, codec)
                 values = self.task.measure(cell, codec, outcome, numbers, variant)
+                for value in values.values():
+                    _check_finite(value[:, None], job, codec)
             named = replace(cell.perturbation, name=attempted(cell.perturbation.name, variant))
             for threat_model in cell.threat_models[codec.name]:
                 records += to_records(codec.name, named, threat_model, numbers, values)
@@ -236,11 +242,30 @@ def _features_beside(path: Path) -> dict[str, Tensor]:
         raise UnusableFile(f"{features} is damaged; remove {path}, and the same command makes both again") from None
 
 
-def _check_finite(reconstruction: Tensor, job: Job, codec: Codec) -> None:
-    finite = reconstruction.isfinite().flatten(1).all(dim=1).tolist()
+@contextmanager
+def _watched(codec: Codec) -> Iterator[list[Tensor]]:
+    """Within, each pass through `codec` adds whether all it returns is finite; nothing waits for the device."""
+    finite: list[Tensor] = []
+    hooks = [
+        part.register_forward_hook(lambda module, inputs, output: finite.append(output.detach().isfinite().all()))
+        for part in (codec.encoder, codec.decoder)
+    ]
+    try:
+        yield finite
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_finite(values: Tensor, job: Job, codec: Codec) -> None:
+    """Values `[N,...]`, a row for each image of the job."""
+    finite = values.isfinite().flatten(1).all(dim=1).tolist()
     if not all(finite):
-        broken = ", ".join(str(number) for number, good in zip(job.batch, finite, strict=True) if not good)
-        raise UserError(
-            f"{codec.name} returns values that are not finite for the images {broken} under {job.cell.title}; a mean "
-            "over the rest would say nothing. Try --mixed_precision no or bf16"
-        )
+        raise _not_finite(job, codec, [number for number, good in zip(job.batch, finite, strict=True) if not good])
+
+
+def _not_finite(job: Job, codec: Codec, numbers: Sequence[int]) -> UserError:
+    return UserError(
+        f"{codec.name} returns values that are not finite for the images {', '.join(map(str, numbers))} under "
+        f"{job.cell.title}; a mean over the rest would say nothing. Try --mixed_precision no or bf16"
+    )

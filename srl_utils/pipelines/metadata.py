@@ -86,7 +86,7 @@ def save_options(metadata: Metadata, file_format: str) -> tuple[dict[str, object
     if file_format == "WEBP":
         return _some(icc_profile=srgb_profile(), exif=everything, xmp=metadata.xmp), _iptc_lost(metadata)
     if file_format == "TIFF":
-        return _some(icc_profile=srgb_profile(), exif=_with_blocks(exif, metadata), dpi=metadata.dpi), []
+        return _some(icc_profile=srgb_profile(), exif=_with_blocks(exif, metadata).tobytes(), dpi=metadata.dpi), []
     if file_format == "JPEG":
         return _jpeg_options(metadata, everything)
     if file_format == "GIF":
@@ -197,7 +197,7 @@ def _exif_with_resolution(metadata: Metadata) -> Image.Exif:
     exif.update(metadata.exif)
     if metadata.dpi is not None:
         across, down = (Fraction(value).limit_denominator(1000) for value in metadata.dpi)
-        exif |= {X_RESOLUTION: float(across), Y_RESOLUTION: float(down), RESOLUTION_UNIT: INCHES}
+        exif.update({X_RESOLUTION: float(across), Y_RESOLUTION: float(down), RESOLUTION_UNIT: INCHES})
     if metadata.comment and DESCRIPTION not in exif:
         exif[DESCRIPTION] = metadata.comment.decode(errors="replace")
     return exif
