@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from srl_utils.evaluation.report import comparison_table
-from srl_utils.hub.card import CardFacts, base_license, render_card
+from srl_utils.hub.card import CardFacts, base_license, recorded_weights, render_card
 
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"
 ATTACKS = {"clean": 0.0, "pgd-10": 8 / 255, "pgd-50x2": 8 / 255, "gaussian-noise": 8 / 255}
@@ -116,10 +116,11 @@ def test_sections_of_a_minimal_card(minimal: CardFacts) -> None:
     assert 'variant="' not in parts["How to use it"]
 
 
-@pytest.mark.parametrize("which", ["full", "early", "minimal"])
+@pytest.mark.parametrize("which", ["full", "early", "minimal", "with weights"])
 def test_the_markdown_is_well_formed(which: str, minimal: CardFacts) -> None:
     """Oracle: the rules of Markdown: blank lines around every block, fences in pairs; and nothing is left unfilled."""
-    card = render_card({"full": FULL, "early": EARLY, "minimal": minimal}[which])
+    saved = replace(FULL, weights={"a.safetensors": "0" * 64})
+    card = render_card({"full": FULL, "early": EARLY, "minimal": minimal, "with weights": saved}[which])
     assert not re.search(r"\{\{|\}\}|\{%|%\}|\bNone\b(?! yet)|\n\n\n", card)
     assert card.count("```") % 2 == 0
     lines = prose(card).splitlines()
@@ -177,6 +178,16 @@ def test_the_snippets_run(vae_folder: Path, tiny_vae: AutoencoderKL) -> None:
     assert names["vae"].config.scaling_factor == 0.7
     assert names["edited"] is photograph
     assert names["clean"].size == photograph.size
+
+
+@pytest.mark.parametrize("weights", [{}, {"a.safetensors": "0" * 64}, {"a.safetensors": "0" * 64, "a.fp16.safetensors": "1" * 64}])
+def test_the_weights_of_a_card_can_be_read_back(weights: dict[str, str]) -> None:
+    """Oracle: the same files and checksums; a card by hand records none, and text beside the list is no record."""
+    card = render_card(replace(FULL, weights=weights))
+    assert recorded_weights(card) == weights
+    assert recorded_weights(f"{card}\n- `note`: `by hand`\n") == weights
+    assert recorded_weights("# Mine\n\n- `a.safetensors`: `" + "0" * 64 + "`\n") is None
+    assert all(checksum in sections(card)["Training"] for checksum in weights.values())
 
 
 # --- what is claimed --------------------------------------------------------------------------------------

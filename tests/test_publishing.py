@@ -434,6 +434,15 @@ def test_a_folder_without_a_card(
     assert set(repository.branches["main"].files) - {".gitattributes"} == {"config.json", WEIGHTS, *kept}
 
 
+def test_a_config_that_names_a_folder(machine: Machine, hub: HubServer, drop_in: Path, tmp_path: Path) -> None:
+    """Oracle: the server's config: that of the folder, but for the machine's path, of which the last part is left."""
+    config = json.loads((bare(drop_in, tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/alice/secret/base"}))
+    assert machine.push(tmp_path, "--repo_id", "user/model")[0] == 0
+    sent = json.loads(hub.repositories["user/model"].branches["main"].files["config.json"])
+    assert sent == {**config, "_name_or_path": "base"}
+
+
 def card_of(weights: dict[str, str]) -> str:
     lines = [f"- `{name}`: `{checksum}`" for name, checksum in weights.items()]
     ending = ":\n\n" + "\n".join(lines) + "\n" if lines else ": none yet\n"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_srl_vae
+from srl_utils.data import open_data
+from srl_utils.errors import UserError
+from srl_utils.evaluation.judge import Judge
 from srl_utils.execution import choose_execution
+from srl_utils.hub.card import recorded_weights
+from srl_utils.hub.contents import contents
 from srl_utils.losses import PerceptualDistance
 from srl_utils.sources import DataSource
 from srl_utils.step import Step
@@ -27,6 +33,7 @@ from srl_utils.step import Step
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_srl_vae.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+HALF = "diffusion_pytorch_model.fp16.safetensors"
 
 
 def steps(output_dir: Path) -> list[dict]:
@@ -96,7 +103,6 @@ def test_output_files(run: Run, flags: list[str], tmp_path: Path) -> None:
 
 def test_the_result_rows_describe_the_saved_weights(run: Run, flags: list[str], tmp_path: Path) -> None:
     """Oracle: the clean PSNR of the saved VAE, measured here from its files on the validation images."""
-    from srl_utils.data import open_data
     from srl_utils.metrics import psnr
 
     code, printed = run(*flags)
@@ -450,6 +456,115 @@ def test_an_earlier_run_is_not_overwritten(run: Run, flags: list[str]) -> None:
     code, printed = run(*flags)
     assert code == 2
     assert "--resume_from_checkpoint latest" in printed
+
+
+def test_a_new_run_in_the_same_folder(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the files of the run before. Its weights stay until new ones are saved, its records do not.
+
+    In between the card is that of other weights, and the folder is not published.
+    """
+    out = tmp_path / "out"
+    code, printed = run(*flags, "--validation_steps", "3", "--report_to", "tensorboard", "--save_variant", "fp16")
+    assert code == 0, printed
+    assert set(recorded_weights((out / "README.md").read_text())) == {WEIGHTS, HALF} <= set(contents(out).names)
+    before = {name: (out / name).read_bytes() for name in (WEIGHTS, HALF)}
+    events = set((out / "logs").rglob("events.out.tfevents.*"))
+    (out / "hub.log").write_text("of before")
+
+    def interrupted(run: object) -> int:
+        raise UserError("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_srl_vae, "finish", interrupted)
+        assert run(*flags, "--report_to", "tensorboard", "--seed", "7")[0] == 2
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert [path.name for path in (out / "samples").iterdir()] == ["step-000000.png"]
+    assert not (out / "hub.log").exists()
+    assert not events & set((out / "logs").rglob("events.out.tfevents.*"))
+    assert "comparison.png" not in (out / "README.md").read_text()
+    with pytest.raises(UserError, match=r"README\.md was written before its training ended"):
+        contents(out)
+    assert run(*flags, "--seed", "7")[0] == 0
+    assert not (out / HALF).exists()
+    assert set(recorded_weights((out / "README.md").read_text())) == {WEIGHTS}
+    assert HALF not in contents(out).names
+
+
+@pytest.mark.parametrize(
+    ("resumed_from", "expected"),
+    [(None, 0), ("latest", 2), ("checkpoint-2", 2), ("out/checkpoint-2", 2), ("elsewhere/checkpoint-2", 0)],
+)
+def test_records_of_another_run_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed_from: str | None, expected: int
+) -> None:
+    """Oracle: where the checkpoint lies. Rows and pictures up to its step are of the same run in its own folder alone."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out", "elsewhere"):
+        (tmp_path / folder / "checkpoint-2").mkdir(parents=True)
+    begun: list[int] = []
+    records = SimpleNamespace(begin=begun.append)
+    args = SimpleNamespace(output_dir=Path("out"), resume_from_checkpoint=resumed_from)
+    step = 2 if resumed_from else 0
+    run = SimpleNamespace(args=args, progress=SimpleNamespace(step=step), journal=records, judge=records)
+    assert train_srl_vae.begin_records(run) == expected
+    assert begun == [expected, expected]
+
+
+@pytest.mark.parametrize(("step", "left"), [(0, {"mine.png"}), (3, {"mine.png", "step-000000.png", "step-000003.png"})])
+def test_pictures_after_the_step_are_taken_back(tmp_path: Path, step: int, left: set[str]) -> None:
+    """Oracle: their numbers, as the journal's rows; what the judge does not draw stays."""
+    (tmp_path / "samples").mkdir()
+    for name in ("mine.png", "comparison.png", *(f"step-{number:06d}.png" for number in (0, 3, 4, 1_000_000))):
+        (tmp_path / "samples" / name).write_bytes(b"")
+    Judge.begin(SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True), output_dir=tmp_path), step)
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == left
+
+
+def test_results_under_other_conditions_are_measured_anew(tmp_path: Path) -> None:
+    """Oracle: the rows. Those of the original VAE are kept where attacks, budget and number of images are the same."""
+
+    class Counting(Judge):
+        measured = 0
+
+        def _measure(self, codec: object, perturbations: list) -> list[dict]:
+            self.measured += 1
+            n = len(self.images)
+            return [{"vae": "original", "attack": one.name, "epsilon": one.epsilon, "n": n} for one in perturbations]
+
+    def judge(epsilon: float = 8 / 255, images: int = 3) -> int:
+        judge = Counting(
+            SimpleNamespace(is_main_process=True), original=SimpleNamespace(name="original"), current=None, loss=None,
+            images=torch.zeros(images, 3, 8, 8), epsilon=epsilon, output_dir=tmp_path, seed=0, batch_size=1,
+        )  # fmt: skip
+        judge.judge_original(resumed=True)
+        assert {row["n"] for row in judge.rows} == {images}
+        return judge.measured
+
+    assert [judge(), judge(), judge(epsilon=16 / 255), judge(epsilon=16 / 255), judge(epsilon=16 / 255, images=2)] == [
+        1, 0, 1, 0, 1
+    ]  # fmt: skip
+
+
+def test_what_is_published_names_no_folder_of_this_machine(
+    photographs: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    """Oracle: a search for the folders in the card's arguments, its command and its description of the data."""
+    args = train_srl_vae.parse_args(
+        ["--train_data_dir", "../alice/photos", "--validation_data_dir", "~/held-out", "--output_dir", "runs/x",
+         "--pretrained_model_name_or_path", str(vae_folder), "--cache_dir", "/mnt/alice/cache"]
+    )  # fmt: skip
+    published = train_srl_vae.published_arguments(args)
+    assert published["train_data_dir"] == "photos"
+    assert published["validation_data_dir"] == "held-out"
+    assert published["output_dir"] == "runs/x"
+    assert not re.search(rf"alice|~|{vae_folder.parent}", train_srl_vae.training_command(args))
+    data = open_data(
+        DataSource(dataset_name=str(photographs), validation_split="0.2"), resolution=16, seed=0, center_crop=False,
+        random_flip=False, num_validation_images=3,
+    )  # fmt: skip
+    assert data.description.startswith(f"{photographs.name}: ")
 
 
 def test_exit_code_of_the_script(tmp_path: Path) -> None:

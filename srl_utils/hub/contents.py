@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,17 @@ class Contents:
     """Paths inside the folder, with slashes."""
     left_out: list[str]
     """Weights that the folder's card does not describe."""
+
+    def sent(self, name: str) -> Path | bytes:
+        """Return what is sent for a file: itself, but for a config that names a folder of this machine."""
+        path = self.folder / name
+        if name != CONFIG:
+            return path
+        config = json.loads(path.read_text(encoding="utf-8"))
+        origin = Path(str(config.get("_name_or_path", "")))
+        if not origin.is_absolute():
+            return path
+        return (json.dumps({**config, "_name_or_path": origin.name}, indent=2) + "\n").encode()
 
     def outdated(self, present: Iterable[str]) -> list[str]:
         """Return which files of a repository this upload makes outdated: those of an earlier upload not sent again.

@@ -113,7 +113,7 @@ def _commit(api: HfApi, what: Contents, repo_id: str, message: str, branch: str 
         outdated.append(CARD)
     if outdated:
         print(f"deleted from {repo_id}, as they are of an earlier upload: {', '.join(outdated)}", file=sys.stderr)
-    additions = [CommitOperationAdd(name, what.folder / name) for name in what.names]
+    additions = [CommitOperationAdd(name, what.sent(name)) for name in what.names]
     deletions = [CommitOperationDelete(name, is_folder=False) for name in outdated]
     return api.create_commit(repo_id, [*deletions, *additions], commit_message=message, revision=branch)
 
