@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from accelerate.hooks import ModelHook
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import nn
 
 from srl_utils.autoencoders import AutoencoderSource, downsampling_factor, load_autoencoder, read_config
@@ -204,7 +204,7 @@ def _signature(vae: AutoencoderKL) -> dict[str, Any]:
 
 def _dtype_beside_vae(pipe: DiffusionPipeline) -> torch.dtype | None:
     """Of the pipeline's other networks: a call that upcasts the VAE leaves it, a pipeline that is moved does not."""
-    networks = (part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not pipe.vae)
+    networks = (part for part in pipe.components.values() if isinstance(part, ModelMixin) and part is not pipe.vae)
     return next((network.dtype for network in networks), None)
 
 
