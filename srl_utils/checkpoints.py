@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from srl_utils.resources import failed_write, gigabytes
 
 logger = logging.getLogger(__name__)
 
+LONGEST_NAME = 255  # bytes, of file systems
 STATE_FILE = "trainer_state.json"
 EMA_FILE = "ema.pt"
 
@@ -47,6 +49,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a path beside `path` and renames it: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
+    if len(os.fsencode(aside.name)) > LONGEST_NAME:
+        aside = path.with_name(f".{sha256(os.fsencode(path.name)).hexdigest()}.partial")
     try:
         write(aside)
         flush(aside)

@@ -95,7 +95,7 @@ def test_weights_that_are_not_finite_are_an_error(dtype: torch.dtype) -> None:
     vae = small_vae(force_upcast=False).to(dtype)
     with torch.no_grad():
         vae.decoder.conv_in.weight[0] = torch.nan
-    with pytest.raises(UserError, match=r"decoder.conv_in.weight holds NaN"):
+    with pytest.raises(UserError, match=r"decoder\.conv_in\.weight holds NaN"):
         sanitize(torch.rand(1, 3, 8, 8), vae)
 
 

@@ -228,6 +228,15 @@ def test_in_a_folder_it_becomes_a_png(vae_at: Path, tmp_path: Path, capsys: pyte
         assert own.convert("RGB").tobytes() == sanitize(draw_picture(seed=1), build_tiny_vae()).tobytes()
 
 
+def test_the_longest_names_are_written(vae_at: Path, tmp_path: Path) -> None:
+    """Oracle: 255 bytes, the most that Linux's file systems take."""
+    name = "n" * 251 + ".png"
+    draw_picture().save(tmp_path / "in.png")
+    assert sanitize_command(tmp_path / "in.png", tmp_path / name, "--vae", vae_at) == 0
+    assert files_in(tmp_path) == {"in.png", name}
+    assert sanitize_command(tmp_path / "in.png", tmp_path / f"n{name}", "--vae", tmp_path / "no VAE") == 2
+
+
 def test_pictures_above_the_limit(
     vae_at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
