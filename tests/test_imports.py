@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "execution": {"autoencoders", "errors"},
     "overfitting": set(),
     "readback": set(),
+    "progress": set(),
     "step": {
         "attacks.corruptions", "attacks.draws", "attacks.gradient", "autoencoders", "images", "layers", "losses"
     },
