@@ -41,7 +41,6 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from srl_utils.arithmetic import StepArithmetic, step_arithmetic
 from srl_utils.attacks.gradient import PGDConfig
@@ -93,6 +92,7 @@ from srl_utils.latents import LatentScale
 from srl_utils.locking import sole_run
 from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance
 from srl_utils.overfitting import OverfittingGuard
+from srl_utils.progress import progress_bar
 from srl_utils.readback import Readback
 from srl_utils.sources import PHOTOGRAPHS, DataSource
 from srl_utils.step import TERMS, Networks, Step, build_networks
@@ -599,10 +599,11 @@ class Listener:
         self.run, self.interruption = run, interruption
         self.validation: dict[str, float] = {}
         """The last one's values, for the progress bar."""
-        self.bar = tqdm(
-            total=run.plan.max_train_steps,
+        self.bar = progress_bar(
+            run.plan.max_train_steps,
+            desc="training",
+            unit="step",
             initial=run.progress.step,
-            desc="steps",
             disable=not run.accelerator.is_local_main_process,
         )
         self._readback: Readback[StepFacts] = Readback()
@@ -637,8 +638,8 @@ class Listener:
             "data_wait": facts.waited / facts.seconds,
         }
         run.journal.write(facts.step, values)
+        self.bar.set_postfix_str(postfix(values, self.validation), refresh=False)
         self.bar.update()
-        self.bar.set_postfix_str(postfix(values, self.validation))
         return reason_to_stop(run, facts.step, self.interruption if interrupted else None)
 
 

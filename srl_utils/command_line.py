@@ -72,6 +72,14 @@ def exit_code(command: Callable[[], int]) -> int:
         return told.exit_code
 
 
+def home_expanded(text: str) -> str:
+    """Return the path with the home folder in place of a leading ~, as no shell puts it after an equals sign.
+
+    A path that exists as it is stays as it is.
+    """
+    return text if os.path.exists(text) else os.path.expanduser(text)
+
+
 def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:

@@ -259,7 +259,7 @@ def test_a_pickle_in_a_pipeline_is_not_run(tmp_path: Path) -> None:
     index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="--pipeline"):
-        load_pipeline(str(tmp_path))
+        load_pipeline(AutoencoderSource(pretrained_model_name_or_path=str(tmp_path)))
     assert not (tmp_path / "proof").exists()
 
 
@@ -282,5 +282,5 @@ def test_code_in_the_folder_of_a_pipeline_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w')\nclass Evil: pass\n")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": ["evil", "Evil"]}))
     with pytest.raises(UserError, match="--pipeline"):
-        load_pipeline(str(tmp_path))
+        load_pipeline(AutoencoderSource(pretrained_model_name_or_path=str(tmp_path)))
     assert not (tmp_path / "proof").exists()

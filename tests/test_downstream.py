@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_tiny_vae
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from small_pipelines import SIZE, build_pipeline
+from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from small_pipelines import SIZE, build_pipeline, small_vae
 from small_text_encoder import add_text_encoders
 from torch import Tensor
 
@@ -318,6 +318,40 @@ def test_editing_command(world, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in references} == references
 
 
+def test_images_that_replace_changes_nothing_in_are_left_out(world, tmp_path: Path) -> None:
+    """Oracle: the same command on the four other pictures alone, whose numbers as images differ and whose means are over
+    as many; the note counts and names the two captions.
+    """
+    few = ["--replace", "ring=box", "--attacks", "clean", "--edits", INPAINTING, "--metrics", "psnr", "--no_checks"]
+    assert command.main(["editing", *world, *few]) == 0
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    assert {row["n"] for row in rows} == {4}
+    told = "--replace changes nothing in 2 of 6 captions ('a star', 'a star c'); these images were left out"
+    assert told in (tmp_path / "out/report.md").read_text()
+    metadata = tmp_path / "photos/metadata.jsonl"
+    for number, line in enumerate(metadata.read_text().splitlines()):
+        if "star" in line:
+            (tmp_path / f"photos/{number}.png").unlink()
+    metadata.write_text("\n".join(line for line in metadata.read_text().splitlines() if "ring" in line))
+    assert command.main(["editing", *world, *few, "--num_images", "4", "--output_dir", str(tmp_path / "alone")]) == 0
+    assert json.loads((tmp_path / "alone/results.json").read_text()) == rows
+
+
+def test_a_vae_that_the_pipeline_cannot_take_is_left_out(world, tmp_path: Path, capsys) -> None:
+    """Oracle: specification; other channels, another class: a note for each, and an error where none is left."""
+    small_vae(latent_channels=8).save_pretrained(tmp_path / "eight")
+    AutoencoderTiny(latent_channels=4).save_pretrained(tmp_path / "taesd")
+    few = ["--metrics", "psnr", "--strengths", "0.5", "--num_images", "2"]
+    others = [str(tmp_path / name) for name in ("eight", "taesd")]
+    assert command.main(["generation", *world, *few, "--vae", str(tmp_path / "robust"), *others]) == 0
+    assert {key[0] for key in rows_of(tmp_path / "out")} == {"original", "robust"}
+    report = (tmp_path / "out/report.md").read_text()
+    assert "eight was left out: --pipeline cannot work with eight: this VAE does not fit" in report
+    assert "taesd is a AutoencoderTiny, and pipelines exchange an AutoencoderKL alone" in report
+    assert exit_code(lambda: command.main(["generation", *world, *few, "--vae", *others])) == 2
+    assert "eight was left out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("kind", "edit"), [("sd inpaint", INPAINTING), ("sd instruct", INSTRUCTION)])
 def test_pipelines_made_for_editing_are_taken(kind: str, edit: str, world, tmp_path: Path, capsys) -> None:
     """Oracle: specification; more goes into their UNets than latents. From text alone they make nothing, and it is said."""
@@ -378,7 +412,7 @@ def test_without_poisons_none_are_made(world, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("editing", ["--replace", "ring=box"], "changes nothing in 2 captions, such as 'a star'"),
+        ("editing", ["--replace", "cube=box"], "changes nothing in 6 of 6 captions ('a ring', 'a star', 'a ring b', ...)"),
         ("editing", [], "either --prompts FILE or --replace"),
         ("editing", ["--replace", "ring"], "expected OLD=NEW"),
         ("editing", ["--replace", "a=b", "--metrics", "shown"], "needs a classifier"),

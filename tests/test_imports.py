@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "execution": {"autoencoders", "errors"},
     "overfitting": set(),
     "readback": set(),
+    "progress": set(),
     "step": {
         "attacks.corruptions", "attacks.draws", "attacks.gradient", "autoencoders", "images", "layers", "losses"
     },
@@ -83,10 +84,12 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation.reconstruction", "evaluation.tasks", "losses", "set_metrics",
     },
     "training_flags": {"command_line", "sources"},
+    "evaluation.places": {"autoencoders", "command_line", "errors"},
     "evaluation.commands": set(),
     "evaluation.commands.common": {
-        "attacks.protections", "autoencoders", "checkpoints", "codecs", "command_line", "data", "decoding", "errors",
-        "evaluation.catalogue", "evaluation.document", "evaluation.editing", "evaluation.extremes", "evaluation.reconstruction",
+        "attacks.protections", "autoencoder_files", "autoencoders", "checkpoints", "codecs", "command_line", "data", "decoding", "errors",
+        "evaluation.catalogue", "evaluation.document", "evaluation.editing", "evaluation.extremes", "evaluation.places",
+        "evaluation.reconstruction", "pipelines",
         "evaluation.report", "evaluation.sanity", "evaluation.study", "evaluation.tasks", "listing", "locking", "losses", "metrics", "pictures",
         "set_metrics", "sources",
     },

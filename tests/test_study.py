@@ -14,6 +14,7 @@ import pytest
 from accelerate import Accelerator
 from conftest import ROOT, launch
 from PIL import Image
+from small_pipelines import small_vae
 from torch import Tensor, nn
 
 from srl_utils.attacks.protections import PROTECTIONS
@@ -24,7 +25,7 @@ from srl_utils.errors import UserError
 from srl_utils.evaluation import __main__ as command
 from srl_utils.evaluation.catalogue import PRESETS, Supplies, select
 from srl_utils.evaluation.commands import common, reconstruction
-from srl_utils.evaluation.commands.common import check_pipeline
+from srl_utils.evaluation.commands.common import strangers_to
 from srl_utils.evaluation.extremes import strongest_cell
 from srl_utils.evaluation.reconstruction import CLEAN, Record, evaluate, noise, on_reconstruction
 from srl_utils.evaluation.sanity import Depth, check_robustness
@@ -349,13 +350,69 @@ def test_a_damaged_file_is_named(study, file: str, damage: bytes) -> None:
     assert study.run() == before
 
 
-def test_a_pipeline_for_other_latents_is_refused(study) -> None:
-    """Oracle: specification; the tiny VAEs have four channels."""
-    unets = (SimpleNamespace(config=SimpleNamespace(out_channels=channels)) for channels in (4, 8))
-    fitting, other = (SimpleNamespace(components={"unet": unet}) for unet in unets)
-    check_pipeline(fitting, study.codecs, study.images)
+def test_no_attack_on_a_denoiser_is_made_on_other_latents(study, images) -> None:
+    """Oracle: specification. The tiny VAEs have four channels, a third one eight: a note, no adaptive cell, and an error
+    where it is the baseline.
+    """
+    eight = codec(small_vae(latent_channels=8), "eight")
+    fitting, other = (
+        SimpleNamespace(components={"unet": SimpleNamespace(config=SimpleNamespace(out_channels=channels))})
+        for channels in (4, 8)
+    )
+    notes: list[str] = []
+    assert strangers_to(fitting, study.codecs, study.images, notes) == frozenset() and notes == []
+    assert strangers_to(fitting, [*study.codecs, eight], study.images, notes) == {"eight"}
+    assert "not made on eight: --pipeline makes latents of 4 channels, and those of eight have 8" in notes[0]
     with pytest.raises(UserError, match="latents of 8 channels, and those of original have 4"):
-        check_pipeline(other, study.codecs, study.images)
+        strangers_to(other, study.codecs, study.images, notes)
+    attack = replace(study.perturbations[2], impossible_on=frozenset({"eight"}))
+    cells = list(replace(study, codecs=[*study.codecs, eight], perturbations=[attack]).cells())
+    assert [cell.source.name for cell in cells] == ["original", "robust"]
+    assert [judged.name for judged in cells[0].judged] == ["original", "robust", "eight"]  # transferred to all
+
+
+def deeper_vae() -> nn.Module:
+    """It divides sides by 4, where the tiny ones divide them by 2."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    return small_vae(block_out_channels=(8, 8, 16), **blocks)
+
+
+@pytest.mark.parametrize("metrics", [["psnr", "ssim"], ["psnr", "ssim", "drift"]])
+def test_latents_of_other_shapes_are_compared_as_far_as_they_can_be(metrics, arguments, tmp_path: Path, monkeypatch) -> None:
+    """Oracle: the real command, with checks. Of 16 channels, and of half the side: everything but the drift, which a
+    note names where it was asked for; the values are those of the same VAEs without the others.
+    """
+    monkeypatch.setattr(reconstruction, "Depth", lambda: SHALLOW)
+    small_vae(latent_channels=16).save_pretrained(tmp_path / "sixteen")
+    deeper_vae().save_pretrained(tmp_path / "deeper")
+    places = [f"{name}={tmp_path / name}" for name in ("robust", "sixteen", "deeper")]
+    attacks = ["--attacks", "clean", "pgd-2", "photoguard-encoder", "--max_attack_steps", "2", "--epsilons", "8/255"]
+    assert command.main([*arguments, "--vae", *places, *attacks, "--metrics", *metrics]) == 0
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    for name in ("sixteen", "deeper"):
+        own = {(row["attack"], row["threat_model"], row["metric"]) for row in rows if row["vae"] == name}
+        assert ("photoguard-encoder", "adaptive", "psnr") in own and ("pgd-2", "transfer", "ssim") in own
+        assert not any(metric == "drift" for _, _, metric in own)
+    report = (tmp_path / "out/report.md").read_text()
+    asked = "drift" in metrics
+    assert ("drift of sixteen was left out: its latents have the shape 16 x 8 x 8, those of original 4 x 8 x 8" in report) == asked
+    assert ("drift of deeper was left out: its latents have the shape 4 x 4 x 4" in report) == asked
+    assert any(row["metric"] == "drift" for row in rows) == asked
+    assert command.main([*arguments, *attacks, "--metrics", *metrics, "--output_dir", str(tmp_path / "alone")]) == 0
+    alone = json.loads((tmp_path / "alone/results.json").read_text())
+    assert [row for row in rows if row["vae"] in ("original", "robust")] == alone
+
+
+def test_a_vae_that_the_resolution_does_not_suit_is_left_out(arguments, tmp_path: Path, capsys) -> None:
+    """Oracle: specification. 22 px can be halved and not quartered: a note, and an error if nothing else is left."""
+    deeper_vae().save_pretrained(tmp_path / "deeper")
+    few = ["--resolution", "22", "--attacks", "clean", "--no_checks"]
+    arguments = [word for word in arguments if word not in ("--num_check_images", "1", "--epsilons", "4/255", "8/255")]
+    assert command.main([*arguments, *few, "--vae", str(tmp_path / "robust"), str(tmp_path / "deeper")]) == 0
+    assert {row["vae"] for row in json.loads((tmp_path / "out/results.json").read_text())} == {"original", "robust"}
+    assert "deeper was left out: --resolution 22 does not suit deeper" in (tmp_path / "out/report.md").read_text()
+    assert exit_code(lambda: command.main([*arguments, *few, "--vae", str(tmp_path / "deeper")])) == 2
+    assert "does not suit deeper, which returns 20 px" in capsys.readouterr().err
 
 
 def test_two_processes_and_a_kill_change_nothing(arguments, tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ class Supplies:
 
     pipeline: DiffusionPipeline | None = None
     """Whose denoiser is attacked; each protection tells it its authors' prompt."""
+    strangers: frozenset[str] = frozenset()
+    """Names of the VAEs whose latents are not those of its denoiser."""
     painter: DiffusionPipeline | None = None
     """Image-to-image, draws the targets of protections whose authors have them drawn."""
     perceptual: PerceptualDistance | None = None
@@ -183,6 +185,7 @@ def _protected(protection: Protection, epsilon: float | None, supplies: Supplies
     return Perturbation(
         name=protection.name, threat_model="adaptive", epsilon=epsilon or 0.0, apply=apply,
         passes=steps * protection.passes_per_step,
+        impossible_on=supplies.strangers if protection.needs_denoiser else frozenset(),
     )  # fmt: skip
 
 

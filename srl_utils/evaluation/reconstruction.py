@@ -34,6 +34,8 @@ class Perturbation:
     apply: Callable[[Codec, ReconstructionLoss, Tensor, Generators], Tensor]
     passes: float = 0
     """Through encoder and decoder per image, about: what it costs to make."""
+    impossible_on: frozenset[str] = frozenset()
+    """Names of the VAEs that it cannot be made on."""
 
     @property
     def adversarial(self) -> bool:
@@ -151,7 +153,7 @@ def evaluate(
             with torch.no_grad():
                 values = measure(codec.reconstruct(shown), clean, loss.perceptual)
                 if reference is not None and perturbation is CLEAN:
-                    values["drift"] = drift(codec, reference, clean)
+                    values |= drift(codec, reference, clean)
             records += to_records(codec.name, perturbation, perturbation.threat_model, numbers, values)
     return records
 
@@ -166,9 +168,10 @@ def measure(
     return values
 
 
-def drift(codec: Codec, reference: Codec, clean: Tensor) -> Tensor:
-    """How far the latents of clean images have left those of `reference`, `[N]`."""
-    return latent_drift(codec.encode(clean), reference.encode(clean))
+def drift(codec: Codec, reference: Codec, clean: Tensor) -> dict[str, Tensor]:
+    """How far the latents of clean images have left those of `reference`, `[N]`; nothing where they have other shapes."""
+    latents, others = codec.encode(clean), reference.encode(clean)
+    return {"drift": latent_drift(latents, others)} if latents.shape == others.shape else {}
 
 
 def to_records(

@@ -121,7 +121,8 @@ class Study:
         yield Cell(perturbation, self.baseline, tuple(codec for codec in everyone if codec.name in labels), labels)
         if ADAPTIVE in self.threat_models:
             for codec in everyone[1:]:
-                yield Cell(perturbation, codec, (codec,), {codec.name: (ADAPTIVE,)})
+                if codec.name not in perturbation.impossible_on:
+                    yield Cell(perturbation, codec, (codec,), {codec.name: (ADAPTIVE,)})
 
     def _missing(self, cell: Cell) -> Iterator[Job]:
         """Batches of the images without values; they do not depend on the number of processes."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from srl_utils.codecs import Codec
@@ -13,6 +14,8 @@ from srl_utils.evaluation.reconstruction import CLEAN, Perturbation, drift, meas
 from srl_utils.images import format_pixel_distance
 from srl_utils.losses import PerceptualDistance
 from srl_utils.set_metrics import ClipSimilarity, Features
+
+DRIFT = "drift"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,24 @@ class Reconstruction:
     ) -> dict[str, Tensor]:
         clean = self.reference(codec, numbers, variant).to(outcome.device)
         values = self.metrics.compare(outcome, clean)
-        if cell.perturbation.name == CLEAN.name:
-            values |= self.metrics.wanted({"drift": drift(codec, self.baseline, clean)})
+        if cell.perturbation.name == CLEAN.name and DRIFT in self.metrics.names:
+            values |= drift(codec, self.baseline, clean)
         return values
+
+    @torch.no_grad()
+    def note_incomparable(self, codecs: Sequence[Codec], notes: list[str]) -> None:
+        """Adds a note for each of `codecs` whose drift is wanted, and has no value for its latents' shape."""
+        if DRIFT not in self.metrics.names:
+            return
+        shapes = {codec.name: tuple(codec.encode(self.images[:1].to(codec.device)).shape[1:]) for codec in codecs}
+        own = shapes[self.baseline.name]
+        for name, shape in shapes.items():
+            if shape != own:
+                notes.append(
+                    f"{DRIFT} of {name} was left out: its latents have the shape {_times(shape)}, those of "
+                    f"{self.baseline.name} {_times(own)}"
+                )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

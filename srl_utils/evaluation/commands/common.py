@@ -6,27 +6,31 @@ import argparse
 import json
 import platform
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date, timedelta
 from hashlib import sha256
 from importlib.metadata import version
-from os.path import exists, isdir  # which, unlike pathlib's, say False of a name too long to be one
+from os.path import abspath, exists, isdir  # which, unlike pathlib's, say False of a name too long to be one
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from srl_utils.attacks.protections import PROTECTIONS, Protection
+from srl_utils.autoencoder_files import first_line
 from srl_utils.autoencoders import HALF_PRECISION, AutoencoderSource
 from srl_utils.checkpoints import read_json, write_text_atomically
 from srl_utils.codecs import Codec, load_codec
 from srl_utils.command_line import (
     Effects,
     fraction,
+    home_expanded,
     image_side,
     joined_on_cpu,
     non_negative_float,
@@ -41,6 +45,7 @@ from srl_utils.evaluation.catalogue import ITERATED, NOISE, Supplies, expanded, 
 from srl_utils.evaluation.document import Findings, write_report
 from srl_utils.evaluation.editing import as_image_to_image
 from srl_utils.evaluation.extremes import draw_extremes
+from srl_utils.evaluation.places import FORM, described, parse_named_place, parse_place, resolved_commit
 from srl_utils.evaluation.reconstruction import Perturbation, Record
 from srl_utils.evaluation.report import Rows
 from srl_utils.evaluation.sanity import Check, Depth, check_robustness
@@ -51,6 +56,7 @@ from srl_utils.locking import sole_run
 from srl_utils.losses import PerceptualDistance, load_perceptual_distance
 from srl_utils.metrics import SSIM_WINDOW
 from srl_utils.pictures import centre_square, to_tensor
+from srl_utils.pipelines import robust_vae
 from srl_utils.set_metrics import (
     CLIP_MODEL,
     SET_METRICS,
@@ -78,6 +84,8 @@ class Setup:
     """All of them, `[n,3,R,R]` in [-1,1], on the CPU."""
     captions: Sequence[str]
     pipeline: DiffusionPipeline | None
+    origins: Mapping[str, str]
+    """Where VAEs and pipeline were loaded from, for the report's settings."""
     notes: list[str]
     """What a reader of the report must know; more may be added."""
 
@@ -93,8 +101,11 @@ class Scrutiny:
 def prepare(args: argparse.Namespace) -> Setup:
     """Loads images, VAEs and the pipeline.
 
+    VAEs that the resolution does not suit are left out with a note, and so are those that the commands which put VAEs into
+    a pipeline cannot put there.
+
     Raises:
-        UserError: if one of them cannot be had, or does not fit the others.
+        UserError: if one of them cannot be loaded, or if no VAE is left to hold against the baseline.
     """
     sources = vae_sources(args)
     notes: list[str] = []
@@ -105,23 +116,59 @@ def prepare(args: argparse.Namespace) -> Setup:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
     dtype = HALF_PRECISION.get(accelerator.mixed_precision)
-    codecs = [
-        load_codec(name, source, device=accelerator.device, autocast_dtype=dtype) for name, source in sources.items()
-    ]
-    check_fit(codecs, loaded.images)
+    codecs = [_load_codec(name, source, accelerator.device, dtype) for name, source in sources.items()]
+    origins = {f"VAE {name}": described(source, "config.json") for name, source in sources.items()}
+    codecs = kept(codecs, lambda codec: check_fit(codec, loaded.images), notes)
     pipeline = None
     if args.pipeline is not None:
-        pipeline = load_pipeline(args.pipeline, dtype).to(accelerator.device)
-        check_pipeline(pipeline, codecs, loaded.images)
+        source = _parsed("--pipeline", args.pipeline, parse_place)
+        pipeline = load_pipeline(source, dtype).to(accelerator.device)
+        origins["pipeline"] = described(source, "model_index.json")
     return Setup(
-        accelerator=accelerator, codecs=codecs, images=loaded.images, captions=loaded.captions, pipeline=pipeline, notes=notes
-    )
+        accelerator=accelerator, codecs=codecs, images=loaded.images, captions=loaded.captions, pipeline=pipeline,
+        origins=origins, notes=notes,
+    )  # fmt: skip
+
+
+def _load_codec(name: str, source: AutoencoderSource, device: torch.device, dtype: torch.dtype | None) -> Codec:
+    try:
+        return load_codec(name, source, device=device, autocast_dtype=dtype)
+    except UserError as error:
+        # In the words of this command line, which has no flag for the subfolder.
+        reason = str(error).replace("add --subfolder vae", "add :vae")
+        raise UserError(f"the VAE {name} at {described(source, 'config.json')}: {reason}") from None
+
+
+def kept(codecs: Sequence[Codec], check: Callable[[Codec], None], notes: list[str]) -> list[Codec]:
+    """The VAEs that pass `check`; for each of the others there is a note.
+
+    Raises:
+        UserError: in the words of `check`, if the baseline fails, or if all others do.
+    """
+    check(codecs[0])
+    passed, reasons = [codecs[0]], []
+    for codec in codecs[1:]:
+        try:
+            check(codec)
+            passed.append(codec)
+        except UserError as error:
+            reasons.append(f"{codec.name} was left out: {error}")
+    if len(passed) == 1 and len(codecs) > 1:
+        raise UserError("; ".join(reasons))
+    notes.extend(reasons)
+    return passed
 
 
 def check_captions(setup: Setup, needing: str) -> None:
     """Raises a UserError, in the name of what needs them, if an image has no caption."""
     if not all(setup.captions):
         raise UserError(f"{needing} needs a caption for every image; name their column: --caption_column")
+
+
+def named(texts: Sequence[str], most: int = 3) -> str:
+    """The first few of `texts`, each in quotes and cut where it is long."""
+    shown = [f"'{text if len(text) <= 60 else f'{text[:57]}...'}'" for text in texts[:most]]
+    return ", ".join([*shown, "..."] if len(texts) > most else shown)
 
 
 def run_study(
@@ -231,25 +278,23 @@ def vae_sources(args: argparse.Namespace) -> dict[str, AutoencoderSource]:
     Raises:
         UserError: if a name is given twice, or name or place is empty.
     """
-    sources = {BASELINE: parse_source(args.baseline)}
+    sources = {BASELINE: _parsed("--baseline", args.baseline, parse_place)}
     for text in args.vae:
-        name, separator, place = text.partition("=")
-        if not separator:
-            name, place = Path(text).name, text
-        if not name or not place:
-            raise UserError(f"--vae {text}: expected NAME=PLACE or PLACE")
+        name, source = _parsed("--vae", text, parse_named_place)
         if name in sources:
-            raise UserError(f"--vae {text}: there are two VAEs of the name {name}; write NAME={place}")
-        sources[name] = parse_source(place)
+            raise UserError(f"--vae {text}: there are two VAEs of the name {name}; write NAME={text.removeprefix(f'{name}=')}")
+        sources[name] = source
     return sources
 
 
-def parse_source(text: str) -> AutoencoderSource:
-    """`PLACE` or `PLACE:SUBFOLDER`, the place a folder or Hub id."""
-    place, separator, subfolder = text.partition(":")
-    if not separator or exists(text):
-        return AutoencoderSource(pretrained_model_name_or_path=text)
-    return AutoencoderSource(pretrained_model_name_or_path=place, subfolder=subfolder)
+T = TypeVar("T")
+
+
+def _parsed(flag: str, text: str, parse: Callable[[str], T]) -> T:
+    try:
+        return parse(text)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
 
 
 def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
@@ -296,35 +341,62 @@ def with_flags_of_evaluation(text: str) -> str:
 
 
 @torch.no_grad()
-def check_fit(codecs: list[Codec], images: Tensor) -> None:
+def check_fit(codec: Codec, images: Tensor) -> None:
     """Refuses a resolution that a VAE cannot take, and a VAE that returns no numbers, before hours of work."""
-    for codec in codecs:
-        sample = images[:1].to(codec.device)
+    sample = images[:1].to(codec.device)
+    try:
         reconstruction = codec.reconstruct(sample)
-        if reconstruction.shape != sample.shape:
-            raise UserError(
-                f"--resolution {sample.shape[-1]} does not suit {codec.name}, which returns {reconstruction.shape[-1]} "
-                "px; take a multiple of its down-sampling factor"
-            )
-        if not reconstruction.isfinite().all():
-            raise UserError(
-                f"{codec.name} returns values that are not finite, for a clean image already; if its weights are intact, "
-                "try --mixed_precision no or bf16"
-            )
+    except RuntimeError as error:  # of layers that the image is too small for
+        raise UserError(f"--resolution {sample.shape[-1]} does not suit {codec.name}: {first_line(error)}") from None
+    if reconstruction.shape != sample.shape:
+        raise UserError(
+            f"--resolution {sample.shape[-1]} does not suit {codec.name}, which returns {reconstruction.shape[-1]} "
+            "px; take a multiple of its down-sampling factor"
+        )
+    if not reconstruction.isfinite().all():
+        raise UserError(
+            f"{codec.name} returns values that are not finite, for a clean image already; if its weights are intact, "
+            "try --mixed_precision no or bf16"
+        )
+
+
+def exchangeable(setup: Setup) -> Setup:
+    """`setup` with those VAEs alone that can take the place of the pipeline's own; a note names each of the others.
+
+    Raises:
+        UserError: if the baseline cannot, or none of the others.
+    """
+
+    def check(codec: Codec) -> None:
+        if not isinstance(codec.vae, AutoencoderKL):
+            raise UserError(f"{codec.name} is a {type(codec.vae).__name__}, and pipelines exchange an AutoencoderKL alone")
+        try:
+            with robust_vae(setup.pipeline, codec.vae):
+                pass
+        except UserError as error:
+            raise UserError(f"--pipeline cannot work with {codec.name}: {error}") from None
+
+    return replace(setup, codecs=kept(setup.codecs, check, setup.notes))
 
 
 @torch.no_grad()
-def check_pipeline(pipeline: DiffusionPipeline, codecs: list[Codec], images: Tensor) -> None:
-    """Refuses a pipeline whose UNet is for other latents than those of a VAE: by what comes out of it, since into those
-    made for editing more goes in.
+def strangers_to(pipeline: DiffusionPipeline, codecs: Sequence[Codec], images: Tensor, notes: list[str]) -> frozenset[str]:
+    """Names of the VAEs whose latents have other channels than the pipeline's denoiser makes; a note names each.
+
+    Compared with what comes out of a UNet, since into those made for editing more goes in.
+
+    Raises:
+        UserError: if the baseline is one of them.
     """
     unet = pipeline.components.get("unet")
-    for codec in codecs:
-        channels = codec.encode(images[:1].to(codec.device)).shape[1]
-        if unet is not None and unet.config.out_channels != channels:
-            raise UserError(
-                f"--pipeline makes latents of {unet.config.out_channels} channels, and those of {codec.name} have {channels}"
-            )
+    channels = {codec.name: codec.encode(images[:1].to(codec.device)).shape[1] for codec in codecs}
+    strangers = [name for name, number in channels.items() if unet is not None and number != unet.config.out_channels]
+    for name in strangers:
+        fault = f"--pipeline makes latents of {unet.config.out_channels} channels, and those of {name} have {channels[name]}"
+        if name == codecs[0].name:
+            raise UserError(fault)
+        notes.append(f"attacks on the denoiser were not made on {name}: {fault}")
+    return frozenset(strangers)
 
 
 def build_metrics(args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None) -> Metrics:
@@ -358,19 +430,34 @@ def build_supplies(args: argparse.Namespace, setup: Setup) -> Supplies:
     target = None if args.target is None else load_target(args).to(setup.accelerator.device)
     perceptual = try_lpips(setup) if wants_perceptual(args) else None
     painter = try_painter(setup) if wants_painter(args) else None
+    strangers = frozenset()
+    if setup.pipeline is not None and needs_denoiser(args):
+        strangers = strangers_to(setup.pipeline, setup.codecs, setup.images, setup.notes)
     return Supplies(
-        pipeline=setup.pipeline, painter=painter, perceptual=perceptual, target=target, max_steps=args.max_attack_steps
-    )
+        pipeline=setup.pipeline, strangers=strangers, painter=painter, perceptual=perceptual, target=target,
+        max_steps=args.max_attack_steps,
+    )  # fmt: skip
 
 
-def load_pipeline(place: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+def load_pipeline(source: AutoencoderSource, dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """With its weights in `dtype`, float32 by default."""
+    place = source.pretrained_model_name_or_path
+    settings = {"revision": source.revision, "variant": source.variant, "use_safetensors": True}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(place, use_safetensors=True)
+        if source.subfolder:  # which pipelines, unlike models, do not know
+            place = Path(place if isdir(place) else _snapshot(source), source.subfolder)
+        pipeline = DiffusionPipeline.from_pretrained(place, **settings)
     except (OSError, ValueError) as error:
-        raise UserError(f"--pipeline {place} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"--pipeline {described(source, 'model_index.json')} cannot be loaded: {first_line(error)}") from None
     pipeline.set_progress_bar_config(disable=True)  # an image takes hundreds of steps, and there are hundreds of images
     return pipeline if dtype is None else pipeline.to(dtype)
+
+
+def _snapshot(source: AutoencoderSource) -> str:
+    """Where the files of the subfolder are that a pipeline may need; no pickle is among them."""
+    kinds = ("json", "txt", "model", "safetensors")
+    patterns = [f"{source.subfolder}/{pattern}" for kind in kinds for pattern in (f"*.{kind}", f"**/*.{kind}")]
+    return snapshot_download(source.pretrained_model_name_or_path, revision=source.revision, allow_patterns=patterns)
 
 
 def load_judge(args: argparse.Namespace) -> ImageClassifier | None:
@@ -419,6 +506,10 @@ def fingerprint(args: argparse.Namespace, setup: Setup, metrics: Metrics) -> dic
     given = {name: value for name, value in sorted(vars(args).items()) if name not in free}
     if given.get("target"):
         given["target"] = digest(args.target.read_bytes())
+    if args.pipeline is not None:
+        source = parse_place(args.pipeline)
+        if commit := resolved_commit(source, "model_index.json"):
+            given["pipeline"] = f"{args.pipeline}, commit {commit}"
     return {
         **json.loads(json.dumps(given, default=str)),
         "vaes": {codec.name: codec.digest for codec in setup.codecs},
@@ -440,7 +531,8 @@ def settings(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
     packages = ("torch", "diffusers", "torchmetrics", "accelerate")
     return {
         "command": shlex.join(["python", "-m", "srl_utils.evaluation", *args.arguments]),
-        "images": f"{len(setup.images)} of {args.dataset_name or Path(args.data_dir).name}, {args.resolution} px",
+        **setup.origins,
+        "images": f"{len(setup.images)} of {args.dataset_name or Path(abspath(args.data_dir)).name}, {args.resolution} px",
         "seed": str(args.seed),
         "device": f"{accelerator.num_processes} x {device}, mixed precision {accelerator.mixed_precision}",
         "versions": ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
@@ -449,9 +541,14 @@ def settings(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
 
 
 def folder(text: str) -> Path:
-    if exists(text) and not isdir(text):
+    path = home_expanded(text)
+    if exists(path) and not isdir(path):
         raise argparse.ArgumentTypeError(f"{text} is no folder")
-    return Path(text)
+    return Path(path)
+
+
+def file(text: str) -> Path:
+    return Path(home_expanded(text))
 
 
 def needs_denoiser(args: argparse.Namespace) -> bool:
@@ -480,17 +577,17 @@ def budget(text: str) -> float:
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--baseline", required=True, metavar="PLACE", help="the original VAE: folder, Hub id, or either with :SUBFOLDER")
+    add("--baseline", required=True, metavar="PLACE", help=f"the original VAE, a folder or Hub id: {FORM}")
     add("--vae", required=True, nargs="+", metavar="NAME=PLACE", help="VAEs to hold against it; the name may be left out")
-    add("--dataset_name", default=None, help="Hub dataset, local dataset folder, or scikit-image")
-    add("--data_dir", default=None, help="folder of images (nested)")
+    add("--dataset_name", type=home_expanded, default=None, help="Hub dataset, local dataset folder, or scikit-image")
+    add("--data_dir", type=home_expanded, default=None, help="folder of images (nested)")
     add("--split", default=None, help="split of the dataset, or a part: test[:10%%]; default: its validation, test or only split")
     add("--image_column", default="image", help="column of the dataset that holds the image")
     add("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
     add("--resolution", type=image_side, default=256, help="side of the images in pixels")
     add("--num_images", type=positive_int, default=64)
-    add("--inception_weights", type=Path, default=None, help="torch-fidelity's Inception weights, for distances of sets")
-    add("--clip_model", default=CLIP_MODEL, help="CLIP model (Hub id or folder); needs transformers")
+    add("--inception_weights", type=file, default=None, help="torch-fidelity's Inception weights, for distances of sets")
+    add("--clip_model", type=home_expanded, default=CLIP_MODEL, help="CLIP model (Hub id or folder); needs transformers")
     add("--batch_size", type=positive_int, default=16)
     add("--seed", type=seed, default=0)
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: accelerate's configuration")
@@ -503,7 +600,7 @@ def add_attack_arguments(parser: argparse.ArgumentParser, *, attacks: Sequence[s
     add("--attacks", nargs="+", default=list(attacks), help=f"presets or names: {', '.join(known_names())}")
     add("--epsilons", nargs="+", type=budget, default=list(epsilons))
     add("--threat_models", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS))
-    add("--target", type=Path, default=None, help="image that targeted protections make others look like")
+    add("--target", type=file, default=None, help="image that targeted protections make others look like")
     add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
     add_check_arguments(parser)
 
@@ -516,9 +613,9 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--pipeline", required=True, help="diffusion pipeline (folder or Hub id)")
+    add("--pipeline", required=True, metavar="PLACE", help="diffusion pipeline, named as --baseline is")
     add("--caption_column", default=None, help="of the data set, the tars, or the metadata.jsonl, metadata.csv or text files in --data_dir")
-    add("--classifier", default=None, help="image classifier (folder or Hub id): takes Inception's place, and judges prompts")
+    add("--classifier", type=home_expanded, default=None, help="image classifier (folder or Hub id): takes Inception's place, and judges prompts")
     add("--num_inference_steps", type=positive_int, default=50)
     add("--guidance_scale", type=non_negative_float, default=7.5)
 

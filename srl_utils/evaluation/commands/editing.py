@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median_low
 
@@ -21,7 +22,10 @@ from srl_utils.evaluation.commands.common import (
     build_metrics,
     build_supplies,
     check_captions,
+    exchangeable,
+    file,
     load_judge,
+    named,
     pipeline_effects,
     prepare,
     run_study,
@@ -38,19 +42,20 @@ def run(args: argparse.Namespace) -> int:
     if (args.prompts is None) == (args.replace is None):
         raise UserError("say what the images are to become: either --prompts FILE or --replace OLD=NEW, and not both")
     judge = load_judge(args)
-    setup = prepare(args)
+    setup = exchangeable(prepare(args))
     edits = build_edits(
         setup.pipeline, strengths=args.strengths, num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
     )  # fmt: skip
     if args.edits is not None:
         edits = chosen_edits(args.edits, edits)
+    setup, prompts = edit_prompts(args, setup)
     task = Editing(
         metrics=build_metrics(args, setup, judge),
         baseline=setup.codecs[0],
         edits=edits,
         images=setup.images,
-        prompts=edit_prompts(args, setup),
+        prompts=prompts,
         judge=judge,
         folder=args.output_dir / "clean-edits",
         seed=args.seed,
@@ -73,21 +78,28 @@ def chosen_edits(names: Sequence[str], edits: dict[str, Edit]) -> dict[str, Edit
     return {name: edits[name] for name in dict.fromkeys(names)}
 
 
-def edit_prompts(args: argparse.Namespace, setup: Setup) -> Sequence[str]:
-    """One for each image: a line of --prompts, or the image's caption with words replaced.
+def edit_prompts(args: argparse.Namespace, setup: Setup) -> tuple[Setup, Sequence[str]]:
+    """The images that can be edited, and one prompt for each: a line of --prompts, or the caption with words replaced.
+
+    Images in whose captions --replace changes nothing are left out; a note counts and names them.
 
     Raises:
-        UserError: if there is none for an image, or the words to be replaced are nowhere.
+        UserError: if there is no prompt for an image, or the words to be replaced are nowhere.
     """
     if args.prompts is not None:
-        return read_prompts(args.prompts, len(setup.images))
+        return setup, read_prompts(args.prompts, len(setup.images))
     check_captions(setup, "--replace")
     replacements = dict(args.replace)
     prompts = [replace_words(caption, replacements) for caption in setup.captions]
-    unchanged = [caption for caption, prompt in zip(setup.captions, prompts, strict=True) if caption == prompt]
+    changed = [number for number, prompt in enumerate(prompts) if prompt != " ".join(setup.captions[number].split())]
+    unchanged = [caption for number, caption in enumerate(setup.captions) if number not in changed]
+    told = f"--replace changes nothing in {len(unchanged)} of {len(prompts)} captions ({named(unchanged)})"
+    if not changed:
+        raise UserError(f"{told}; name words that they have")
     if unchanged:
-        raise UserError(f"--replace changes nothing in {len(unchanged)} captions, such as '{unchanged[0]}'")
-    return prompts
+        setup.notes.append(f"{told}; these images were left out")
+    kept = replace(setup, images=setup.images[changed], captions=[setup.captions[number] for number in changed])
+    return kept, [prompts[number] for number in changed]
 
 
 def read_prompts(path: Path, count: int) -> list[str]:
@@ -107,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline_arguments(parser)
     add = parser.add_argument
     add("--metrics", nargs="+", choices=METRICS, default=["psnr", "ssim", "lpips", "clip", "clip-text", "fid"])
-    add("--prompts", type=Path, default=None, help="text file: a line for each image, or one for all")
+    add("--prompts", type=file, default=None, help="text file: a line for each image, or one for all")
     add("--replace", nargs="+", type=replacement, default=None, metavar="OLD=NEW", help="edit the captions' words instead")
     add("--strengths", nargs="+", type=share, default=[0.3, 0.5, 0.7], help="of image-to-image")
     add("--edits", nargs="+", default=None, metavar="NAME", help="only these, such as img2img-0.5 inpainting; default: all")

@@ -10,6 +10,7 @@ from srl_utils.evaluation.commands.common import (
     add_shared_arguments,
     build_metrics,
     check_captions,
+    exchangeable,
     load_judge,
     pipeline_effects,
     prepare,
@@ -27,7 +28,7 @@ METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid", 
 
 def run(args: argparse.Namespace) -> int:
     judge = load_judge(args)
-    setup = prepare(args)
+    setup = exchangeable(prepare(args))
     check_captions(setup, "generation")
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     edits = build_edits(setup.pipeline, strengths=args.strengths, **settings)

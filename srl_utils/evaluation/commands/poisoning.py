@@ -25,6 +25,7 @@ from srl_utils.evaluation.commands.common import (
     build_metrics,
     check_captions,
     check_effects,
+    exchangeable,
     load_judge,
     pipeline_effects,
     prepare,
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     finetuning.check()
     judge = load_judge(args)
-    setup = prepare(args)
+    setup = exchangeable(prepare(args))
     check_captions(setup, "poisoning")
     concepts = divide(
         setup.captions, concept=args.concept, target=args.target_concept, num_poisons=max(args.num_poisons),

@@ -30,6 +30,7 @@ QUICK = Depth(steps=(5, 20, 40), queries=100)
 def run(args: argparse.Namespace) -> int:
     setup = prepare(args)
     task = Reconstruction(metrics=build_metrics(args, setup), baseline=setup.codecs[0], images=setup.images)
+    task.note_incomparable(setup.codecs, setup.notes)
     selection = select(args.attacks, args.epsilons, build_supplies(args, setup))
     setup.notes.extend(selection.notes)
     depth = QUICK if set(args.attacks) == {"quick"} else Depth()
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(caption_column=None)
     add = parser.add_argument
     add("--metrics", nargs="+", choices=METRICS, default=["psnr", "ssim", "lpips", "drift"])
-    add("--pipeline", default=None, help="diffusion pipeline (folder or Hub id) for attacks that need a denoiser")
+    add("--pipeline", default=None, metavar="PLACE", help="diffusion pipeline for attacks that need a denoiser")
 
 
 def effects(args: argparse.Namespace) -> Effects:
