@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation.differences": {"evaluation.reconstruction", "metrics"},
     "evaluation.figures": {"checkpoints", "evaluation.reconstruction", "images"},
     "evaluation.document": {
-        "checkpoints", "evaluation.differences", "evaluation.figures", "evaluation.reconstruction",
+        "checkpoints", "evaluation.caveats", "evaluation.differences", "evaluation.figures", "evaluation.reconstruction",
         "evaluation.report", "evaluation.sanity", "images", "markdown",
     },
     "evaluation.sanity": {
@@ -82,11 +82,12 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation.reconstruction", "evaluation.tasks", "losses", "set_metrics",
     },
     "training_flags": {"command_line", "sources"},
+    "evaluation.caveats": {"evaluation.tasks", "metrics", "set_metrics"},
     "evaluation.places": {"autoencoders", "command_line", "errors"},
     "evaluation.commands": set(),
     "evaluation.commands.common": {
         "attacks.protections", "autoencoder_files", "autoencoders", "checkpoints", "codecs", "command_line", "data", "errors",
-        "evaluation.catalogue", "evaluation.document", "evaluation.editing", "evaluation.extremes", "evaluation.places",
+        "evaluation.catalogue", "evaluation.caveats", "evaluation.document", "evaluation.editing", "evaluation.extremes", "evaluation.places",
         "evaluation.reconstruction", "pipelines",
         "evaluation.report", "evaluation.sanity", "evaluation.study", "evaluation.tasks", "locking", "losses", "metrics", "pictures",
         "set_metrics", "sources",

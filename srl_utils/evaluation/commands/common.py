@@ -41,6 +41,7 @@ from srl_utils.command_line import (
 from srl_utils.data import ValidationImages, load_validation_images
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import ITERATED, NOISE, Supplies, expanded, known_names
+from srl_utils.evaluation.caveats import Caveat, caveat_of_precision, caveats_of_metrics, caveats_of_prompts
 from srl_utils.evaluation.document import Findings, write_report
 from srl_utils.evaluation.editing import as_image_to_image
 from srl_utils.evaluation.extremes import draw_extremes
@@ -178,6 +179,7 @@ def run_study(
     title: str,
     scrutiny: Scrutiny | None = None,
     images: Tensor | None = None,
+    prompts: Sequence[str] = (),
     draw: Callable[[Study, Rows, Sequence[Record]], dict[str, Path]] = lambda study, rows, records: draw_extremes(study, records),
 ) -> int:
     """Runs the study and writes its report.
@@ -185,6 +187,7 @@ def run_study(
     Args:
         scrutiny: of the robustness, which is checked unless the flags say otherwise; None where there is nothing to check.
         images: those of the study, where they are not all that were loaded.
+        prompts: what text encoders read of the images or of those to be made.
         draw: makes the report's pictures, by title.
     """
     study = Study(
@@ -209,7 +212,8 @@ def run_study(
         if setup.accelerator.is_main_process:
             checks = None if scrutiny is None else {} if args.no_checks else run_checks(args, study, scrutiny)
             rows = study.rows(records)
-            conclude(args, setup, rows, records, title=title, checks=checks, pictures=draw(study, rows, records))
+            pictures, caveats = draw(study, rows, records), all_caveats(args, setup, study, prompts)
+            conclude(args, setup, rows, records, title=title, checks=checks, pictures=pictures, caveats=caveats)
     return 0
 
 
@@ -230,6 +234,7 @@ def conclude(
     title: str,
     checks: dict[str, list[Check]] | None,
     pictures: dict[str, Path],
+    caveats: Sequence[Caveat],
 ) -> None:
     """Writes the report and says where it is."""
     findings = Findings(
@@ -240,11 +245,22 @@ def conclude(
         records=records,
         checks=checks,
         notes=setup.notes,
+        caveats=caveats,
         settings=settings(args, setup),
         pictures=pictures,
     )
     write_report(findings, args.output_dir)
     print(f"{verdict(checks)}Report: {args.output_dir / 'report.html'}, {args.output_dir / 'report.md'}")
+
+
+def all_caveats(args: argparse.Namespace, setup: Setup, study: Study, prompts: Sequence[str]) -> list[Caveat]:
+    """What limits the numbers of this study."""
+    metrics = study.task.metrics
+    found = caveats_of_metrics(metrics, study.images[:1].to(setup.accelerator.device), n=len(study.images))
+    found += caveat_of_precision(setup.accelerator.mixed_precision)
+    if prompts:
+        found += caveats_of_prompts(metrics, setup.pipeline, prompts)
+    return found
 
 
 def run_checks(args: argparse.Namespace, study: Study, scrutiny: Scrutiny) -> dict[str, list[Check]]:

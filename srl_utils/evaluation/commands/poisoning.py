@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     scalable = PROTECTIONS[args.protection].scalable
     return run_study(
         args, setup, task, perturbations, title="Poisoned fine-tuning", images=setup.images[concepts.held_out], draw=draw,
-        scrutiny=Scrutiny(epsilon=budget_of(args) if scalable else USUAL_EPSILON),
+        scrutiny=Scrutiny(epsilon=budget_of(args) if scalable else USUAL_EPSILON), prompts=setup.captions,
     )  # fmt: skip
 
 
