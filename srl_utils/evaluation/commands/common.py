@@ -135,7 +135,7 @@ def _load_codec(name: str, source: AutoencoderSource, device: torch.device, dtyp
     except UserError as error:
         # In the words of this command line, which has no flag for the subfolder.
         reason = str(error).replace("add --subfolder vae", "add :vae")
-        raise UserError(f"the VAE {name} at {described(source, 'config.json')}: {reason}") from None
+        raise type(error)(f"the VAE {name} at {described(source, 'config.json')}: {reason}") from None
 
 
 def kept(codecs: Sequence[Codec], check: Callable[[Codec], None], notes: list[str]) -> list[Codec]:
@@ -260,6 +260,8 @@ def all_caveats(args: argparse.Namespace, setup: Setup, study: Study, prompts: S
     found += caveat_of_precision(setup.accelerator.mixed_precision)
     if prompts:
         found += caveats_of_prompts(metrics, setup.pipeline, prompts)
+    if steps := getattr(args, "max_attack_steps", None):
+        found.append(Caveat(f"Published protections take {steps} steps at most, and are weaker than their authors' where those take more."))
     return found
 
 
@@ -308,7 +310,7 @@ def _parsed(flag: str, text: str, parse: Callable[[str], T]) -> T:
     try:
         return parse(text)
     except UserError as error:
-        raise UserError(f"{flag} {error}") from None
+        raise type(error)(f"{flag} {error}") from None
 
 
 def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
