@@ -100,8 +100,7 @@ class Scrutiny:
 def prepare(args: argparse.Namespace) -> Setup:
     """Loads images, VAEs and the pipeline.
 
-    VAEs that the resolution does not suit are left out with a note, and so are those that the commands which put VAEs into
-    a pipeline cannot put there.
+    VAEs that the resolution does not suit are left out with a note.
 
     Raises:
         UserError: if one of them cannot be loaded, or if no VAE is left to hold against the baseline.
