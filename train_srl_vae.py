@@ -70,6 +70,7 @@ from srl_utils.command_line import (
     decay,
     exit_code,
     fraction,
+    home_expanded,
     image_side,
     joined_on_cpu,
     non_negative_float,
@@ -925,29 +926,31 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Model")
     group.add_argument(
         "--pretrained_model_name_or_path",
+        type=home_expanded,
         default="stabilityai/sd-vae-ft-mse",
         help="Hub id or folder of an AutoencoderKL, or of a pipeline together with --subfolder vae",
     )
     group.add_argument("--subfolder", default=None, help="folder of the VAE inside the model repository")
     group.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
     group.add_argument("--variant", default=None, help="variant of the weight files, such as fp16")
-    group.add_argument("--cache_dir", default=None, help="where downloaded models and datasets are kept")
+    group.add_argument("--cache_dir", type=home_expanded, default=None, help="where downloaded models and datasets are kept")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Data")
     group.add_argument(
         "--dataset_name",
+        type=home_expanded,
         default=None,
         help="Hub dataset, local dataset folder, or scikit-image for the photographs that ship inside it",
     )
     group.add_argument("--dataset_config_name", default=None, help="configuration of the Hub dataset")
     group.add_argument("--train_split", default="train", help="split of the dataset to train on, or a part: train[:90%%]")
-    group.add_argument("--train_data_dir", default=None, help="folder of images (nested) or of webdataset *.tar files")
+    group.add_argument("--train_data_dir", type=home_expanded, default=None, help="folder of images (nested) or of webdataset *.tar files")
     group.add_argument("--image_column", default="image", help="column of the dataset that holds the image")
     group.add_argument("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
     group.add_argument("--max_train_samples", type=positive_int, default=None, help="use only that many images")
-    group.add_argument("--validation_data_dir", default=None, help="folder of images to validate on")
+    group.add_argument("--validation_data_dir", type=home_expanded, default=None, help="folder of images to validate on")
     group.add_argument(
         "--validation_split",
         default=None,
@@ -1057,7 +1060,7 @@ def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_state_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("State")
-    group.add_argument("--output_dir", type=Path, default=Path("srl-vae"))
+    group.add_argument("--output_dir", type=lambda text: Path(home_expanded(text)), default=Path("srl-vae"))
     group.add_argument("--checkpointing_steps", type=positive_int, default=500, help="save every that many steps")
     group.add_argument(
         "--checkpoints_total_limit", type=positive_int, default=None, help="keep only that many, the newest"
@@ -1069,7 +1072,7 @@ def add_state_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="half-precision weights to save beside the full ones, and to measure",
     )
-    group.add_argument("--resume_from_checkpoint", default=None, help="latest, or the folder of a checkpoint")
+    group.add_argument("--resume_from_checkpoint", type=home_expanded, default=None, help="latest, or the folder of a checkpoint")
 
 
 def add_logging_arguments(parser: argparse.ArgumentParser) -> None:

@@ -55,7 +55,8 @@ def measure(vae: AutoencoderKL, extra: dict[str, Tensor] | None = None) -> dict[
     return {
         name: to_rows(
             evaluate(
-                codec, images, perturbations, ReconstructionLoss(), indices=range(len(images)), seed=0, batch_size=32
+                codec, images, perturbations, ReconstructionLoss(), indices=range(len(images)), seed=0, batch_size=32,
+                progress=name,
             )
         )
         for name, images in sets.items()

@@ -28,6 +28,7 @@ import torch
 from srl_utils.autoencoders import WEIGHTS_NAME
 from srl_utils.checkpoints import write_text_atomically
 from srl_utils.evaluation.report import markdown_table
+from srl_utils.progress import progress_bar
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "miniature/weights"
@@ -93,6 +94,7 @@ def main() -> None:
     run.evaluate("generation", VARIANTS, generation_flags(scale))
     run.evaluate("editing", DOWNSTREAM, editing_flags(scale))
     run.evaluate("poisoning", DOWNSTREAM, poisoning_flags(scale))
+    run.bar.close()
     write_text_atomically(args.output_dir / "paper.md", run.report(scale))
     print(f"Report: {args.output_dir / 'paper.md'}")
 
@@ -151,20 +153,30 @@ def several_processes() -> list[object]:
     ]  # fmt: skip
 
 
+NUM_CALLS = 2 + len(VARIANTS) + 4
+"""Two sets of scenes, the trainings, and four evaluations."""
+LONGEST_LINE = 60
+"""Of what a command prints, beside the bar."""
+
+
 class Runner:
     """Runs the project's commands, each as a user would, and keeps what they print and how long they took."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
         folder.mkdir(parents=True, exist_ok=True)
+        self.bar = progress_bar(NUM_CALLS, desc="paper", unit="part")
 
     def scenes(self, name: str, count: int, *, seed: int) -> None:
-        if not (self.folder / name / "metadata.jsonl").exists():
+        if (self.folder / name / "metadata.jsonl").exists():
+            self.bar.update()
+        else:
             self._call(name, "-m", "miniature.draw", "--num_images", count, "--seed", seed, "--output_dir", self.folder / name)
 
     def train(self, name: str, flags: str, scale: Scale) -> None:
         output_dir = self._vae(name)
         if (output_dir / WEIGHTS_NAME).exists() and (output_dir / "README.md").exists():
+            self.bar.update()
             return
         self._call(
             f"train {name}", "train_srl_vae.py", "--pretrained_model_name_or_path", WEIGHTS / "vae", "--recipe", "fast",
@@ -186,9 +198,19 @@ class Runner:
 
     def _call(self, title: str, *command: object) -> None:
         started = time.time()
-        print(f"{title} ...", flush=True)
-        with (self.folder / "log.txt").open("a") as log:
-            code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+        self.bar.set_description_str(title)
+        words = [sys.executable, *map(str, command)]
+        with (
+            (self.folder / "log.txt").open("a", encoding="utf-8") as log,
+            subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace") as child,
+        ):
+            for line in child.stdout:  # a bar's updates are lines of their own here
+                log.write(line)
+                self.bar.set_postfix_str(line.strip()[:LONGEST_LINE], refresh=False)
+                self.bar.update(0)
+            code = child.wait()
+        self.bar.set_postfix_str("", refresh=False)
+        self.bar.update()
         if code:
             raise SystemExit(f"{title} ended with exit code {code}; {self.folder / 'log.txt'} says why")
         seconds = json.loads(self._times.read_text()) if self._times.exists() else {}

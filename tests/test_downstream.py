@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDif
 from small_pipelines import SIZE, build_pipeline, small_vae
 from small_text_encoder import add_text_encoders
 from torch import Tensor
+from tqdm import tqdm
 
 from srl_utils.attacks.protections import style_transfer
 from srl_utils.autoencoders import AutoencoderSource
@@ -34,6 +36,7 @@ from srl_utils.evaluation.editing import (
 )
 from srl_utils.evaluation.finetuning import FinetuningConfig, finetune
 from srl_utils.evaluation.generation import largest_difference
+from srl_utils.evaluation.metering import Meter
 from srl_utils.evaluation.poisoning import divide, poisonings
 from srl_utils.evaluation.reconstruction import image_generators
 from srl_utils.evaluation.sanity import Check
@@ -186,6 +189,21 @@ def test_largest_difference_is_of_visible_pixels() -> None:
     first[0, 0, 0, 0] = 1.5
     second[1, 2, 3, 3] = 0.5
     assert largest_difference(first, second).tolist() == [0.0, 0.25]
+
+
+def test_the_bar_moves_with_every_step_of_a_denoiser(pipe, codec, images) -> None:
+    """Oracle: the cost model, exact. Guided edits of 2 images show the UNet 4 latents in each of 4 steps, at 0.2 passes; a
+    fine-tuning trains a copy of it, on 2 latents forth and back in each of 3 steps.
+    """
+    (edit,) = (edit for name, edit in build_edits(pipe, strengths=[1.0], **SETTINGS).items() if name != INPAINTING)
+    with tqdm(total=100, file=io.StringIO()) as bar:
+        meter = Meter(bar)
+        with meter.watching([codec], pipe.unet), meter.stage("edits", 50):
+            edit(codec, images(2, SIZE), PROMPTS, image_generators(0, [0, 1]))
+            assert pytest.approx(2 * edit.passes) == 4 * 4 * 0.2 and bar.n == round(2 * edit.passes)
+            trained(pipe)
+            assert bar.n == round(2 * edit.passes + 3 * 2 * 2 * 0.2)
+        assert bar.n == 50 and not pipe.unet._forward_hooks
 
 
 # --- fine-tuning and poisons ----------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 
 import pytest
 import torch
+from conftest import Run
 
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.autoencoders import LatentDecoder, LatentEncoder
@@ -164,6 +166,18 @@ def test_rows_have_the_project_s_format(codec, images) -> None:
     assert described == {
         "clean": ("none", 0.0), "gaussian-noise": ("none", EPSILON), "pgd-3": ("adaptive", EPSILON)
     }  # fmt: skip
+
+
+def test_a_training_says_what_it_judges(run: Run, flags: list[str]) -> None:
+    """Oracle: the real command without a terminal. The original VAE, the fine-tuned one and the picture have a bar each,
+    which ends at the cost of 3 images under clean, pgd-10, pgd-50x2 and noise: 3 x (20 + 200 + 4) passes.
+    """
+    code, printed = run(*flags)
+    assert code == 0, printed
+    titles = dict(re.findall(r"([^\r\n|]*?):\s+100%\|[^|]*\| (\d+/\d+) ", printed))
+    assert titles["original, gaussian-noise: images 1 to 3 of 3"] == "672/672"
+    assert titles["fine-tuned, gaussian-noise: images 1 to 3 of 3"] == "672/672"
+    assert titles["picture, pgd-50x2 on fine-tuned"] == "1200/1200"
 
 
 # --- reporting ------------------------------------------------------------------------------------------

@@ -43,17 +43,17 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"images"},
     "set_metrics": {"errors", "images"},
     "evaluation": set(),
-    "evaluation.reconstruction": {
+    "evaluation.reconstruction": {"evaluation.metering", "progress", 
         "attacks.gradient", "attacks.corruptions", "autoencoders", "codecs", "losses", "metrics", "images"
     },
-    "evaluation.report": {"codecs", "evaluation.reconstruction", "images", "losses", "metrics"},
+    "evaluation.report": {"evaluation.metering", "progress", "codecs", "evaluation.reconstruction", "images", "losses", "metrics"},
     "evaluation.differences": {"evaluation.reconstruction", "metrics"},
     "evaluation.figures": {"checkpoints", "evaluation.reconstruction", "images"},
     "evaluation.document": {
-        "checkpoints", "evaluation.differences", "evaluation.figures", "evaluation.reconstruction",
+        "checkpoints", "evaluation.caveats", "evaluation.differences", "evaluation.figures", "evaluation.reconstruction",
         "evaluation.report", "evaluation.sanity", "images", "markdown",
     },
-    "evaluation.sanity": {
+    "evaluation.sanity": {"evaluation.metering", "progress", 
         "attacks.draws", "attacks.gradient", "attacks.random_search", "autoencoders", "codecs",
         "evaluation.reconstruction", "images", "losses",
     },
@@ -61,16 +61,16 @@ ALLOWED: dict[str, set[str]] = {
         "attacks.corruptions", "attacks.denoiser", "attacks.gradient", "attacks.protections", "attacks.random_search",
         "autoencoders", "codecs", "errors", "evaluation.reconstruction", "losses",
     },
-    "evaluation.study": {
+    "evaluation.study": {"evaluation.metering", "progress", 
         "checkpoints", "codecs", "errors", "evaluation.reconstruction", "evaluation.tasks", "losses", "set_metrics"
     },
     "evaluation.tasks": {"codecs", "evaluation.reconstruction", "images", "losses", "set_metrics"},
-    "evaluation.extremes": {
+    "evaluation.extremes": {"progress", 
         "checkpoints", "codecs", "evaluation.reconstruction", "evaluation.report", "evaluation.study",
         "evaluation.tasks", "images", "losses", "metrics",
     },
     "evaluation.keeping": {"checkpoints"},
-    "evaluation.editing": {
+    "evaluation.editing": {"evaluation.metering", 
         "attacks.denoiser", "attacks.draws", "codecs", "errors", "evaluation.keeping", "evaluation.reconstruction", "evaluation.tasks", "images",
         "pipelines", "set_metrics",
     },
@@ -79,16 +79,18 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation.tasks", "images", "set_metrics",
     },
     "evaluation.finetuning": {"attacks.denoiser", "errors", "evaluation.reconstruction"},
-    "evaluation.poisoning": {
+    "evaluation.poisoning": {"evaluation.metering", 
         "checkpoints", "codecs", "errors", "evaluation.editing", "evaluation.finetuning", "evaluation.keeping",
         "evaluation.reconstruction", "evaluation.tasks", "losses", "set_metrics",
     },
     "training_flags": {"command_line", "sources"},
+    "evaluation.metering": {"codecs"},
+    "evaluation.caveats": {"evaluation.tasks", "metrics", "set_metrics"},
     "evaluation.places": {"autoencoders", "command_line", "errors"},
     "evaluation.commands": set(),
     "evaluation.commands.common": {
         "attacks.protections", "autoencoder_files", "autoencoders", "checkpoints", "codecs", "command_line", "data", "decoding", "errors",
-        "evaluation.catalogue", "evaluation.document", "evaluation.editing", "evaluation.extremes", "evaluation.places",
+        "evaluation.catalogue", "evaluation.caveats", "evaluation.document", "evaluation.editing", "evaluation.extremes", "evaluation.places",
         "evaluation.reconstruction", "pipelines",
         "evaluation.report", "evaluation.sanity", "evaluation.study", "evaluation.tasks", "listing", "locking", "losses", "metrics", "pictures",
         "set_metrics", "sources",
@@ -106,7 +108,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation.commands.poisoning": {
         "attacks.protections", "checkpoints", "command_line", "evaluation.catalogue",
         "evaluation.commands.common", "evaluation.figures", "evaluation.finetuning", "evaluation.generation",
-        "evaluation.poisoning", "evaluation.reconstruction", "evaluation.report", "evaluation.study",
+        "evaluation.poisoning", "evaluation.reconstruction", "evaluation.report", "evaluation.study", "progress",
     },
     "evaluation.__main__": {
         "command_line", "evaluation.commands.editing", "evaluation.commands.generation",

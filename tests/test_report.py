@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from srl_utils.evaluation.caveats import Caveat
 from srl_utils.evaluation.differences import Difference, Setting, differences_to, paired_difference
 from srl_utils.evaluation.document import Findings, write_report
 from srl_utils.evaluation.figures import COLOURS, draw_figures, safe_name
@@ -56,7 +57,7 @@ def example_findings(records: Sequence[Record] | None = None, **changes: Any) ->
     vaes = list(dict.fromkeys(record.vae for record in records))
     settings = {
         "title": "An example", "baseline": vaes[0], "vaes": vaes, "rows": to_rows(records), "records": records,
-        "checks": {vae: [Check("Gradients do not vanish", True, "0.0%")] for vae in vaes}, "notes": [],
+        "checks": {vae: [Check("Gradients do not vanish", True, "0.0%")] for vae in vaes}, "notes": [], "caveats": [],
         "settings": {"seed": "0"}, "pictures": {},
     }  # fmt: skip
     return Findings(**{**settings, **changes})
@@ -508,6 +509,21 @@ def test_pictures_that_are_in_place_are_not_copied(picture: Path, tmp_path: Path
 def test_safe_names(title: str, name: str) -> None:
     """Oracle: specification; ASCII letters and digits, the rest as single hyphens between them."""
     assert safe_name(title) == name
+
+
+def test_caveats_stand_beside_their_metrics(tmp_path: Path) -> None:
+    """Oracle: specification. In both documents under the tables in which the metric occurs, one of all metrics once, one
+    of a metric that was not measured nowhere; markup is text.
+    """
+    caveats = [Caveat("Rank <b>only</b>", ("rfid", "fid")), Caveat("Few images"), Caveat("Noisy", ("kid",))]
+    findings = with_rfid(example_findings(caveats=caveats))
+    page = written_page(findings, tmp_path)
+    items = [element.text for element in page.all("li")]
+    assert items == ["Few images", "Rank <b>only</b>"]  # clean images alone have an rFID here
+    text = (tmp_path / "report.md").read_text()
+    tables = text.split("\n## ")
+    assert "Rank &#60;b&#62;only&#60;/b&#62;" in tables[1] and "Few images" in tables[0]
+    assert "Noisy" not in text and text.count("Rank") == 1
 
 
 # --- one file ---------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from conftest import ROOT, launch
 from PIL import Image
 from small_pipelines import small_vae
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from srl_utils.attacks.protections import PROTECTIONS
 from srl_utils.autoencoders import LatentDecoder, LatentEncoder
@@ -27,7 +30,8 @@ from srl_utils.evaluation.catalogue import PRESETS, Supplies, select
 from srl_utils.evaluation.commands import common, reconstruction
 from srl_utils.evaluation.commands.common import strangers_to
 from srl_utils.evaluation.extremes import strongest_cell
-from srl_utils.evaluation.reconstruction import CLEAN, Record, evaluate, noise, on_reconstruction
+from srl_utils.evaluation.metering import Meter
+from srl_utils.evaluation.reconstruction import CLEAN, Record, evaluate, image_generators, noise, on_reconstruction
 from srl_utils.evaluation.sanity import Depth, check_robustness
 from srl_utils.evaluation.study import Job, Study
 from srl_utils.evaluation.tasks import Metrics, Reconstruction
@@ -95,15 +99,15 @@ def test_finished_batches_are_not_computed_again(study, monkeypatch: pytest.Monk
     computed: list[tuple[str, list[int]]] = []
     compute = Study._compute
 
-    def crashing(self: Study, job: Job) -> None:
+    def crashing(self: Study, job: Job, meter: Meter) -> None:
         if len(computed) == 4:  # three batches make a cell
             raise KeyboardInterrupt
         computed.append((job.cell.title, list(job.batch)))
-        compute(self, job)
+        compute(self, job, meter)
 
-    def counting(self: Study, job: Job) -> None:
+    def counting(self: Study, job: Job, meter: Meter) -> None:
         computed.append((job.cell.title, list(job.batch)))
-        compute(self, job)
+        compute(self, job, meter)
 
     monkeypatch.setattr(Study, "_compute", crashing)
     with pytest.raises(KeyboardInterrupt):
@@ -180,6 +184,44 @@ def test_drift_of_the_baseline_is_zero(study) -> None:
     drifts = [record for record in study.run() if record.metric == "drift"]
     assert {record.attack for record in drifts} == {"clean"}
     assert all((record.value == 0) == (record.vae == "original") for record in drifts)
+
+
+def bars(printed: str) -> list[tuple[str, int, int]]:
+    """Title, units done and units in all, of everything that a bar wrote where there is no terminal."""
+    found = re.findall(r"([^\r\n|]*?):\s+\d+%\|[^|]*\| (\d+)/(\d+) ", printed)
+    return [(title.strip(), int(done), int(total)) for title, done, total in found]
+
+
+def test_a_log_says_what_is_being_measured(arguments, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Oracle: the real command without a terminal. Every bar has a first line and a last one at its end, by the cost
+    model's total; titles name VAE, attack and images. Of the study: 4 x 2 clean, and 2 x (4 x (4 + 2) + 4 x (4 + 1)).
+    """
+    monkeypatch.setattr(reconstruction, "Depth", lambda: SHALLOW)
+    assert command.main(arguments) == 0
+    found = bars(capsys.readouterr().err)
+    whole = [bar for bar in found if bar[2] == 96]
+    assert whole[0] == ("evaluation", 0, 96) and whole[-1][1:] == (96, 96)
+    assert whole[-1][0] == "robust judged, pgd-2 8/255 on robust: images 1 to 4 of 4"
+    checks = [bar for bar in found if "checks of robust" in bar[0]]
+    assert checks[-1] == ("checks of robust: 9 of 9", checks[0][2], checks[0][2])
+    pictures = [bar for bar in found if bar[0].startswith("picture")]
+    assert pictures[-1][1] == pictures[-1][2]
+
+
+@pytest.mark.parametrize(("attack", "passes"), [("pgd-20", 40), ("apgd-20", 40), ("square-40", 40), ("photoguard-encoder", 12)])
+def test_the_bar_moves_evenly_through_an_attack(attack: str, passes: int, study) -> None:
+    """Oracle: the cost model. In a single batch no update is more than a few of the attack's steps, and none overshoots."""
+    (perturbation,) = select([attack], [EPSILON], Supplies(max_steps=20)).perturbations
+    assert perturbation.passes == passes
+    with tqdm(total=2 * passes, disable=False, file=io.StringIO()) as bar:
+        steps: list[int] = []
+        monkeyed = bar.update
+        bar.update = lambda amount: steps.append(amount) or monkeyed(amount)
+        meter, clean = Meter(bar), study.images[:2]
+        with meter.stage("attack", 2 * passes):
+            perturbation.apply(meter.watched(study.baseline), ReconstructionLoss(), clean, image_generators(0, [0, 1]))
+        assert bar.n == 2 * passes and sum(steps) == 2 * passes
+        assert max(steps) <= 2 * passes / 5 and len([step for step in steps if step]) > 8
 
 
 # --- catalogue ------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from srl_utils.checkpoints import write_atomically, write_text_atomically
+from srl_utils.evaluation.caveats import Caveat
 from srl_utils.evaluation.differences import Difference, Setting, differences_to
 from srl_utils.evaluation.figures import draw_figures, safe_name
 from srl_utils.evaluation.reconstruction import Record
@@ -54,6 +55,8 @@ class Findings:
     """By VAE; empty where nothing was checked, None where there is nothing to check."""
     notes: Sequence[str]
     """What a reader must know, such as "LPIPS was skipped: ..."."""
+    caveats: Sequence[Caveat]
+    """What limits the numbers, beside which it is said."""
     settings: Mapping[str, str]
     """How it was run: machine, versions, command, seed, images, date."""
     pictures: Mapping[str, Path]
@@ -100,6 +103,8 @@ class Section:
     images: str
     columns: Sequence[str]
     lines: Sequence[Line]
+    caveats: Sequence[str]
+    """Of the metrics that occur."""
 
     @property
     def metrics(self) -> Mapping[str, str]:
@@ -131,6 +136,7 @@ def write_report(findings: Findings, output_dir: Path) -> None:
     contents["failures"] = [(vae, check) for vae, check in _checks(findings) if not check.passed]
     contents["checked"] = len(list(_checks(findings)))
     contents["legend"] = _legend(findings)
+    contents["caveats"] = [caveat.text for caveat in findings.caveats if not caveat.metrics]
     write_text_atomically(output_dir / "results.json", json.dumps(list(findings.rows), indent=1) + "\n")
     write_text_atomically(output_dir / "per_image.csv", _csv(findings.records))
     write_text_atomically(output_dir / "report.md", _render_markdown(contents))
@@ -172,7 +178,9 @@ def _sections(findings: Findings) -> Iterator[Section]:
         rows = [row for row in findings.rows if row["threat_model"] == threat_model]
         title, explanation = SECTIONS.get(threat_model, (threat_model, ""))
         counts = " to ".join(str(n) for n in sorted({min(row["n"] for row in rows), max(row["n"] for row in rows)}))
-        yield Section(title, explanation, counts, columns, _lines(rows, findings, differences))
+        metrics = {row["metric"] for row in rows}
+        caveats = [caveat.text for caveat in findings.caveats if not metrics.isdisjoint(caveat.metrics)]
+        yield Section(title, explanation, counts, columns, _lines(rows, findings, differences), caveats)
 
 
 def _lines(

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from srl_utils.attacks.denoiser import takes_latents_alone
 from srl_utils.attacks.draws import draw_normal
 from srl_utils.codecs import Codec
 from srl_utils.errors import UserError
 from srl_utils.evaluation.keeping import kept_images
+from srl_utils.evaluation.metering import DENOISER
 from srl_utils.evaluation.reconstruction import CLEAN, Generators, image_generators
-from srl_utils.evaluation.tasks import Cell, Metrics
+from srl_utils.evaluation.tasks import Cell, Metrics, denoiser_of
 from srl_utils.images import to_model_range, to_unit_range
 from srl_utils.pipelines import robust_vae
 from srl_utils.set_metrics import ImageClassifier
@@ -40,6 +41,11 @@ class Edit:
     arguments: Callable[[Codec, Tensor, Generators], dict[str, Any]]
     """VAE, images `[N,3,H,W]` in [0,1] and a generator for each to what the call takes beside prompts and settings."""
     settings: Mapping[str, Any]
+
+    @property
+    def passes(self) -> float:
+        """For an image, about, in passes through encoder and decoder; a guided step shows the denoiser two latents."""
+        return 2 * DENOISER * self.settings["num_inference_steps"] * self.settings.get("strength", 1.0)
 
     def __call__(self, codec: Codec, images: Tensor, prompts: Sequence[str], generators: Generators) -> Tensor:
         """Edits `[N,3,H,W]` in [-1,1] with the VAE of `codec`, one prompt for each; as many images, float32."""
@@ -182,8 +188,11 @@ class Editing:
 
     @property
     def passes(self) -> float:
-        """A step of a UNet with guidance is about as much as a pass through encoder and decoder."""
-        return sum(edit.settings["num_inference_steps"] * edit.settings.get("strength", 1.0) for edit in self.edits.values())
+        return sum(edit.passes for edit in self.edits.values())
+
+    @property
+    def denoiser(self) -> nn.Module | None:
+        return denoiser_of(next(iter(self.edits.values())).pipeline)
 
     def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
         return self._edit(codec, shown, numbers, variant)

@@ -18,6 +18,9 @@ from srl_utils.evaluation.tasks import Cell
 from srl_utils.images import format_pixel_distance
 from srl_utils.losses import ReconstructionLoss
 from srl_utils.metrics import psnr
+from srl_utils.progress import progress_bar
+
+NUM_EXTREMES = 3
 
 
 def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
@@ -29,17 +32,27 @@ def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
     pictures = {}
     if "psnr" not in study.task.metrics.names:
         return pictures
-    for number, codec in enumerate(study.codecs):
-        cell = strongest_cell(study, records, codec)
+    cells = [strongest_cell(study, records, codec) for codec in study.codecs]
+    costs = [0 if cell is None else _cost(study, cell) for cell in cells]
+    bar = progress_bar(round(sum(costs)), desc="pictures", unit="pass")
+    for number, (codec, cell, cost) in enumerate(zip(study.codecs, cells, costs, strict=True)):
         if cell is None:
             continue
         path = study.output_dir / "figures" / f"extremes-{number}.png"
-        picture = _picture(study, cell, extreme_images(study, records, cell, codec))
+        with study.watched(bar) as meter, meter.stage(f"picture, {cell.title}", cost):
+            picture = _picture(study, cell, extreme_images(study, records, cell, codec))
         write_atomically(path, lambda aside, picture=picture: picture.save(aside, format="PNG"))
         budget = format_pixel_distance(cell.perturbation.epsilon)
         title = f"Worst, median and best image of {codec.name} under {_name(study, cell)} ({budget}) on itself"
         pictures[title] = path
+    bar.close()
     return pictures
+
+
+def _cost(study: Study, cell: Cell) -> float:
+    """Of the picture, in passes through encoder and decoder, about."""
+    shown = study.task.passes / len(study.task.variants) * len(study.codecs)
+    return NUM_EXTREMES * (cell.perturbation.passes + shown)
 
 
 def strongest_cell(study: Study, records: Sequence[Record], codec: Codec) -> Cell | None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from srl_utils.attacks.denoiser import Denoiser, encode_prompts, takes_latents_alone
 from srl_utils.codecs import Codec
 from srl_utils.errors import UserError
 from srl_utils.evaluation.editing import Edit, prompt_measures
 from srl_utils.evaluation.reconstruction import Generators, image_generators
-from srl_utils.evaluation.tasks import Cell, Metrics
+from srl_utils.evaluation.tasks import Cell, Metrics, denoiser_of
 from srl_utils.images import PIXEL_MAX, PIXEL_MIN
 from srl_utils.set_metrics import ImageClassifier
 
@@ -66,8 +66,12 @@ class Generation:
 
     @property
     def passes(self) -> float:
-        edits = [self.text_to_image, *self.denoised.values()]
-        return sum(edit.settings["num_inference_steps"] * edit.settings.get("strength", 2.0) for edit in edits)
+        # From text twice: what the baseline makes of it is compared.
+        return 2 * self.text_to_image.passes + 1 + sum(edit.passes for edit in self.denoised.values())
+
+    @property
+    def denoiser(self) -> nn.Module | None:
+        return denoiser_of(self.text_to_image.pipeline)
 
     def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
         if variant == RECONSTRUCTED:

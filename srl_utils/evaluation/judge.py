@@ -131,6 +131,7 @@ class Judge:
             seed=self.seed,
             batch_size=self.batch_size,
             reference=self.original,
+            progress=codec.name if self.accelerator.is_main_process else None,
         )
         return to_rows([Record(*record) for record in gather_object(records)])
 

@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from srl_utils.checkpoints import write_atomically
 from srl_utils.codecs import Codec
@@ -24,8 +24,9 @@ from srl_utils.errors import UserError
 from srl_utils.evaluation.editing import Edit, prompt_measures
 from srl_utils.evaluation.finetuning import FinetuningConfig, finetune
 from srl_utils.evaluation.keeping import kept_images
+from srl_utils.evaluation.metering import DENOISER
 from srl_utils.evaluation.reconstruction import Perturbation, image_generators
-from srl_utils.evaluation.tasks import Cell, Metrics
+from srl_utils.evaluation.tasks import Cell, Metrics, denoiser_of
 from srl_utils.losses import ReconstructionLoss
 from srl_utils.set_metrics import ImageClassifier
 
@@ -67,8 +68,12 @@ def _naming(captions: Sequence[str], word: str, *, without: str) -> list[int]:
     return [number for number, caption in enumerate(captions) if word in (words := caption.split()) and without not in words]
 
 
-def poisonings(protection: str, epsilon: float, amounts: Sequence[int]) -> list[Perturbation]:
-    """One for each number of poisons. What is shown stays as it is: the data that the model learns from do not."""
+def poisonings(protection: str, epsilon: float, amounts: Sequence[int], *, passes: float = 0) -> list[Perturbation]:
+    """One for each number of poisons. What is shown stays as it is: the data that the model learns from do not.
+
+    `passes` is what the poisons of one source cost for each image that is shown; all numbers of poisons share them.
+    """
+    poisoned = sum(amount > 0 for amount in amounts)
 
     def untouched(codec: Codec, loss: ReconstructionLoss, clean: Tensor, generators: object) -> Tensor:
         return clean
@@ -79,6 +84,7 @@ def poisonings(protection: str, epsilon: float, amounts: Sequence[int]) -> list[
             threat_model="adaptive" if amount else "none",
             epsilon=epsilon if amount else 0.0,
             apply=untouched,
+            passes=passes / poisoned if amount else 0,
         )
         for amount in amounts
     ]
@@ -115,9 +121,13 @@ class Poisoning:
 
     @property
     def passes(self) -> float:
-        """A step of training is worth three of generation for each image of its batch, one of those about a pass."""
-        learning = 3 * self.finetuning.num_steps * self.finetuning.batch_size / len(self.concepts.held_out)
-        return learning + 2 * self.text_to_image.settings["num_inference_steps"]
+        """The fine-tuning, forth and back, and the generation with every fine-tuned model."""
+        learning = 2 * DENOISER * self.finetuning.num_steps * self.finetuning.batch_size / len(self.concepts.held_out)
+        return learning + self.text_to_image.passes
+
+    @property
+    def denoiser(self) -> nn.Module | None:
+        return denoiser_of(self.text_to_image.pipeline)
 
     def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
         pipeline = self.text_to_image.pipeline

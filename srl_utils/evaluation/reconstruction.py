@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.gradient import Objective, PGDConfig, pgd
 from srl_utils.autoencoders import frozen
 from srl_utils.codecs import Codec
+from srl_utils.evaluation.metering import Meter, images_of
 from srl_utils.losses import PerceptualDistance, ReconstructionLoss
 from srl_utils.metrics import bootstrap_interval, latent_drift, psnr, ssim
+from srl_utils.progress import progress_bar
 
 Generators = list[torch.Generator]
 Attack = Callable[[Objective, Tensor, Generators], Tensor]
@@ -130,6 +133,7 @@ def evaluate(
     seed: int,
     batch_size: int,
     reference: Codec | None = None,
+    progress: str | None = None,
 ) -> list[Record]:
     """PSNR, SSIM (and LPIPS where `loss` has it) of reconstructions against the clean images, per image.
 
@@ -142,18 +146,25 @@ def evaluate(
         seed: of the attacks' random starts and of the noise.
         batch_size: images attacked at a time.
         reference: the original VAE; given, the drift of the clean latents from its own is measured too.
+        progress: title of a bar on the console; None for no bar.
     """
     device = next(codec.decoder.parameters()).device
+    batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
+    total = sum(perturbation.passes + 1 for perturbation in perturbations) * len(images)
     records: list[Record] = []
-    for start in range(0, len(images), batch_size):
-        numbers = indices[start : start + batch_size]
-        clean = images[start : start + batch_size].to(device, memory_format=torch.channels_last)
-        for perturbation in perturbations:
-            shown = perturbation.apply(codec, loss, clean, image_generators(seed, numbers))
-            with torch.no_grad():
-                values = measure(codec.reconstruct(shown), clean, loss.perceptual)
-                if reference is not None and perturbation is CLEAN:
-                    values |= drift(codec, reference, clean)
+    with progress_bar(round(total), desc=progress or "", unit="pass", disable=progress is None) as bar:
+        meter = Meter(bar)
+        judged = meter.watched(codec)
+        for batch, perturbation in product(batches, perturbations):
+            numbers = indices[batch.start : batch.stop]
+            clean = images[batch.start : batch.stop].to(device, memory_format=torch.channels_last)
+            title = f"{progress}, {perturbation.name}: {images_of(batch, len(images))}"
+            with meter.stage(title, len(batch) * (perturbation.passes + 1)):
+                shown = perturbation.apply(judged, loss, clean, image_generators(seed, numbers))
+                with torch.no_grad():
+                    values = measure(judged.reconstruct(shown), clean, loss.perceptual)
+                    if reference is not None and perturbation is CLEAN:
+                        values |= drift(codec, reference, clean)
             records += to_records(codec.name, perturbation, perturbation.threat_model, numbers, values)
     return records
 

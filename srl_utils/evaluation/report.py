@@ -10,10 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from srl_utils.codecs import Codec
+from srl_utils.evaluation.metering import Meter
 from srl_utils.evaluation.reconstruction import Perturbation, image_generators
 from srl_utils.images import format_pixel_distance, to_pil
 from srl_utils.losses import ReconstructionLoss
 from srl_utils.metrics import psnr
+from srl_utils.progress import progress_bar
 
 Rows = Sequence[dict[str, object]]
 
@@ -65,8 +67,11 @@ def comparison_picture(
     clean = images.to(device)
     columns = ["photograph", "attacked", f"{original.name} VAE", f"{robust.name} VAE"]
     grid = _Grid(columns, rows=2 * len(images), cell=cell)
+    bar = progress_bar(round(2 * attack.passes * len(images)), desc="picture", unit="pass")
+    meter = Meter(bar)
     for half, victim in enumerate((original, robust)):
-        attacked = attack.apply(victim, loss, clean, image_generators(seed, range(len(images))))
+        with meter.stage(f"picture, {attack.name} on {victim.name}", attack.passes * len(images)):
+            attacked = attack.apply(meter.watched(victim), loss, clean, image_generators(seed, range(len(images))))
         with torch.no_grad():
             outputs = [codec.reconstruct(attacked) for codec in (original, robust)]
         for number, photograph in enumerate(clean):
@@ -76,6 +81,7 @@ def comparison_picture(
             for column, output in enumerate(outputs, start=2):
                 quality = psnr(output[number : number + 1], photograph[None]).item()
                 grid.put(row, column, output[number], f"{quality:.1f} dB")
+    bar.close()
     return grid.picture
 
 

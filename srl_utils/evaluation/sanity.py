@@ -13,7 +13,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from srl_utils.attacks.draws import draw_signs
 from srl_utils.attacks.gradient import (
@@ -27,16 +26,17 @@ from srl_utils.attacks.gradient import (
 from srl_utils.attacks.random_search import SquareConfig, square_attack
 from srl_utils.autoencoders import frozen
 from srl_utils.codecs import Codec
+from srl_utils.evaluation.metering import Meter
 from srl_utils.evaluation.reconstruction import image_generators, settling_pgd
 from srl_utils.images import format_pixel_distance
 from srl_utils.losses import mean_squared_error
+from srl_utils.progress import progress_bar
 
 TOLERANCE = 0.98
 """An attack that should be as strong may reach this share of the other's damage: both depend on random starts."""
 APGD_TOLERANCE = 0.9
 """APGD's steps adapt to budgets of a hundred steps; at these few it may be a little behind."""
 MAX_ZERO_GRADIENTS = 0.05
-NUM_CHECKS = 9
 HUGE_EPSILON = 128 / 255
 
 
@@ -60,6 +60,12 @@ class Depth:
     def name(self) -> str:
         return "-".join(str(number) for number in (*self.steps, self.queries))
 
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """What each check costs for an image, in passes through encoder and decoder, about."""
+        few, some, many = self.steps
+        return (2 * (few + some + many), 6 * few, 6 * some, 1, 2 * some, 2 * some, self.queries, 2, 2 * some)
+
 
 def check_robustness(
     codec: Codec, baseline: Codec, images: Tensor, *, epsilon: float, seed: int, depth: Depth = Depth()
@@ -75,9 +81,19 @@ def check_robustness(
         depth: numbers of steps and queries.
     """
     clean = images.to(codec.device)
-    trials = (_Trial(each, clean, epsilon, seed) for each in (codec, baseline))
-    with frozen(codec.encoder), frozen(baseline.encoder):
-        return list(tqdm(_checks(*trials, depth), desc=f"checks of {codec.name}", total=NUM_CHECKS, unit=""))
+    title, costs, found = f"checks of {codec.name}", [len(images) * passes for passes in depth.passes], []
+    with (
+        progress_bar(sum(costs), desc=title, unit="pass") as bar,
+        frozen(codec.encoder),
+        frozen(baseline.encoder),
+    ):
+        meter = Meter(bar)
+        trials = (_Trial(meter.watched(each), clean, epsilon, seed) for each in (codec, baseline))
+        checks = _checks(*trials, depth)
+        for number, cost in enumerate(costs, start=1):
+            with meter.stage(f"{title}: {number} of {len(costs)}", cost):
+                found.append(next(checks))
+    return found
 
 
 def _checks(trial: _Trial, on_baseline: _Trial, depth: Depth) -> Iterator[Check]:

@@ -21,9 +21,11 @@ from tqdm.auto import tqdm
 from srl_utils.checkpoints import read_json, write_atomically, write_text_atomically
 from srl_utils.codecs import Codec
 from srl_utils.errors import UnusableFile, UserError
+from srl_utils.evaluation.metering import Meter, images_of
 from srl_utils.evaluation.reconstruction import Perturbation, Record, image_generators, to_records, to_rows
 from srl_utils.evaluation.tasks import Cell, Task
 from srl_utils.losses import ReconstructionLoss
+from srl_utils.progress import progress_bar
 from srl_utils.set_metrics import SET_METRICS
 
 TRANSFER, ADAPTIVE, NO_THREAT = "transfer", "adaptive", "none"
@@ -82,17 +84,12 @@ class Study:
         missing = [job for cell in self.cells() for job in self._missing(cell)]
         self.accelerator.wait_for_everyone()  # before any process writes what another looks for
         own = missing[self.accelerator.process_index :: self.accelerator.num_processes]
-        with tqdm(
-            total=sum(job.cost(self.task.passes) for job in own),
-            desc="passes",
-            unit="",
-            smoothing=0.1,
-            disable=not self.accelerator.is_local_main_process,
-        ) as bar:
-            for job in own:
-                bar.set_postfix_str(job.cell.title)
-                self._compute(job)
-                bar.update(job.cost(self.task.passes))
+        costs = [job.cost(self.task.passes) for job in own]
+        shown = self.accelerator.is_local_main_process
+        with progress_bar(sum(costs), desc="evaluation", unit="pass", disable=not shown) as bar, self.watched(bar) as meter:
+            for job, cost in zip(own, costs, strict=True):
+                with meter.stage(f"{job.cell.title}: {images_of(job.batch, len(self.images))}", cost):
+                    self._compute(job, meter)
         self.accelerator.wait_for_everyone()
         return [record for cell in self.cells() for record in self._read(cell)]
 
@@ -101,12 +98,23 @@ class Study:
         for perturbation in self.perturbations:
             yield from self._cells_of(perturbation)
 
+    @contextmanager
+    def watched(self, bar: tqdm) -> Iterator[Meter]:
+        """Within, the work of all VAEs and of the task's denoiser moves `bar`."""
+        meter = Meter(bar)
+        with meter.watching(self.codecs, self.task.denoiser):
+            yield meter
+
     def rows(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """Means with intervals in the project's row format, and what has one value for all images and no interval."""
         rows = to_rows(records)
         if self.task.metrics.features is not None:
-            cells = tqdm(list(self.cells()), desc="metrics of sets", unit="")  # a FID takes seconds
-            rows += [row for cell in cells for row in self._set_rows(cell)]
+            cells = list(self.cells())
+            with progress_bar(len(cells), desc="distances of sets", unit="set") as bar:  # a FID takes seconds
+                for cell in cells:
+                    bar.set_description_str(f"distances of sets, {cell.title}", refresh=False)
+                    rows += self._set_rows(cell)
+                    bar.update()
         return rows
 
     def _cells_of(self, perturbation: Perturbation) -> Iterator[Cell]:
@@ -131,7 +139,7 @@ class Study:
         for start in range(0, len(numbers), self.batch_size):
             yield Job(cell, numbers[start : start + self.batch_size])
 
-    def _compute(self, job: Job) -> None:
+    def _compute(self, job: Job, meter: Meter) -> None:
         cell, numbers = job.cell, job.batch
         clean = self.images[numbers].to(self.accelerator.device, memory_format=torch.channels_last)
         with _watched(cell.source) as finite:
@@ -141,6 +149,8 @@ class Study:
         records: list[Record] = []
         features: dict[str, Tensor] = {}
         for codec, variant in product(cell.judged, self.task.variants):
+            made = attempted(cell.title, variant)
+            meter.say(f"{codec.name} judged, {made}: {images_of(numbers, len(self.images))}")
             with torch.no_grad():
                 outcome = self.task.attempt(cell, codec, shown, numbers, variant)
                 _check_finite(outcome, job, codec)

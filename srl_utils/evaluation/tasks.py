@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
 from srl_utils.codecs import Codec
 from srl_utils.evaluation.reconstruction import CLEAN, Perturbation, drift, measure
@@ -57,6 +58,12 @@ class Cell:
         return f"{self.perturbation.name}{budget}{made_on}"
 
 
+def denoiser_of(pipeline: DiffusionPipeline | None) -> nn.Module | None:
+    """The pipeline's UNet or transformer, where it has one."""
+    components = {} if pipeline is None else pipeline.components
+    return components.get("unet") or components.get("transformer")
+
+
 class Task(Protocol):
     """What is done with the images that a VAE is shown, and what the outcome is worth."""
 
@@ -65,6 +72,8 @@ class Task(Protocol):
     """The ways in which it is done; `""` where there is only one."""
     passes: float
     """What all of them cost for one image and VAE, in passes through encoder and decoder, about."""
+    denoiser: nn.Module | None
+    """Of the pipeline that tasks or attacks use, whose steps a progress bar counts."""
 
     def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
         """What `codec` makes of the images `[N,3,H,W]` of these numbers, as many images."""
@@ -86,6 +95,7 @@ class Reconstruction:
     baseline: Codec
     """From whose latents drift is measured."""
     images: Tensor
+    denoiser: nn.Module | None = None
     variants: Sequence[str] = ("",)
     passes: float = 1
 

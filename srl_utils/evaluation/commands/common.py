@@ -42,6 +42,7 @@ from srl_utils.data import ValidationImages, load_validation_images
 from srl_utils.decoding import UnreadableImage, decode_rgb
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import ITERATED, NOISE, Supplies, expanded, known_names
+from srl_utils.evaluation.caveats import Caveat, caveat_of_precision, caveats_of_metrics, caveats_of_prompts
 from srl_utils.evaluation.document import Findings, write_report
 from srl_utils.evaluation.editing import as_image_to_image
 from srl_utils.evaluation.extremes import draw_extremes
@@ -101,8 +102,7 @@ class Scrutiny:
 def prepare(args: argparse.Namespace) -> Setup:
     """Loads images, VAEs and the pipeline.
 
-    VAEs that the resolution does not suit are left out with a note, and so are those that the commands which put VAEs into
-    a pipeline cannot put there.
+    VAEs that the resolution does not suit are left out with a note.
 
     Raises:
         UserError: if one of them cannot be loaded, or if no VAE is left to hold against the baseline.
@@ -136,7 +136,7 @@ def _load_codec(name: str, source: AutoencoderSource, device: torch.device, dtyp
     except UserError as error:
         # In the words of this command line, which has no flag for the subfolder.
         reason = str(error).replace("add --subfolder vae", "add :vae")
-        raise UserError(f"the VAE {name} at {described(source, 'config.json')}: {reason}") from None
+        raise type(error)(f"the VAE {name} at {described(source, 'config.json')}: {reason}") from None
 
 
 def kept(codecs: Sequence[Codec], check: Callable[[Codec], None], notes: list[str]) -> list[Codec]:
@@ -180,6 +180,7 @@ def run_study(
     title: str,
     scrutiny: Scrutiny | None = None,
     images: Tensor | None = None,
+    prompts: Sequence[str] = (),
     draw: Callable[[Study, Rows, Sequence[Record]], dict[str, Path]] = lambda study, rows, records: draw_extremes(study, records),
 ) -> int:
     """Runs the study and writes its report.
@@ -187,6 +188,7 @@ def run_study(
     Args:
         scrutiny: of the robustness, which is checked unless the flags say otherwise; None where there is nothing to check.
         images: those of the study, where they are not all that were loaded.
+        prompts: what text encoders read of the images or of those to be made.
         draw: makes the report's pictures, by title.
     """
     study = Study(
@@ -211,7 +213,8 @@ def run_study(
         if setup.accelerator.is_main_process:
             checks = None if scrutiny is None else {} if args.no_checks else run_checks(args, study, scrutiny)
             rows = study.rows(records)
-            conclude(args, setup, rows, records, title=title, checks=checks, pictures=draw(study, rows, records))
+            pictures, caveats = draw(study, rows, records), all_caveats(args, setup, study, prompts)
+            conclude(args, setup, rows, records, title=title, checks=checks, pictures=pictures, caveats=caveats)
     return 0
 
 
@@ -232,6 +235,7 @@ def conclude(
     title: str,
     checks: dict[str, list[Check]] | None,
     pictures: dict[str, Path],
+    caveats: Sequence[Caveat],
 ) -> None:
     """Writes the report and says where it is."""
     findings = Findings(
@@ -242,11 +246,24 @@ def conclude(
         records=records,
         checks=checks,
         notes=setup.notes,
+        caveats=caveats,
         settings=settings(args, setup),
         pictures=pictures,
     )
     write_report(findings, args.output_dir)
     print(f"{verdict(checks)}Report: {args.output_dir / 'report.html'}, {args.output_dir / 'report.md'}")
+
+
+def all_caveats(args: argparse.Namespace, setup: Setup, study: Study, prompts: Sequence[str]) -> list[Caveat]:
+    """What limits the numbers of this study."""
+    metrics = study.task.metrics
+    found = caveats_of_metrics(metrics, study.images[:1].to(setup.accelerator.device), n=len(study.images))
+    found += caveat_of_precision(setup.accelerator.mixed_precision)
+    if prompts:
+        found += caveats_of_prompts(metrics, setup.pipeline, prompts)
+    if steps := getattr(args, "max_attack_steps", None):
+        found.append(Caveat(f"Published protections take {steps} steps at most, and are weaker than their authors' where those take more."))
+    return found
 
 
 def run_checks(args: argparse.Namespace, study: Study, scrutiny: Scrutiny) -> dict[str, list[Check]]:
@@ -294,7 +311,7 @@ def _parsed(flag: str, text: str, parse: Callable[[str], T]) -> T:
     try:
         return parse(text)
     except UserError as error:
-        raise UserError(f"{flag} {error}") from None
+        raise type(error)(f"{flag} {error}") from None
 
 
 def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:

@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
         f"and all sets of edits against those by {setup.codecs[0].name}"
     )
     scrutiny = Scrutiny(epsilon=median_low(args.epsilons))
-    return run_study(args, setup, task, selection.perturbations, title="Editing under protection", scrutiny=scrutiny)
+    return run_study(
+        args, setup, task, selection.perturbations, title="Editing under protection", scrutiny=scrutiny, prompts=prompts
+    )
 
 
 def chosen_edits(names: Sequence[str], edits: dict[str, Edit]) -> dict[str, Edit]:

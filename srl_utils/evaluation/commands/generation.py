@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     check_steps(task.denoised)
-    return run_study(args, setup, task, [CLEAN], title="Generation")
+    return run_study(args, setup, task, [CLEAN], title="Generation", prompts=setup.captions)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -40,6 +40,7 @@ from srl_utils.evaluation.poisoning import Poisoning, amount_name, divide, poiso
 from srl_utils.evaluation.reconstruction import Perturbation, Record
 from srl_utils.evaluation.report import Rows, extremes_picture
 from srl_utils.evaluation.study import THREAT_MODELS, Study
+from srl_utils.progress import progress_bar
 
 METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid")
 SHOWN = 8
@@ -78,11 +79,12 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         seed=args.seed,
     )
-    perturbations = poisonings(args.protection, budget_of(args), sorted(set(args.num_poisons)))
+    passes = task.poison(setup.images[:1]).passes * max(args.num_poisons) / len(concepts.held_out)
+    perturbations = poisonings(args.protection, budget_of(args), sorted(set(args.num_poisons)), passes=passes)
     scalable = PROTECTIONS[args.protection].scalable
     return run_study(
         args, setup, task, perturbations, title="Poisoned fine-tuning", images=setup.images[concepts.held_out], draw=draw,
-        scrutiny=Scrutiny(epsilon=budget_of(args) if scalable else USUAL_EPSILON),
+        scrutiny=Scrutiny(epsilon=budget_of(args) if scalable else USUAL_EPSILON), prompts=setup.captions,
     )  # fmt: skip
 
 
@@ -99,11 +101,14 @@ def generated_picture(study: Study) -> Image.Image:
     """A line for each fine-tuned model."""
     numbers = list(range(min(SHOWN, len(study.images))))
     lines = []
-    for cell in study.cells():
-        for codec in cell.judged:
-            with torch.no_grad():
+    shown = [(cell, codec) for cell in study.cells() for codec in cell.judged]
+    cost = len(numbers) * study.task.text_to_image.passes
+    with progress_bar(round(cost * len(shown)), desc="picture", unit="pass") as bar, study.watched(bar) as meter:
+        for cell, codec in shown:
+            title = f"{codec.name}: {cell.title}"
+            with meter.stage(f"picture, {title}", cost), torch.no_grad():
                 images = study.task.attempt(cell, codec, study.images[numbers].to(codec.device), numbers, "")
-            lines.append((f"{codec.name}: {cell.title}", [(image, "") for image in images]))
+            lines.append((title, [(image, "") for image in images]))
     return extremes_picture(lines, titles=[""] * len(numbers), cell=80, label=300)
 
 

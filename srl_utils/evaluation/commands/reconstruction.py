@@ -21,7 +21,7 @@ from srl_utils.evaluation.commands.common import (
     wants_painter,
 )
 from srl_utils.evaluation.sanity import Depth
-from srl_utils.evaluation.tasks import Reconstruction
+from srl_utils.evaluation.tasks import Reconstruction, denoiser_of
 
 METRICS = ("psnr", "ssim", "lpips", "clip", "rfid", "kid", "is", "drift")
 QUICK = Depth(steps=(5, 20, 40), queries=100)
@@ -29,7 +29,9 @@ QUICK = Depth(steps=(5, 20, 40), queries=100)
 
 def run(args: argparse.Namespace) -> int:
     setup = prepare(args)
-    task = Reconstruction(metrics=build_metrics(args, setup), baseline=setup.codecs[0], images=setup.images)
+    task = Reconstruction(
+        metrics=build_metrics(args, setup), baseline=setup.codecs[0], images=setup.images, denoiser=denoiser_of(setup.pipeline)
+    )
     task.note_incomparable(setup.codecs, setup.notes)
     selection = select(args.attacks, args.epsilons, build_supplies(args, setup))
     setup.notes.extend(selection.notes)
