@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import sys
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
 TERMINAL_SECONDS, FILE_SECONDS = 0.1, 10.0
 """Least time between two updates: on a terminal the line is redrawn, in a file each update is a line of its own."""
+
+
+class Lines:
+    """What a bar writes to, where there is no terminal: each update becomes a line, as a file takes nothing back."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write the line in `text`, which begins with a return; a bar's end without one writes nothing."""
+        if line := text.strip():
+            self.stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self.stream.flush()
 
 
 def progress_bar(total: int | None, *, desc: str, unit: str, initial: int = 0, disable: bool = False) -> tqdm:
@@ -22,11 +39,8 @@ def progress_bar(total: int | None, *, desc: str, unit: str, initial: int = 0, d
         initial: units that were done before.
         disable: whether to show nothing, as for all processes but one.
     """
-    return tqdm(
-        total=total,
-        desc=desc,
-        unit=unit,
-        initial=initial,
-        disable=disable,
-        mininterval=TERMINAL_SECONDS if sys.stderr.isatty() else FILE_SECONDS,
-    )
+    place: dict[str, Any] = {"mininterval": TERMINAL_SECONDS}
+    if not sys.stderr.isatty():
+        # Without a position of its own a bar within another would move the cursor.
+        place = {"mininterval": FILE_SECONDS, "file": Lines(sys.stderr), "position": 0}
+    return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=disable, **place)
