@@ -29,7 +29,7 @@ def source(place: str, **further: str) -> AutoencoderSource:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with folders of every name, which is also the home folder."""
     for folder in FOLDERS:
-        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "vae").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
@@ -48,8 +48,10 @@ def test_a_folder_that_exists_is_taken_as_it_is(folder: str, here: Path) -> None
     assert parse_place(f"{folder}:vae") == source(folder, subfolder="vae")
     assert parse_place(f"{folder}:vae,variant=fp16") == source(folder, subfolder="vae", variant="fp16")
     assert parse_named_place(f"{folder},variant=bf16") == (f"{own},bf16", source(folder, variant="bf16"))
-    with pytest.raises(UserError, match="is a folder on this machine, which has no revisions; leave out @main"):
+    with pytest.raises(UserError, match="is a folder on this machine and has no revisions; leave out @main"):
         parse_named_place(f"new={folder}@main")
+    with pytest.raises(UserError, match="has no subfolder unet; leave out :unet"):
+        parse_named_place(f"new={folder}:unet")
     with pytest.raises(UserError, match="no revisions"):
         parse_place(f"{folder}@refs/pr/3:vae")
 

@@ -34,7 +34,7 @@ def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
         return pictures
     cells = [strongest_cell(study, records, codec) for codec in study.codecs]
     costs = [0 if cell is None else _cost(study, cell) for cell in cells]
-    bar = progress_bar(round(sum(costs)), desc="pictures", unit="pass")
+    bar = progress_bar(round(sum(costs)), desc="pictures", unit="pass", disable=not any(cells))
     for number, (codec, cell, cost) in enumerate(zip(study.codecs, cells, costs, strict=True)):
         if cell is None:
             continue

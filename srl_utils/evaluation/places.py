@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from os.path import exists  # which, unlike pathlib's, says False of a name too long to be one
+from os.path import exists, isdir  # which, unlike pathlib's, say False of a name too long to be one
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -47,7 +47,7 @@ def parse_named_place(text: str) -> tuple[str, AutoencoderSource]:
         if local is not None and name.strip():
             return name.strip(), local
     for place in (text, *(place for _, place in splits)):
-        _refuse_revision_of_folder(place)
+        _refuse_suffix_of_folder(place)
     name, place = splits[0] if splits else (None, text)
     if not place.strip() or (name is not None and not name.strip()):
         raise UserError(f"{text}: expected NAME=PLACE or PLACE, and there is no such folder")
@@ -76,7 +76,10 @@ def resolved_commit(source: AutoencoderSource, file: str) -> str | None:
     if exists(source.pretrained_model_name_or_path):
         return None
     name = f"{source.subfolder}/{file}" if source.subfolder else file
-    path = try_to_load_from_cache(source.pretrained_model_name_or_path, name, revision=source.revision)
+    try:
+        path = try_to_load_from_cache(source.pretrained_model_name_or_path, name, revision=source.revision)
+    except ValueError:  # no name that the Hub could have
+        return None
     if not isinstance(path, str):
         return None
     parts = Path(path).parts
@@ -87,7 +90,7 @@ def _local(text: str) -> AutoencoderSource | None:
     """The place if it is a path that exists, alone or before what may follow a path."""
     for place, subfolder, variant in _readings(text):
         path = home_expanded(place)
-        if place and exists(path):
+        if place and exists(path) and (subfolder is None or isdir(os.path.join(path, subfolder))):
             return AutoencoderSource(pretrained_model_name_or_path=path, subfolder=subfolder, variant=variant)
     return None
 
@@ -105,7 +108,7 @@ def _readings(text: str) -> Iterator[tuple[str, str | None, str | None]]:
 def _on_the_hub(text: str) -> AutoencoderSource:
     """`ID@REVISION:SUBFOLDER,variant=VARIANT`; a branch such as refs/pr/3 may hold slashes, and no colon."""
     text = text.strip()
-    _refuse_revision_of_folder(text)
+    _refuse_suffix_of_folder(text)
     match = VARIANT.fullmatch(text)
     rest, variant = (match[1], match[2]) if match else (text, None)
     rest, colon, subfolder = rest.partition(":")
@@ -123,12 +126,13 @@ def _on_the_hub(text: str) -> AutoencoderSource:
     )
 
 
-def _refuse_revision_of_folder(text: str) -> None:
-    """Raises a UserError if `text` is a folder on this machine and then @ and a revision, which only the Hub has."""
-    for at in re.finditer("@", text):
-        folder, revision = text[: at.start()], text[at.end() :]
-        if folder and "=" not in revision and exists(home_expanded(folder)):
-            raise UserError(f"{text}: {folder} is a folder on this machine, which has no revisions; leave out @{revision}")
+def _refuse_suffix_of_folder(text: str) -> None:
+    """Raises a UserError if `text` is a folder on this machine and then a revision, or a subfolder that it has not."""
+    for sign in re.finditer("[@:]", text):
+        folder, suffix = text[: sign.start()], _without_variant(text[sign.end() :])
+        if folder and suffix and "=" not in suffix and exists(home_expanded(folder)):
+            lack = "has no revisions; leave out" if sign[0] == "@" else f"has no subfolder {suffix}; leave out"
+            raise UserError(f"{text}: {folder} is a folder on this machine and {lack} {sign[0]}{suffix}")
 
 
 def _without_variant(text: str) -> str:
