@@ -165,10 +165,9 @@ def check_captions(setup: Setup, needing: str) -> None:
         raise UserError(f"{needing} needs a caption for every image; name their column: --caption_column")
 
 
-def named(texts: Sequence[str], most: int = 3) -> str:
+def named(texts: Sequence[str]) -> str:
     """The first few of `texts`, each in quotes and cut where it is long."""
-    shown = [f"'{text if len(text) <= 60 else f'{text[:57]}...'}'" for text in texts[:most]]
-    return ", ".join([*shown, "..."] if len(texts) > most else shown)
+    return few([f"'{text if len(text) <= 60 else f'{text[:57]}...'}'" for text in texts])
 
 
 def run_study(
