@@ -98,6 +98,7 @@ from srl_utils.overfitting import OverfittingGuard
 from srl_utils.progress import progress_bar
 from srl_utils.readback import Readback
 from srl_utils.resuming import (
+    TRAINING_DATA,
     Earlier,
     Inputs,
     Settings,
@@ -848,6 +849,8 @@ def resume(run: Run, earlier: Earlier | None) -> None:
         return
     with own_hyperparameters(run.optimizer, run.scheduler):
         load_checkpoint(run.accelerator, earlier.checkpoint)
+    if any(change.name in TRAINING_DATA and change.step == earlier.step for change in run.settings.changes):
+        run.ledger.load_state_dict({**run.ledger.state_dict(), "read": 0, "bad_images": []})  # those of other images
     if run.accelerator.is_main_process and run.args.resume_from_checkpoint == "latest":  # else there is a later one
         run.checkpoints.tidy(earlier.checkpoint)
     run.accelerator.print(f"continuing from {earlier.checkpoint}, after step {run.progress.step}")
