@@ -20,6 +20,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -57,8 +58,10 @@ from srl_utils.autoencoders import (
     variant_name,
 )
 from srl_utils.checkpoints import (
+    ARGUMENTS_FILE,
     Checkpoints,
     load_checkpoint,
+    read_json,
     register_state,
     save_drop_in,
     state_bytes,
@@ -95,6 +98,19 @@ from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_d
 from srl_utils.overfitting import OverfittingGuard
 from srl_utils.progress import progress_bar
 from srl_utils.readback import Readback
+from srl_utils.resuming import (
+    TRAINING_DATA,
+    Earlier,
+    Inputs,
+    Settings,
+    check_flags,
+    digest,
+    own_hyperparameters,
+    read_earlier,
+    settle,
+    shortened,
+    told,
+)
 from srl_utils.sources import PHOTOGRAPHS, DataSource
 from srl_utils.step import TERMS, Networks, Step, build_networks
 from srl_utils.training_flags import training_effects
@@ -118,7 +134,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def main(args: argparse.Namespace) -> int:
-    vae = check(args)
+    vae, earlier = check(args)
     accelerator = build_accelerator(args, vae.config)
     publisher = open_repository(args, accelerator)
     data = open_data(
@@ -129,17 +145,18 @@ def main(args: argparse.Namespace) -> int:
         random_flip=args.random_flip,
         num_validation_images=args.num_validation_images,
     )
-    plan = plan_steps(args, vae.config, accelerator, data)
+    settings = settle_settings(args, accelerator, vae, data, earlier)
+    plan = plan_steps(args, vae.config, accelerator, data, earlier)
     if args.dry_run:
         accelerator.print(describe(args, accelerator, data, plan))
         return 0
 
     accelerator.print(f"Running on {accelerator.device} in {plan.execution}")
     with sole_run(args.output_dir, is_main_process=accelerator.is_main_process):
-        prepare_output(args, accelerator)
-        run = build_run(args, accelerator, vae, data, plan, publisher)
+        prepare_output(args, accelerator, settings, plan)
+        run = build_run(args, accelerator, vae, data, plan, publisher, settings)
         run.checkpoints.check_room()
-        resume(run)
+        resume(run, earlier)
         run.judge.judge_original(resumed=begin_records(run) > 0)
         write_card(run, args.output_dir)
         with Interruption() as interruption:
@@ -152,8 +169,8 @@ def main(args: argparse.Namespace) -> int:
 # --- checks and plan ------------------------------------------------------------------------------------
 
 
-def check(args: argparse.Namespace) -> AutoencoderKL:
-    """Refuses what cannot work before anything takes long; returns the VAE."""
+def check(args: argparse.Namespace) -> tuple[AutoencoderKL, Earlier | None]:
+    """Refuses what cannot work before anything takes long; returns the VAE, and where a resumed run was."""
     if args.output_dir.is_file():
         raise UserError(f"--output_dir {args.output_dir} is a file; a folder is expected")
     if args.resume_from_checkpoint is None and Checkpoints(args.output_dir).found():
@@ -161,8 +178,7 @@ def check(args: argparse.Namespace) -> AutoencoderKL:
             f"{args.output_dir} holds checkpoints of an earlier run; add --resume_from_checkpoint latest to continue "
             "it, or choose another --output_dir"
         )
-    if args.resume_from_checkpoint not in (None, "latest"):
-        Checkpoints(args.output_dir).resolve(args.resume_from_checkpoint)
+    earlier = find_earlier(args)
     if args.report_to in ("wandb", "all") and args.hub_token is not None:
         raise UserError("--hub_token would be shown by wandb; log in with `hf auth login` instead")
     for package, flag, wanted in (
@@ -174,7 +190,43 @@ def check(args: argparse.Namespace) -> AutoencoderKL:
     check_execution(requested_precision(args.mixed_precision), args.torch_compile)
     DataSource.from_flags(args).check()
     check_resolution(args.resolution, read_config(autoencoder_source(args)))
-    return load_autoencoder(autoencoder_source(args))
+    return load_autoencoder(autoencoder_source(args)), earlier
+
+
+def find_earlier(args: argparse.Namespace) -> Earlier | None:
+    """Returns where the run resumes; refuses flags that a resumed run cannot change.
+
+    None for a new run, and for `latest` where there is no checkpoint yet.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # accelerate, which would know, is not set up yet
+    checkpoint = Checkpoints(args.output_dir).resolve(
+        args.resume_from_checkpoint, tell=lambda line: print(line) if speaks else None
+    )
+    if checkpoint is None:
+        return None
+    earlier = read_earlier(checkpoint)
+    check_flags(json_arguments(args), earlier)
+    return earlier
+
+
+def settle_settings(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    vae: AutoencoderKL,
+    data: TrainingData,
+    earlier: Earlier | None,
+) -> Settings:
+    """Returns what the run is asked for, together with what a resume changes, which is printed."""
+    arguments = {**json_arguments(args), "num_processes": accelerator.num_processes}
+    inputs = Inputs(digest(vae.state_dict().values()), digest([data.validation_images]), data.num_images)
+    if earlier is None:
+        return Settings(arguments, inputs)
+    settings = settle(Settings(arguments, inputs), earlier)
+    for line in told(change for change in settings.changes if change.step == earlier.step):
+        accelerator.print(f"changed by this command: {line}")
+    return settings
 
 
 def autoencoder_source(args: argparse.Namespace) -> AutoencoderSource:
@@ -203,15 +255,17 @@ class Plan:
 
 
 def plan_steps(
-    args: argparse.Namespace, config: dict[str, Any], accelerator: Accelerator, data: TrainingData
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    accelerator: Accelerator,
+    data: TrainingData,
+    earlier: Earlier | None,
 ) -> Plan:
     samples_per_pass = args.train_batch_size * accelerator.num_processes
     samples_per_step = samples_per_pass * args.gradient_accumulation_steps
     steps = args.max_train_steps
     if steps is None:
-        if data.num_images is None:
-            raise UserError("the length of a stream is not known: --max_train_steps must be given with --streaming")
-        steps = math.ceil(args.num_train_epochs * data.num_images / samples_per_step)
+        steps = count_steps(args.num_train_epochs, data.num_images, samples_per_step, earlier)
     arithmetic = step_arithmetic(
         config,
         resolution=args.resolution,
@@ -227,6 +281,24 @@ def plan_steps(
         flops=arithmetic.image * steps * samples_per_step / accelerator.num_processes,
     )
     return Plan(samples_per_pass, samples_per_step, steps, arithmetic, execution)
+
+
+def count_steps(epochs: int, num_images: int | None, samples_per_step: int, earlier: Earlier | None) -> int:
+    """Returns the steps of the whole run, those before a resume included: they may have had another number of samples.
+
+    Raises:
+        UserError: for a stream, and if the resumed run has made more epochs already.
+    """
+    if num_images is None:
+        raise UserError("the length of a stream is not known: --max_train_steps must be given with --streaming")
+    done, seen = (earlier.step, earlier.samples) if earlier else (0, 0)
+    left = epochs * num_images - seen
+    if done and -left >= max(samples_per_step, seen / done):  # the last step of a run may go a little beyond
+        raise UserError(
+            f"{earlier.checkpoint} has seen {seen} images, more than --num_train_epochs {epochs} of {num_images}; "
+            "raise it, or resume from an earlier checkpoint"
+        )
+    return done + math.ceil(max(left, 0) / samples_per_step)
 
 
 def describe(args: argparse.Namespace, accelerator: Accelerator, data: TrainingData, plan: Plan) -> str:
@@ -273,17 +345,36 @@ def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accel
     return accelerator
 
 
-def prepare_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def prepare_output(args: argparse.Namespace, accelerator: Accelerator, settings: Settings, plan: Plan) -> None:
     if accelerator.is_main_process:
         if not Checkpoints(args.output_dir).found() and args.resume_from_checkpoint in (None, "latest"):
             remove_logs(args.output_dir, args.output_dir / args.logging_dir / args.tracker_project_name)
-        record = {"arguments": json_arguments(args), "versions": package_versions()}
-        write_text_atomically(args.output_dir / "training_args.json", json.dumps(record, indent=1) + "\n")
+        judged = judged_with(settings, plan)
+        remove_results_of_others(args.output_dir, judged)
+        record = {**asdict(settings), "judged_with": judged, "versions": package_versions()}
+        write_text_atomically(args.output_dir / ARGUMENTS_FILE, json.dumps(record, indent=1) + "\n")
     accelerator.wait_for_everyone()
     if args.report_to != "none":
-        settings = {name: value for name, value in json_arguments(args).items() if value is not None}
-        settings["save_variant"] = " ".join(args.save_variant)  # TensorBoard takes no lists
-        accelerator.init_trackers(args.tracker_project_name, config=settings)
+        tracked = {name: value for name, value in json_arguments(args).items() if value is not None}
+        tracked["save_variant"] = " ".join(args.save_variant)  # TensorBoard takes no lists
+        accelerator.init_trackers(args.tracker_project_name, config=tracked)
+
+
+def judged_with(settings: Settings, plan: Plan) -> dict[str, Any]:
+    """Returns what the original VAE's results depend on."""
+    flags = {name: settings.arguments[name] for name in ("epsilon", "lpips_weight", "lpips_net", "seed")}
+    inputs = {"base": settings.inputs.base, "validation": settings.inputs.validation}
+    return {**flags, **inputs, "precision": plan.execution.precision}
+
+
+def remove_results_of_others(output_dir: Path, judged: dict[str, Any]) -> None:
+    """Removes `results.json` unless the last command here judged in the same way: a resume would keep its rows."""
+    try:
+        same = read_json(output_dir / ARGUMENTS_FILE).get("judged_with") == judged
+    except (UserError, OSError, AttributeError):  # none, or damaged
+        same = False
+    if not same:
+        (output_dir / "results.json").unlink(missing_ok=True)
 
 
 def remove_logs(output_dir: Path, tracked: Path) -> None:
@@ -411,6 +502,7 @@ class Run:
     journal: Journal
     judge: Judge
     publisher: Publisher | None
+    settings: Settings
 
     @property
     def networks(self) -> Networks:
@@ -700,6 +792,7 @@ def build_run(
     data: TrainingData,
     plan: Plan,
     publisher: Publisher | None,
+    settings: Settings,
 ) -> Run:
     step = build_step(args, accelerator, vae, plan.execution)
     networks = step.networks
@@ -711,6 +804,7 @@ def build_run(
         networks.vae,
         ema,
         {"progress": progress, "images": ledger, "scheduler": scheduler, "guard": guard},
+        settings.to_json(),
     )
     return Run(
         args=args,
@@ -730,6 +824,7 @@ def build_run(
         journal=Journal(accelerator, args.output_dir / "metrics.jsonl"),
         judge=build_judge(args, accelerator, networks, data),
         publisher=publisher,
+        settings=settings,
     )
 
 
@@ -748,17 +843,18 @@ def build_judge(args: argparse.Namespace, accelerator: Accelerator, networks: Ne
     )
 
 
-def resume(run: Run) -> None:
-    if run.args.resume_from_checkpoint is None:
+def resume(run: Run, earlier: Earlier | None) -> None:
+    if earlier is None:
+        if run.args.resume_from_checkpoint is not None:
+            run.accelerator.print(f"no checkpoint in {run.args.output_dir} yet: starting from the beginning")
         return
-    checkpoint = run.checkpoints.resolve(run.args.resume_from_checkpoint, tell=run.accelerator.print)
-    if checkpoint is None:
-        run.accelerator.print(f"no checkpoint in {run.args.output_dir} yet: starting from the beginning")
-        return
-    load_checkpoint(run.accelerator, checkpoint)
+    with own_hyperparameters(run.optimizer, run.scheduler):
+        load_checkpoint(run.accelerator, earlier.checkpoint)
+    if any(change.name in TRAINING_DATA and change.step == earlier.step for change in run.settings.changes):
+        run.ledger.load_state_dict({**run.ledger.state_dict(), "read": 0, "bad_images": []})  # those of other images
     if run.accelerator.is_main_process and run.args.resume_from_checkpoint == "latest":  # else there is a later one
-        run.checkpoints.tidy(checkpoint)
-    run.accelerator.print(f"continuing from {checkpoint}, after step {run.progress.step}")
+        run.checkpoints.tidy(earlier.checkpoint)
+    run.accelerator.print(f"continuing from {earlier.checkpoint}, after step {run.progress.step}")
 
 
 def begin_records(run: Run) -> int:
@@ -879,6 +975,8 @@ def write_card(run: Run, folder: Path, *, saved: Sequence[str] = ()) -> None:
         num_validation_images=len(run.data.validation_images),
         steps=run.progress.step,
         images_per_step=run.plan.samples_per_step,
+        images=run.progress.samples,
+        changes=told(run.settings.changes),
         hardware=hardware(run.accelerator),
         minutes=run.progress.seconds / 60,
         command=training_command(args),
@@ -1115,17 +1213,10 @@ def published_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that differ from the paper's or the recipe's; of a path on this machine only its last part."""
     paper, recipe = recipe_arguments("paper"), recipe_arguments(args.recipe)
     return {
-        name: without_folders(value) if isinstance(value, str) else value
+        name: shortened(value)
         for name, value in json_arguments(args).items()
         if value != paper[name] or value != recipe[name]
     }
-
-
-def without_folders(value: str) -> str:
-    """`value`, or its last part where it is a path that leaves the folder where the command was typed."""
-    path = Path(value)
-    leaves = path.is_absolute() or value.startswith("~") or ".." in path.parts
-    return path.name.strip() or value if leaves else value
 
 
 def training_command(args: argparse.Namespace) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.constants import SCALER_NAME
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
@@ -34,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 LONGEST_NAME = 255  # bytes, of file systems
 STATE_FILE = "trainer_state.json"
+SETTINGS_FILE = "settings.json"
+"""What the run was asked for, inside a checkpoint."""
+ARGUMENTS_FILE = "training_args.json"
+"""The same of the last session, in the output folder."""
 EMA_FILE = "ema.pt"
 
 
@@ -224,11 +229,16 @@ def state_bytes(vae: AutoencoderKL, trained: nn.Module, ema: EMAModel | None) ->
 
 
 def register_state(
-    accelerator: Accelerator, vae: AutoencoderKL, ema: EMAModel | None, counters: dict[str, Stateful]
+    accelerator: Accelerator,
+    vae: AutoencoderKL,
+    ema: EMAModel | None,
+    counters: dict[str, Stateful],
+    settings: str = "{}",
 ) -> None:
     """Makes `accelerator.save_state` and `load_state` carry the VAE, its EMA and the named counters.
 
-    The VAE is written as a diffusers folder, `checkpoint-N/vae`, instead of accelerate's `model.safetensors`.
+    The VAE is written as a diffusers folder, `checkpoint-N/vae`, instead of accelerate's `model.safetensors`. `settings`
+    is the run's record as JSON, which is saved and not loaded.
     """
 
     def save(models: list, weights: list, folder: str) -> None:
@@ -240,6 +250,7 @@ def register_state(
             torch.save(ema.state_dict(), Path(folder) / EMA_FILE)
         state = {name: counter.state_dict() for name, counter in counters.items()}
         (Path(folder) / STATE_FILE).write_text(json.dumps(state, indent=1))
+        (Path(folder) / SETTINGS_FILE).write_text(settings)
 
     def load(models: list, folder: str) -> None:
         models.clear()
@@ -258,13 +269,20 @@ def register_state(
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     """Loads what `register_state` has registered.
 
+    Where the checkpoint was made in another precision, the gradient scaler that fp16 needs begins anew.
+
     Raises:
         UserError: if `checkpoint` is of another VAE or other settings, or holds what is no state at all.
     """
+    scaler = accelerator.scaler
+    if not (checkpoint / SCALER_NAME).exists():
+        accelerator.scaler = None
     try:
         accelerator.load_state(str(checkpoint))
     except Exception as error:  # whatever does not fit: keys, shapes, kinds of files
         raise UserError(f"{checkpoint} does not fit this run: {first_line(error)}") from None
+    finally:
+        accelerator.scaler = scaler
 
 
 def _replace_folder(aside: Path, final: Path) -> None:

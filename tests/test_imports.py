@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "execution": {"autoencoders", "errors"},
     "overfitting": set(),
     "readback": set(),
+    "resuming": {"checkpoints", "errors"},
     "progress": set(),
     "step": {
         "attacks.corruptions", "attacks.draws", "attacks.gradient", "autoencoders", "images", "layers", "losses"

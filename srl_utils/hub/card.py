@@ -39,6 +39,10 @@ class CardFacts:
     num_validation_images: int
     steps: int
     images_per_step: int
+    images: int | None = None
+    """In all, where some steps had more or fewer than others."""
+    changes: Sequence[str] = ()
+    """What was changed when the training was resumed, a line each."""
     hardware: str
     minutes: float
     command: str
@@ -80,6 +84,8 @@ def render_card(facts: CardFacts) -> str:
             "model_literal": json.dumps(facts.model_id),  # in Python's code, where it must stay one text
             "weights_heading": WEIGHTS_HEADING,
             "judged": bool(judged),
+            "uneven": facts.images is not None and facts.images != facts.steps * facts.images_per_step,
+            "changes": [as_code(change) for change in facts.changes],
             "findings": [line for row in judged if (line := _finding(row, facts))],
             "halves": _halves(facts),
         },
