@@ -17,8 +17,21 @@ from diffusers.optimization import get_scheduler
 
 import train_srl_vae
 from srl_utils.checkpoints import load_checkpoint
+from srl_utils.errors import UserError
 from srl_utils.integrity import MANIFEST, seal
-from srl_utils.resuming import APPLIED, BASE, FREE, REFUSED, TRAINING_DATA, VALIDATION_DATA, Change, told
+from srl_utils.resuming import (
+    APPLIED,
+    BASE,
+    FREE,
+    REFUSED,
+    TRAINING_DATA,
+    VALIDATION_DATA,
+    Change,
+    Earlier,
+    Settings,
+    own_hyperparameters,
+    told,
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,61 +88,62 @@ def test_the_schedule_gets_its_new_shape(run: Run, half: list[str], tmp_path: Pa
     assert "--max_train_steps 2 until step 2, then 4" in printed
 
 
-SCHEDULES = {
-    "scaled": (["--scale_lr"], {"name": "constant", "lr": 4e-3}),
-    "warm-up": (
-        ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "8"],
-        {"name": "constant_with_warmup", "num_warmup_steps": 8},
-    ),
-    "cycles": (
-        ["--lr_scheduler", "cosine_with_restarts", "--lr_warmup_steps", "1", "--lr_num_cycles", "2"],
-        {"name": "cosine_with_restarts", "num_warmup_steps": 1, "num_cycles": 2},
-    ),
-    "power": (
-        ["--lr_scheduler", "polynomial", "--lr_warmup_steps", "0", "--lr_power", "2", "--learning_rate", "2e-3"],
-        {"name": "polynomial", "num_warmup_steps": 0, "power": 2, "lr": 2e-3},
-    ),
-}
+def schedule(rate: float, decay: float, **settings: object) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """An optimizer with one weight and a schedule of 6 steps."""
+    weight = torch.ones(1, requires_grad=True)
+    weight.grad = torch.ones(1)
+    optimizer = torch.optim.AdamW([weight], lr=rate, weight_decay=decay)
+    return optimizer, get_scheduler(optimizer=optimizer, num_training_steps=6, **settings)
 
 
-@pytest.mark.parametrize("case", SCHEDULES)
-def test_schedules_of_diffusers(run: Run, half: list[str], tmp_path: Path, case: str) -> None:
-    """Oracle: a schedule of diffusers that had the new flags from the beginning, after 3 and 4 steps of 6."""
-    flags, settings = SCHEDULES[case]
-    code, printed = run(*half, *flags, "--max_train_steps", "6", "--checkpointing_steps", "4")
-    assert code == 0, printed
-    settings = dict(settings)
-    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=settings.pop("lr", 1e-3))
-    scheduler = get_scheduler(optimizer=optimizer, num_training_steps=6, **settings)
-    expected = []
-    for _ in range(6):
+def rates_of(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR, steps: int) -> list[float]:
+    """The rate that the optimizer has at each step."""
+    used = []
+    for _ in range(steps):
+        used.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-        expected += scheduler.get_last_lr()
-    assert rates(tmp_path / "out")[2:] == pytest.approx(expected[2:])
-    (group,) = torch.load(tmp_path / "out/checkpoint-4/optimizer.bin", weights_only=True)["param_groups"]
-    assert group["lr"] == pytest.approx(expected[3])
+    return used
 
 
 @pytest.mark.parametrize(
-    "extra",
+    "settings",
     [
-        ("--mixed_precision", "bf16"), ("--gaussian_noise", "8/255"), ("--originality_weight", "0.5"),
-        ("--max_grad_norm", "0.001"), ("--pgd_steps", "1"), ("--random_flip",), ("--sample_posterior",),
+        {"name": "constant"}, {"name": "constant_with_warmup", "num_warmup_steps": 5},
+        {"name": "linear", "num_warmup_steps": 1}, {"name": "cosine", "num_warmup_steps": 4},
+        {"name": "cosine_with_restarts", "num_warmup_steps": 1, "num_cycles": 2},
+        {"name": "polynomial", "num_warmup_steps": 0, "power": 2},
     ],
-    ids=lambda extra: extra[0],
+    ids=lambda settings: settings["name"],
 )  # fmt: skip
-def test_flags_outside_the_state_change_the_steps(
-    run: Run, half: list[str], tmp_path: Path, extra: tuple[str, ...]
-) -> None:
-    """Oracle: the resume without the flag, which ends with other weights; the card names the flag."""
+def test_every_schedule_replaces_every_other(settings: dict) -> None:
+    """Oracle: a schedule of diffusers that had the new flags from the beginning; moments are the earlier ones."""
+    expected = rates_of(*schedule(2e-3, 0.1, **settings), 6)
+    for before in ("constant", "cosine", "polynomial"):
+        earlier = schedule(1e-3, 0.2, name=before, num_warmup_steps=2)
+        rates_of(*earlier, 3)
+        states = [json.loads(json.dumps(earlier[1].state_dict())), earlier[0].state_dict()]
+        resumed, scheduler = schedule(2e-3, 0.1, **settings)
+        with own_hyperparameters(resumed, scheduler):
+            scheduler.load_state_dict(states[0])
+            resumed.load_state_dict(states[1])
+        assert scheduler.get_last_lr() == [resumed.param_groups[0]["lr"]]
+        assert resumed.param_groups[0]["weight_decay"] == 0.1
+        assert [state["step"] for state in resumed.state.values()] == [3]
+        assert rates_of(resumed, scheduler, 3) == expected[3:]
+
+
+def test_flags_outside_the_state_change_the_steps(run: Run, half: list[str], tmp_path: Path) -> None:
+    """Oracle: the resume without the flags, which ends with other weights; the card names each flag."""
     ends = []
-    for flags in ((), extra):
+    for flags in ((), ("--max_grad_norm", "0.001"), ("--gaussian_noise", "8/255", "--random_flip")):
         code, printed = run(*half, *flags, "--max_train_steps", "3")
         assert code == 0, printed
         ends.append((tmp_path / "out/checkpoint-3/vae/diffusion_pytorch_model.safetensors").read_bytes())
-    assert ends[0] != ends[1]
-    assert f"{extra[0]} until step 2, then" in (tmp_path / "out/README.md").read_text().replace("no --", "--")
+        card = (tmp_path / "out/README.md").read_text()
+        assert all(f"{flag} 1.0 until" in card or f"{flag} 0.0 until" in card or f"no {flag} until" in card
+                   for flag in flags if flag.startswith("--"))  # fmt: skip
+    assert len(set(ends)) == 3
 
 
 def test_unchanged_flags_leave_no_trace(run: Run, half: list[str], tmp_path: Path) -> None:
@@ -151,15 +165,16 @@ def test_more_steps_are_said(run: Run, half: list[str], tmp_path: Path) -> None:
     assert "--max_train_steps 3 until step 3, then 5" in printed
 
 
-def test_epochs_count_the_samples_that_were_seen(run: Run, half: list[str], tmp_path: Path) -> None:
-    """Oracle: arithmetic. Of 20 images 8 were seen; two a step make six steps more, and 1 epoch after 2 is refused."""
-    epochs = [flag for pair in zip(half[::2], half[1::2], strict=True) if pair[0] != "--max_train_steps" for flag in pair]
-    code, printed = run(*epochs, "--train_batch_size", "2")
-    assert code == 0, printed
-    assert len(rates(tmp_path / "out")) == 8
-    assert run(*epochs, "--num_train_epochs", "2", "--train_batch_size", "10", "--resume_from_checkpoint", "latest")[0] == 0
-    code, printed = run(*epochs, "--train_batch_size", "10", "--resume_from_checkpoint", "latest")
-    assert code == 2 and "--num_train_epochs 1" in printed and "has seen 40 images" in printed
+def test_epochs_count_the_samples_that_were_seen() -> None:
+    """Oracle: arithmetic. Of 20 images 8 were seen in two steps: 12 are left, and 40 are two epochs and not one."""
+    earlier = Earlier(Path("checkpoint-2"), step=2, samples=8, settings=Settings({}))
+    count = train_srl_vae.count_steps
+    assert [count(1, 20, size, None) for size in (4, 3)] == [5, 7]
+    assert [count(1, 20, size, earlier) for size in (4, 2, 3, 100)] == [5, 8, 6, 3]
+    done = Earlier(Path("checkpoint-7"), step=7, samples=21, settings=Settings({}))
+    assert count(1, 20, 3, done) == 7
+    with pytest.raises(UserError, match=r"has seen 40 images, more than --num_train_epochs 1 of 20"):
+        count(1, 20, 4, Earlier(Path("checkpoint-10"), step=10, samples=40, settings=Settings({})))
 
 
 def test_bad_images_of_other_data_do_not_count(
@@ -184,9 +199,10 @@ def test_bad_images_of_other_data_do_not_count(
 
 
 def test_another_batch_goes_on_at_the_same_sample(run: Run, half: list[str], tmp_path: Path) -> None:
-    """Oracle: counting. 2 steps of 4 samples and 2 of 6 are 20, and the card says so."""
-    code, printed = run(*half, "--train_batch_size", "2", "--gradient_accumulation_steps", "3")
+    """Oracle: counting. 2 steps of 4 samples and 2 of 6 are 20, and the card says so; the rate is that of 6."""
+    code, printed = run(*half, "--train_batch_size", "2", "--gradient_accumulation_steps", "3", "--scale_lr")
     assert code == 0, printed
+    assert rates(tmp_path / "out") == pytest.approx([1e-3, 1e-3, 6e-3, 6e-3])
     state = json.loads((tmp_path / "out/checkpoint-4/trainer_state.json").read_text())
     assert state["progress"]["samples"] == 20
     assert "4 steps with 20 images in all" in (tmp_path / "out/README.md").read_text()
