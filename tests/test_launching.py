@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, Run
 from safetensors.torch import load_file
 
@@ -35,7 +36,7 @@ def test_accumulation_of_the_environment_is_that_of_the_flag(
     run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the same run with the flag in place of the variable; and the flag wins where both are given."""
-    flags = [*flags[:-1], "--max_train_steps", "2", "--output_dir"]
+    flags = [*flags[:-2], "--max_train_steps", "2", "--output_dir"]
     assert run(*flags, tmp_path / "flag", "--gradient_accumulation_steps", 2)[0] == 0
     monkeypatch.setenv(STEPS, "2")
     code, printed = run(*flags, tmp_path / "variable")
@@ -114,9 +115,11 @@ def test_the_training_refuses_what_it_does_not_support(
 )  # fmt: skip
 def test_an_evaluation_takes_its_precision_or_refuses(
     vae_folder: Path, photographs: Path, tmp_path: Path, capfd: pytest.CaptureFixture, name: str, text: str, code: int,
-    monkeypatch: pytest.MonkeyPatch, run: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Oracle: specification; what concerns training alone does not disturb an evaluation."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        monkeypatch.setattr(state, "_shared_state", {})
     monkeypatch.setenv(name, text)
     words = ["reconstruction", "--baseline", vae_folder, "--vae", f"same={vae_folder}", "--data_dir", photographs,
              "--resolution", 16, "--num_images", 2, "--output_dir", tmp_path / "out", "--metrics", "psnr", "--dry_run"]  # fmt: skip

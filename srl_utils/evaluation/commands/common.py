@@ -110,13 +110,12 @@ def prepare(args: argparse.Namespace) -> Setup:
         UserError: if one of them cannot be loaded, or if no VAE is left to hold against the baseline.
     """
     check_launch(os.environ)
-    precision = args.mixed_precision or launched_precision(os.environ)
     sources = vae_sources(args)
     notes: list[str] = []
     loaded = load_images(args, notes)
     accelerator = launched_accelerator(
         os.environ,
-        precision=precision or "no",
+        precision=args.mixed_precision or launched_precision(os.environ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
     dtype = HALF_PRECISION.get(accelerator.mixed_precision)
