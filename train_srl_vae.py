@@ -474,7 +474,7 @@ def train(run: Run, interruption: Interruption) -> Stop | None:
             run.checkpoints.save(run.accelerator, progress.step)
         if any(due):
             clock.restart()
-    listener.bar.close()
+    listener.drain()
     return None
 
 
@@ -626,8 +626,10 @@ class Listener:
         return self._first_reason(arrived + self._readback.drain() if wait else arrived)
 
     def drain(self) -> Stop | None:
-        """Waits for the values that are still on their way."""
-        return self._first_reason(self._readback.drain())
+        """Waits for the values that are still on their way, which are the last ones: the bar stays as they leave it."""
+        reason = self._first_reason(self._readback.drain())
+        self.bar.close()
+        return reason
 
     def _first_reason(self, arrived: list[tuple[StepFacts, list[float]]]) -> Stop | None:
         reasons = [self._hear(facts, dict(zip(VALUES, numbers, strict=True))) for facts, numbers in arrived]
