@@ -72,10 +72,10 @@ from srl_utils.command_line import (
     Parser,
     decay,
     exit_code,
+    expanded_path,
     fraction,
     home_expanded,
     image_side,
-    joined_on_cpu,
     non_negative_float,
     non_negative_int,
     pixel_distance,
@@ -86,13 +86,21 @@ from srl_utils.data import Batch, ImageLedger, TrainingData, open_data, training
 from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.evaluation.judge import COMPARISON, Judge, averaged_weights
 from srl_utils.evaluation.reconstruction import image_generators
-from srl_utils.execution import Execution, check_execution, choose_execution, requested_precision, runs_in_fp16
+from srl_utils.execution import Execution, check_execution, choose_execution, runs_in_fp16
 from srl_utils.hub.card import CardFacts, base_license, render_card
 from srl_utils.hub.publishing import EXIT_PUSH_FAILED, Publisher, create_repository
 from srl_utils.integrity import checksum
 from srl_utils.interruption import Interruption
 from srl_utils.journal import Journal
 from srl_utils.latents import LatentScale
+from srl_utils.launching import (
+    Environment,
+    check_launch,
+    launch_notes,
+    launched_accelerator,
+    launched_arguments,
+    on_cpu,
+)
 from srl_utils.locking import sole_run
 from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance
 from srl_utils.overfitting import OverfittingGuard
@@ -171,6 +179,7 @@ def main(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> tuple[AutoencoderKL, Earlier | None]:
     """Refuses what cannot work before anything takes long; returns the VAE, and where a resumed run was."""
+    check_launch(os.environ)
     if args.output_dir.is_file():
         raise UserError(f"--output_dir {args.output_dir} is a file; a folder is expected")
     if args.resume_from_checkpoint is None and Checkpoints(args.output_dir).found():
@@ -187,7 +196,7 @@ def check(args: argparse.Namespace) -> tuple[AutoencoderKL, Earlier | None]:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs the package {package}: pip install {package}")
-    check_execution(requested_precision(args.mixed_precision), args.torch_compile)
+    check_execution(args.mixed_precision, args.torch_compile, leave_gpu=on_cpu(os.environ))
     DataSource.from_flags(args).check()
     check_resolution(args.resolution, read_config(autoencoder_source(args)))
     return load_autoencoder(autoencoder_source(args)), earlier
@@ -275,7 +284,7 @@ def plan_steps(
     )
     execution = choose_execution(
         accelerator.device,
-        precision=requested_precision(args.mixed_precision),
+        precision=args.mixed_precision,
         torch_compile=args.torch_compile,
         force_upcast=config["force_upcast"],
         flops=arithmetic.image * steps * samples_per_step / accelerator.num_processes,
@@ -307,8 +316,9 @@ def describe(args: argparse.Namespace, accelerator: Accelerator, data: TrainingD
     seen = plan.samples_per_step * plan.max_train_steps
     epochs = f", {seen / data.num_images:.2f} epochs" if data.num_images else ""
     settings = "\n".join(f"  {name:<32}{value}" for name, value in sorted(json_arguments(args).items()))
+    launched = "".join(f"{note}\n" for note in launch_notes(os.environ, args))
     return (
-        f"Configuration\n{settings}\n"
+        f"Configuration\n{settings}\n{launched}"
         f"Device {accelerator.device}, {accelerator.num_processes} process(es), {plan.execution}\n"
         f"Data: {'; '.join([data.description, *data.passed_over])}\n"
         f"Step: {args.train_batch_size} images x {accelerator.num_processes} process(es) x "
@@ -323,12 +333,12 @@ def describe(args: argparse.Namespace, accelerator: Accelerator, data: TrainingD
 
 
 def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accelerator:
-    scaled = runs_in_fp16(requested_precision(args.mixed_precision), config["force_upcast"])
-    accelerator = Accelerator(
-        cpu=joined_on_cpu(),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+    scaled = runs_in_fp16(args.mixed_precision, config["force_upcast"])
+    accelerator = launched_accelerator(
+        os.environ,
         # The networks bring their own autocast; accelerate is needed for the scaler that gradients in fp16 need.
-        mixed_precision="fp16" if scaled else "no",
+        precision="fp16" if scaled else "no",
+        steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(
             project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
@@ -555,7 +565,7 @@ def train(run: Run, interruption: Interruption) -> Stop | None:
             run.checkpoints.save(run.accelerator, progress.step)
         if any(due):
             clock.restart()
-    listener.bar.close()
+    listener.drain()
     return None
 
 
@@ -643,6 +653,7 @@ def optimizer_step(run: Run, batches: Waiting, *, interrupted: bool) -> tuple[Te
     """
     accelerator, encoder, progress = run.accelerator, run.networks.wrapped_encoder, run.progress
     passes, bad_images = [], []
+    accelerator.step = 0  # counts passes; a checkpoint brings the count of a run that may have had more of them a step
     for _ in range(run.args.gradient_accumulation_steps):
         batch = next(batches)
         run.ledger.update(batch)
@@ -651,10 +662,9 @@ def optimizer_step(run: Run, batches: Waiting, *, interrupted: bool) -> tuple[Te
             loss, terms = run.step.loss(batch.images, image_generators(run.args.seed, batch.positions))
             accelerator.backward(loss)
             passes.append(terms)
-            if accelerator.sync_gradients:
-                gradient_norm = accelerator.clip_grad_norm_(encoder.parameters(), run.args.max_grad_norm)
-                update_weights(run, gradient_norm)
-            run.optimizer.zero_grad()
+    gradient_norm = accelerator.clip_grad_norm_(encoder.parameters(), run.args.max_grad_norm)
+    update_weights(run, gradient_norm)
+    run.optimizer.zero_grad()
     run.scheduler.step()
     if run.ema is not None:
         run.ema.step(run.networks.encoder.parameters())
@@ -707,8 +717,10 @@ class Listener:
         return self._first_reason(arrived + self._readback.drain() if wait else arrived)
 
     def drain(self) -> Stop | None:
-        """Waits for the values that are still on their way."""
-        return self._first_reason(self._readback.drain())
+        """Waits for the values that are still on their way, which are the last ones: the bar stays as they leave it."""
+        reason = self._first_reason(self._readback.drain())
+        self.bar.close()
+        return reason
 
     def _first_reason(self, arrived: list[tuple[StepFacts, list[float]]]) -> Stop | None:
         reasons = [self._hear(facts, dict(zip(VALUES, numbers, strict=True))) for facts, numbers in arrived]
@@ -1006,7 +1018,16 @@ def package_versions() -> dict[str, str]:
 # --- arguments ------------------------------------------------------------------------------------------
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None, environment: Environment = os.environ) -> argparse.Namespace:
+    """Return the arguments of a run.
+
+    Args:
+        arguments: the command line, by default that of this process.
+        environment: where accelerate's settings stand; they take the place of flags that are not given.
+
+    Raises:
+        UserError: in one line.
+    """
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for add_group in (
         add_model_arguments, add_data_arguments, add_method_arguments, add_loop_arguments, add_optimizer_arguments,
@@ -1016,7 +1037,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     recipe = parser.parse_known_args(arguments)[0].recipe
     parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args(arguments)
-    parser.refuse_without_effect(training_effects(args))
+    vars(args).update(launched_arguments(environment, parser.given))
+    parser.refuse_without_effect(args, training_effects(args))
     return args
 
 
@@ -1159,6 +1181,7 @@ def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
 def add_state_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("State")
     group.add_argument("--output_dir", type=lambda text: Path(home_expanded(text)), default=Path("srl-vae"))
+    group.add_argument("--output_dir", type=expanded_path, default=Path("srl-vae"))
     group.add_argument("--checkpointing_steps", type=positive_int, default=500, help="save every that many steps")
     group.add_argument(
         "--checkpoints_total_limit", type=positive_int, default=None, help="keep only that many, the newest"
@@ -1175,7 +1198,7 @@ def add_state_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_logging_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Logging")
-    group.add_argument("--logging_dir", default="logs", help="folder of the trackers, inside --output_dir")
+    group.add_argument("--logging_dir", type=home_expanded, default="logs", help="folder of the trackers, inside --output_dir")
     group.add_argument("--report_to", choices=("tensorboard", "wandb", "trackio", "all", "none"), default="tensorboard")
     group.add_argument("--tracker_project_name", default="srl-vae")
 
@@ -1206,7 +1229,7 @@ def json_arguments(args: argparse.Namespace) -> dict[str, Any]:
 @cache
 def recipe_arguments(recipe: str) -> dict[str, Any]:
     """What `json_arguments` are where nothing but the recipe is given."""
-    return json_arguments(parse_args(["--recipe", recipe]))
+    return json_arguments(parse_args(["--recipe", recipe], environment={}))
 
 
 def published_arguments(args: argparse.Namespace) -> dict[str, Any]:

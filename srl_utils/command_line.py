@@ -8,9 +8,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
-
-import torch
 
 from srl_utils.errors import UserError, one_line, without_tokens
 from srl_utils.images import parse_pixel_distance
@@ -21,16 +20,9 @@ LARGEST_SEED = 2**63 - 1  # what torch takes
 EMPTY_VALUE = re.compile(r"--\w+=")
 
 
-def joined_on_cpu() -> bool:
-    """Whether this is one of several processes without a GPU: told so, accelerate joins them by gloo.
-
-    Else each would work alone.
-    """
-    return not torch.accelerator.is_available() and "LOCAL_RANK" in os.environ
-
-
-Effects = Mapping[str, tuple[bool, str]]
-"""By the name of a flag: whether it has an effect in the mode that the other flags choose, and what it needs for one."""
+Effects = Mapping[str, tuple[Any, ...]]
+"""By the name of a flag: whether it has an effect beside the other flags, what it needs to have one, and then the values
+that ask for what happens anyway. The flag's default is always one of them."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,10 +43,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(message)
 
-    def refuse_without_effect(self, effects: Effects) -> None:
-        """Raises a UserError at the first flag that was given, be it with its default, and has no effect."""
-        for flag, (effective, need) in effects.items():
-            if not effective and f"--{flag}" in self._given:
+    def given(self, name: str) -> bool:
+        """Return whether the command line has the flag of this name, or its `--no-` form."""
+        return not self._given.isdisjoint((f"--{name}", f"--no-{name}"))
+
+    def refuse_without_effect(self, args: argparse.Namespace, effects: Effects) -> None:
+        """Refuse a given flag that has no effect, unless its value asks for what happens anyway.
+
+        Raises:
+            UserError: at the first such flag.
+        """
+        for flag, (effective, need, *neutral) in effects.items():
+            idle = not effective and self.given(flag)
+            if idle and getattr(args, flag) not in (self.get_default(flag), *neutral):
                 raise UserError(f"--{flag} has no effect without {need}")
 
 
@@ -78,6 +79,11 @@ def home_expanded(text: str) -> str:
     A path that exists as it is stays as it is.
     """
     return text if os.path.exists(text) else os.path.expanduser(text)
+
+
+def expanded_path(text: str) -> Path:
+    """Return the path, with the home folder in place of a leading ~."""
+    return Path(home_expanded(text))
 
 
 def positive_int(text: str) -> int:

@@ -36,18 +36,16 @@ class Execution:
         return f"{precision}, {'compiled' if self.torch_compile else 'not compiled'} ({self.reason})"
 
 
-def requested_precision(flag: str | None) -> str | None:
-    """The flag, else a half precision that `accelerate launch` or its configuration asks for, else None.
+def check_execution(precision: str | None, torch_compile: bool | None, *, leave_gpu: bool = False) -> None:
+    """Refuse what this machine cannot do.
 
-    Accelerate's `no` is its default and so no wish; `--mixed_precision no` of the script is one.
+    Args:
+        leave_gpu: whether the run stays on the CPU although there may be a GPU.
+
+    Raises:
+        UserError: in one line, with the flag.
     """
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    return flag or (launched if launched in HALF_PRECISION else None)
-
-
-def check_execution(precision: str | None, torch_compile: bool | None) -> None:
-    """Raises a UserError for what this machine cannot do."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and not leave_gpu
     if precision == "fp16" and not on_gpu:
         raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no")
     if torch_compile and not can_compile("cuda" if on_gpu else "cpu"):

@@ -5,7 +5,7 @@ import torch
 
 from srl_utils import execution
 from srl_utils.errors import UserError
-from srl_utils.execution import check_execution, choose_execution, requested_precision
+from srl_utils.execution import check_execution, choose_execution
 
 CPU = torch.device("cpu")
 LONG, SHORT = 1e18, 1e9
@@ -53,18 +53,6 @@ def test_the_reason_is_told(able) -> None:
     assert "bf16, compiled" in str(chosen) and "repay" in str(chosen)
     asked = choose_execution(CPU, precision="no", torch_compile=False, force_upcast=True, flops=LONG)
     assert str(asked) == "float32, not compiled (as asked for)"
-
-
-@pytest.mark.parametrize(
-    ("flag", "launched", "expected"),
-    [("no", "bf16", "no"), (None, "bf16", "bf16"), (None, "fp16", "fp16"), (None, "no", None), (None, None, None)],
-)
-def test_whose_wish_counts(flag, launched, expected, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: specification; accelerate's `no` is its default and no wish."""
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    if launched is not None:
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-    assert requested_precision(flag) == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")

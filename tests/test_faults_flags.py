@@ -47,7 +47,7 @@ def flags_of(command: str) -> list[argparse.Action]:
     parse, arguments = COMMANDS[command]
     parsers: list[Parser] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Parser, "refuse_without_effect", lambda parser, _: parsers.append(parser))
+        patch.setattr(Parser, "refuse_without_effect", lambda parser, *_: parsers.append(parser))
         parse(arguments)
     return [action for action in parsers[0]._actions if action.option_strings and action.dest != "help"]
 
@@ -102,19 +102,20 @@ WITHOUT_EFFECT = {
         ("--lpips_net alex", "--lpips_weight 0", "--lpips_weight 1"),
         ("--originality_units scaled", "--originality_weight 0", "--originality_weight 1"),
         ("--pgd_step_size 0.1", "--pgd_steps 0", "--pgd_steps 1"),
+        ("--pgd_step_size 0.02", "--recipe fast --pgd_steps 0", "--recipe fast"),
+        ("--pgd_steps 3", "--gaussian_noise 8/255", ""),
         ("--no_pgd_random_start", "--recipe fast --epsilon 0", "--recipe fast"),
-        ("--num_train_epochs 2", "--max_train_steps 3", ""),
-        ("--num_train_epochs 1", "--max_train_steps 3", ""),
-        ("--lr_warmup_steps=500", "", "--lr_scheduler linear"),
+        ("--lr_warmup_steps 500", "--recipe fast --lr_scheduler constant", "--recipe fast"),
         ("--lr_warmup_steps 3", "", "--lr_scheduler constant_with_warmup"),
         ("--lr_num_cycles 3", "--lr_scheduler cosine", "--lr_scheduler cosine_with_restarts"),
         ("--lr_power 2", "--lr_scheduler linear", "--lr_scheduler polynomial"),
         ("--logging_dir here", "--report_to wandb", "--report_to tensorboard"),
         ("--tracker_project_name mine", "--report_to none", "--report_to wandb"),
         ("--hub_private_repo", "", "--push_to_hub"),
+        ("--hub_model_id somebody/vae", "", "--push_to_hub"),
         ("--hub_token hf_x", "", "--push_to_hub"),
         ("--dataloader_num_workers 4", "--streaming", ""),
-        ("--revision main", "--pretrained_model_name_or_path {here}", ""),
+        ("--revision v2", "--pretrained_model_name_or_path {here}", ""),
     ],
     "evaluation": [
         ("--inception_weights w.pth", "--metrics psnr", "--metrics psnr rfid"),
@@ -123,11 +124,10 @@ WITHOUT_EFFECT = {
         ("--max_attack_steps 3", "--attacks pgd-3", "--attacks pid"),
         ("--num_check_images 3", "--no_checks", ""),
         ("--split test", "", None),
-        ("--num_check_images 8", "--no_checks", ""),
         ("--threat_models adaptive", "--attacks clean jpeg-3", "--attacks quick"),
         ("--epsilons 8/255", "--attacks clean --no_checks", "--attacks clean"),
     ],
-    "sanitize": [("--revision main", "--vae {here}", "--vae somebody/vae")],
+    "sanitize": [("--revision v2", "--vae {here}", "--vae somebody/vae")],
 }
 
 
@@ -144,6 +144,135 @@ def test_a_flag_without_effect_is_an_error(
         parse([*required, *mode.format(here=tmp_path).split(), *flag.split()])
     if other is not None:
         parse([*required, *other.split(), *flag.split()])
+
+
+NEUTRAL = {
+    "training": [
+        "--lr_scheduler=constant --lr_warmup_steps=0",
+        "--lr_warmup_steps=500",
+        "--recipe fast --lr_scheduler constant --lr_warmup_steps 10",
+        "--lr_scheduler cosine --lr_num_cycles=1 --lr_power=1.0",
+        "--report_to=none --logging_dir=logs --tracker_project_name=srl-vae",
+        "--report_to=wandb --logging_dir=logs",
+        "--dataloader_num_workers=0 --streaming",
+        "--gaussian_noise 8/255 --pgd_steps 0 --pgd_step_size 0.02",
+        "--gaussian_noise 0 --pgd_steps 3",
+        "--lpips_weight 0 --lpips_net vgg",
+        "--originality_weight 0 --originality_units raw",
+        "--max_train_steps 3 --num_train_epochs 2",
+        "--train_split train --image_column=image",
+        "--pretrained_model_name_or_path {here} --revision main",
+        "--dataset_config_name default",
+        "--allow_tf32 --mixed_precision=no --no-torch_compile",
+        "--gradient_accumulation_steps 1 --max_grad_norm=1 --adam_weight_decay 0.0 --seed=0",
+    ],
+    "evaluation": [
+        "--no_checks --num_check_images 8",
+        "--image_column=image",
+        "--attacks clean --threat_models transfer adaptive",
+    ],
+    "sanitize": ["--vae {here} --revision main"],
+}
+
+
+@pytest.mark.parametrize(("command", "words"), [(command, words) for command, all in NEUTRAL.items() for words in all])
+def test_a_flag_that_asks_for_what_happens_anyway_is_accepted(command: str, words: str, tmp_path: Path) -> None:
+    """Oracle: the code that reads the flag does the same with and without it."""
+    parse, required = COMMANDS[command]
+    parse([*required, *words.format(here=tmp_path).split()])
+
+
+# Flags of the commands in the README files of diffusers' examples that this training has as well, by their script.
+DOCUMENTED = {
+    "train_text_to_image": "--use_ema --resolution=512 --center_crop --random_flip --train_batch_size=1 "
+    "--gradient_accumulation_steps=4 --gradient_checkpointing --max_train_steps=15000 --learning_rate=1e-05 "
+    "--max_grad_norm=1 --lr_scheduler=constant --lr_warmup_steps=0 --output_dir=sd-naruto-model",
+    "train_text_to_image_lora": "--resolution=512 --random_flip --train_batch_size=1 --num_train_epochs=100 "
+    "--checkpointing_steps=5000 --learning_rate=1e-04 --lr_scheduler=constant --lr_warmup_steps=0 --seed=42 "
+    "--output_dir=sd-naruto-model-lora --report_to=wandb",
+    "train_text_to_image_sdxl": "--resolution=512 --center_crop --random_flip --train_batch_size=1 "
+    "--gradient_accumulation_steps=4 --gradient_checkpointing --max_train_steps=10000 --use_8bit_adam "
+    "--learning_rate=1e-06 --lr_scheduler=constant --lr_warmup_steps=0 --mixed_precision=fp16 --report_to=wandb "
+    "--checkpointing_steps=5000 --output_dir=sdxl-naruto-model --push_to_hub",
+    "train_text_to_image_lora_sdxl": "--resolution=1024 --train_batch_size=1 --num_train_epochs=2 --checkpointing_steps=2 "
+    "--learning_rate=1e-04 --lr_scheduler=constant --lr_warmup_steps=0 --mixed_precision=fp16 --max_train_steps=20 "
+    "--seed=1234 --output_dir=sd-naruto-model-lora-sdxl",
+    "train_text_to_image_decoder": "--resolution=768 --train_batch_size=1 --gradient_accumulation_steps=4 "
+    "--gradient_checkpointing --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1 --checkpoints_total_limit=3 "
+    "--lr_scheduler=constant --lr_warmup_steps=0 --report_to=wandb --push_to_hub --output_dir=kandi2-decoder",
+    "train_dreambooth": "--resolution=512 --train_batch_size=1 --gradient_accumulation_steps=2 --gradient_checkpointing "
+    "--use_8bit_adam --learning_rate=5e-6 --lr_scheduler=constant --lr_warmup_steps=0 --max_train_steps=800 --push_to_hub",
+    "train_dreambooth_lora": "--report_to=wandb --resolution=64 --train_batch_size=4 --gradient_accumulation_steps=1 "
+    "--learning_rate=5e-6 --scale_lr --max_train_steps=1200 --checkpointing_steps=100",
+    "train_dreambooth_flux": "--mixed_precision=bf16 --resolution=1024 --train_batch_size=1 "
+    "--gradient_accumulation_steps=4 --learning_rate=1. --report_to=wandb --lr_scheduler=constant --lr_warmup_steps=0 "
+    "--max_train_steps=500 --seed=0 --push_to_hub",
+    "train_dreambooth_lora_flux2": "--gradient_checkpointing --resolution=512 --train_batch_size=1 "
+    "--gradient_accumulation_steps=4 --learning_rate=1. --report_to=wandb --lr_scheduler=constant_with_warmup "
+    "--lr_warmup_steps=100 --max_train_steps=500 --seed=0 --push_to_hub",
+    "train_controlnet": "--resolution=512 --learning_rate=1e-5 --train_batch_size=4 --mixed_precision=fp16 "
+    "--tracker_project_name=controlnet-demo --report_to=wandb",
+    "train_controlnet_flux": "--image_column=image --mixed_precision=bf16 --resolution=512 --learning_rate=1e-5 "
+    "--max_train_steps=15000 --validation_steps=100 --checkpointing_steps=200 --train_batch_size=1 "
+    "--gradient_accumulation_steps=16 --report_to=wandb --lr_scheduler=cosine --seed=42 --push_to_hub",
+    "train_instruct_pix2pix": "--resolution=256 --random_flip --train_batch_size=4 --gradient_accumulation_steps=4 "
+    "--gradient_checkpointing --max_train_steps=15000 --checkpointing_steps=5000 --checkpoints_total_limit=1 "
+    "--learning_rate=5e-05 --max_grad_norm=1 --lr_warmup_steps=0 --mixed_precision=fp16 --seed=42 --push_to_hub",
+    "train_unconditional": "--resolution=64 --center_crop --random_flip --output_dir=ddpm-ema-flowers-64 "
+    "--train_batch_size=16 --gradient_accumulation_steps=1 --use_ema --learning_rate=1e-4 --lr_warmup_steps=500 "
+    "--mixed_precision=no --push_to_hub",
+    "train_autoencoderkl": "--pretrained_model_name_or_path=stabilityai/sd-vae-ft-mse --num_train_epochs=100 "
+    "--gradient_accumulation_steps=2 --learning_rate=4.5e-6 --lr_scheduler=cosine --report_to=wandb --mixed_precision=bf16",
+    "train_vqgan": "--resolution=128 --train_batch_size=2 --gradient_accumulation_steps=8 --report_to=wandb",
+    "train_custom_diffusion": "--resolution=512 --train_batch_size=2 --learning_rate=1e-5 --lr_warmup_steps=0 "
+    "--max_train_steps=250 --scale_lr --report_to=wandb",
+    "train_lcm_distill_sd_wds": "--mixed_precision=fp16 --resolution=512 --learning_rate=1e-6 --adam_weight_decay=0.0 "
+    "--max_train_steps=1000 --max_train_samples=4000000 --dataloader_num_workers=8 --validation_steps=200 "
+    "--checkpointing_steps=200 --checkpoints_total_limit=10 --train_batch_size=12 --gradient_checkpointing "
+    "--gradient_accumulation_steps=1 --use_8bit_adam --resume_from_checkpoint=latest --report_to=wandb --push_to_hub",
+    "textual_inversion": "--resolution=512 --train_batch_size=1 --gradient_accumulation_steps=4 "
+    "--max_train_steps=3000 --learning_rate=5.0e-04 --scale_lr --lr_scheduler=constant --lr_warmup_steps=0 --push_to_hub "
+    "--output_dir=textual_inversion_cat",
+}
+
+
+@pytest.mark.parametrize("script", DOCUMENTED)
+@pytest.mark.parametrize("data", ["--train_data_dir=photographs", "--dataset_name=lambdalabs/pictures"])
+def test_commands_of_diffusers_documentation_are_accepted(script: str, data: str) -> None:
+    """Oracle: the commands as documented, and their values."""
+    words = DOCUMENTED[script].split()
+    args = vars(train_srl_vae.parse_args([data, *words]))
+    for word in words:
+        name, _, value = word.removeprefix("--").partition("=")
+        same = type(args[name])(value) if value and args[name] is not None else True
+        assert args[name] == same, name
+
+
+def test_a_warm_up_that_will_not_happen_is_refused() -> None:
+    """Oracle: diffusers' constant schedule ignores the warm-up that some of its documented commands ask for."""
+    with pytest.raises(UserError, match="--lr_warmup_steps has no effect without a schedule with warm-up"):
+        train_srl_vae.parse_args([*TRAINING, "--lr_scheduler=constant", "--lr_warmup_steps=100"])
+
+
+@pytest.mark.parametrize("flag", ["--enable_xformers_memory_efficient_attention", "--validation_prompt=a"])
+def test_flags_of_diffusers_that_are_no_flags_here_are_refused(flag: str) -> None:
+    """Oracle: specification, one line with the flag."""
+    with pytest.raises(UserError, match=flag):
+        train_srl_vae.parse_args([*TRAINING, flag])
+
+
+PATHS = (
+    "pretrained_model_name_or_path", "train_data_dir", "validation_data_dir", "dataset_name", "output_dir", "cache_dir",
+    "resume_from_checkpoint", "logging_dir",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", PATHS)
+def test_a_leading_tilde_is_the_home_folder(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: what a shell makes of `~` where it is a word of its own; Hub ids and other paths stay as they are."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text, expected in (("~/here", f"{tmp_path}/here"), ("some/where", "some/where"), ("a~b", "a~b")):
+        assert str(getattr(train_srl_vae.parse_args([*TRAINING, f"--{flag}={text}"]), flag)) == expected
 
 
 @pytest.mark.parametrize("flag", [["--image_column", "picture"], ["--streaming", "--max_train_steps", "2"]])

@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "arithmetic": {"autoencoders"},
     "layers": {"precision"},
     "execution": {"autoencoders", "errors"},
+    "launching": {"errors"},
     "overfitting": set(),
     "readback": set(),
     "resuming": {"checkpoints", "errors"},
@@ -93,7 +94,7 @@ ALLOWED: dict[str, set[str]] = {
         "attacks.protections", "autoencoder_files", "autoencoders", "checkpoints", "codecs", "command_line", "data", "decoding", "errors",
         "evaluation.catalogue", "evaluation.caveats", "evaluation.document", "evaluation.editing", "evaluation.extremes", "evaluation.places",
         "evaluation.reconstruction", "pipelines",
-        "evaluation.report", "evaluation.sanity", "evaluation.study", "evaluation.tasks", "listing", "locking", "losses", "metrics", "pictures",
+        "evaluation.report", "evaluation.sanity", "evaluation.study", "evaluation.tasks", "launching", "listing", "locking", "losses", "metrics", "pictures",
         "set_metrics", "sources",
     },
     "evaluation.commands.reconstruction": {

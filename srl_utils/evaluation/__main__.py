@@ -29,7 +29,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         module.add_arguments(parsers[name])
     given = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(given, argparse.Namespace(arguments=given))
-    parsers[args.command].refuse_without_effect(COMMANDS[args.command].effects(args))
+    parsers[args.command].refuse_without_effect(args, COMMANDS[args.command].effects(args))
     return args
 
 

@@ -187,7 +187,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     command.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    command.refuse_without_effect({"revision": (not os.path.isdir(args.vae), "a model of the Hub")})
+    command.refuse_without_effect(args, {"revision": (not os.path.isdir(args.vae), "a model of the Hub", "main")})
     return args
 
 

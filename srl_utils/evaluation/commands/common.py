@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +30,10 @@ from srl_utils.checkpoints import read_json, write_text_atomically
 from srl_utils.codecs import Codec, load_codec
 from srl_utils.command_line import (
     Effects,
+    expanded_path,
     fraction,
     home_expanded,
     image_side,
-    joined_on_cpu,
     non_negative_float,
     pixel_distance,
     positive_int,
@@ -52,6 +53,7 @@ from srl_utils.evaluation.report import Rows
 from srl_utils.evaluation.sanity import Check, Depth, check_robustness
 from srl_utils.evaluation.study import THREAT_MODELS, Job, Study
 from srl_utils.evaluation.tasks import Metrics, Task
+from srl_utils.launching import check_launch, launched_accelerator, launched_precision
 from srl_utils.listing import few
 from srl_utils.locking import sole_run
 from srl_utils.losses import PerceptualDistance, load_perceptual_distance
@@ -107,12 +109,13 @@ def prepare(args: argparse.Namespace) -> Setup:
     Raises:
         UserError: if one of them cannot be loaded, or if no VAE is left to hold against the baseline.
     """
+    check_launch(os.environ)
     sources = vae_sources(args)
     notes: list[str] = []
     loaded = load_images(args, notes)
-    accelerator = Accelerator(
-        cpu=joined_on_cpu(),
-        mixed_precision=args.mixed_precision,
+    accelerator = launched_accelerator(
+        os.environ,
+        precision=args.mixed_precision or launched_precision(os.environ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
     dtype = HALF_PRECISION.get(accelerator.mixed_precision)
@@ -557,14 +560,10 @@ def settings(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
 
 
 def folder(text: str) -> Path:
-    path = home_expanded(text)
-    if exists(path) and not isdir(path):
+    place = expanded_path(text)
+    if exists(place) and not isdir(place):
         raise argparse.ArgumentTypeError(f"{text} is no folder")
-    return Path(path)
-
-
-def file(text: str) -> Path:
-    return Path(home_expanded(text))
+    return place
 
 
 def needs_denoiser(args: argparse.Namespace) -> bool:
@@ -602,7 +601,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
     add("--resolution", type=image_side, default=256, help="side of the images in pixels")
     add("--num_images", type=positive_int, default=64)
-    add("--inception_weights", type=file, default=None, help="torch-fidelity's Inception weights, for distances of sets")
+    add("--inception_weights", type=expanded_path, default=None, help="torch-fidelity's Inception weights, for distances of sets")
     add("--clip_model", type=home_expanded, default=CLIP_MODEL, help="CLIP model (Hub id or folder); needs transformers")
     add("--batch_size", type=positive_int, default=16)
     add("--seed", type=seed, default=0)
@@ -616,7 +615,7 @@ def add_attack_arguments(parser: argparse.ArgumentParser, *, attacks: Sequence[s
     add("--attacks", nargs="+", default=list(attacks), help=f"presets or names: {', '.join(known_names())}")
     add("--epsilons", nargs="+", type=budget, default=list(epsilons))
     add("--threat_models", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS))
-    add("--target", type=file, default=None, help="image that targeted protections make others look like")
+    add("--target", type=expanded_path, default=None, help="image that targeted protections make others look like")
     add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
     add_check_arguments(parser)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median_low
 
 from srl_utils.captions import decode_text, lines_of
-from srl_utils.command_line import Effects
+from srl_utils.command_line import Effects, expanded_path
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import select
 from srl_utils.evaluation.commands.common import (
@@ -23,7 +23,6 @@ from srl_utils.evaluation.commands.common import (
     build_supplies,
     check_captions,
     exchangeable,
-    file,
     load_judge,
     named,
     pipeline_effects,
@@ -121,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline_arguments(parser)
     add = parser.add_argument
     add("--metrics", nargs="+", choices=METRICS, default=["psnr", "ssim", "lpips", "clip", "clip-text", "fid"])
-    add("--prompts", type=file, default=None, help="text file: a line for each image, or one for all")
+    add("--prompts", type=expanded_path, default=None, help="text file: a line for each image, or one for all")
     add("--replace", nargs="+", type=replacement, default=None, metavar="OLD=NEW", help="edit the captions' words instead")
     add("--strengths", nargs="+", type=share, default=[0.3, 0.5, 0.7], help="of image-to-image")
     add("--edits", nargs="+", default=None, metavar="NAME", help="only these, such as img2img-0.5 inpainting; default: all")

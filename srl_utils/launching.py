@@ -1,0 +1,195 @@
+"""What `accelerate launch` and `accelerate config` ask for through the environment, and the Accelerator made of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
+
+from srl_utils.errors import UserError, one_line
+
+Environment = Mapping[str, str]
+
+TRUE, FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
+USE_CPU = "ACCELERATE_USE_CPU"
+SWITCHES = (USE_CPU, "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY")
+"""Accelerate obeys these by itself."""
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+SAGEMAKER = ("ACCELERATE_USE_SAGEMAKER", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE")
+DEVICE = "ACCELERATE_TORCH_DEVICE"
+PRECISIONS = ("no", "fp16", "bf16")
+DYNAMO = "ACCELERATE_DYNAMO_"
+DYNAMO_SWITCHES = ("FULLGRAPH", "DYNAMIC", "REGIONAL_COMPILATION")
+WITHOUT = "change it with `accelerate config`, or unset the variable"
+
+
+class Setting(NamedTuple):
+    """A variable of accelerate that asks for what a flag of the training asks for."""
+
+    variable: str
+    flag: str
+    read: Callable[[Environment], Any]
+    """The flag's value, or None where the environment asks for nothing. Raises UserError."""
+
+
+def launched_steps(environment: Environment) -> int | None:
+    """Return the passes per update that accelerate is configured for, or None."""
+    name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    text = environment.get(name)
+    if text is None:
+        return None
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise UserError(_refusal(name, text, "a whole number of 1 or more"))
+    return int(text)
+
+
+def launched_precision(environment: Environment) -> str | None:
+    """Return the half precision that accelerate is configured for, or None.
+
+    Accelerate's `no` is its default, and so asks for nothing.
+    """
+    name = "ACCELERATE_MIXED_PRECISION"
+    text = environment.get(name, "no").strip().lower()
+    if text not in PRECISIONS:
+        raise UserError(f"{_refusal(name, text, ', '.join(PRECISIONS))}, or give --mixed_precision")
+    return None if text == "no" else text
+
+
+def launched_compiling(environment: Environment) -> bool | None:
+    """Return True where accelerate is configured for torch.compile with its usual settings, else None."""
+    backend = environment.get(f"{DYNAMO}BACKEND", "no").strip().lower()
+    if backend.upper() not in DynamoBackend.list():
+        raise UserError(_refusal(f"{DYNAMO}BACKEND", backend, "no or inductor"))
+    if backend == "no":
+        return None
+    wishes = [name for name in DYNAMO_SWITCHES if _is_on(environment, f"{DYNAMO}USE_{name}")]
+    mode = environment.get(f"{DYNAMO}MODE", "default").strip().lower()
+    if backend != "inductor" or mode != "default" or wishes:
+        wanted = [f"{DYNAMO}BACKEND={backend}", f"{DYNAMO}MODE={mode}", *(f"{DYNAMO}USE_{name}" for name in wishes)]
+        raise UserError(
+            f"accelerate is configured for {one_line(' '.join(wanted))}; the training supports inductor in its default mode: "
+            "change it with `accelerate config`, or give --torch_compile or --no-torch_compile"
+        )
+    return True
+
+
+SETTINGS = (
+    Setting("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", launched_steps),
+    Setting("ACCELERATE_MIXED_PRECISION", "mixed_precision", launched_precision),
+    Setting(f"{DYNAMO}BACKEND", "torch_compile", launched_compiling),
+)
+
+
+def launched_arguments(environment: Environment, given: Callable[[str], bool]) -> dict[str, Any]:
+    """Return the values that accelerate's environment has for flags of the training.
+
+    Args:
+        given: whether the command line has a flag, which then wins.
+
+    Raises:
+        UserError: if a value cannot be honoured.
+    """
+    values = {setting.flag: setting.read(environment) for setting in SETTINGS if not given(setting.flag)}
+    return {flag: value for flag, value in values.items() if value is not None}
+
+
+def check_launch(environment: Environment) -> None:
+    """Refuse what accelerate is configured for and this project does not support, or what accelerate cannot read.
+
+    Raises:
+        UserError: in one line, with the variable and its value.
+    """
+    for name, what in UNSUPPORTED.items():
+        if _is_on(environment, name):
+            raise UserError(f"accelerate is configured for {what} ({name}), which is not supported; {WITHOUT}")
+    if _is_on(environment, SAGEMAKER[0]) and environment.get(SAGEMAKER[1]) != "NO":
+        raise UserError(f"accelerate is configured for SageMaker's data parallelism ({SAGEMAKER[0]}), which is not supported; {WITHOUT}")
+    for name in (*SWITCHES, *(f"{DYNAMO}USE_{name}" for name in DYNAMO_SWITCHES)):
+        _is_on(environment, name)
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        text = environment.get(name, "0").strip()
+        if not text.removeprefix("-").isdecimal():
+            raise UserError(_refusal(name, text, "a whole number"))
+    if DEVICE in environment:
+        _check_device(environment[DEVICE])
+
+
+def joined_on_cpu(environment: Environment) -> bool:
+    """Return whether this is one of several processes without a GPU.
+
+    Accelerate has to be told, and then joins them by gloo. Otherwise each process would work alone.
+    """
+    return not torch.accelerator.is_available() and "LOCAL_RANK" in environment
+
+
+def launched_accelerator(environment: Environment, *, precision: str | None, steps: int = 1, **settings: Any) -> Accelerator:
+    """Return an Accelerator that takes devices and processes from the environment, and all else from its arguments.
+
+    Args:
+        precision: `no`, `fp16` or `bf16`; None means `no`, or what an earlier Accelerator of this process has.
+        steps: forward and backward passes per update. The environment would override a plain argument.
+        settings: further arguments of `Accelerator`.
+    """
+    return Accelerator(
+        cpu=joined_on_cpu(environment),
+        mixed_precision=precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
+        dynamo_backend="no",
+        **settings,
+    )
+
+
+def on_cpu(environment: Environment) -> bool:
+    """Return whether accelerate is told to leave the GPU alone."""
+    device = environment.get(DEVICE)
+    return _is_on(environment, USE_CPU) if device is None else device.startswith("cpu")
+
+
+def launch_notes(environment: Environment, args: argparse.Namespace) -> list[str]:
+    """Return a line on each variable of accelerate that asks for something, and what has become of it."""
+    notes = []
+    for setting in SETTINGS:
+        text = environment.get(setting.variable, "no")
+        if text.strip().lower() != "no":
+            value = getattr(args, setting.flag)
+            fate = "honoured" if _asks_for(setting, environment, value) else "overruled by the command line"
+            notes.append(f"{setting.variable}={one_line(text)}: {fate}, {setting.flag} is {value}")
+    notes += [f"{name}={environment[name]}: honoured by accelerate" for name in SWITCHES if _is_on(environment, name)]
+    return notes + ([f"{DEVICE}={environment[DEVICE]}: honoured by accelerate"] if DEVICE in environment else [])
+
+
+def _asks_for(setting: Setting, environment: Environment, value: Any) -> bool:
+    try:
+        return setting.read(environment) == value
+    except UserError:  # a value that the command line has overruled
+        return False
+
+
+def _is_on(environment: Environment, name: str) -> bool:
+    text = environment.get(name, "no")
+    if text.lower() not in TRUE + FALSE:
+        raise UserError(_refusal(name, text, "true or false"))
+    return text.lower() in TRUE
+
+
+def _check_device(text: str) -> None:
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"{_refusal(DEVICE, text, 'a device of this machine')}: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise UserError(_refusal(DEVICE, text, "a device that computes"))
+
+
+def _refusal(name: str, text: str, expected: str) -> str:
+    return f"{name}={one_line(text)!r} in the environment cannot be honoured; set it to {expected}"
