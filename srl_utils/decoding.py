@@ -138,6 +138,8 @@ def _one_line_reason() -> Iterator[None]:
             yield
     except UnreadableImage:
         raise
+    except UnidentifiedImageError as error:  # its message may hold an address in memory
+        raise UnreadableImage("no picture of a known format, or its beginning is broken") from error
     except Exception as error:  # on broken files Pillow raises nearly anything: SyntaxError, struct.error, ...
         reason = (str(error).splitlines() or [""])[0]
         raise UnreadableImage(f"{type(error).__name__}: {reason}") from error

@@ -165,6 +165,18 @@ def test_a_picture_given_stays_open_and_as_it_was(tmp_path: Path) -> None:
         assert np.array_equal(decode_rgb(picture), SAMPLES)
 
 
+def test_what_is_no_picture_is_refused_in_the_same_words(tmp_path: Path) -> None:
+    """Oracle: bytes and files of several beginnings give one reason, without names and addresses in memory."""
+    reasons = set()
+    for content in (b"", b"text", bytes(100), png(SAMPLES, 8, 2)[:8] + bytes(50)):
+        (tmp_path / "a.png").write_bytes(content)
+        for source in (content, tmp_path / "a.png"):
+            with pytest.raises(UnreadableImage) as caught:
+                decode_rgb(source)
+            reasons.add(str(caught.value))
+    assert reasons == {"no picture of a known format, or its beginning is broken"}
+
+
 def test_an_error_of_the_caller_stays_its_own() -> None:
     """Oracle: the exception raised while a picture is open is no unreadable picture."""
     with pytest.raises(ZeroDivisionError), open_picture(png(SAMPLES, 8, 2)):

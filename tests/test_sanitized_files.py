@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 from conftest import build_tiny_vae
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 from test_sanitizing import draw_picture, draw_pixels, files_in, sanitize_command
 
@@ -111,6 +111,23 @@ def test_animations_keep_frames_and_times(vae_at: Path, tmp_path: Path, suffix: 
             seen = np.asarray(cleaned)[..., 3] > 0
             np.testing.assert_array_equal(shown[..., 3], np.asarray(cleaned)[..., 3])
             assert abs(shown - np.asarray(cleaned))[seen].max() <= (60 if suffix == ".gif" else 0)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".gif"])
+def test_a_still_picture_is_no_frame(vae_at: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture) -> None:
+    """Oracle: Pillow's marks of a PNG; other animations have two frames with their times, and the loss is said."""
+    frames = [draw_picture(10, 12, seed=seed) for seed in range(3)]
+    frames[0].save(tmp_path / "in.png", save_all=True, append_images=frames[1:], default_image=True, duration=[40, 70], loop=2)
+    target = tmp_path / f"out{suffix}"
+    assert sanitize_command(tmp_path / "in.png", target, "--vae", vae_at) == 0
+    assert ("still picture" in capsys.readouterr().err) == (suffix != ".png")
+    with Image.open(target) as after:
+        assert bool(after.info.get("default_image")) == (suffix == ".png")
+        times = []
+        for frame in ImageSequence.Iterator(after):
+            frame.load()
+            times.append(after.info.get("duration"))
+    assert [time for time in times if time] == [40, 70] and len(times) == (3 if suffix == ".png" else 2)
 
 
 def test_pages_keep_their_sizes(vae_at: Path, tmp_path: Path) -> None:
