@@ -87,7 +87,9 @@ def as_rgb(picture: Image.Image | np.ndarray, profile: bytes | None) -> Image.Im
     converter = _converter(profile, mode) if profile and mode != "LAB" else None
     if isinstance(picture, np.ndarray):
         return _deep_as_rgb(picture, converter)
-    return picture.convert("RGB") if converter is None else converter(picture)
+    if converter is None:
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    return converter(picture)
 
 
 def _gray_of(picture: Image.Image | np.ndarray) -> Image.Image | np.ndarray:

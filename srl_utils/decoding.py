@@ -17,10 +17,10 @@ import fsspec
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from srl_utils import jp2_boxes, png_chunks, tiff_pages
-from srl_utils.colours import as_rgb, profile_of, warn_once
+from srl_utils import iso_boxes, png_chunks, tiff_pages
+from srl_utils.colours import as_rgb, profile_of
 from srl_utils.png_chunks import LOW_BYTES
-from srl_utils.sample_ranges import SIGNED, Declared, unit_values
+from srl_utils.sample_ranges import SIGNED, AmbiguousRange, Declared, unit_values
 
 # Pillow only recognises the first five (their pixels need other software) and hands the last to Ghostscript.
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
@@ -28,16 +28,16 @@ SIXTEEN_BIT_FORMATS = {"PNG", "PPM"}  # whose long integers Pillow scales to 16 
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 AVIF_BRANDS = {b"avif", b"avis"}
 JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
-HEAD = 64  # bytes
+HEAD = 64  # bytes that tell a format
 NEEDED = {
-    "HEIF": "HEIC needs pillow-heif",
-    "AVIF": "AVIF needs Pillow 11.3 or newer",
-    "JXL": "JPEG XL needs pillow-jxl-plugin",
+    "AVIF": "needs Pillow 11.3 or newer: pip install --upgrade pillow",
+    "HEIF": "needs pillow-heif: pip install pillow-heif",
+    "JXL": "needs pillow-jxl-plugin: pip install pillow-jxl-plugin",
 }
 NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}  # Pillow's names of raw samples
 NEEDS_ALL_BITS = {"cicp", "icc_profile", "gamma", "chromaticity", "transparency"}  # of `Image.info`
 SIXTEEN_BITS = Declared(bits=16)
-DARK = 4096
+TWELVE_BITS = 4095
 
 _raised_limit = threading.RLock()
 
@@ -97,13 +97,17 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     with _one_line_reason():
         _refuse_bomb(image)
         _expect_native_bytes(image)
+        deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
         image.load()
         upright, low = _upright(image), image.info.get(LOW_BYTES)
         if isinstance(low, Image.Image):
             colour, alpha = _join(upright, _upright(low))
         else:
             colour, alpha = _split(upright, _declared(image))
-        picture = as_rgb(colour, profile_of(image))
+        profile = profile_of(image)
+        if profile is None:
+            _refuse_dim(colour, deep, _declared(image))
+        picture = as_rgb(colour, profile)
         picture.info = {}  # it says how to read the file, and would be taken for this picture's
         return picture, alpha
 
@@ -134,6 +138,8 @@ def _one_line_reason() -> Iterator[None]:
             yield
     except UnreadableImage:
         raise
+    except UnidentifiedImageError as error:  # its message may hold an address in memory
+        raise UnreadableImage("no picture of a known format, or its beginning is broken") from error
     except Exception as error:  # on broken files Pillow raises nearly anything: SyntaxError, struct.error, ...
         reason = (str(error).splitlines() or [""])[0]
         raise UnreadableImage(f"{type(error).__name__}: {reason}") from error
@@ -181,7 +187,8 @@ def _open_file(path: Path) -> Image.Image:
         raise UnreadableImage("no regular file")
     with path.open("rb") as file:
         head = file.read(HEAD)
-    if head.startswith((png_chunks.SIGNATURE, jp2_boxes.SIGNATURE, *tiff_pages.SIGNATURES)):
+    boxes = head.startswith(iso_boxes.JP2) or head[4:8] == iso_boxes.FILE_TYPE
+    if boxes or head.startswith((png_chunks.SIGNATURE, *tiff_pages.SIGNATURES)):
         return _open_bytes(path.read_bytes())
     with _named_reason(head):
         return Image.open(path, formats=picture_formats())
@@ -194,8 +201,10 @@ def _open_bytes(data: bytes) -> Image.Image:
         return _open_png(data)
     with _named_reason(data[:HEAD]):
         image = Image.open(io.BytesIO(data), formats=picture_formats())
-    if data.startswith(jp2_boxes.SIGNATURE):
-        image.info["icc_profile"] = jp2_boxes.embedded_profile(data)
+    if data.startswith(iso_boxes.JP2):
+        image.info["icc_profile"] = iso_boxes.embedded_profile(data)
+    elif data[4:8] == iso_boxes.FILE_TYPE and not image.info.get("icc_profile"):
+        image.info["cicp"] = iso_boxes.code_points(data)
     return image
 
 
@@ -230,14 +239,14 @@ def _named_reason(head: bytes) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError:
-        file_format = _foreign_format(head)
+        file_format = foreign_format(head)
         if file_format is None or file_format in picture_formats():
             raise
-        raise UnreadableImage(NEEDED[file_format]) from None
+        raise UnreadableImage(f"{file_format} {NEEDED[file_format]}") from None
 
 
-def _foreign_format(head: bytes) -> str | None:
-    """One of `NEEDED`, by the first bytes of a file."""
+def foreign_format(head: bytes) -> str | None:
+    """Return which of `NEEDED` the first bytes of a file begin; None for any other format."""
     if head.startswith(JPEG_XL):
         return "JXL"
     brands = {head[8:12], *(head[start : start + 4] for start in range(16, len(head), 4))}
@@ -270,7 +279,8 @@ def _declared(image: Image.Image) -> Declared:
     if isinstance(tags := getattr(image, "tag_v2", None), Mapping):
         return Declared.of_tiff(tags)
     sixteen_bits = image.mode.startswith("I;16") or image.format in SIXTEEN_BIT_FORMATS
-    return Declared(bits=16 if sixteen_bits and image.mode != "F" else None)
+    highest = 65535 if image.format == "PPM" else None  # Pillow brings its header's maximum to this
+    return Declared(bits=16 if sixteen_bits and image.mode != "F" else None, highest=highest)
 
 
 def _split(image: Image.Image, declared: Declared) -> tuple[Image.Image | np.ndarray, Image.Image | None]:
@@ -285,7 +295,7 @@ def _split(image: Image.Image, declared: Declared) -> tuple[Image.Image | np.nda
     if image.has_transparency_data:
         *bands, alpha = image.convert("LA" if gray else "RGBA").split()
         return Image.merge("L" if gray else "RGB", bands), _unless_opaque(alpha)
-    return image if image.mode in ("CMYK", "LAB") else image.convert("L" if gray else "RGB"), None
+    return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("L" if gray else "RGB"), None
 
 
 def _unless_opaque(alpha: Image.Image) -> Image.Image | None:
@@ -299,12 +309,22 @@ def _long_samples(image: Image.Image, declared: Declared, transparent: object) -
         values = values.astype(f"i{declared.bits // 8}")
     elif declared.kind != SIGNED and declared.bits == 32 and values.dtype == np.int32:
         values = values.view(np.uint32)
-    if declared == SIXTEEN_BITS and 0 < values.max() < DARK:
-        warn_once("an image of 16 bits has no value above 4095, and is as dark as its file says")
     gray = (65535 * unit_values(values, declared)).round().astype(np.uint16)
     if not isinstance(transparent, int):
         return gray, None
     return gray, _unless_opaque(_mask(values != transparent))
+
+
+def _refuse_dim(colour: Image.Image | np.ndarray, deep: bool, declared: Declared) -> None:
+    """Raise an `AmbiguousRange` for 16 bits of which only 12 are used: these files rarely mean the darkness they state."""
+    if declared != SIXTEEN_BITS:
+        return
+    if isinstance(colour, np.ndarray):
+        dim = 0 < colour.max() <= TWELVE_BITS
+    else:  # the high bytes
+        dim = deep and 0 < max(high for _, high in colour.convert("RGB").getextrema()) <= TWELVE_BITS >> 8
+    if dim:
+        raise AmbiguousRange("has 16 bits, but no value above 4095, as files of 12 bits have; convert it to 8 bits")
 
 
 def _join(high: Image.Image, low: Image.Image) -> tuple[np.ndarray, Image.Image | None]:

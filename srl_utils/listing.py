@@ -6,45 +6,22 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
-from srl_utils.decoding import picture_formats, picture_suffixes
+from srl_utils.decoding import HEAD, NEEDED, foreign_format, picture_formats, picture_suffixes
 from srl_utils.errors import one_line
 from srl_utils.pictures import list_files
 
 MAGIC_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF")
-HEAD = 64  # bytes that tell a format
 BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # lengths; the two letters before them also begin words
 
 
-class Software(NamedTuple):
-    """What a format needs, and how its files are told: by suffix, brand (of the ISO formats) or first bytes."""
-
-    reason: str
-    suffixes: frozenset[str]
-    brands: frozenset[bytes] = frozenset()
-    beginnings: tuple[bytes, ...] = ()
-
-
-SOFTWARE = (
-    Software(  # before HEIF, whose general brands its files also have
-        "needs Pillow 11.3 or newer: pip install --upgrade pillow",
-        suffixes=frozenset({".avif", ".avifs"}),
-        brands=frozenset({b"avif", b"avis"}),
-    ),
-    Software(
-        "needs pillow-heif: pip install pillow-heif",
-        suffixes=frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"}),
-        brands=frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}),
-    ),
-    Software(
-        "needs pillow-jxl-plugin: pip install pillow-jxl-plugin",
-        suffixes=frozenset({".jxl"}),
-        beginnings=(b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
-    ),
-)
+SUFFIXES = {  # of the formats in `NEEDED`
+    "AVIF": frozenset({".avif", ".avifs"}),
+    "HEIF": frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"}),
+    "JXL": frozenset({".jxl"}),
+}
 NO_FORMAT = "no format that Pillow reads"
 NO_SUFFIX = "no suffix, and no picture by its content"
 # Captions, tables, caches of trainers, notes and what systems leave behind: nobody expects pictures there.
@@ -116,7 +93,7 @@ def suffix_of(name: str) -> str:
 
 def is_told_by_content(suffix: str) -> bool:
     """Return whether the suffix leaves open what the file holds: phones also name JPEG files .heic."""
-    return suffix == "" or any(suffix in software.suffixes for software in SOFTWARE)
+    return suffix == "" or _named_by(suffix) is not None
 
 
 def reason_of(suffix: str, head: bytes) -> str | None:
@@ -131,11 +108,14 @@ def reason_of(suffix: str, head: bytes) -> str | None:
     # Raw photographs, of many suffixes, begin like a TIFF, which holds no more than their thumbnail.
     if any(_accepts(name, head) for name in MAGIC_FORMATS if not (suffix and name == "TIFF")):
         return None
-    brands = {head[start : start + 4] for start in range(8, len(head), 4)} if head[4:8] == b"ftyp" else set()
-    for software in SOFTWARE:
-        if suffix in software.suffixes or brands & software.brands or head.startswith(software.beginnings):
-            return software.reason
+    if file_format := foreign_format(head) or _named_by(suffix):
+        return NEEDED[file_format]
     return NO_FORMAT if suffix else NO_SUFFIX
+
+
+def _named_by(suffix: str) -> str | None:
+    """Return which of `NEEDED` a suffix names; None if it names none of them."""
+    return next((file_format for file_format, suffixes in SUFFIXES.items() if suffix in suffixes), None)
 
 
 def _accepts(name: str, head: bytes) -> bool:

@@ -242,7 +242,7 @@ def assert_one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
         ({"train_data_dir": "one"}, ["--validation_data_dir"]),
         ({"train_data_dir": "images", "max_train_samples": 0}, ["no images", "--max_train_samples"]),
         ({"train_data_dir": "tar", "image_column": "depth.png"}, ["--image_column depth.png", "png, json"]),
-        ({"train_data_dir": "broken"}, ["training images tried can be read", "broken", "UnidentifiedImageError"]),
+        ({"train_data_dir": "broken"}, ["training images tried can be read", "broken", "no picture of a known format"]),
         ({"dataset_name": "./parquet", "image_column": "img"}, ["--image_column img", "image, text"]),
         ({"dataset_name": "./parquet", "validation_split": "dev"}, ["--validation_split dev", "train"]),
         ({"dataset_name": "./parquet", "dataset_config_name": "large"}, ["large", "--dataset_config_name"]),

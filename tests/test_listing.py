@@ -30,10 +30,9 @@ def encoded(file_format: str, **options: object) -> bytes:
 @pytest.fixture(autouse=True)
 def without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow as it is without pillow-heif, whether that is installed or not."""
-    heif = {suffix for software in listing.SOFTWARE for suffix in software.suffixes if "heif" in software.reason}
     formats, suffixes = listing.picture_formats(), listing.picture_suffixes()
     monkeypatch.setattr(listing, "picture_formats", lambda: tuple(name for name in formats if name != "HEIF"))
-    monkeypatch.setattr(listing, "picture_suffixes", lambda: suffixes - heif)
+    monkeypatch.setattr(listing, "picture_suffixes", lambda: suffixes - listing.SUFFIXES["HEIF"])
 
 
 @pytest.fixture

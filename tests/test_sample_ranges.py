@@ -111,6 +111,25 @@ def test_fewer_bits_than_the_file_has_room_for(tag: int) -> None:
     assert error(tiff(levels(RAMP, 16), extratags=[(tag, "H", 1, 4095, True)]), RAMP) <= 1
 
 
+@pytest.mark.parametrize("maximum", [300, 1023, 4095])
+def test_sixteen_bits_of_which_only_twelve_are_used(maximum: int) -> None:
+    """Oracle: a file of 12 bits in words is the same as one that is nearly black, so neither is guessed."""
+    for unit, photometric, colour_type in ((RAMP, "minisblack", 0), (COLOURS, "rgb", 2)):
+        samples = (unit * maximum).astype(np.uint16)
+        for data in (tiff(samples, photometric), tiff(samples, photometric, compression="zlib"), png(samples, 16, colour_type)):
+            with pytest.raises(UnreadableImage, match="no value above 4095"):
+                decode_rgb(data)
+
+
+def test_black_and_declared_darkness_are_read() -> None:
+    """Oracle: closed form; words of zeros, 8 bits, and a PGM, whose header names its white."""
+    assert error(tiff(np.zeros((5, 5), np.uint16)), np.zeros((5, 5))) == 0
+    assert error(png(np.zeros((5, 5, 3), np.uint16), 16, 2), np.zeros((5, 5, 3))) == 0
+    assert error(png(levels(COLOURS / 20), 8, 2), COLOURS / 20) <= 1
+    dark = (RAMP * 3000).astype(">u2")
+    assert error(b"P5\n%d %d\n65535\n" % (WIDTH, HEIGHT) + dark.tobytes(), dark / 65535) <= 1
+
+
 def fractions(scale: float, shift: float = 0.0) -> bytes:
     return tiff((RAMP * scale + shift).astype(np.float32))
 

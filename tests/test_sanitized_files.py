@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from conftest import build_tiny_vae
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 from test_sanitizing import draw_picture, draw_pixels, files_in, sanitize_command
 
@@ -112,6 +113,23 @@ def test_animations_keep_frames_and_times(vae_at: Path, tmp_path: Path, suffix: 
             assert abs(shown - np.asarray(cleaned))[seen].max() <= (60 if suffix == ".gif" else 0)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".gif"])
+def test_a_still_picture_is_no_frame(vae_at: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture) -> None:
+    """Oracle: Pillow's marks of a PNG; other animations have two frames with their times, and the loss is said."""
+    frames = [draw_picture(10, 12, seed=seed) for seed in range(3)]
+    frames[0].save(tmp_path / "in.png", save_all=True, append_images=frames[1:], default_image=True, duration=[40, 70], loop=2)
+    target = tmp_path / f"out{suffix}"
+    assert sanitize_command(tmp_path / "in.png", target, "--vae", vae_at) == 0
+    assert ("still picture" in capsys.readouterr().err) == (suffix != ".png")
+    with Image.open(target) as after:
+        assert bool(after.info.get("default_image")) == (suffix == ".png")
+        times = []
+        for frame in ImageSequence.Iterator(after):
+            frame.load()
+            times.append(after.info.get("duration"))
+    assert [time for time in times if time] == [40, 70] and len(times) == (3 if suffix == ".png" else 2)
+
+
 def test_pages_keep_their_sizes(vae_at: Path, tmp_path: Path) -> None:
     """Oracle: each page alone."""
     pages = [draw_picture(9, 7), draw_picture(6, 11, seed=1), cut_out()]
@@ -176,6 +194,37 @@ def test_metadata_is_kept_and_orientation_applied(vae_at: Path, tmp_path: Path, 
             np.testing.assert_allclose([float(value) for value in after.info["dpi"]], (across, down), rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["webp", "avif", "tif of fractions", "tif without"])
+def test_resolution_is_found_where_pillow_does_not_look(vae_at: Path, tmp_path: Path, kind: str) -> None:
+    """Oracle: the resolution of the Exif or the tags, 118 dots per cm being 300 per inch; none where none was written."""
+    source = tmp_path / f"in.{kind[:4].strip()}"
+    exif = Image.Exif()
+    exif.update({0x011A: 118.11, 0x011B: 59.055, 0x0128: 3})
+    if kind == "tif of fractions":
+        pixels = draw_pixels(10, 12).astype(np.float32) / 255
+        tags = [(33432, "s", 0, "(c) Somebody", True)]
+        tifffile.imwrite(source, pixels, photometric="rgb", resolution=(118.11, 59.055), resolutionunit="CENTIMETER", extratags=tags)
+    elif kind == "avif" and "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow has no AVIF")
+    else:
+        draw_picture(10, 12).save(source, **({} if kind == "tif without" else {"exif": exif}))
+    assert sanitize_command(source, tmp_path / "out.jpg", "--vae", vae_at) == 0
+    with Image.open(tmp_path / "out.jpg") as after:
+        assert after.info.get("dpi") == (None if kind == "tif without" else (300, 150))
+        assert kind != "tif of fractions" or after.getexif()[0x8298] == "(c) Somebody"
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".tif"])
+def test_lost_texts_are_said(vae_at: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture) -> None:
+    """Oracle: the names of the texts that only a PNG holds."""
+    texts = PngInfo()
+    for name in ("parameters", "workflow", "Author"):
+        texts.add_text(name, "a cat, Steps: 20")
+    draw_picture().save(tmp_path / "in.png", pnginfo=texts)
+    assert sanitize_command(tmp_path / "in.png", tmp_path / f"out{suffix}", "--vae", vae_at) == 0
+    assert "in.png: texts of the PNG (parameters, workflow)" in capsys.readouterr().err
+
+
 def test_texts_of_a_png_are_kept(vae_at: Path, tmp_path: Path) -> None:
     """Oracle: the PNG's own texts; in a JPEG they are the EXIF's."""
     texts = PngInfo()
@@ -226,6 +275,23 @@ def test_in_a_folder_it_becomes_a_png(vae_at: Path, tmp_path: Path, capsys: pyte
     assert "cannot write 1 of 4 images" in printed.err.strip().splitlines()[-1]
     with Image.open(tmp_path / "out" / "a.ppm.png") as own:
         assert own.convert("RGB").tobytes() == sanitize(draw_picture(seed=1), build_tiny_vae()).tobytes()
+
+
+def test_files_left_out_of_a_folder_are_said(vae_at: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Oracle: a picture without suffix is found by its content, and all other files are named with the reason."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    draw_picture().save(folder / "plain", format="PNG")
+    for name in ("clip.mov", "notes", "raw.cr2", "photo.jxl"):
+        (folder / name).write_bytes(b"\0" * 80)
+    (folder / "plain.txt").write_text("a caption")
+    assert sanitize_command(folder, tmp_path / "out", "--vae", vae_at) == 0
+    told = capsys.readouterr().err
+    assert files_in(tmp_path / "out") == {"plain.png"}
+    assert "4 files were not looked at" in told and "needs pillow-jxl-plugin" in told and "2: clip.mov, raw.cr2" in told
+    (folder / "plain").unlink()
+    assert sanitize_command(folder, tmp_path / "out", "--vae", vae_at) == 2
+    assert "holds no images; 4 files were not looked at" in capsys.readouterr().err
 
 
 def test_the_longest_names_are_written(vae_at: Path, tmp_path: Path) -> None:

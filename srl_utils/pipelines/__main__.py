@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -16,9 +15,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from srl_utils.command_line import Parser, exit_code, positive_int
-from srl_utils.decoding import UnreadableImage, open_picture, picture_suffixes
+from srl_utils.decoding import UnreadableImage, open_picture
 from srl_utils.errors import ResourceError, UserError, one_line
-from srl_utils.pictures import list_files
+from srl_utils.listing import PassedOver, list_pictures
 from srl_utils.pipelines.files import check_size, check_writable, fitting_target, sanitize_file
 from srl_utils.pipelines.formats import format_of, writable_suffixes
 from srl_utils.pipelines.sanitizing import TILE_ABOVE
@@ -40,7 +39,7 @@ class Outcome:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    jobs = list(plan(args.input, args.output))
+    jobs, passed_over = plan(args.input, args.output)
     if args.input.is_file():
         check_before(*jobs[0], args)
     vae = resolve_vae(args.vae, subfolder=args.subfolder, revision=args.revision, variant=args.variant)
@@ -48,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     outcome = Outcome()
     for source, target in tqdm(jobs, desc="sanitize", unit="image"):
         work(source, target, vae, args, outcome)
+    if passed_over:
+        print(passed_over.report(), file=sys.stderr)
     report(outcome, len(jobs), args.output)
     return 0
 
@@ -126,8 +127,8 @@ def check_before(source: Path, target: Path, args: argparse.Namespace) -> None:
         raise UserError(f"nothing was written: none of 1 images can be read, the first is {source} ({reason_of(error)})") from None
 
 
-def plan(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
-    """What to read and where to write it; a folder's images keep their places and names.
+def plan(source: Path, target: Path) -> tuple[list[tuple[Path, Path]], PassedOver]:
+    """What to read and where to write it, and the files left out; a folder's images keep their places and names.
 
     Raises:
         UserError: if there is nothing to read, or if `target` is `source` or no place to write to.
@@ -141,18 +142,17 @@ def plan(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
     if source.is_file():
         if format_of(target) is None:
             raise UserError(f"{target} must end in one of {', '.join(writable_suffixes())}")
-        yield source, target
-        return
+        return [(source, target)], PassedOver()
     if target.is_file():
         raise UserError(f"{target} is a file; {source} is a folder and needs a folder to write to")
     # os.path bears links that lead to themselves, unlike pathlib
     inside = os.path.join(os.path.realpath(target), "")
-    files = [file for file in list_files(source, picture_suffixes()) if not os.path.realpath(file).startswith(inside)]
+    pictures, passed_over = list_pictures(source)
+    files = [file for file in pictures if not os.path.realpath(file).startswith(inside)]
     if not files:
-        raise UserError(f"{source} holds no images")
+        raise UserError(f"{source} holds no images{f'; {passed_over.report()}' if passed_over else ''}")
     taken = {target / file.relative_to(source) for file in files if format_of(file) is not None}
-    for file in files:
-        yield file, writable(target / file.relative_to(source), taken)
+    return [(file, writable(target / file.relative_to(source), taken)) for file in files], passed_over
 
 
 def writable(place: Path, taken: set[Path]) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
@@ -87,6 +87,9 @@ def write_film(film: Film, metadata: Metadata, target: Path, form: Format) -> li
         OSError: if there is no writing at `target`.
     """
     told, lost = save_options(metadata, form.name)
+    if film.still_first and len(film.frames) > 1 and form.name != "PNG":
+        lost.append(f"the still picture before the animation ({form.name} has no place for it)")
+        film = replace(film, frames=film.frames[1:], durations=film.durations[1:])
     frames = _uniform(film.frames, form)
     options = {**form.options, **told, **_sequence_options(film, frames, form)}
     if form.name == "WEBP" and film.lossless:

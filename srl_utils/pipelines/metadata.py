@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageCms, IptcImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 ORIENTATION, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, INCHES = 0x0112, 0x011A, 0x011B, 0x0128, 2
+INCHES_PER_UNIT = {INCHES: 1.0, 3: 1 / 2.54}
 DESCRIPTION, ARTIST, COPYRIGHT = 0x010E, 0x013B, 0x8298
 XMP_TAG, IPTC_TAG = 0x02BC, 0x83BB
 # How pixels are stored, their colours, thumbnails of them, and blocks that are kept on their own.
@@ -84,11 +85,14 @@ def save_options(metadata: Metadata, file_format: str) -> tuple[dict[str, object
     if file_format == "PNG":
         return _some(pnginfo=_png_chunks(metadata), dpi=metadata.dpi, exif=everything), _iptc_lost(metadata)
     if file_format == "WEBP":
-        return _some(icc_profile=srgb_profile(), exif=everything, xmp=metadata.xmp), _iptc_lost(metadata)
+        told = _some(icc_profile=srgb_profile(), exif=everything, xmp=metadata.xmp)
+        return told, _iptc_lost(metadata) + _texts_lost(metadata)
     if file_format == "TIFF":
-        return _some(icc_profile=srgb_profile(), exif=_with_blocks(exif, metadata).tobytes(), dpi=metadata.dpi), []
+        told = _some(icc_profile=srgb_profile(), exif=_with_blocks(exif, metadata).tobytes(), dpi=metadata.dpi)
+        return told, _texts_lost(metadata)
     if file_format == "JPEG":
-        return _jpeg_options(metadata, everything)
+        told, lost = _jpeg_options(metadata, everything)
+        return told, lost + _texts_lost(metadata)
     if file_format == "GIF":
         rest = metadata.exif or metadata.xmp or metadata.iptc or metadata.texts
         return {"comment": metadata.comment}, ["copyright and other metadata"] if rest else []
@@ -116,12 +120,19 @@ def _orientation(image: Image.Image) -> int:
 
 def _resolution(image: Image.Image, turned: bool) -> tuple[float, float] | None:
     try:
-        across, down = (float(value) for value in image.info["dpi"])
+        across, down = (float(value) for value in image.info.get("dpi") or _exif_resolution(image.getexif()))
     except Exception:  # absent, or no numbers
         return None
-    if not (0 < across <= LARGEST_DPI and 0 < down <= LARGEST_DPI):
+    # Pillow gives a TIFF without resolution 1 dpi.
+    if not (1 < across <= LARGEST_DPI and 1 < down <= LARGEST_DPI):
         return None
     return (down, across) if turned else (across, down)
+
+
+def _exif_resolution(exif: Image.Exif) -> tuple[float, float]:
+    """In dots per inch; the only place for it in WebP, AVIF and HEIF. Raises a KeyError if there is none."""
+    unit = INCHES_PER_UNIT[exif.get(RESOLUTION_UNIT, INCHES)]
+    return float(exif[X_RESOLUTION]) / unit, float(exif[Y_RESOLUTION]) / unit
 
 
 def _tidy_exif(image: Image.Image) -> Image.Exif:
@@ -226,6 +237,12 @@ def _png_chunks(metadata: Metadata) -> PngInfo:
 
 def _iptc_lost(metadata: Metadata) -> list[str]:
     return ["IPTC fields other than copyright, author and description"] if metadata.iptc else []
+
+
+def _texts_lost(metadata: Metadata) -> list[str]:
+    """The texts of a PNG that have no place in Exif, such as the settings that an image was generated with."""
+    names = sorted(metadata.texts.keys() - PNG_TEXTS.keys())
+    return [f"texts of the PNG ({', '.join(names)})"] if names else []
 
 
 def _jpeg_options(metadata: Metadata, exif: bytes | None) -> tuple[dict[str, object], list[str]]:
