@@ -130,7 +130,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": {"autoencoder_files", "autoencoders", "errors", "integrity", "resources"},
     "command_line": {"errors", "images", "resources"},
     "pipelines": {"pipelines.sanitizing", "pipelines.swapping"},
-    "pipelines.precision": {"autoencoder_files", "autoencoders", "errors"},
+    "pipelines.precision": {"autoencoder_files", "autoencoders", "errors", "latents"},
     "pipelines.swapping": {"errors", "autoencoders", "pipelines.precision"},
     "pipelines.metadata": set(),
     "pipelines.sanitizing": {
