@@ -134,7 +134,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipelines.swapping": {"errors", "autoencoders", "pipelines.precision"},
     "pipelines.metadata": set(),
     "pipelines.sanitizing": {
-        "autoencoders", "decoding", "images", "pipelines.metadata", "pipelines.precision", "pipelines.swapping",
+        "autoencoders", "decoding", "errors", "images", "pipelines.metadata", "pipelines.precision", "pipelines.swapping",
     },
     "pipelines.formats": {"checkpoints", "pipelines.metadata"},
     "pipelines.files": {"decoding", "errors", "pipelines.formats", "pipelines.metadata", "pipelines.sanitizing"},
