@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
     AutoencoderTiny,
+    DiffusionPipeline,
     ModelMixin,
     VQModel,
 )
@@ -72,9 +73,10 @@ class Codec:
     def reconstruct(self, images: Tensor) -> Tensor:
         return self.decoder(self.encode(images))
 
-    def scale(self, latents: Tensor) -> Tensor:
-        """Return raw latents `[N,C,h,w]` as the diffusion model sees them."""
-        return self.latent_scale.scale(latents)
+    def scale(self, latents: Tensor, pipe: DiffusionPipeline | None = None) -> Tensor:
+        """Return raw latents `[N,C,h,w]` as the denoiser of `pipe` sees them, or as the VAE's configuration says."""
+        scale = self.latent_scale if pipe is None else LatentScale.of(self.vae.config, pipe)
+        return scale.scale(latents)
 
 
 def load_codec(

@@ -58,7 +58,7 @@ def check_images(images: Tensor) -> None:
     Raises:
         ValueError: naming the shape, dtype or range found.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or len(images) == 0:
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.numel() == 0:
         raise ValueError(f"expected float images [N,3,H,W], got {images.dtype} {tuple(images.shape)}")
     low, high = images.aminmax()
     # Half-precision rounding of an image at the border may pass it by one part in 256. NaN fails both comparisons.

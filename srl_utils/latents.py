@@ -2,12 +2,13 @@
 
 The formulas are those of diffusers' pipelines: `prepare_latents` encodes by `scale`, and `unscale` precedes the decoder.
 
-| configuration | model | to the denoiser |
+| configuration | pipeline | to the denoiser |
 |---|---|---|
 | `scaling_factor` | Stable Diffusion 1, 2, XL; SVD; LDM | `latents * scaling_factor` |
 | and `shift_factor` | Stable Diffusion 3, Flux | `(latents - shift_factor) * scaling_factor` |
 | and both `latents_mean` and `latents_std` | Playground 2.5 (XL) | `(latents - mean) * scaling_factor / std` |
 
+A pipeline ignores the entries of the other rows: Stable Diffusion 1 and 2 look at `scaling_factor` alone.
 Models that normalise latents elsewhere (Wan and Qwen without a `scaling_factor`, Flux 2 with a batch norm in the VAE)
 belong into `LatentScale.of`.
 """
@@ -16,10 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from inspect import getsource
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
+
+IGNORED_BY_SOME = ("shift_factor", "latents_mean", "latents_std")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +38,16 @@ class LatentScale:
     """Never 0; a tensor is `[C,1,1]`."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> LatentScale:
+    def of(cls, config: Mapping[str, Any], pipe: DiffusionPipeline | None = None) -> LatentScale:
         """Return the scale that the configuration of a VAE of any class describes.
 
+        With `pipe`, entries that this pipeline ignores are left out: the scale is the one that its denoiser sees.
         As in diffusers, an entry that is absent or None changes nothing, a mean without a deviation and the reverse
         are without effect, and where both are given they take the place of `shift_factor`.
         """
+        if pipe is not None:
+            ignored = {name for name in IGNORED_BY_SOME if not looks_at(type(pipe), name)}
+            config = {name: value for name, value in config.items() if name not in ignored}
         factor = config.get("scaling_factor") or 1.0
         mean, deviation = config.get("latents_mean"), config.get("latents_std")
         if mean is None or deviation is None:
@@ -55,6 +65,13 @@ class LatentScale:
     def factor_on(self, device: torch.device) -> float | Tensor:
         """Return `factor`, a tensor moved to `device`."""
         return self.factor.to(device) if isinstance(self.factor, Tensor) else self.factor
+
+
+@cache
+def looks_at(pipeline: type[DiffusionPipeline], entry: str) -> bool:
+    """Return whether a pipeline's code in diffusers looks at this entry of the VAE's configuration."""
+    classes = (kind for kind in pipeline.__mro__ if kind.__module__.startswith("diffusers."))
+    return any(f"config.{entry}" in getsource(kind) for kind in classes)
 
 
 def _per_channel(values: Any) -> Tensor:

@@ -134,11 +134,11 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": {"autoencoder_files", "autoencoders", "errors", "integrity", "resources"},
     "command_line": {"errors", "images", "resources"},
     "pipelines": {"pipelines.sanitizing", "pipelines.swapping"},
-    "pipelines.precision": {"autoencoder_files", "autoencoders", "errors"},
+    "pipelines.precision": {"autoencoder_files", "autoencoders", "errors", "latents"},
     "pipelines.swapping": {"errors", "autoencoders", "pipelines.precision"},
     "pipelines.metadata": set(),
     "pipelines.sanitizing": {
-        "autoencoders", "decoding", "images", "pipelines.metadata", "pipelines.precision", "pipelines.swapping",
+        "autoencoders", "decoding", "errors", "images", "pipelines.metadata", "pipelines.precision", "pipelines.swapping",
     },
     "pipelines.formats": {"checkpoints", "pipelines.metadata"},
     "pipelines.files": {"decoding", "errors", "pipelines.formats", "pipelines.metadata", "pipelines.sanitizing"},

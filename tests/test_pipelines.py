@@ -599,3 +599,15 @@ def test_group_offloading_is_refused() -> None:
     with pytest.raises(UserError, match="enable_group_offload"):
         swap_vae(pipe, small_vae())
     assert pipe.vae is own
+
+
+def test_a_vae_that_another_pipeline_uses_keeps_its_slicing_and_tiling() -> None:
+    """Oracle: the settings from before; within the context they are those of the pipeline that uses the VAE."""
+    owner, borrower = build_pipeline("sd"), build_pipeline("sd")
+    owner.vae.enable_slicing()
+    owner.vae.enable_tiling()
+    with robust_vae(borrower, owner.vae) as borrowed:
+        assert borrowed is owner.vae
+        assert (borrowed.use_slicing, borrowed.use_tiling) == (False, False)
+    assert (owner.vae.use_slicing, owner.vae.use_tiling) == (True, True)
+    assert (borrower.vae.use_slicing, borrower.vae.use_tiling) == (False, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -172,7 +173,7 @@ def _protected(protection: Protection, epsilon: float | None, supplies: Supplies
         victim = Victim(
             encode=codec.moments,
             decode=codec.decoder,
-            scale=codec.scale,
+            scale=partial(codec.scale, pipe=supplies.pipeline),
             denoiser=denoiser,
             perceptual=supplies.perceptual,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def build_edits(
         f"img2img-{strength:g}": Edit(pipeline=image_to_image, arguments=_image, settings={**settings, "strength": strength})
         for strength in strengths
     }
-    return edits | {INPAINTING: Edit(pipeline=image_to_image, arguments=_image_and_blending, settings=full)}
+    return edits | {INPAINTING: Edit(pipeline=image_to_image, arguments=partial(_image_and_blending, image_to_image), settings=full)}
 
 
 def check_steps(edits: Mapping[str, Edit]) -> None:
@@ -119,13 +120,15 @@ def _image_and_mask(codec: Codec, shown: Tensor, generators: Generators) -> dict
     return {"image": shown, "mask_image": central_mask(shown)}
 
 
-def _image_and_blending(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, Any]:
+def _image_and_blending(
+    pipeline: DiffusionPipeline, codec: Codec, shown: Tensor, generators: Generators
+) -> dict[str, Any]:
     """Inpainting with a model that was not trained for it: after each step the latents around the hole are set back to
     the image's own, as noisy as the next step expects them (Avrahami et al., "Blended Latent Diffusion", arXiv 2206.02779).
 
     diffusers' own inpainting does the same, but takes latents of 4 channels only.
     """
-    latents = codec.scale(codec.encode(to_model_range(shown)))
+    latents = codec.scale(codec.encode(to_model_range(shown)), pipeline)
     hole = F.interpolate(central_mask(shown), latents.shape[2:]).expand_as(latents)
     # From copies: the pipeline itself draws what it would draw without a hole.
     noise = draw_normal([_copied(generator) for generator in generators], like=latents)

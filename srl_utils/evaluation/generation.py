@@ -106,7 +106,7 @@ class Generation:
     def _denoising_loss(self, codec: Codec, images: Tensor, numbers: Sequence[int]) -> Tensor:
         pipeline = self.text_to_image.pipeline
         denoiser = Denoiser.from_pipeline(pipeline, encode_prompts(pipeline, self._captions(numbers)))
-        latents, generators = codec.scale(codec.encode(images)), image_generators(self.seed, numbers)
+        latents, generators = codec.scale(codec.encode(images), pipeline), image_generators(self.seed, numbers)
         return torch.stack([denoiser.loss(latents, generators) for _ in range(LOSS_DRAWS)]).mean(dim=0)
 
     def _captions(self, numbers: Sequence[int]) -> list[str]:

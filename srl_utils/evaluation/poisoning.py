@@ -170,9 +170,13 @@ class Poisoning:
         numbers = [*self.concepts.poisonable, *self.concepts.others]
         images = torch.cat([poisoned, self.images[numbers[amount:]]])
         with torch.no_grad():
-            latents = torch.cat([codec.scale(codec.encode(batch.to(codec.device))) for batch in images.split(self.batch_size)])
+            latents = torch.cat([self._scaled(codec, batch) for batch in images.split(self.batch_size)])
         with torch.enable_grad():
             return finetune(self.text_to_image.pipeline, latents, [self.captions[number] for number in numbers], self.finetuning, seed=self.seed)
+
+    def _scaled(self, codec: Codec, images: Tensor) -> Tensor:
+        """Latents of images as the model sees them."""
+        return codec.scale(codec.encode(images.to(codec.device)), self.text_to_image.pipeline)
 
     def _poisons(self, source: Codec) -> Tensor:
         """All poisonable images, `[n,3,H,W]` on the CPU, each made once on `source`."""

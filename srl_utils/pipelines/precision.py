@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from srl_utils.autoencoder_files import check_parameters
 from srl_utils.autoencoders import downsampling_factor
 from srl_utils.errors import UserError
+from srl_utils.latents import looks_at
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,7 @@ def _upcasts(pipe: DiffusionPipeline, vae: AutoencoderKL) -> bool:
     """Whether `pipe` computes `vae` in float32: only those of the SDXL family look at `force_upcast`, and in fp16 only."""
     if vae.dtype != torch.float16 or not vae.config.force_upcast:
         return False
-    classes = (kind for kind in type(pipe).__mro__ if kind.__module__.startswith("diffusers."))
-    return any("config.force_upcast" in inspect.getsource(kind) for kind in classes)
+    return looks_at(type(pipe), "force_upcast")
 
 
 def _name(dtype: torch.dtype) -> str:

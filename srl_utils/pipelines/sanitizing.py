@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srl_utils.autoencoders import downsampling_factor
 from srl_utils.decoding import to_srgb
+from srl_utils.errors import WrongType
 from srl_utils.images import check_images, from_pil, to_model_range, to_pil, to_unit_range
 from srl_utils.pipelines.metadata import read_metadata, srgb_profile
 from srl_utils.pipelines.precision import reconstruct
@@ -47,7 +48,8 @@ def sanitize(
 
     Raises:
         UserError: if `vae` cannot be loaded, or returns values that are not finite.
-        ValueError: if `images` are none of the above; UnreadableImage, a ValueError, if a PIL image is broken.
+        WrongType: a TypeError and a ValueError, if `images` are none of the above.
+        ValueError: if an array or a tensor has another shape, dtype or range; UnreadableImage, if a PIL image is broken.
     """
     model = resolve_vae(vae, **loading)
     if isinstance(images, (list, tuple)):
@@ -60,7 +62,7 @@ def sanitize(
         return np.ascontiguousarray(np.moveaxis(cleaned.numpy(), -3, -1))
     if isinstance(images, Tensor):
         return _sanitize_tensor(images, model, tile_above)
-    raise ValueError(f"expected PIL images, arrays or tensors, got {type(images).__name__}")
+    raise WrongType(f"expected PIL images, arrays or tensors, got {type(images).__name__}")
 
 
 def purify_frame(

@@ -46,8 +46,8 @@ def swap_vae(
     they have, and one that `from_pipe` makes later takes over the new one. Swap each of them.
 
     The newcomer takes over device, dtype, slicing and tiling, and the pipeline's offloading is put on again around
-    it. A VAE object of the pipeline's dtype is put in as it is; of one with another dtype a converted copy is, so
-    that the caller's weights keep their precision. `force_upcast` stays the newcomer's own: it says what its weights
+    it. A VAE object of the pipeline's dtype is put in as it is, and changes for other pipelines that use it as well;
+    of one with another dtype a converted copy is put in, so that the caller's weights keep their precision. `force_upcast` stays the newcomer's own: it says what its weights
     bear. One that overflows in a half-precision pipeline all the same is put in as a copy with `force_upcast`, or
     refused if the pipeline would not look at that.
 
@@ -80,8 +80,10 @@ def robust_vae(
 ) -> Iterator[AutoencoderKL]:
     """Within, `pipe` uses `vae`; afterwards its own again, also after an exception. Arguments as for `swap_vae`.
 
-    It is the same object again, in the dtype to which the pipeline may have been moved within.
+    It is the same object again, in the dtype to which the pipeline may have been moved within. A VAE object, which
+    another pipeline may use, gets back its own slicing and tiling.
     """
+    settings_before = _memory_settings(vae) if isinstance(vae, AutoencoderKL) else {}
     dtype = _dtype_beside_vae(pipe)
     previous = swap_vae(pipe, vae, **settings)
     try:
@@ -94,6 +96,8 @@ def robust_vae(
         if previous.dtype != pipe.vae.dtype:
             previous.to(pipe.vae.dtype)
         swap_vae(pipe, previous)
+        for name, value in settings_before.items():
+            setattr(vae, name, value)
 
 
 def robustify(
@@ -262,9 +266,13 @@ def _in_place_of(previous: AutoencoderKL, replacement: AutoencoderKL) -> Autoenc
     if replacement.dtype != previous.dtype:
         replacement = copy.deepcopy(replacement).to(previous.dtype)
     replacement.to(previous.device)
-    for name in MEMORY_SETTINGS:
-        setattr(replacement, name, getattr(previous, name))
+    for name, value in _memory_settings(previous).items():
+        setattr(replacement, name, value)
     return replacement
+
+
+def _memory_settings(vae: AutoencoderKL) -> dict[str, Any]:
+    return {name: getattr(vae, name) for name in MEMORY_SETTINGS}
 
 
 @contextmanager
