@@ -1180,7 +1180,6 @@ def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_state_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("State")
-    group.add_argument("--output_dir", type=lambda text: Path(home_expanded(text)), default=Path("srl-vae"))
     group.add_argument("--output_dir", type=expanded_path, default=Path("srl-vae"))
     group.add_argument("--checkpointing_steps", type=positive_int, default=500, help="save every that many steps")
     group.add_argument(
