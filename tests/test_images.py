@@ -95,6 +95,7 @@ def test_values_beyond_the_range_are_clipped_into_the_picture(dtype: torch.dtype
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"),
         (torch.full((1, 3, 8, 8), 255.0), r"255\.000"),
         (torch.full((1, 3, 8, 8), -1.1), r"-1\.100"),
+        (torch.zeros(1, 3, 0, 8), r"\(1, 3, 0, 8\)"),
     ],
 )
 def test_what_is_no_image_batch_is_refused(batch: torch.Tensor, complaint: str) -> None:
