@@ -1038,6 +1038,9 @@ def parse_args(arguments: list[str] | None = None, environment: Environment = os
     parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args(arguments)
     vars(args).update(launched_arguments(environment, parser.given))
+    if args.dataset_name is not None and args.train_data_dir is not None:
+        print(f"--train_data_dir {args.train_data_dir} is ignored: --dataset_name overrides it", file=sys.stderr)
+        args.train_data_dir = None
     parser.refuse_without_effect(args, training_effects(args))
     return args
 
@@ -1066,7 +1069,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dataset_config_name", default=None, help="configuration of the Hub dataset")
     group.add_argument("--train_split", default="train", help="split of the dataset to train on, or a part: train[:90%%]")
-    group.add_argument("--train_data_dir", type=home_expanded, default=None, help="folder of images (nested) or of webdataset *.tar files")
+    group.add_argument("--train_data_dir", type=home_expanded, default=None, help="folder of images (nested) or of webdataset *.tar files; ignored beside --dataset_name")
     group.add_argument("--image_column", default="image", help="column of the dataset that holds the image")
     group.add_argument("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
     group.add_argument("--max_train_samples", type=positive_int, default=None, help="use only that many images")

@@ -415,7 +415,6 @@ BAD_INPUT = {
     "resolution": (["--resolution", "17"], r"--resolution 17.*try 16"),
     "no data": (["--train_data_dir", "{tmp}/nowhere"], r"nowhere"),
     "empty folder": (["--train_data_dir", "{tmp}/empty"], r"empty"),
-    "two datasets": (["--dataset_name", "scikit-image"], r"--dataset_name.*--train_data_dir"),
     "no vae": (["--pretrained_model_name_or_path", "{tmp}/nothing"], r"nothing"),
     "pipeline": (["--pretrained_model_name_or_path", "{tmp}/pipeline"], r"--subfolder vae"),
     "checkpoint": (["--resume_from_checkpoint", "{tmp}/empty"], r"--resume_from_checkpoint.*holds: none"),
