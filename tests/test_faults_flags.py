@@ -236,7 +236,6 @@ DOCUMENTED = {
 }
 
 
-@pytest.mark.parametrize("script", DOCUMENTED)
 def test_a_named_dataset_overrides_a_folder(capsys: pytest.CaptureFixture) -> None:
     """Oracle: diffusers' documentation of its scripts; the flag that does not count is named."""
     args = train_srl_vae.parse_args(["--dataset_name", "lambdalabs/pictures", "--train_data_dir", "photographs"])
@@ -244,6 +243,7 @@ def test_a_named_dataset_overrides_a_folder(capsys: pytest.CaptureFixture) -> No
     assert "--train_data_dir photographs is ignored: --dataset_name overrides it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", DOCUMENTED)
 @pytest.mark.parametrize("data", ["--train_data_dir=photographs", "--dataset_name=lambdalabs/pictures"])
 def test_commands_of_diffusers_documentation_are_accepted(script: str, data: str) -> None:
     """Oracle: the commands as documented, and their values."""
