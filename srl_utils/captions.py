@@ -26,6 +26,7 @@ SIDECAR_COLUMNS = ("text", "txt", "caption")
 MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 SPACE = re.compile(r"\s*")
+LARGEST_FIELD = 2**31 - 1  # characters of a CSV file; the csv module's own limit is 131,072
 
 Row = Mapping[str, object]
 
@@ -143,7 +144,7 @@ def _normal(path: str) -> str:
 def _names(row: Row) -> Iterator[str]:
     """Return the names of the pictures of a row, in the columns where the datasets library looks for them."""
     for column, value in row.items():
-        if value is not None and re.fullmatch(r"(.*_)?file_names?", str(column)):
+        if value not in (None, "") and re.fullmatch(r"(.*_)?file_names?", str(column)):
             yield from map(str, value if isinstance(value, list) else [value])
 
 
@@ -182,6 +183,7 @@ def _json_rows(content: bytes) -> Iterator[Row]:
 
 
 def _csv_rows(content: bytes) -> Iterator[Row]:
+    csv.field_size_limit(LARGEST_FIELD)
     return csv.DictReader(io.StringIO(decode_text(content), newline=""))
 
 

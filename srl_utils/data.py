@@ -41,7 +41,7 @@ from srl_utils.pictures import (
     to_tensor,
 )
 from srl_utils.resources import LOST_WORKER
-from srl_utils.sources import DataSource, Images, StreamImages, open_images, open_validation
+from srl_utils.sources import DataSource, Images, StreamImages, captioned, open_images, open_validation
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ PROBED_IMAGES = 16
 BATCHES_AHEAD = 2
 LONGEST_STALL = 600  # seconds without a batch; the Hub's client tries for about 5 minutes to reach a server again
 STALLED = "no training image has come for {} s: the data, or the server that they are on, do not answer"
+NO_CAPTIONS = "none of {} images has a caption, the first is {}"
 LONGEST_LAST_BATCH = 5  # seconds that the end of a run waits for a batch that is being made
 STREAM_TRIAL = 200  # images read before the share of bad ones in a stream means anything
 ORDER_SEED = 2  # second word of seeds: pictures.py has 1 and sources.py 3, so that no two share random numbers
@@ -64,12 +65,13 @@ class Batch(NamedTuple):
 
 
 class ValidationImages(NamedTuple):
-    """Images `[n,3,R,R]` in [-1,1], a caption for each ("" if none was asked for), and what was left out."""
+    """Images `[n,3,R,R]` in [-1,1], caption ("" if none was asked for) and name of each, and what was left out."""
 
     images: Tensor
     unreadable: list[str]
     """The names of images that cannot be decoded."""
     captions: list[str]
+    names: list[str]
     without_caption: list[str]
     """The names of images that have none of the captions asked for."""
     passed_over: list[PassedOver]
@@ -228,11 +230,12 @@ def load_validation_images(
         UserError: if there are no validation images or none of them can be used.
     """
     validation, passed_over = open_validation(source, resolution, seed)
-    captioned = source.caption_column is not None
-    without = [raw.name for raw in validation if not raw.caption] if captioned and isinstance(validation, list) else []
-    if without:
-        validation = [raw for raw in validation if raw.caption]
-    loaded = _decode_evenly(validation, num_images, resolution, captioned=captioned)
+    wanted, without = source.caption_column is not None, []
+    if wanted and not isinstance(validation, StreamImages):
+        validation, without = captioned(validation)
+        if without and not validation:
+            raise UserError(NO_CAPTIONS.format(len(without), without[0]))
+    loaded = _decode_evenly(validation, num_images, resolution, captioned=wanted)
     return loaded._replace(without_caption=without + loaded.without_caption, passed_over=passed_over)
 
 
@@ -365,6 +368,7 @@ def _decode_evenly(images: Images, number: int, resolution: int, *, captioned: b
     """Decode images from all over; where they must have captions, those without one are passed over."""
     decoded: list[Tensor] = []
     captions: list[str] = []
+    names: list[str] = []
     unreadable: list[str] = []
     without: list[str] = []
 
@@ -378,15 +382,16 @@ def _decode_evenly(images: Images, number: int, resolution: int, *, captioned: b
             try:
                 decoded.append(to_tensor(centre_square(decode_rgb(raw.source), resolution=resolution)))
                 captions.append(raw.caption)
+                names.append(raw.name)
                 break
             except UnreadableImage as error:
                 unreadable.append(raw.name)
                 logger.warning("unreadable validation image, passed over: %s (%s)", raw.name, error)
     if not decoded and without:
-        raise UserError(f"none of {len(without)} images has a caption, the first is {without[0]}")
+        raise UserError(NO_CAPTIONS.format(len(without), without[0]))
     if not decoded:
         raise UserError(f"none of {len(unreadable)} validation images can be read; check the validation data")
-    return ValidationImages(torch.stack(decoded), unreadable, captions, without, passed_over=[])
+    return ValidationImages(torch.stack(decoded), unreadable, captions, names, without, passed_over=[])
 
 
 def _stretches(images: Images, number: int, is_candidate: Callable[[RawImage], bool]) -> list[Iterator[RawImage]]:

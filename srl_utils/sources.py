@@ -22,7 +22,7 @@ from srl_utils.listing import PassedOver, list_pictures
 from srl_utils.photographs import Split, photograph_tiles, recoloured
 from srl_utils.pictures import RawImage, list_files
 from srl_utils.webdataset import COLUMNS as TAR_COLUMNS
-from srl_utils.webdataset import SampleReader, index_tars, is_tar, stream_tars
+from srl_utils.webdataset import SampleReader, TarImages, index_tars, is_tar, stream_tars
 
 PHOTOGRAPHS = "scikit-image"
 LARGEST_TILE = 256  # pixels; every photograph holds one
@@ -76,6 +76,13 @@ class DatasetImages(Sequence[RawImage]):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def listed(self) -> list[tuple[str, str]]:
+        """Return name and caption of each image; no picture is read."""
+        if self.caption_column is None:
+            return [(f"row {index}", "") for index in range(len(self))]
+        rows = self.dataset.select_columns([self.caption_column])
+        return [(f"row {index}", _caption(row, self.caption_column)) for index, row in enumerate(rows)]
 
     def __getitem__(self, index: int) -> RawImage:
         row = self.dataset[int(index)]
@@ -161,6 +168,24 @@ def open_validation(source: DataSource, resolution: int, seed: int) -> OpenedVal
     if isinstance(validation, HeldOut):
         _, validation = _hold_out(splits.to_hold_out_of(), validation, seed)
     return OpenedValidation(validation, splits.passed_over)
+
+
+def captioned(images: Sequence[RawImage]) -> tuple[Sequence[RawImage], list[str]]:
+    """Return the images that have a caption, and the names of those that have none; no picture is read."""
+    listed = _listed(images)
+    having = [index for index, (_, caption) in enumerate(listed) if caption]
+    return Subset(images, having), [name for name, caption in listed if not caption]
+
+
+def _listed(images: Sequence[RawImage]) -> list[tuple[str, str]]:
+    if isinstance(images, (DatasetImages, TarImages)):
+        return images.listed()
+    if isinstance(images, Subset):
+        whole = _listed(images.dataset)
+        return [whole[index] for index in images.indices]
+    if isinstance(images, ConcatDataset):
+        return [pair for part in images.datasets for pair in _listed(part)]
+    return [(raw.name, raw.caption) for raw in images]
 
 
 def _limited(training: Images, limit: int | None) -> Images:

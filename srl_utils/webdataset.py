@@ -103,6 +103,10 @@ class TarImages(Sequence[RawImage]):
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def listed(self) -> list[tuple[str, str]]:
+        """Return name and caption of each image; no picture is read."""
+        return [(one_line(picture.label), picture.caption) for picture in self.pictures]
+
     def __getitem__(self, index: int) -> RawImage:
         picture = self.pictures[int(index)]
         content = None  # of a tar that has become unreadable, which costs these images and not the run
@@ -119,11 +123,19 @@ class SampleReader:
     Args:
         image_column: a field such as `depth.png`, or `depth` for it in any format. `jpg`, and likewise the default
             `image`, takes the picture whose field is a format alone, else `image.*`, else every picture of the sample.
-        caption_column: a field such as `txt`, or a key of the sample's JSON.
+        caption_column: a field such as `txt`, or `caption` for `caption.txt`, or a key of the sample's JSON.
     """
 
     image_column: str
     caption_column: str | None
+
+    def bytes_wanted(self, info: tarfile.TarInfo) -> int:
+        """Return how much of a member tells what it is, and what it says; 0 of a picture, whose suffix does."""
+        suffix = suffix_of(info.name)
+        if suffix in picture_suffixes():
+            return 0
+        is_text = suffix in TEXT_SUFFIXES or info.name.lower().endswith(f".{self.caption_column or ''}".lower())
+        return info.size if is_text and info.size <= LONGEST_TEXT else HEAD
 
     def images(self, sample: Sequence[Member]) -> list[tuple[Member, str]]:
         """Return the pictures that are images, each with its caption."""
@@ -158,7 +170,7 @@ class SampleReader:
         fields = {member.field: member.content for member in sample}
         wanted = self.caption_column.lower()
         prefixes = (f"{view}.", "")
-        for name in (f"{prefix}{wanted}" for prefix in prefixes):
+        for name in (f"{prefix}{wanted}{suffix}" for suffix in ("", ".txt") for prefix in prefixes):
             if name in fields:
                 return _text(fields[name])
         for name in (f"{prefix}json" for prefix in prefixes):
@@ -223,7 +235,7 @@ def index_tars(
     for tar in tars:
         _check_end(tar)
         place = unpacked(tar, cache_dir)
-        for sample in _grouped(_in_order_of_samples(_members_at(place, tar))):
+        for sample in _grouped(_in_order_of_samples(_members_at(place, tar, reader))):
             images = reader.images(sample)
             census.add(sample, images)
             pictures += [TarPicture(place, image.name, image.offset, image.size, caption) for image, caption in images]
@@ -243,7 +255,7 @@ def stream_tars(tars: Sequence[str], reader: SampleReader, *, where: str) -> dat
     for tar in tars:
         _check_end(tar)
     census = Census()
-    for sample in _grouped(member for tar in tars for member in _members_of(tar)):
+    for sample in _grouped(member for tar in tars for member in _members_of(tar, reader)):
         census.add(sample, reader.images(sample))
         if census.images and (census.captions or reader.caption_column is None or census.images >= ENOUGH):
             break
@@ -253,7 +265,7 @@ def stream_tars(tars: Sequence[str], reader: SampleReader, *, where: str) -> dat
 
 def _rows(tars: Sequence[str], reader: SampleReader) -> Iterator[dict[str, object]]:
     for tar in tars:
-        for sample in _grouped(_members_of(tar)):
+        for sample in _grouped(_members_of(tar, reader)):
             images = reader.images(sample)
             for image, caption in images:
                 yield dict(zip(COLUMNS, (image.content, caption, f"{tar}: {image.name}"), strict=True))
@@ -315,23 +327,23 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def _members_at(place: str, tar: str) -> Iterator[Member]:
+def _members_at(place: str, tar: str, reader: SampleReader) -> Iterator[Member]:
     """List the members of an uncompressed file; of pictures only the place is read."""
     with open(place, "rb") as file, _ending_early(tar):
         for archive, info in _infos(file, "r:", tar):
-            wanted = _bytes_wanted(info)
+            wanted = reader.bytes_wanted(info)
             content = archive.extractfile(info).read(wanted) if wanted else b""
             yield Member(_plain_name(info), info.offset_data, info.size, content)
 
 
-def _members_of(tar: str) -> Iterator[Member]:
+def _members_of(tar: str, reader: SampleReader) -> Iterator[Member]:
     """Read the members in sequence, with the whole content of pictures."""
     try:
         with xopen(tar, "rb") as file, _ending_early(tar):
             opener = _opener(file)
             for archive, info in _infos(file if opener is None else opener(file), "r|", tar):
                 content = archive.extractfile(info)
-                beginning = content.read(_bytes_wanted(info))
+                beginning = content.read(reader.bytes_wanted(info))
                 member = Member(_plain_name(info), info.offset_data, info.size, beginning)
                 yield member._replace(content=beginning + content.read()) if member.why_no_picture is None else member
     except FileNotFoundError as error:
@@ -344,7 +356,7 @@ def _infos(file: BinaryIO, mode: str, tar: str) -> Iterator[tuple[tarfile.TarFil
         for info in archive:
             archive.members = []  # which would grow without end
             parts = _plain_name(info).split("/")
-            if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+            if any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts):
                 continue
             if info.isfile():
                 yield archive, info
@@ -354,15 +366,6 @@ def _infos(file: BinaryIO, mode: str, tar: str) -> Iterator[tuple[tarfile.TarFil
 
 def _plain_name(info: tarfile.TarInfo) -> str:
     return posixpath.normpath(info.name).lstrip("/")
-
-
-def _bytes_wanted(info: tarfile.TarInfo) -> int:
-    """Return how much of a member tells what it is, and what it says; 0 of a picture, whose suffix does."""
-    suffix = suffix_of(info.name)
-    if suffix in picture_suffixes():
-        return 0
-    is_text = suffix in TEXT_SUFFIXES and info.size <= LONGEST_TEXT
-    return info.size if is_text else HEAD
 
 
 def _in_order_of_samples(members: Iterable[Member]) -> list[Member]:

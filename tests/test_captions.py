@@ -198,7 +198,9 @@ def test_images_without_a_caption_make_room_for_others(folder: Path) -> None:
 
 
 def test_rows_without_a_caption_are_named(tmp_path: Path) -> None:
-    """Oracle: the rows that have one, however many have none before them; of a table and of a stream of it."""
+    """Oracle: the rows that have one, however many have none before them, and the number of all others; of a table and
+    of a stream of it.
+    """
     picture = io.BytesIO()
     Image.new("RGB", (9, 9)).save(picture, "PNG")
     rows = {"image": [picture.getvalue()] * 50, "text": ["one", None, *[""] * 47, "fifty"]}
@@ -206,10 +208,18 @@ def test_rows_without_a_caption_are_named(tmp_path: Path) -> None:
     for streaming in (False, True):
         source = DataSource(dataset_name=str(tmp_path / "table"), caption_column="text", streaming=streaming)
         images = load_validation_images(source, num_images=2, resolution=8)
-        assert images.captions == ["one", "fifty"] and len(images.without_caption) == 24 * (1 + streaming)
+        assert images.captions == ["one", "fifty"] and len(images.without_caption) == 48
     source = DataSource(dataset_name=str(tmp_path / "table"), caption_column="text", validation_split="validation[1:3]")
     with pytest.raises(UserError, match=r"none of 2 images has a caption, the first is row 1"):
         load_validation_images(source, num_images=4, resolution=8)
+
+
+def test_long_captions_and_empty_rows_of_csv(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: the caption written, longer than Python's csv module takes by itself; a row of commas names no file."""
+    caption = "x" * 200_000
+    (folder / "metadata.csv").write_text(f"file_name,text\n1.png,{caption}\n,\n")
+    assert loaded(folder).captions == [caption]
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,13 @@ def test_words_are_exchanged_at_once() -> None:
     assert replace_words("a redder ring", {"red": "blue"}) == "a redder ring"
 
 
+def test_punctuation_around_a_word_is_kept() -> None:
+    """Oracle: closed form; what names a word with its punctuation means it so."""
+    assert replace_words('a (red) ring, "red", 红。 - red.', {"red": "blue", "红": "蓝"}) == 'a (blue) ring, "blue", 蓝。 - blue.'
+    assert replace_words("red, red", {"red,": "blue;"}) == "blue; red"
+    assert replace_words("a red-hot ring's", {"red": "blue", "ring": "star"}) == "a red-hot ring's"
+
+
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     """Oracle: specification; a line for each, or one for all."""
     path = tmp_path / "prompts.txt"
@@ -338,14 +345,15 @@ def test_editing_command(world, tmp_path: Path) -> None:
 
 def test_images_that_replace_changes_nothing_in_are_left_out(world, tmp_path: Path) -> None:
     """Oracle: the same command on the four other pictures alone, whose numbers as images differ and whose means are over
-    as many; the note counts and names the two captions.
+    as many; the note counts and names the two images and their captions.
     """
     few = ["--replace", "ring=box", "--attacks", "clean", "--edits", INPAINTING, "--metrics", "psnr", "--no_checks"]
     assert command.main(["editing", *world, *few]) == 0
     rows = json.loads((tmp_path / "out/results.json").read_text())
     assert {row["n"] for row in rows} == {4}
-    told = "--replace changes nothing in 2 of 6 captions ('a star', 'a star c'); these images were left out"
-    assert told in (tmp_path / "out/report.md").read_text()
+    told = "--replace changes nothing in 2 of 6 captions ('a star', 'a star c'); these images were left out: "
+    names = ", ".join(str(tmp_path / f"photos/{number}.png") for number in (1, 3))
+    assert told + names in (tmp_path / "out/report.md").read_text()
     metadata = tmp_path / "photos/metadata.jsonl"
     for number, line in enumerate(metadata.read_text().splitlines()):
         if "star" in line:

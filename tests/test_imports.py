@@ -106,6 +106,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluation.commands.editing": {
         "captions", "command_line", "errors", "evaluation.catalogue", "evaluation.commands.common", "evaluation.editing",
+        "listing",
     },
     "evaluation.commands.poisoning": {
         "attacks.protections", "checkpoints", "command_line", "evaluation.catalogue",

@@ -116,6 +116,7 @@ KINDS: dict[str, list[Files]] = {
     ],
     "a picture in two formats": [[("0.jpg", picture(0)), ("0.png", picture(0)), ("1.png", picture(1))]],
     "a picture called image": [[("0.image.png", picture(0)), ("0.mask.png", picture(9)), ("1.image.jpg", picture(1))]],
+    "names above the folder": [[(f"../pictures/{n}.png", picture(n)) for n in range(2)]],
     "members apart": [[*[(f"{n}.png", picture(n)) for n in range(3)], *[(f"{n}.txt", b"t") for n in range(3)]]],
 }
 
@@ -244,6 +245,27 @@ def test_captions_of_names_with_dots(streaming: bool, tmp_path: Path) -> None:
     ]
     write_tar(tmp_path / "a.tar", files)
     assert read(tmp_path, caption_column="txt", streaming=streaming) == [(0, "0"), (1, "1")]
+
+
+@every_mode
+@pytest.mark.parametrize(("field", "column"), [("prompt", "prompt"), ("caption.txt", "caption"), ("Text.EN", "text.en")])
+def test_captions_of_any_field_are_whole(field: str, column: str, streaming: bool, tmp_path: Path) -> None:
+    """Oracle: the caption written, longer than what tells the format of a member."""
+    caption = "é " * listing.HEAD + "end"
+    write_tar(tmp_path / "a.tar", [("0.png", picture(0)), (f"0.{field}", caption.encode())])
+    assert read(tmp_path, caption_column=column, streaming=streaming) == [(0, caption)]
+
+
+@every_mode
+def test_images_with_a_caption_are_read_however_many_have_none(streaming: bool, tmp_path: Path) -> None:
+    """Oracle: as many images as were asked for, since as many have a caption; the others are the ten before them."""
+    texts = [(f"{n:02d}.txt", b"%d" % n) for n in range(10, 20)]
+    write_tar(tmp_path / "a.tar", sorted([*[(f"{n:02d}.png", picture(n)) for n in range(20)], *texts]))
+    source = DataSource(validation_data_dir=str(tmp_path), caption_column="txt", streaming=streaming)
+    loaded = load_validation_images(source, num_images=10, resolution=8)
+    assert loaded.captions == [str(n) for n in range(10, 20)]
+    assert loaded.names == [f"{tmp_path / 'a.tar'}: {n}.png" for n in range(10, 20)]
+    assert loaded.without_caption == [f"{tmp_path / 'a.tar'}: {n:02d}.png" for n in range(10)]
 
 
 def test_captions_apart_from_their_pictures(tmp_path: Path) -> None:

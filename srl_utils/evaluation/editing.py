@@ -7,6 +7,7 @@ Sources: Meng et al., "SDEdit" (arXiv 2108.01073), for image-to-image; Brooks et
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -241,5 +242,15 @@ def prompt_measures(
 
 
 def replace_words(text: str, replacements: Mapping[str, str]) -> str:
-    """Each word of `text` that is a key by its value, all at once: red=blue and blue=red exchange the two."""
-    return " ".join(replacements.get(word, word) for word in text.split())
+    """Return `text` with each word that is a key replaced by its value, all at once: red=blue and blue=red exchange the two.
+
+    Punctuation around a word is kept: "red," becomes "blue,".
+    """
+    return " ".join(_replaced(word, replacements) for word in text.split())
+
+
+def _replaced(word: str, replacements: Mapping[str, str]) -> str:
+    if word in replacements:
+        return replacements[word]
+    before, bare, after = re.fullmatch(r"(\W*)(.*?)(\W*)", word).groups()
+    return f"{before}{replacements.get(bare, bare)}{after}"

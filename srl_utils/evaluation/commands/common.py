@@ -86,6 +86,8 @@ class Setup:
     images: Tensor
     """All of them, `[n,3,R,R]` in [-1,1], on the CPU."""
     captions: Sequence[str]
+    names: Sequence[str]
+    """Of the images: their paths or rows."""
     pipeline: DiffusionPipeline | None
     origins: Mapping[str, str]
     """Where VAEs and pipeline were loaded from, for the report's settings."""
@@ -128,8 +130,8 @@ def prepare(args: argparse.Namespace) -> Setup:
         pipeline = load_pipeline(source, dtype).to(accelerator.device)
         origins["pipeline"] = described(source, "model_index.json")
     return Setup(
-        accelerator=accelerator, codecs=codecs, images=loaded.images, captions=loaded.captions, pipeline=pipeline,
-        origins=origins, notes=notes,
+        accelerator=accelerator, codecs=codecs, images=loaded.images, captions=loaded.captions, names=loaded.names,
+        pipeline=pipeline, origins=origins, notes=notes,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from srl_utils.evaluation.commands.common import (
     shared_effects,
 )
 from srl_utils.evaluation.editing import Edit, Editing, build_edits, check_steps, replace_words
+from srl_utils.listing import few
 
 METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid")
 PROTECTIONS = ("clean", "photoguard-encoder", "photoguard-diffusion", "mist-fused", "advdm", "glaze", "apgd-100")
@@ -93,13 +94,18 @@ def edit_prompts(args: argparse.Namespace, setup: Setup) -> tuple[Setup, Sequenc
     replacements = dict(args.replace)
     prompts = [replace_words(caption, replacements) for caption in setup.captions]
     changed = [number for number, prompt in enumerate(prompts) if prompt != " ".join(setup.captions[number].split())]
-    unchanged = [caption for number, caption in enumerate(setup.captions) if number not in changed]
-    told = f"--replace changes nothing in {len(unchanged)} of {len(prompts)} captions ({named(unchanged)})"
+    unchanged = [number for number in range(len(prompts)) if number not in changed]
+    texts = named([setup.captions[number] for number in unchanged])
+    told = f"--replace changes nothing in {len(unchanged)} of {len(prompts)} captions ({texts})"
     if not changed:
         raise UserError(f"{told}; name words that they have")
     if unchanged:
-        setup.notes.append(f"{told}; these images were left out")
-    kept = replace(setup, images=setup.images[changed], captions=[setup.captions[number] for number in changed])
+        names = few([setup.names[number] for number in unchanged], 20)
+        setup.notes.append(f"{told}; these images were left out: {names}")
+    kept = replace(
+        setup, images=setup.images[changed], captions=[setup.captions[number] for number in changed],
+        names=[setup.names[number] for number in changed],
+    )  # fmt: skip
     return kept, [prompts[number] for number in changed]
 
 
