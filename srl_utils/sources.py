@@ -230,11 +230,16 @@ class Splits:
         """Return the split of this name or, as the datasets library writes it, parts and sums of splits: `train[:10%]+test`.
 
         None if there is no such split.
+
+        Raises:
+            UserError: for parts and sums of streamed splits.
         """
         if wanted in self.found:
             return self._open(self.found[wanted])
-        if not _split_names(wanted) <= self.found.keys() or self.source.streaming:
+        if not _split_names(wanted) <= self.found.keys():
             return None
+        if self.source.streaming:
+            raise UserError(f"{wanted}: parts and sums of splits cannot be streamed; name a whole split or leave out --streaming")
         opened = {name: self._open(self.found[name]) for name in _split_names(wanted)}
         try:
             parts = datasets.ReadInstruction.from_spec(wanted).to_absolute(

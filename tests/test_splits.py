@@ -142,6 +142,13 @@ def test_parts_that_are_none_are_one_line(part: str, tmp_path: Path) -> None:
         judged(source("saved", tmp_path / "a", {"train": range(8)}, validation_split=part))
 
 
+def test_parts_of_streamed_splits_are_one_line(tmp_path: Path) -> None:
+    """Oracle: the line says that it is the streaming that has no parts."""
+    data = source("parquet stream", tmp_path / "a", {"train": range(8)}, train_split="train[:50%]")
+    with pytest.raises(UserError, match=r"^train\[:50%\]: parts and sums of splits cannot be streamed"):
+        open_images(data, 8, 0)
+
+
 def test_commands_take_the_splits(run: Run, flags: list[str], vae_folder: Path, tmp_path: Path, capfd) -> None:
     """Oracle: a training on a split of another name, an evaluation on the only one, and lines that name their own flags."""
     folder = source("saved", tmp_path / "a", {"test": range(40)}).dataset_name
