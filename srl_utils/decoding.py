@@ -60,7 +60,7 @@ def picture_formats() -> tuple[str, ...]:
 @lru_cache(maxsize=1)
 def picture_suffixes() -> frozenset[str]:
     """Return the lower-case file suffixes, such as `.png`, of `picture_formats`."""
-    formats = set(picture_formats())
+    formats = {*picture_formats(), "MPO"}  # of cameras with two lenses; Pillow opens these files as JPEG
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
