@@ -278,9 +278,11 @@ def _upright(image: Image.Image) -> Image.Image:
 def _declared(image: Image.Image) -> Declared:
     if isinstance(tags := getattr(image, "tag_v2", None), Mapping):
         return Declared.of_tiff(tags)
+    if image.mode == "F":
+        return Declared()
     sixteen_bits = image.mode.startswith("I;16") or image.format in SIXTEEN_BIT_FORMATS
     highest = 65535 if image.format == "PPM" else None  # Pillow brings its header's maximum to this
-    return Declared(bits=16 if sixteen_bits and image.mode != "F" else None, highest=highest)
+    return Declared(bits=16 if sixteen_bits else None, highest=highest)
 
 
 def _split(image: Image.Image, declared: Declared) -> tuple[Image.Image | np.ndarray, Image.Image | None]:
