@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-import logging
 import struct
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-logger = logging.getLogger(__name__)
+from srl_utils.logs import warn_once
 
 Converter = Callable[[Image.Image], Image.Image]
 Chromaticities = tuple[float, ...]
@@ -255,9 +254,3 @@ def _assembled(tags: dict[bytes, bytes]) -> bytes:
         body += content + bytes(-len(content) % 4)
     header = struct.pack(">I4xI4s4s4s12x4s28x", start + len(body), 0x04300000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
     return (header + _fixed(D50)).ljust(128, b"\0") + table + body
-
-
-@cache
-def warn_once(message: str) -> None:
-    """Log a warning, once for each message and process."""
-    logger.warning("%s", message)

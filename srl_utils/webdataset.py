@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -32,6 +31,7 @@ from srl_utils.captions import SIDECAR_COLUMNS, as_caption, decode_text
 from srl_utils.decoding import picture_suffixes
 from srl_utils.errors import UserError, one_line
 from srl_utils.listing import HEAD, PassedOver, reason_of, suffix_of
+from srl_utils.logs import warn_once
 from srl_utils.pictures import RawImage
 
 logger = logging.getLogger(__name__)
@@ -270,7 +270,7 @@ def _rows(tars: Sequence[str], reader: SampleReader) -> Iterator[dict[str, objec
             for image, caption in images:
                 yield dict(zip(COLUMNS, (image.content, caption, f"{tar}: {image.name}"), strict=True))
             for reason, name in [] if images else reader.passed_over(sample, images):
-                _warn_once(f"{one_line(tar)}: {one_line(name)} passed over: {reason}")
+                warn_once(f"{one_line(tar)}: {one_line(name)} passed over: {reason}")
 
 
 def unpacked(tar: str, cache_dir: str | None) -> str:
@@ -310,7 +310,7 @@ def _check_end(tar: str) -> None:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - TAR_END))
         if file.read() != bytes(TAR_END):
-            _warn_once(f"{one_line(tar)} ends early: what is missing from it cannot be counted")
+            warn_once(f"{one_line(tar)} ends early; the number of missing images is unknown")
 
 
 @contextmanager
@@ -319,12 +319,7 @@ def _ending_early(tar: str) -> Iterator[None]:
     try:
         yield
     except BROKEN as error:
-        _warn_once(f"{one_line(tar)} ends early: what is missing from it cannot be counted ({one_line(str(error))})")
-
-
-@lru_cache(maxsize=1024)
-def _warn_once(message: str) -> None:
-    logger.warning("%s", message)
+        warn_once(f"{one_line(tar)} ends early; the number of missing images is unknown ({one_line(str(error))})")
 
 
 def _members_at(place: str, tar: str, reader: SampleReader) -> Iterator[Member]:
@@ -361,7 +356,7 @@ def _infos(file: BinaryIO, mode: str, tar: str) -> Iterator[tuple[tarfile.TarFil
             if info.isfile():
                 yield archive, info
             elif not info.isdir():
-                _warn_once(f"{one_line(tar)}: {one_line(info.name)} passed over: a link or a device, and no file")
+                warn_once(f"{one_line(tar)}: {one_line(info.name)} passed over: a link or a device, and no file")
 
 
 def _plain_name(info: tarfile.TarInfo) -> str:

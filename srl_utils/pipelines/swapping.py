@@ -244,7 +244,7 @@ def _plain_copy(vae: AutoencoderKL) -> AutoencoderKL:
     """A copy that shares no weight with `vae` and computes by the methods of its class.
 
     A compiled method that was assigned, as in `vae.decode = torch.compile(vae.decode)`, would still use the weights
-    of `vae`, and so the copy goes without.
+    of `vae`. The copy does not take it over.
     """
     wrapped = {id(part): copy.deepcopy(_plain(part)) for part in vae.children()}
     twin = copy.deepcopy(vae, wrapped)
