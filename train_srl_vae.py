@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> int:
     settings = settle_settings(args, accelerator, vae, data, earlier)
     plan = plan_steps(args, vae.config, accelerator, data, earlier)
     if args.dry_run:
-        accelerator.print(describe(args, accelerator, data, plan))
+        accelerator.print(describe(args, accelerator, data, plan, earlier))
         return 0
 
     accelerator.print(f"Running on {accelerator.device} in {plan.execution}")
@@ -310,10 +310,13 @@ def count_steps(epochs: int, num_images: int | None, samples_per_step: int, earl
     return done + math.ceil(max(left, 0) / samples_per_step)
 
 
-def describe(args: argparse.Namespace, accelerator: Accelerator, data: TrainingData, plan: Plan) -> str:
+def describe(
+    args: argparse.Namespace, accelerator: Accelerator, data: TrainingData, plan: Plan, earlier: Earlier | None
+) -> str:
     """The resolved configuration and the arithmetic of a step."""
     arithmetic = plan.arithmetic
-    seen = plan.samples_per_step * plan.max_train_steps
+    done, before = (earlier.step, earlier.samples) if earlier else (0, 0)
+    seen = before + plan.samples_per_step * (plan.max_train_steps - done)
     epochs = f", {seen / data.num_images:.2f} epochs" if data.num_images else ""
     settings = "\n".join(f"  {name:<32}{value}" for name, value in sorted(json_arguments(args).items()))
     launched = "".join(f"{note}\n" for note in launch_notes(os.environ, args))

@@ -100,7 +100,7 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
         image.load()
         upright, low = _upright(image), image.info.get(LOW_BYTES)
-        if isinstance(low, Image.Image):
+        if isinstance(low, Image.Image) and _needs_low_bytes(image):
             colour, alpha = _join(upright, _upright(low))
         else:
             colour, alpha = _split(upright, _declared(image))
@@ -212,7 +212,7 @@ def _open_png(data: bytes) -> Image.Image:
     readable, info = png_chunks.readable_png(data)
     image = Image.open(io.BytesIO(readable), formats=["PNG"])
     image.info.update(info)
-    if png_chunks.is_deep(data) and NEEDS_ALL_BITS & image.info.keys() and not image.is_animated:
+    if png_chunks.is_deep(data) and not image.is_animated:
         image.info[LOW_BYTES] = low = Image.open(io.BytesIO(readable), formats=["PNG"])
         # In the opposite byte order Pillow keeps the other byte.
         low.tile = [_told(tile, f"{low.mode};16L") for tile in low.tile]
@@ -227,7 +227,7 @@ def _open_tiff(data: bytes) -> Image.Image:
         return tiff_pages.TiffPages(data)
     if tiff_pages.misread_by_pillow(image.tag_v2):
         return tiff_pages.TiffPages(data)
-    if tiff_pages.coarse_in_pillow(image.tag_v2):
+    if tiff_pages.is_deep(image.tag_v2):  # Pillow drops the low bytes
         with suppress(Exception):  # compressed in a way that tifffile does not know
             return tiff_pages.TiffPages(data)
     return image
@@ -327,6 +327,11 @@ def _refuse_dim(colour: Image.Image | np.ndarray, deep: bool, declared: Declared
         dim = deep and 0 < max(high for _, high in colour.convert("RGB").getextrema()) <= TWELVE_BITS >> 8
     if dim:
         raise AmbiguousRange("has 16 bits, but no value above 4095, as files of 12 bits have; convert it to 8 bits")
+
+
+def _needs_low_bytes(image: Image.Image) -> bool:
+    """Whether the high bytes of RGB(A) are not enough: for exact colours, or as all of them are 0."""
+    return bool(NEEDS_ALL_BITS & image.info.keys()) or not any(high for _, high in image.getextrema()[:3])
 
 
 def _join(high: Image.Image, low: Image.Image) -> tuple[np.ndarray, Image.Image | None]:

@@ -22,7 +22,7 @@ SUFFIXES = {  # of the formats in `NEEDED`
     "HEIF": frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"}),
     "JXL": frozenset({".jxl"}),
 }
-NO_FORMAT = "no format that Pillow reads"
+NO_FORMAT = "no suffix of a picture that Pillow reads"
 NO_SUFFIX = "no suffix, and no picture by its content"
 # Captions, tables, caches of trainers, notes and what systems leave behind: nobody expects pictures there.
 COMPANIONS = frozenset({

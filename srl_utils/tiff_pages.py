@@ -64,16 +64,11 @@ def misread_by_pillow(tags: Mapping[int, object]) -> bool:
     """Whether Pillow opens a file with these tags, but takes the wrong bytes or bits for the pixels."""
     uncompressed = tags.get(COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
     declares_white = MAX_SAMPLE in tags or S_MAX_SAMPLE in tags
-    return _is_deep(tags) and (declares_white or (uncompressed and tags.get(PLANAR) == SEPARATE_PLANES))
+    return is_deep(tags) and (declares_white or (uncompressed and tags.get(PLANAR) == SEPARATE_PLANES))
 
 
-def coarse_in_pillow(tags: Mapping[int, object]) -> bool:
-    """Whether Pillow drops bits that the colour profile of a file with these tags needs."""
-    return _is_deep(tags) and ICC_PROFILE in tags
-
-
-def _is_deep(tags: Mapping[int, object]) -> bool:
-    """Whether the pixels have several samples of more than 8 bits."""
+def is_deep(tags: Mapping[int, object]) -> bool:
+    """Return whether the pixels of a file with these tags have several samples of more than 8 bits."""
     bits = np.atleast_1d(tags.get(BITS_PER_SAMPLE, 1))
     return int(tags.get(SAMPLES_PER_PIXEL, len(bits))) > 1 and bits.max() > 8
 

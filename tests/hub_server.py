@@ -370,6 +370,17 @@ class HubServer:
         siblings = [{"rfilename": path} for path in commit.files]
         return _done({"id": repo_id, "sha": commit.oid, "private": repository.private, "siblings": siblings})
 
+    @route("commits", rf"GET {MODEL}/commits/{REVISION}")
+    def _commits(self, request: Request, repo_id: str, revision: str) -> Status:
+        repository = self._open(repo_id, request)
+        repository.find(revision)
+        date = "2026-01-01T00:00:00.000Z"
+        shown = [
+            {"id": commit.oid, "authors": [], "date": date, "title": commit.title, "message": ""}
+            for commit in reversed(repository.commits)
+        ]
+        return _done(shown)
+
     @route("tree", rf"GET {MODEL}/tree/{REVISION}")
     def _tree(self, request: Request, repo_id: str, revision: str) -> Status:
         files = self._open(repo_id, request).find(revision).files

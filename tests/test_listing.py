@@ -64,7 +64,7 @@ def test_every_file_is_a_picture_or_passed_over_or_a_companion(album: Path) -> N
     assert passed_over.names == {
         NEEDS_HEIF: ["IMG_4.HEIC", "IMG_6", "trip/IMG_5.heif"],
         "needs pillow-jxl-plugin: pip install pillow-jxl-plugin": ["photo.jxl"],
-        "no format that Pillow reads": ["0.jpg_large", "clip.mov", "raw.dng"],
+        "no suffix of a picture that Pillow reads": ["0.jpg_large", "clip.mov", "raw.dng"],
         "no suffix, and no picture by its content": ["README", "nothing"],
     }
     assert len(passed_over) == 9

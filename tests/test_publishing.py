@@ -495,15 +495,19 @@ def test_a_branch_is_created_and_found(machine: Machine, hub: HubServer, drop_in
     assert hub.stages.count("branch") == 1
 
 
-@pytest.mark.parametrize("case", ["tag", "commit", "short commit", "reference", "no name"])
+@pytest.mark.parametrize("case", ["tag", "commit", "short commit", "older commit", "head", "reference", "no name"])
 def test_a_revision_that_is_no_branch_is_refused(
     machine: Machine, hub: HubServer, drop_in: Path, case: str
 ) -> None:
     """Oracle: the server: nothing is uploaded, and one line names the revision."""
     repository = add_public(hub)
-    commit = repository.branches["main"]
+    older = repository.branches["main"]
+    commit = repository.commit("main", "Second", older.files)
     repository.tags["v1"] = commit
-    names = {"tag": "v1", "commit": commit.oid, "short commit": commit.oid[:8], "reference": "refs/pr/1", "no name": "a b"}
+    names = {
+        "tag": "v1", "commit": commit.oid, "short commit": commit.oid[:8], "older commit": older.oid[:7], "head": "HEAD",
+        "reference": "refs/pr/1", "no name": "a b",
+    }  # fmt: skip
     code, printed = machine.push(drop_in, "--repo_id", "user/model", "--revision", names[case])
     assert code == 2, printed
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]

@@ -283,6 +283,13 @@ def test_fewer_steps_than_were_made_are_refused(run: Run, half: list[str]) -> No
     assert code == 2 and "--max_train_steps" in printed
 
 
+def test_a_dry_run_counts_the_images_of_both_parts(run: Run, half: list[str]) -> None:
+    """Oracle: two steps of 2 images each before, and two of 5 now."""
+    code, printed = run(*half, "--train_batch_size", "5", "--dry_run")
+    assert code == 0, printed
+    assert "Run: 4 steps, 14 images" in printed
+
+
 @pytest.mark.parametrize("record", ["training_args.json", None])
 def test_checkpoints_of_older_versions(run: Run, half: list[str], tmp_path: Path, record: str | None) -> None:
     """Oracle: the record beside the checkpoint, where there is one; without any, the run goes on."""

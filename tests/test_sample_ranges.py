@@ -111,7 +111,7 @@ def test_fewer_bits_than_the_file_has_room_for(tag: int) -> None:
     assert error(tiff(levels(RAMP, 16), extratags=[(tag, "H", 1, 4095, True)]), RAMP) <= 1
 
 
-@pytest.mark.parametrize("maximum", [300, 1023, 4095])
+@pytest.mark.parametrize("maximum", [1, 255, 300, 1023, 4095])
 def test_sixteen_bits_of_which_only_twelve_are_used(maximum: int) -> None:
     """Oracle: a file of 12 bits in words is the same as one that is nearly black, so neither is guessed."""
     for unit, photometric, colour_type in ((RAMP, "minisblack", 0), (COLOURS, "rgb", 2)):

@@ -57,7 +57,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 def branch(name: str) -> str:
     """Parse the name of a branch."""
-    if not name.strip() or name.startswith("refs/") or re.fullmatch(r"[0-9a-f]{40}", name):
+    if not name.strip() or name == "HEAD" or name.startswith("refs/") or re.fullmatch(r"[0-9a-f]{40}", name):
         raise argparse.ArgumentTypeError(f"{name!r} is not the name of a branch, such as main or robust-v2")
     return name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ PUSH_TIME_LIMIT = 3600.0  # seconds for a whole push
 # Trying again would not help these; `ValueError` is also what a malformed repository id or a bad request raises.
 PERMANENT = (ValueError, TypeError, FileNotFoundError, PermissionError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 RETRIED_STATUS = {408, 425, 429}
-SHORTEST_COMMIT = 7  # hexadecimal digits that git shows of a commit
+SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")  # as git shows one; a date, such as 20261126, looks the same
 
 Result = TypeVar("Result")
 
@@ -86,9 +87,14 @@ def open_branch(repo_id: str, branch: str, *, token: str | None) -> None:
             return
         if branch in {tag.name for tag in refs.tags}:
             raise UserError(f"'{branch}' is a tag of '{repo_id}'; --revision takes the name of a branch")
-        if len(branch) >= SHORTEST_COMMIT and any(known.target_commit.startswith(branch) for known in refs.branches):
+        if SHORT_COMMIT.fullmatch(branch) and any(commit.startswith(branch) for commit in _commits(api, repo_id)):
             raise UserError(f"'{branch}' is a commit of '{repo_id}'; --revision takes the name of a branch")
         with_retries(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+
+
+def _commits(api: HfApi, repo_id: str) -> list[str]:
+    """Return the ids of all commits on `main`."""
+    return [commit.commit_id for commit in with_retries(lambda: api.list_repo_commits(repo_id))]
 
 
 def push(
