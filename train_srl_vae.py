@@ -410,9 +410,7 @@ def open_repository(args: argparse.Namespace, accelerator: Accelerator) -> Publi
     return Publisher(repo_id, args.output_dir, token=args.hub_token, private=args.hub_private_repo)
 
 
-def build_step(
-    args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL, execution: Execution
-) -> Step:
+def build_step(args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL, execution: Execution) -> Step:
     """Sets up the networks and what is done with them."""
     perceptual = load_perceptual_distance(args.lpips_net) if args.lpips_weight else None
     loss = ReconstructionLoss(perceptual, weight=args.lpips_weight).to(accelerator.device)
@@ -431,7 +429,9 @@ def build_step(
         attack=attack_config(args),
         noise=args.gaussian_noise,
         originality_weight=args.originality_weight,
-        latent_scale=LatentScale.of(vae.config).factor_on(networks.device) if args.originality_units == "scaled" else 1.0,
+        latent_scale=LatentScale.of(vae.config).factor_on(networks.device)
+        if args.originality_units == "scaled"
+        else 1.0,
         sample_posterior=args.sample_posterior,
         attack_batch_size=args.attack_batch_size,
     )
@@ -985,7 +985,9 @@ def write_card(run: Run, folder: Path, *, saved: Sequence[str] = ()) -> None:
         base_license=base_license(args.pretrained_model_name_or_path),
         subfolder=args.subfolder,
         data=run.data.description,
-        dataset=None if args.dataset_name in (None, PHOTOGRAPHS) or Path(args.dataset_name).exists() else args.dataset_name,
+        dataset=None
+        if args.dataset_name in (None, PHOTOGRAPHS) or Path(args.dataset_name).exists()
+        else args.dataset_name,
         resolution=args.resolution,
         num_validation_images=len(run.data.validation_images),
         steps=run.progress.step,
@@ -1059,7 +1061,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--subfolder", default=None, help="folder of the VAE inside the model repository")
     group.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
     group.add_argument("--variant", default=None, help="variant of the weight files, such as fp16")
-    group.add_argument("--cache_dir", type=home_expanded, default=None, help="where downloaded models and datasets are kept")
+    group.add_argument(
+        "--cache_dir", type=home_expanded, default=None, help="where downloaded models and datasets are kept"
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -1071,12 +1075,21 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hub dataset, local dataset folder, or scikit-image for the photographs that ship inside it",
     )
     group.add_argument("--dataset_config_name", default=None, help="configuration of the Hub dataset")
-    group.add_argument("--train_split", default="train", help="split of the dataset to train on, or a part: train[:90%%]")
-    group.add_argument("--train_data_dir", type=home_expanded, default=None, help="folder of images (nested) or of webdataset *.tar files; ignored beside --dataset_name")
+    group.add_argument(
+        "--train_split", default="train", help="split of the dataset to train on, or a part: train[:90%%]"
+    )
+    group.add_argument(
+        "--train_data_dir",
+        type=home_expanded,
+        default=None,
+        help="folder of images (nested) or of webdataset *.tar files; ignored beside --dataset_name",
+    )
     group.add_argument("--image_column", default="image", help="column of the dataset that holds the image")
     group.add_argument("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
     group.add_argument("--max_train_samples", type=positive_int, default=None, help="use only that many images")
-    group.add_argument("--validation_data_dir", type=home_expanded, default=None, help="folder of images to validate on")
+    group.add_argument(
+        "--validation_data_dir", type=home_expanded, default=None, help="folder of images to validate on"
+    )
     group.add_argument(
         "--validation_split",
         default=None,
@@ -1198,12 +1211,16 @@ def add_state_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="half-precision weights to save beside the full ones, and to measure",
     )
-    group.add_argument("--resume_from_checkpoint", type=home_expanded, default=None, help="latest, or the folder of a checkpoint")
+    group.add_argument(
+        "--resume_from_checkpoint", type=home_expanded, default=None, help="latest, or the folder of a checkpoint"
+    )
 
 
 def add_logging_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Logging")
-    group.add_argument("--logging_dir", type=home_expanded, default="logs", help="folder of the trackers, inside --output_dir")
+    group.add_argument(
+        "--logging_dir", type=home_expanded, default="logs", help="folder of the trackers, inside --output_dir"
+    )
     group.add_argument("--report_to", choices=("tensorboard", "wandb", "trackio", "all", "none"), default="tensorboard")
     group.add_argument("--tracker_project_name", default="srl-vae")
 
@@ -1212,7 +1229,9 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Hub")
     group.add_argument("--push_to_hub", action="store_true", help="publish the result on the Hugging Face Hub")
     group.add_argument("--hub_model_id", default=None, help="repository; default: the name of --output_dir")
-    group.add_argument("--hub_private_repo", action="store_true", help="create it private; one that is public is made private")
+    group.add_argument(
+        "--hub_private_repo", action="store_true", help="create it private; one that is public is made private"
+    )
     group.add_argument(
         "--hub_strategy",
         choices=("end", "checkpoint"),

@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.train_data_dir is None:
             args.train_data_dir = write_photographs(Path(folder))
         shares = {
-            workers: [share_of_waiting(args, workers, speed) for speed in args.images_per_second] for workers in args.workers
+            workers: [share_of_waiting(args, workers, speed) for speed in args.images_per_second]
+            for workers in args.workers
         }
     header = ["loader", *(f"{speed} images/s" for speed in args.images_per_second)]
     rows = [[name_of(workers), *(f"{share:.1%}" for share in row)] for workers, row in shares.items()]
@@ -84,7 +85,9 @@ def draw(speeds: Sequence[int], shares: dict[int, list[float]]) -> Figure:
     axes = figure.subplots()
     for workers, row in shares.items():
         axes.plot(speeds, [100 * share for share in row], marker="o", label=name_of(workers))
-    axes.set(xlabel="images per second that the device could take", ylabel="time spent waiting for images (%)", xscale="log")
+    axes.set(
+        xlabel="images per second that the device could take", ylabel="time spent waiting for images (%)", xscale="log"
+    )
     axes.set_xticks(speeds, [str(speed) for speed in speeds], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -99,7 +102,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--train_data_dir", default=None, help="a folder of images instead of scikit-image's photographs as JPEG files")
     add("--resolution", type=image_side, default=256)
     add("--batch_size", type=positive_int, default=8)
-    add("--workers", nargs="+", type=non_negative_int, default=[0, 1, 2], help="--dataloader_num_workers of each loader")
+    add(
+        "--workers", nargs="+", type=non_negative_int, default=[0, 1, 2], help="--dataloader_num_workers of each loader"
+    )
     add("--images_per_second", nargs="+", type=positive_int, default=[10, 20, 40, 80, 160, 320])
     add("--steps", type=positive_int, default=16, help="measured of each")
     return parser.parse_args(arguments)

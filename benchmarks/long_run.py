@@ -62,7 +62,9 @@ def prepare(folder: Path) -> list[str]:
     """The flags that name a VAE of two blocks and 64 pictures of 40 px, both made here."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, **blocks).save_pretrained(folder / "vae")
+    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, **blocks).save_pretrained(
+        folder / "vae"
+    )
     (folder / "photographs").mkdir(parents=True, exist_ok=True)
     for index in range(64):
         draw_scene(5, index, size=40).image.save(folder / "photographs" / f"{index:02d}.png")
@@ -121,7 +123,9 @@ def costs(looks: Sequence[Look]) -> np.ndarray:
 def summary(looks: Sequence[Look]) -> str:
     """The second tenth of the run against the last: in the first, libraries are still setting themselves up."""
     parts = np.array_split(np.array(looks, dtype=float), TENTHS)
-    (_, memory, handles, _), (_, memory_end, handles_end, _) = (np.median(part, axis=0) for part in (parts[1], parts[-1]))
+    (_, memory, handles, _), (_, memory_end, handles_end, _) = (
+        np.median(part, axis=0) for part in (parts[1], parts[-1])
+    )
     cost = costs(looks)
     return (
         f"{looks[-1].step} steps: resident memory {memory:.0f} -> {memory_end:.0f} MiB, file handles {handles:.0f} -> "

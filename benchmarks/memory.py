@@ -76,9 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def step_bytes(
-    args: argparse.Namespace, batch_size: int, *, checkpointing: bool, attack_batch_size: int | None
-) -> int:
+def step_bytes(args: argparse.Namespace, batch_size: int, *, checkpointing: bool, attack_batch_size: int | None) -> int:
     """The peak of a whole update in bf16, weights, gradients and AdamW's moments included."""
     vae = AutoencoderKL(**SHAPES[args.model])
     if checkpointing:

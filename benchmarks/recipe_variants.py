@@ -117,7 +117,9 @@ class Revisited(OneStep):
         for age, waiting in enumerate(self.waiting):
             if len(waiting) > self.least_waiting:
                 parts[age], self.ages[age] = waiting.popleft(), age
-        self.clean, self.start = (torch.cat(each).contiguous(memory_format=torch.channels_last) for each in zip(*parts, strict=True))
+        self.clean, self.start = (
+            torch.cat(each).contiguous(memory_format=torch.channels_last) for each in zip(*parts, strict=True)
+        )
         return self.clean
 
     def __call__(self, step: VariedStep, clean: Tensor, target: Target) -> Tensor:
@@ -197,7 +199,13 @@ class VariedStep(Step):
 
 
 def ascend(
-    step: VariedStep, clean: Tensor, start: Tensor, objective: Objective, *, count: int = 1, size: float | Tensor | None = None
+    step: VariedStep,
+    clean: Tensor,
+    start: Tensor,
+    objective: Objective,
+    *,
+    count: int = 1,
+    size: float | Tensor | None = None,
 ) -> Tensor:
     """`count` steps up `objective` from `start`, of the recipe's size unless another is given."""
     images = start
@@ -258,7 +266,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in args.variants:
         fewest = VARIANTS[name].fewest_images
         if like.train_batch_size < fewest:
-            raise UserError(f"{args.like} was trained on {like.train_batch_size} images at a time; {name} needs {fewest}")
+            raise UserError(
+                f"{args.like} was trained on {like.train_batch_size} images at a time; {name} needs {fewest}"
+            )
     args.model = like.pretrained_model_name_or_path
     judge = Judge(args, load_images(args))
     points = {name: [varied(args, like, judge, name, seed) for seed in args.seeds] for name in args.variants}
@@ -273,7 +283,9 @@ def varied(args: argparse.Namespace, like: argparse.Namespace, judge: Judge, nam
     folder = args.output_dir / f"{name}-seed{seed}"
     variant = VARIANTS[name]()
     batches = like.max_train_steps // variant.updates_per_batch
-    settings = argparse.Namespace(**{**vars(like), "seed": seed, "max_train_steps": batches, "checkpointing_steps": batches})
+    settings = argparse.Namespace(
+        **{**vars(like), "seed": seed, "max_train_steps": batches, "checkpointing_steps": batches}
+    )
     if not (folder / f"checkpoint-{batches}").exists():
         train(settings, VariedTraining(settings, variant, args.device), folder)
     return judge.curve(folder)[-1]

@@ -45,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rates = measure(layouts, args, busy=busy)
         print(f"{'beside a busy process' if busy else 'idle machine'}, images/s, median of {args.repeats} runs:")
         for layout, values in rates.items():
-            print(f"  {layout!s:<36}{statistics.median(values):7.1f}  ({min(values):.1f} to {max(values):.1f})", flush=True)
+            print(
+                f"  {layout!s:<36}{statistics.median(values):7.1f}  ({min(values):.1f} to {max(values):.1f})",
+                flush=True,
+            )
     return 0
 
 

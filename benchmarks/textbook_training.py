@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     settings = argparse.Namespace(**json.loads((args.like / "training_args.json").read_text())["arguments"])
     for name, value in FIXED.items():
         if getattr(settings, name) != value:
-            raise UserError(f"{args.like} has --{name} {getattr(settings, name)}; the textbook's step knows {value} alone")
+            raise UserError(
+                f"{args.like} has --{name} {getattr(settings, name)}; the textbook's step knows {value} alone"
+            )
     train(settings, build_step(settings, args.device), args.output_dir)
     return 0
 

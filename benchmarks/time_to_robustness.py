@@ -100,7 +100,9 @@ def train(args: argparse.Namespace, folder: Path, flags: str, seed: int) -> None
 
 def train_textbook(args: argparse.Namespace, folder: Path, like: Path) -> None:
     """Repeats the training in `like` with the textbook's step."""
-    run_to_the_end(folder, ["-m", "benchmarks.textbook_training", "--like", like, "--output_dir", folder, "--device", args.device])
+    run_to_the_end(
+        folder, ["-m", "benchmarks.textbook_training", "--like", like, "--output_dir", folder, "--device", args.device]
+    )
 
 
 def run_to_the_end(folder: Path, command: list[object]) -> None:
@@ -220,7 +222,10 @@ def table_rows(curves: dict[str, dict[int, list[Point]]], start: Point, marks: d
     for name, by_seed in curves.items():
         reached = [reach(curve, start, marks[seed]) for seed, curve in by_seed.items()]
         last = [curve[-1] for curve in by_seed.values()]
-        ends = [spread([getattr(point, part) for point in last], digits) for part, digits in (("attacked", 2), ("clean", 2), ("drift", 4), ("seconds", 1))]
+        ends = [
+            spread([getattr(point, part) for point in last], digits)
+            for part, digits in (("attacked", 2), ("clean", 2), ("drift", 4), ("seconds", 1))
+        ]
         if None in reached:
             missed = sum(point is None for point in reached)
             yield [name, f"not reached by {missed} of {len(reached)} seeds", "", "", "", "", "", *ends]
@@ -270,7 +275,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="miniature/weights/vae", help="where all trainings start")
     add("--train_flags", required=True, help="flags of train_srl_vae.py that all arms share")
-    add("--arms", nargs="+", required=True, metavar='NAME="FLAGS"', help="trainings; the first one's result is the mark")
+    add(
+        "--arms", nargs="+", required=True, metavar='NAME="FLAGS"', help="trainings; the first one's result is the mark"
+    )
     add("--textbook", action="store_true", help="repeat the first training with the textbook's step as well")
     add("--seeds", nargs="+", type=non_negative_int, default=[0, 1, 2])
     add("--output_dir", type=Path, default=Path("outputs/time-to-robustness"))

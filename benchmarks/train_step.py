@@ -204,8 +204,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     side = MATMUL_SIDE[device.type]
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     batch, channels, width = CONV_SIDE[device.type]
-    images = torch.randn(batch, channels, width, width, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    layer = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    images = torch.randn(batch, channels, width, width, device=device, dtype=dtype).to(
+        memory_format=torch.channels_last
+    )
+    layer = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).to(
+        memory_format=torch.channels_last
+    )
     work = {
         "matmul": (lambda: matrix @ matrix, 2 * side**3),
         "conv": (lambda: layer(images), 2 * 9 * channels**2 * images[:, 0].numel()),

@@ -51,7 +51,15 @@ def build(args: argparse.Namespace) -> None:
     vae = state.vae.to(memory_format=torch.contiguous_format).eval()  # safetensors takes no other format
     vae.register_to_config(scaling_factor=measure_scaling_factor(vae))
     vae.save_pretrained(args.output_dir)
-    names = ("architecture", "pixel_steps", "adversarial_steps", "batch_size", "learning_rate", "adversarial_learning_rate", "seed")
+    names = (
+        "architecture",
+        "pixel_steps",
+        "adversarial_steps",
+        "batch_size",
+        "learning_rate",
+        "adversarial_learning_rate",
+        "seed",
+    )
     settings = {name: getattr(args, name) for name in names}
     write_measurements(vae, args.output_dir, build={**settings, "torch_compile": args.torch_compile})
 
@@ -180,7 +188,9 @@ def train(args: argparse.Namespace, state: State, state_path: Path) -> None:
         state.step += 1
         if state.step % 100 == 0:
             seconds = (time.time() - started) / (state.step - first_step)
-            print(f"step {state.step}: L1 {pixel_loss.item():.4f} loss {loss.item():.4f} {seconds:.3f} s/step", flush=True)
+            print(
+                f"step {state.step}: L1 {pixel_loss.item():.4f} loss {loss.item():.4f} {seconds:.3f} s/step", flush=True
+            )
         if state.step % args.checkpointing_steps == 0 or state.step == total_steps(args):
             state.save(state_path)
 
@@ -269,9 +279,7 @@ def augmented_crop(rng: np.random.Generator, photograph: Image.Image) -> Image.I
 
 def sample_batches(args: argparse.Namespace, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
     remaining = range(first_step * args.batch_size, total_steps(args) * args.batch_size)
-    return iter(
-        DataLoader(Mixture(args.seed), args.batch_size, sampler=remaining, num_workers=args.num_workers)
-    )
+    return iter(DataLoader(Mixture(args.seed), args.batch_size, sampler=remaining, num_workers=args.num_workers))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,13 @@ def build_clip(vocabulary: int, tokens: int, special: dict[str, int]) -> CLIPMod
     shared = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
     return CLIPModel(
         CLIPConfig(
-            text_config={**shared, "num_hidden_layers": 2, "vocab_size": vocabulary, "max_position_embeddings": tokens, **special},
+            text_config={
+                **shared,
+                "num_hidden_layers": 2,
+                "vocab_size": vocabulary,
+                "max_position_embeddings": tokens,
+                **special,
+            },
             vision_config={**shared, "num_hidden_layers": 3, "image_size": SIZE, "patch_size": 8},
             projection_dim=64,
         )

@@ -1,7 +1,7 @@
 """Measures a miniature autoencoder: reconstruction of unseen images, its weakness, the scale of its latents.
 
-    python -m miniature.measure                              # the shipped weights, on embedded images
-    python -m miniature.measure --photographs FOLDER         # and on 64 px centre crops of your photographs
+python -m miniature.measure                              # the shipped weights, on embedded images
+python -m miniature.measure --photographs FOLDER         # and on 64 px centre crops of your photographs
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ NUM_IMAGES = 32
 
 def measure_scaling_factor(vae: AutoencoderKL) -> float:
     """1 / standard deviation of the latents of scenes, dead leaves and training photographs."""
-    images = torch.cat(
-        [scenes(UNSEEN_SEED, 128), dead_leaves(UNSEEN_SEED, 128), tiles("train", limit=128)]
-    ).to(vae.device)
+    images = torch.cat([scenes(UNSEEN_SEED, 128), dead_leaves(UNSEEN_SEED, 128), tiles("train", limit=128)]).to(
+        vae.device
+    )
     with torch.no_grad():
         latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in images.split(32)])
     return round(1 / latents.std().item(), 5)

@@ -1,6 +1,6 @@
 """Measures the miniature's CLIP, classifier and diffusion model on scenes that none of them has seen.
 
-    python -m miniature.measure_world                # writes miniature/weights/measured.json and README.md
+python -m miniature.measure_world                # writes miniature/weights/measured.json and README.md
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ def main() -> None:
     classifier = load_image_classifier(str(weights / "classifier"))
     vae = AutoencoderKL.from_pretrained(weights / "vae").eval()
     single, fresh = (
-        scene_set(args.work_dir, seed=seed, count=args.num_images, pair_share=0.0) for seed in (UNSEEN_SEED, UNSEEN_SEED + 1)
+        scene_set(args.work_dir, seed=seed, count=args.num_images, pair_share=0.0)
+        for seed in (UNSEEN_SEED, UNSEEN_SEED + 1)
     )
     results = measure_classifier(classifier, vae, single)
     results |= measure_clip(load_clip_similarity(str(weights / "clip")), single)
     pipeline = StableDiffusionPipeline.from_pretrained(weights / "sd")
-    results |= measure_diffusion(pipeline, classifier, single, fresh, steps=args.num_inference_steps, guidance=args.guidance_scale)
+    results |= measure_diffusion(
+        pipeline, classifier, single, fresh, steps=args.num_inference_steps, guidance=args.guidance_scale
+    )
     settings = {name: getattr(args, name) for name in ("num_images", "num_inference_steps", "guidance_scale")}
     (weights / "measured.json").write_text(json.dumps({**settings, **results}, indent=1) + "\n")
     (weights / "README.md").write_text(README.format(**settings, **results))

@@ -117,7 +117,18 @@ def reconstruction_flags(scale: Scale, target: Path) -> list[object]:
 
 def generation_flags(scale: Scale) -> list[object]:
     metrics = ["psnr", "ssim", "clip", "clip-text", "shown", "fid", "is", "denoising-loss", "difference"]
-    return [*networks(scale), "--num_images", scale.images, "--strengths", "0.3", "0.6", "--metrics", *metrics, "--batch_size", scale.images // 4]
+    return [
+        *networks(scale),
+        "--num_images",
+        scale.images,
+        "--strengths",
+        "0.3",
+        "0.6",
+        "--metrics",
+        *metrics,
+        "--batch_size",
+        scale.images // 4,
+    ]
 
 
 def editing_flags(scale: Scale) -> list[object]:
@@ -171,7 +182,9 @@ class Runner:
         if (self.folder / name / "metadata.jsonl").exists():
             self.bar.update()
         else:
-            self._call(name, "-m", "miniature.draw", "--num_images", count, "--seed", seed, "--output_dir", self.folder / name)
+            self._call(
+                name, "-m", "miniature.draw", "--num_images", count, "--seed", seed, "--output_dir", self.folder / name
+            )
 
     def train(self, name: str, flags: str, scale: Scale) -> None:
         output_dir = self._vae(name)
@@ -202,7 +215,9 @@ class Runner:
         words = [sys.executable, *map(str, command)]
         with (
             (self.folder / "log.txt").open("a", encoding="utf-8") as log,
-            subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace") as child,
+            subprocess.Popen(
+                words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+            ) as child,
         ):
             for line in child.stdout:  # a bar's updates are lines of their own here
                 log.write(line)
@@ -243,7 +258,8 @@ class Runner:
         values = {(row["attack"], row["threat_model"], row["metric"], row["vae"]): row["value"] for row in rows}
         keys = list(dict.fromkeys(key[:3] for key in values))
         lines = [
-            [*key, *("" if (*key, vae) not in values else f"{values[(*key, vae)]:.3f}" for vae in vaes)] for key in sorted(keys, key=keys.index)
+            [*key, *("" if (*key, vae) not in values else f"{values[(*key, vae)]:.3f}" for vae in vaes)]
+            for key in sorted(keys, key=keys.index)
         ]
         return markdown_table([["images", "threat model", "metric", *vaes], *lines])
 

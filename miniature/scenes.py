@@ -77,9 +77,7 @@ def draw_scene(seed: int, index: int = 0, *, size: int = 64, pair_share: float =
     for item in objects:
         canvas = _paint(rng, canvas, item)
     image = Image.fromarray(_to_bytes(canvas)).resize((size, size), Image.Resampling.BOX)
-    return Scene(
-        image=image, caption=_caption(objects, relation, background), objects=objects, background=background
-    )
+    return Scene(image=image, caption=_caption(objects, relation, background), objects=objects, background=background)
 
 
 def draw_dead_leaves(seed: int, index: int = 0, *, size: int = 64) -> Image.Image:

@@ -34,7 +34,11 @@ def _learn(captions: Iterable[str], folder: Path) -> None:
     tokenizer.normalizer = Lowercase()
     tokenizer.pre_tokenizer = WhitespaceSplit()
     trainer = BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[START, END], end_of_word_suffix="</w>", min_frequency=1, show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=[START, END],
+        end_of_word_suffix="</w>",
+        min_frequency=1,
+        show_progress=False,
     )
     letters = [character for character in string.printable if not character.isspace()]
     # Each letter on its own, last in a word, and before another: all that an unknown word is spelt with.

@@ -75,7 +75,9 @@ def _network(arguments: dict[str, Any], kind: type[ModelMixin], name: str, left_
             network = kind(**arguments)
     except Exception as error:  # on what does not fit together diffusers and torch raise nearly anything
         hint = f"; it leaves out {', '.join(left_out)}" if left_out else ""
-        raise UserError(f"the configuration of '{name}' describes no {kind.__name__}: {first_line(error)}{hint}") from None
+        raise UserError(
+            f"the configuration of '{name}' describes no {kind.__name__}: {first_line(error)}{hint}"
+        ) from None
     billions = sum(parameter.numel() for parameter in network.parameters()) / 1e9
     if billions > MAX_BILLIONS:
         raise UserError(f"the configuration of '{name}' describes a network of {billions:.0f} billion weights")

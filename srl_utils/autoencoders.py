@@ -36,9 +36,7 @@ class AutoencoderSource:
     cache_dir: str | None = None
 
 
-def read_config(
-    source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (AutoencoderKL,)
-) -> dict[str, Any]:
+def read_config(source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (AutoencoderKL,)) -> dict[str, Any]:
     """The VAE's configuration with diffusers' defaults for what it leaves out, without loading its weights.
 
     Raises:
@@ -79,14 +77,14 @@ def load_autoencoder(source: AutoencoderSource, kind: type[VAE] = AutoencoderKL)
     """
     name = source.pretrained_model_name_or_path
     try:
-        vae, loading = kind.from_pretrained(
-            **asdict(source), use_safetensors=True, output_loading_info=True
-        )
+        vae, loading = kind.from_pretrained(**asdict(source), use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise _loading_error(error, source)(f"cannot load the VAE '{name}': {first_line(error)}") from None
     for keys, fault in (("missing_keys", "lack"), ("unexpected_keys", "hold beyond what its configuration describes")):
         if found := sorted(loading[keys]):
-            raise UserError(f"cannot load the VAE '{name}': its weights {fault} {len(found)} tensors, such as {found[0]}")
+            raise UserError(
+                f"cannot load the VAE '{name}': its weights {fault} {len(found)} tensors, such as {found[0]}"
+            )
     check_parameters(vae, name)
     return vae.float()
 

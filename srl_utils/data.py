@@ -215,9 +215,7 @@ def open_data(
     )
 
 
-def load_validation_images(
-    source: DataSource, *, num_images: int, resolution: int, seed: int = 0
-) -> ValidationImages:
+def load_validation_images(source: DataSource, *, num_images: int, resolution: int, seed: int = 0) -> ValidationImages:
     """Central squares spread evenly over the validation images (of a stream: the first), always the same ones.
 
     A `source` with `validation_data_dir` needs no training data. The seed matters for held-out training images. If the
@@ -256,9 +254,7 @@ def training_batches(
     Raises:
         UserError: while iterating, if too many images in a row cannot be read.
     """
-    positions = BatchPositions(
-        batch_size=batch_size, rank=rank, world_size=world_size, first_position=first_position
-    )
+    positions = BatchPositions(batch_size=batch_size, rank=rank, world_size=world_size, first_position=first_position)
     if isinstance(data.samples, StreamSamples):
         # A second worker would read the same stream again.
         layout = {"dataset": replace(data.samples, positions=positions), "batch_size": batch_size}
@@ -348,7 +344,9 @@ def _probes(images: Images, number: int) -> Iterator[RawImage]:
     """Some images from all over, for bad ones are often neighbours; of a stream the first."""
     if isinstance(images, StreamImages):
         return islice(images, number)
-    return (images[index] for index in np.linspace(0, len(images), min(number, len(images)), endpoint=False).astype(int))
+    return (
+        images[index] for index in np.linspace(0, len(images), min(number, len(images)), endpoint=False).astype(int)
+    )
 
 
 def _check_readable(images: Images) -> None:

@@ -112,7 +112,9 @@ def check_launch(environment: Environment) -> None:
         if _is_on(environment, name):
             raise UserError(f"accelerate is configured for {what} ({name}), which is not supported; {WITHOUT}")
     if _is_on(environment, SAGEMAKER[0]) and environment.get(SAGEMAKER[1]) != "NO":
-        raise UserError(f"accelerate is configured for SageMaker's data parallelism ({SAGEMAKER[0]}), which is not supported; {WITHOUT}")
+        raise UserError(
+            f"accelerate is configured for SageMaker's data parallelism ({SAGEMAKER[0]}), which is not supported; {WITHOUT}"
+        )
     for name in (*SWITCHES, *(f"{DYNAMO}USE_{name}" for name in DYNAMO_SWITCHES)):
         _is_on(environment, name)
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
@@ -131,7 +133,9 @@ def joined_on_cpu(environment: Environment) -> bool:
     return not torch.accelerator.is_available() and "LOCAL_RANK" in environment
 
 
-def launched_accelerator(environment: Environment, *, precision: str | None, steps: int = 1, **settings: Any) -> Accelerator:
+def launched_accelerator(
+    environment: Environment, *, precision: str | None, steps: int = 1, **settings: Any
+) -> Accelerator:
     """Return an Accelerator that takes devices and processes from the environment, and all else from its arguments.
 
     Args:

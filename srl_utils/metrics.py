@@ -21,9 +21,7 @@ def psnr(images: Tensor, target: Tensor) -> Tensor:
 
     At most `MAX_PSNR`.
     """
-    ratio = peak_signal_noise_ratio(
-        _unit(images), _unit(target), data_range=1.0, reduction="none", dim=(1, 2, 3)
-    )
+    ratio = peak_signal_noise_ratio(_unit(images), _unit(target), data_range=1.0, reduction="none", dim=(1, 2, 3))
     return ratio.clamp(max=MAX_PSNR)
 
 

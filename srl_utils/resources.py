@@ -20,12 +20,11 @@ TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|iostream error")
 MEMORY = re.compile(r"out of memory|can't allocate memory|DefaultCPUAllocator|Cannot allocate memory")
 WANTED = re.compile(r"allocate ([\d.]+ (?:bytes|[KMGTPE]iB))")
 LOST_PEER = re.compile(
-    r"Connection (closed|reset) by peer|Connection refused|Connection was likely closed|gloo|NCCL|Broken pipe", re.IGNORECASE
+    r"Connection (closed|reset) by peer|Connection refused|Connection was likely closed|gloo|NCCL|Broken pipe",
+    re.IGNORECASE,
 )
 WHOLE = "what was saved before is whole: run the same command again, a training with --resume_from_checkpoint latest"
-LOST_WORKER = (
-    f"a worker that reads images has ended, as where memory runs out; fewer --dataloader_num_workers need less, and {WHOLE}"
-)
+LOST_WORKER = f"a worker that reads images has ended, as where memory runs out; fewer --dataloader_num_workers need less, and {WHOLE}"
 LESS_MEMORY = (
     "a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing, --mixed_precision "
     "bf16 or a smaller --resolution need less (in an evaluation --batch_size and --resolution, in sanitize --tile_above)"

@@ -151,9 +151,7 @@ def settle(current: Settings, earlier: Earlier) -> Settings:
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Return which of the flags differ, in the order of `after`; those that only one side knows do not count."""
-    return [
-        name for name in after if name in names and name in before and not _same(name, before[name], after[name])
-    ]
+    return [name for name in after if name in names and name in before and not _same(name, before[name], after[name])]
 
 
 def told(changes: Iterable[Change]) -> list[str]:

@@ -257,7 +257,9 @@ class ImageClassifier:
             ValueError: if there are not as many of both, or a pixel is not finite.
         """
         _check_pairs(images, texts)
-        labels = [self.model.config.id2label[number] for number in self.features(images)["logits"].argmax(dim=1).tolist()]
+        labels = [
+            self.model.config.id2label[number] for number in self.features(images)["logits"].argmax(dim=1).tolist()
+        ]
         return torch.tensor([float(f" {label} " in f" {text} ") for label, text in zip(labels, texts, strict=True)])
 
 

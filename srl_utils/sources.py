@@ -239,7 +239,9 @@ class Splits:
         if not _split_names(wanted) <= self.found.keys():
             return None
         if self.source.streaming:
-            raise UserError(f"{wanted}: parts and sums of splits cannot be streamed; name a whole split or leave out --streaming")
+            raise UserError(
+                f"{wanted}: parts and sums of splits cannot be streamed; name a whole split or leave out --streaming"
+            )
         opened = {name: self._open(self.found[name]) for name in _split_names(wanted)}
         try:
             parts = datasets.ReadInstruction.from_spec(wanted).to_absolute(

@@ -271,7 +271,8 @@ class HubServer:
 
         def listing(kind: str, known: dict[str, Commit]) -> list[dict[str, str]]:
             return [
-                {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit.oid} for name, commit in known.items()
+                {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit.oid}
+                for name, commit in known.items()
             ]
 
         heads, tags = listing("heads", repository.branches), listing("tags", repository.tags)

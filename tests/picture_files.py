@@ -67,7 +67,11 @@ def packed_tiff(samples: np.ndarray, bits: int, photometric: int, order: str = "
 
 
 def png(
-    samples: np.ndarray, bits: int, colour_type: int, *chunks: tuple[bytes, bytes], last: tuple[bytes, bytes] | None = None
+    samples: np.ndarray,
+    bits: int,
+    colour_type: int,
+    *chunks: tuple[bytes, bytes],
+    last: tuple[bytes, bytes] | None = None,
 ) -> bytes:
     """A PNG of samples `[H,W]` or `[H,W,C]`, with chunks before its pixels and perhaps one after them."""
     header = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], bits, colour_type, 0, 0, 0)

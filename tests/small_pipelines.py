@@ -1,7 +1,7 @@
 """Every kind of diffusers pipeline that has a VAE, real but of a few channels: random weights, no text encoder.
 
-    pipe = build_pipeline("sdxl inpaint", dtype=torch.bfloat16)
-    images = run_pipeline(pipe, "sdxl inpaint")  # [1,3,32,32] in [0,1]
+pipe = build_pipeline("sdxl inpaint", dtype=torch.bfloat16)
+images = run_pipeline(pipe, "sdxl inpaint")  # [1,3,32,32] in [0,1]
 """
 
 from __future__ import annotations

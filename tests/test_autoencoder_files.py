@@ -264,7 +264,9 @@ def test_a_pickle_in_a_pipeline_is_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("net", ["alex", "squeeze"])  # the one of vgg is half a gigabyte
-@pytest.mark.parametrize("save", [torch.save, lambda mark, path: path.write_bytes(pickle.dumps(mark))], ids=["zip", "raw"])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda mark, path: path.write_bytes(pickle.dumps(mark))], ids=["zip", "raw"]
+)
 def test_a_pickle_in_place_of_a_trunk_of_lpips_is_not_run(
     save: Callable[[object, Path], object], net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,7 +126,8 @@ def test_time_to_robustness_end_to_end(vae_folder: Path, photographs: Path, tmp_
     assert (tmp_path / "out/time-to-robustness.png").stat().st_size > 10_000
     assert len(list((tmp_path / "out/fast-seed0").glob("checkpoint-*-apgd-2x1.json"))) == 3
     ours, textbooks = (
-        json.loads((tmp_path / f"out/{arm}-seed0/checkpoint-2-apgd-2x1.json").read_text()) for arm in ("paper", "textbook")
+        json.loads((tmp_path / f"out/{arm}-seed0/checkpoint-2-apgd-2x1.json").read_text())
+        for arm in ("paper", "textbook")
     )
     assert ours["drift"] > 1e-6
     assert all(textbooks[measure] == pytest.approx(ours[measure], rel=1e-3) for measure in time_to_robustness.MEASURES)
@@ -143,7 +144,9 @@ def fast_settings(vae_folder: Path, *, learning_rate: float = 1e-3) -> Namespace
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_trains_within_the_ball(name: str, vae_folder: Path, images, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_variant_trains_within_the_ball(
+    name: str, vae_folder: Path, images, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: invariants. An update for each of the images it is trained on; these are within 8/255 of the clean ones and of
     the range, and differ from them unless they are to be left as they are; the encoder changes and the decoder does not.
     """
@@ -165,11 +168,15 @@ def test_every_variant_trains_within_the_ball(name: str, vae_folder: Path, image
         change = (shown - taken).abs().flatten(1).amax(dim=1)
         assert change.max() <= 16 / 255 + 1e-6 and shown.abs().max() <= 1
         assert (change == 0).sum() == left_alone
-    changed = {key.split(".")[0] for key, weight in training.vae.state_dict().items() if not torch.equal(weight, before[key])}
+    changed = {
+        key.split(".")[0] for key, weight in training.vae.state_dict().items() if not torch.equal(weight, before[key])
+    }
     assert "encoder" in changed and changed <= {"encoder", "quant_conv"}
 
 
-def test_an_image_seen_again_goes_on_from_its_perturbation(vae_folder: Path, images, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_seen_again_goes_on_from_its_perturbation(
+    vae_folder: Path, images, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: with a learning rate of 0, the third visit is the fifth step of one attack on the first image."""
     monkeypatch.setattr(Revisited, "least_waiting", 0)
     variant, batches = Revisited(), images(9, 16).split(3)

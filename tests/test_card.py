@@ -180,7 +180,9 @@ def test_the_snippets_run(vae_folder: Path, tiny_vae: AutoencoderKL) -> None:
     assert names["clean"].size == photograph.size
 
 
-@pytest.mark.parametrize("weights", [{}, {"a.safetensors": "0" * 64}, {"a.safetensors": "0" * 64, "a.fp16.safetensors": "1" * 64}])
+@pytest.mark.parametrize(
+    "weights", [{}, {"a.safetensors": "0" * 64}, {"a.safetensors": "0" * 64, "a.fp16.safetensors": "1" * 64}]
+)
 def test_the_weights_of_a_card_can_be_read_back(weights: dict[str, str]) -> None:
     """Oracle: the same files and checksums; a card by hand records none, and text beside the list is no record."""
     card = render_card(replace(FULL, weights=weights))

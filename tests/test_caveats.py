@@ -31,7 +31,13 @@ def starts(caveats: list[Caveat]) -> set[str]:
 
 @pytest.mark.parametrize(
     ("n", "singular", "noisy", "biased"),
-    [(19, True, True, True), (64, True, True, True), (65, False, True, True), (100, False, True, False), (1001, False, False, False)],
+    [
+        (19, True, True, True),
+        (64, True, True, True),
+        (65, False, True, True),
+        (100, False, True, False),
+        (1001, False, False, False),
+    ],
 )
 def test_sets_of_few_images(n: int, singular: bool, noisy: bool, biased: bool, images) -> None:
     """Oracle: linear algebra, the covariance of n images has rank n - 1 and so is singular up to n = 64; KID takes one
@@ -62,7 +68,9 @@ def test_captions_that_are_cut_are_counted_and_named(tmp_path: Path) -> None:
     pipe = add_text_encoders(build_pipeline("sd"), tmp_path)
     prompts = ["a b c d e f", "a b c d e f g", "g f e d c b a", "a"]
     (caveat,) = caveats_of_prompts(Metrics(names=("psnr",)), pipe, prompts)
-    assert caveat.text.startswith("2 of 4 captions ('a b c d e f g...', 'g f e d c b a...') are cut after the 8 tokens of the pipeline's tokenizer")
+    assert caveat.text.startswith(
+        "2 of 4 captions ('a b c d e f g...', 'g f e d c b a...') are cut after the 8 tokens of the pipeline's tokenizer"
+    )
     assert caveat.metrics == ()
     clip = load_clip_similarity(str(ROOT / "miniature/weights/clip"))
     limit = clip.model.config.text_config.max_position_embeddings

@@ -276,7 +276,16 @@ NEUTRAL = {
     "chromaticities on a line": [chrm((0.3127, 0.329, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3))],
     "texts with telling names": [
         (b"tEXt", name + b"\0text")
-        for name in (b"gamma", b"chromaticity", b"srgb", b"icc_profile", b"transparency", b"cicp", b"exif", b"low_bytes")
+        for name in (
+            b"gamma",
+            b"chromaticity",
+            b"srgb",
+            b"icc_profile",
+            b"transparency",
+            b"cicp",
+            b"exif",
+            b"low_bytes",
+        )
     ],
     "high dynamic range": [(b"cICP", bytes([9, 16, 0, 1]))],
 }

@@ -218,7 +218,6 @@ def test_max_train_samples(kind: str, tmp_path: Path) -> None:
     assert (unlimited.num_images, data.num_images) == ((COUNT, 5) if kind == "map" else (None, None))
 
 
-
 # Errors
 
 
@@ -517,7 +516,10 @@ def test_captions_stay_with_their_images(tmp_path: Path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(reversed(lines)))
     table = tmp_path / "table"
     table.mkdir()
-    rows = {"image": [png(number) for number in range(4)], "text": [[f"number {number}", "other"] for number in range(4)]}
+    rows = {
+        "image": [png(number) for number in range(4)],
+        "text": [[f"number {number}", "other"] for number in range(4)],
+    }
     datasets.Dataset.from_dict(rows).to_parquet(table / "validation.parquet")
     datasets.Dataset.from_dict(rows).to_parquet(table / "train.parquet")
     for source in (

@@ -96,7 +96,9 @@ def test_long_texts_in_threads() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("chunks", [[], [(b"gAMA", (100_000).to_bytes(4, "big"))], [TEXTS["zTXt"]]], ids=["", "gamma", "text"])
+@pytest.mark.parametrize(
+    "chunks", [[], [(b"gAMA", (100_000).to_bytes(4, "big"))], [TEXTS["zTXt"]]], ids=["", "gamma", "text"]
+)
 def test_broken_pixels_are_noticed(chunks: list[tuple[bytes, bytes]], bits: int) -> None:
     """Oracle: a changed byte of the compressed pixels, or missing ones, leave no whole picture."""
     data = png(levels(COLOURS, bits), bits, 2, *chunks)
@@ -147,7 +149,13 @@ def test_every_source_is_the_same_picture(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("in/a.png", data)
     member = f"zip://in/a.png::{tmp_path / 'a.zip'}"
-    sources = [member, {"bytes": None, "path": member}, {"bytes": data, "path": "gone.png"}, memoryview(data), bytearray(data)]
+    sources = [
+        member,
+        {"bytes": None, "path": member},
+        {"bytes": data, "path": "gone.png"},
+        memoryview(data),
+        bytearray(data),
+    ]
     sources += [tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").as_uri()]
     for source in sources:
         assert np.array_equal(decode_rgb(source), SAMPLES)
@@ -156,7 +164,9 @@ def test_every_source_is_the_same_picture(tmp_path: Path) -> None:
 def test_a_picture_given_stays_open_and_as_it_was(tmp_path: Path) -> None:
     """Oracle: its frame, its pixels and its information before and after."""
     frames = [Image.fromarray(SAMPLES), Image.fromarray(SAMPLES[::-1])]
-    (tmp_path / "a.webp").write_bytes(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True))
+    (tmp_path / "a.webp").write_bytes(
+        encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    )
     with Image.open(tmp_path / "a.webp") as picture:
         picture.seek(1)
         assert np.array_equal(decode_rgb(picture), SAMPLES[::-1])
@@ -217,7 +227,9 @@ def test_heic_is_read_where_its_package_is_installed(extra: str) -> None:
     exif[274] = 6
     options = {"plain": {}, "profile": {"icc_profile": P3}, "turned": {"exif": exif.tobytes()}}[extra]
     data = encoded(Image.new("RGB", (64, 48), (200, 100, 50)), "HEIF", quality=95, **options)
-    expected = decode_rgb(encoded(Image.new("RGB", (1, 1), (200, 100, 50)), icc_profile=P3 if extra == "profile" else b""))
+    expected = decode_rgb(
+        encoded(Image.new("RGB", (1, 1), (200, 100, 50)), icc_profile=P3 if extra == "profile" else b"")
+    )
     picture = decode_rgb(data)
     assert picture.size == ((48, 64) if extra == "turned" else (64, 48))
     assert np.abs(np.array(picture.getpixel((20, 20))) - expected.getpixel((0, 0))).max() <= 6

@@ -76,7 +76,12 @@ def test_image_to_image_is_that_of_diffusers(pipe, codec, images) -> None:
     result = edit(codec, shown, PROMPTS, image_generators(0, [4, 5]))
     parts = {**pipe.components, "vae": codec.vae, "requires_safety_checker": False}
     expected = StableDiffusionImg2ImgPipeline(**parts)(
-        PROMPTS, image=to_unit_range(shown), strength=0.5, generator=image_generators(0, [4, 5]), output_type="pt", **SETTINGS
+        PROMPTS,
+        image=to_unit_range(shown),
+        strength=0.5,
+        generator=image_generators(0, [4, 5]),
+        output_type="pt",
+        **SETTINGS,
     )
     torch.testing.assert_close(result, to_model_range(expected.images))
     assert pipe.vae is own and edit.pipeline.vae is own
@@ -172,7 +177,10 @@ def test_words_are_exchanged_at_once() -> None:
 
 def test_punctuation_around_a_word_is_kept() -> None:
     """Oracle: closed form; what names a word with its punctuation means it so."""
-    assert replace_words('a (red) ring, "red", 红。 - red.', {"red": "blue", "红": "蓝"}) == 'a (blue) ring, "blue", 蓝。 - blue.'
+    assert (
+        replace_words('a (red) ring, "red", 红。 - red.', {"red": "blue", "红": "蓝"})
+        == 'a (blue) ring, "blue", 蓝。 - blue.'
+    )
     assert replace_words("red, red", {"red,": "blue;"}) == "blue; red"
     assert replace_words("a red-hot ring's", {"red": "blue", "ring": "star"}) == "a red-hot ring's"
 
@@ -247,9 +255,7 @@ def test_finetuning_learns(pipe) -> None:
     from srl_utils.attacks.denoiser import Denoiser, encode_prompts
 
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    unet = finetune(
-        pipe, latents, ["a", "b"], FinetuningConfig(num_steps=40, batch_size=2, learning_rate=3e-3), seed=0
-    )
+    unet = finetune(pipe, latents, ["a", "b"], FinetuningConfig(num_steps=40, batch_size=2, learning_rate=3e-3), seed=0)
     denoiser = Denoiser.from_pipeline(pipe, encode_prompts(pipe, ["a", "b"]))
     before, after = (
         torch.stack([each.loss(latents, image_generators(5, [n, n + 1])) for n in range(8)]).mean()
@@ -260,7 +266,18 @@ def test_finetuning_learns(pipe) -> None:
 
 def test_division_of_a_data_set() -> None:
     """Oracle: closed form on ten captions; every image has one part, and words count, not their pieces."""
-    captions = ["a ring", "a star", "a ring", "a ringlet", "a star ring", "a ring", "a star", "a box", "a ring", "a ring"]
+    captions = [
+        "a ring",
+        "a star",
+        "a ring",
+        "a ringlet",
+        "a star ring",
+        "a ring",
+        "a star",
+        "a box",
+        "a ring",
+        "a ring",
+    ]
     parts = divide(captions, concept="ring", target="star", num_poisons=2, num_held_out=2)
     assert (parts.poisonable, parts.held_out, parts.targets) == ([0, 2], [8, 9], [1, 6])
     assert parts.others == [1, 3, 4, 5, 6, 7]
@@ -307,7 +324,14 @@ def rows_of(folder: Path) -> dict[tuple[str, str, str, str], float]:
 def test_generation_command(world, tmp_path: Path) -> None:
     """Oracle: the same VAE under another name has the same values throughout; the encoder has no part in images from text."""
     extra = ["--metrics", "psnr", "denoising-loss", "difference", "--strengths", "0.5"]
-    arguments = ["generation", *world, *extra, "--vae", f"robust={tmp_path / 'robust'}", f"twin={tmp_path / 'original'}"]
+    arguments = [
+        "generation",
+        *world,
+        *extra,
+        "--vae",
+        f"robust={tmp_path / 'robust'}",
+        f"twin={tmp_path / 'original'}",
+    ]
     assert command.main(arguments) == 0
     rows = rows_of(tmp_path / "out")
     assert {key[1] for key in rows} == {"clean, text-to-image", "clean, reconstructed", "clean, img2img-0.5"}
@@ -334,7 +358,9 @@ def test_editing_command(world, tmp_path: Path) -> None:
         assert ("original", f"clean, {edit}", "none", "psnr") not in rows  # it is what others are held against
         assert rows["robust", f"clean, {edit}", "none", "psnr"] < 60
         for vae in ("original", "robust"):
-            assert {("transfer", "psnr"), ("adaptive", "ssim")} <= {key[2:] for key in rows if key[:2] == (vae, f"pgd-2, {edit}")}
+            assert {("transfer", "psnr"), ("adaptive", "ssim")} <= {
+                key[2:] for key in rows if key[:2] == (vae, f"pgd-2, {edit}")
+            }
     before = (tmp_path / "out/report.md").read_text()
     references = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/clean-edits").rglob("*.safetensors")}
     assert len(references) == 2 * len(edits) * len(CAPTIONS)

@@ -32,7 +32,9 @@ from srl_utils.set_metrics import load_clip_similarity, load_image_classifier, l
 from srl_utils.sources import DataSource
 
 EVERY_KIND = [
-    kind for kind in (*vars(srl_utils.errors).values(), PushError) if isinstance(kind, type) and issubclass(kind, UserError)
+    kind
+    for kind in (*vars(srl_utils.errors).values(), PushError)
+    if isinstance(kind, type) and issubclass(kind, UserError)
 ]
 EMBEDDINGS = PromptEmbeddings(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8))
 
@@ -47,7 +49,9 @@ def within(folder: Path) -> None:
 
 
 def protected() -> torch.Tensor:
-    victim = Victim(encode=lambda images: Moments(images, images), decode=lambda latents: latents, scale=lambda latents: latents)
+    victim = Victim(
+        encode=lambda images: Moments(images, images), decode=lambda latents: latents, scale=lambda latents: latents
+    )
     return protect(PROTECTIONS["advdm"], victim, torch.zeros(1, 3, 16, 16), generators=[torch.Generator()])
 
 

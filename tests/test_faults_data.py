@@ -116,7 +116,12 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp())
     fill(folder, {"open.png": PNG, "closed.png": PNG})
     fill(folder / "closed", {"inside.png": PNG})
-    for path, mode in ((folder, 0o755), (folder / "open.png", 0o644), (folder / "closed.png", 0), (folder / "closed", 0)):
+    for path, mode in (
+        (folder, 0o755),
+        (folder / "open.png", 0o644),
+        (folder / "closed.png", 0),
+        (folder / "closed", 0),
+    ):
         path.chmod(mode)
     privileged = os.geteuid() == 0
     if privileged:

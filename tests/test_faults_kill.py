@@ -179,7 +179,11 @@ def assert_same_result(folder: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("kill", range(KILLS))
 def test_a_killed_run_ends_as_if_nothing_had_been(
-    kill: int, undisturbed: tuple[int, Path, float, dict[str, list[int]]], python: Path, flags: list[str], tmp_path: Path
+    kill: int,
+    undisturbed: tuple[int, Path, float, dict[str, list[int]]],
+    python: Path,
+    flags: list[str],
+    tmp_path: Path,
 ) -> None:
     """Oracle: the undisturbed run, to the last bit, after a SIGKILL and the same command again.
 

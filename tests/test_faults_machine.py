@@ -54,7 +54,12 @@ class Machine:
     def run(self, program: str, *arguments: object, largest: int = UNLIMITED) -> tuple[int, str]:
         words = [self.python, "-c", RESTRICTED, largest, program, *arguments]
         ended = subprocess.run(
-            [str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
+            [str(word) for word in words],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=280,
         )
         return ended.returncode, ended.stdout
 
@@ -150,7 +155,9 @@ def undisturbed_evaluation(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("file", ["study.json", "cells/*/*.json", "checks/*.json", "per_image.csv", "figures/*.png", "report.html"])
+@pytest.mark.parametrize(
+    "file", ["study.json", "cells/*/*.json", "checks/*.json", "per_image.csv", "figures/*.png", "report.html"]
+)
 def test_an_evaluation_s_file_that_may_not_grow(
     file: str, machine: Machine, evaluation: list[object], undisturbed_evaluation: Path, tmp_path: Path
 ) -> None:
@@ -172,7 +179,9 @@ def test_sanitized_images_that_may_not_grow(
     """Oracle: one line, exit code 5, which names the image; no half file."""
     code, printed = machine.run(SANITIZE, "sanitize", photographs, tmp_path / "out", "--vae", vae_folder, largest=100)
     assert_stopped_clearly(code, printed, tmp_path / "out")
-    assert "00.png: File too large" in printed and not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert "00.png: File too large" in printed and not [
+        path for path in (tmp_path / "out").rglob("*") if path.is_file()
+    ]
 
 
 def test_a_drop_in_that_cannot_be_written_leaves_the_one_before_it(
@@ -230,10 +239,14 @@ def test_what_a_checkpoint_takes_and_that_it_needs_no_unpickling(run: Run, flags
     folder = tmp_path / "out/checkpoint-4"
     with torch.serialization.safe_globals(TORCH_SAFE_GLOBALS):
         pickled = {
-            path.name: torch.load(path, weights_only=True) for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pkl")
+            path.name: torch.load(path, weights_only=True)
+            for path in folder.iterdir()
+            if path.suffix in (".bin", ".pt", ".pkl")
         }
     assert set(pickled) == {"optimizer.bin", "ema.pt", "random_states_0.pkl"}
-    held = bytes_of(load_file(folder / "vae" / WEIGHTS)) + bytes_of(pickled["optimizer.bin"]) + bytes_of(pickled["ema.pt"])
+    held = (
+        bytes_of(load_file(folder / "vae" / WEIGHTS)) + bytes_of(pickled["optimizer.bin"]) + bytes_of(pickled["ema.pt"])
+    )
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     assert state_bytes(vae, torch.nn.ModuleList([vae.encoder, vae.quant_conv]), object()) == held
 
@@ -282,7 +295,9 @@ def tensor_of(num_bytes: int) -> object:
 
 
 def memory_of_a_gpu(num_bytes: int) -> object:
-    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {num_bytes / 2**60:.2f} EiB. GPU 0 has 79.11 GiB")
+    raise torch.OutOfMemoryError(
+        f"CUDA out of memory. Tried to allocate {num_bytes / 2**60:.2f} EiB. GPU 0 has 79.11 GiB"
+    )
 
 
 @pytest.mark.parametrize("allocate", [numbers_of, tensor_of, memory_of_a_gpu])
@@ -312,7 +327,9 @@ def test_the_words_of_torch() -> None:
         "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
     ):
         assert "another process of this run has ended" in str(explained(RuntimeError(words)))
-    timed_out = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 1800000ms")
+    timed_out = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 1800000ms"
+    )
     assert "cannot be reached" in str(explained(timed_out))
     assert explained(FileNotFoundError(2, "No such file or directory")) is None
 

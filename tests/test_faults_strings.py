@@ -66,7 +66,9 @@ def test_names_of_vaes_cannot_leave_the_folder_nor_be_taken_for_each_other(vae_f
     assert "<script>alert" not in (inside / "out/report.html").read_text(encoding="utf-8")
 
 
-def test_training_on_hostile_places(run: Run, flags: list[str], photographs: Path, vae_folder: Path, tmp_path: Path) -> None:
+def test_training_on_hostile_places(
+    run: Run, flags: list[str], photographs: Path, vae_folder: Path, tmp_path: Path
+) -> None:
     """Oracle: the files of a harmless run, all within the output folder; the card's metadata is still YAML."""
     photos, vae = tmp_path / "<b>photos\n---\nx: y", tmp_path / "---\nlicense: evil"
     shutil.copytree(photographs, photos)

@@ -118,7 +118,9 @@ def test_unscale_is_what_the_pipeline_decodes(case: str, monkeypatch: pytest.Mon
 
 def test_video_latents_are_those_of_the_video_pipeline() -> None:
     """Oracle: diffusers' `decode_latents` of Stable Video Diffusion, which divides by the factor before it decodes."""
-    vae = AutoencoderKLTemporalDecoder(down_block_types=("DownEncoderBlock2D",), block_out_channels=(32,), scaling_factor=0.3)
+    vae = AutoencoderKLTemporalDecoder(
+        down_block_types=("DownEncoderBlock2D",), block_out_channels=(32,), scaling_factor=0.3
+    )
     seen: list[Tensor] = []
 
     class Decoder:
@@ -139,7 +141,9 @@ def test_video_latents_are_those_of_the_video_pipeline() -> None:
 def test_tiny_and_quantised_latents_are_those_of_the_factor(build: type[ModelMixin], images, tmp_path: Path) -> None:
     """Oracle: closed form, the factor of the configuration; pipelines look at nothing else, `latent_shift` included."""
     build(scaling_factor=0.6).save_pretrained(tmp_path)
-    codec = load_codec("judged", AutoencoderSource(pretrained_model_name_or_path=str(tmp_path)), device=torch.device("cpu"))
+    codec = load_codec(
+        "judged", AutoencoderSource(pretrained_model_name_or_path=str(tmp_path)), device=torch.device("cpu")
+    )
     latents = torch.randn(2, codec.vae.config.latent_channels, 4, 4)
     torch.testing.assert_close(codec.scale(latents), 0.6 * latents)
 
@@ -147,7 +151,9 @@ def test_tiny_and_quantised_latents_are_those_of_the_factor(build: type[ModelMix
 def test_loaded_codec_has_the_scale_of_its_files(images, tmp_path: Path) -> None:
     """Oracle: diffusers' formula by hand, on the latents of the loaded VAE."""
     small_vae(**STATISTICS).save_pretrained(tmp_path)
-    codec = load_codec("judged", AutoencoderSource(pretrained_model_name_or_path=str(tmp_path)), device=torch.device("cpu"))
+    codec = load_codec(
+        "judged", AutoencoderSource(pretrained_model_name_or_path=str(tmp_path)), device=torch.device("cpu")
+    )
     latents = codec.encode(images(2, SIZE))
     mean, deviation = (torch.tensor(STATISTICS[key]).view(1, 4, 1, 1) for key in ("latents_mean", "latents_std"))
     torch.testing.assert_close(codec.scale(latents), (latents - mean) * 0.5 / deviation)
@@ -210,7 +216,9 @@ def codec_of(vae: AutoencoderKL) -> Codec:
     return Codec("judged", AnyEncoder(vae), AnyDecoder(vae), latent_scale=LatentScale.of(vae.config))
 
 
-@pytest.mark.parametrize("case", [case for case in VAES if case.startswith(("sdxl", "sd3", "flux")) or "ignored" in case])
+@pytest.mark.parametrize(
+    "case", [case for case in VAES if case.startswith(("sdxl", "sd3", "flux")) or "ignored" in case]
+)
 def test_inpainting_keeps_the_surroundings(case: str, images, generators) -> None:
     """Oracle: invariance. Around the hole an edit's latents end as the pipeline's own encoding of the image, and the
     result has the image's size."""

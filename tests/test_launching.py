@@ -55,7 +55,11 @@ def test_accumulation_of_the_environment_is_that_of_the_flag(
     ("environment", "words", "shown"),
     [
         ({STEPS: "4"}, [], ["gradient_accumulation_steps     4", "x 4 accumulated", f"{STEPS}=4: honoured"]),
-        ({STEPS: "4"}, ["--gradient_accumulation_steps=1"], ["x 1 accumulated", f"{STEPS}=4: overruled by the command line"]),
+        (
+            {STEPS: "4"},
+            ["--gradient_accumulation_steps=1"],
+            ["x 1 accumulated", f"{STEPS}=4: overruled by the command line"],
+        ),
         ({STEPS: "many"}, ["--gradient_accumulation_steps=3"], ["x 3 accumulated", "overruled"]),
         ({PRECISION: "bf16"}, [], ["mixed_precision                 bf16", "bf16, not compiled", "honoured"]),
         ({PRECISION: "bf16"}, ["--mixed_precision=no"], ["float32, not compiled", "overruled"]),

@@ -44,10 +44,14 @@ def test_a_decoder_with_merged_upsampling_is_the_same(tiny_vae: AutoencoderKL) -
     decoder = LatentDecoder(tiny_vae)
     rebuilt = with_merged_upsampling(copy.deepcopy(decoder))
     latents = torch.randn(2, 4, 8, 8, requires_grad=True)
-    for one, other in zip(*(values_and_gradients(part, latents, [latents]) for part in (rebuilt, decoder)), strict=True):
+    for one, other in zip(
+        *(values_and_gradients(part, latents, [latents]) for part in (rebuilt, decoder)), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert not any(isinstance(layer, Upsample2D) for layer in rebuilt.modules())
-    assert sum(isinstance(layer, Upsample2D) for layer in decoder.modules()) == len(tiny_vae.config.block_out_channels) - 1
+    assert (
+        sum(isinstance(layer, Upsample2D) for layer in decoder.modules()) == len(tiny_vae.config.block_out_channels) - 1
+    )
     assert not any(parameter.requires_grad for parameter in rebuilt.parameters())
 
 

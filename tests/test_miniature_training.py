@@ -52,7 +52,9 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Training(network(), stopping, tmp_path / "parts.pt", 6, 1e-2, saving_steps=2).run()
     resumed = Training(network(), loss, tmp_path / "parts.pt", 6, 1e-2, saving_steps=2).run()
-    assert all(torch.equal(*pair) for pair in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(*pair) for pair in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
 
 
 def test_every_sample_is_seen_once_an_epoch() -> None:
@@ -83,7 +85,10 @@ def test_pairs_are_as_frequent_as_asked_for() -> None:
     """Oracle: the extremes, and that half of them is what scenes had before this could be chosen."""
     assert {len(draw_scene(0, number, pair_share=0.0).objects) for number in range(20)} == {1}
     assert {len(draw_scene(0, number, pair_share=1.0).objects) for number in range(20)} == {2}
-    assert draw_scene(0, 3) == draw_scene(0, 3, pair_share=0.5) or draw_scene(0, 3).caption == draw_scene(0, 3, pair_share=0.5).caption
+    assert (
+        draw_scene(0, 3) == draw_scene(0, 3, pair_share=0.5)
+        or draw_scene(0, 3).caption == draw_scene(0, 3, pair_share=0.5).caption
+    )
 
 
 def test_tokenizer_knows_every_word_and_spells_the_others(scenes, tmp_path: Path) -> None:
@@ -127,7 +132,9 @@ def test_one_step_of_each_network_changes_it(scenes, tiny_vae: AutoencoderKL, tm
     assert pipeline.unet.dtype == torch.float32
     clip = contrastive.train_clip(scenes, tokenizer, settings(tmp_path))
     assert clip.config.text_config.vocab_size == len(tokenizer)
-    images = pipeline(["a red circle", ""], num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0))
+    images = pipeline(
+        ["a red circle", ""], num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)
+    )
     assert images.images.isfinite().all() and len(images.images) == 2
 
 
@@ -144,7 +151,7 @@ def test_half_of_the_classifier_s_images_are_mirrored() -> None:
     images = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     result = classifier.mirrored(images, torch.Generator().manual_seed(1))
     same = [torch.equal(one, other) for one, other in zip(images, result, strict=True)]
-    assert all(is_same or torch.equal(image.flip(2), other) for is_same, image, other in zip(same, images, result, strict=True))
+    assert all(
+        is_same or torch.equal(image.flip(2), other) for is_same, image, other in zip(same, images, result, strict=True)
+    )
     assert 16 < sum(same) < 48
-
-

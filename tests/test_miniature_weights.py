@@ -44,7 +44,11 @@ def test_a_prompt_has_its_colours() -> None:
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a large red circle on a blue background", "a large green square on a yellow background"]
     images = pipe(
-        prompts, num_inference_steps=12, guidance_scale=5.0, output_type="pt", generator=torch.Generator().manual_seed(0)
+        prompts,
+        num_inference_steps=12,
+        guidance_scale=5.0,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
     ).images
     blue, yellow = images[0, :, 0, 0], images[1, :, 0, 0]
     assert blue[2] > blue[0] + 0.2 and yellow[:2].min() > yellow[2] + 0.2

@@ -17,7 +17,16 @@ from srl_utils.evaluation import __main__ as command
 from srl_utils.evaluation.commands.common import load_pipeline
 from srl_utils.evaluation.places import described, parse_named_place, parse_place, resolved_commit
 
-FOLDERS = ("outputs/lr=1e-4", "outputs/a:b", "outputs/my vae", "outputs/a,b", "outputs/v@2", "outputs/x,variant=fp16", "a=b=c", "outputs/é|漢")
+FOLDERS = (
+    "outputs/lr=1e-4",
+    "outputs/a:b",
+    "outputs/my vae",
+    "outputs/a,b",
+    "outputs/v@2",
+    "outputs/x,variant=fp16",
+    "a=b=c",
+    "outputs/é|漢",
+)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -78,7 +87,9 @@ def test_what_names_a_place_on_the_hub(text: str, name: str, expected: Autoencod
     assert parse_named_place(text) == (name, expected)
 
 
-@pytest.mark.parametrize("text", ["=x", "x=", "new=", " =x", "user/model@", "user/model:", "@main", ":vae", "user/model:vae@main", "a@b,c"])
+@pytest.mark.parametrize(
+    "text", ["=x", "x=", "new=", " =x", "user/model@", "user/model:", "@main", ":vae", "user/model:vae@main", "a@b,c"]
+)
 def test_what_names_nothing_is_refused(text: str, here: Path) -> None:
     """Oracle: specification; one line that says what was expected."""
     with pytest.raises(UserError, match="expected"):

@@ -76,7 +76,9 @@ def test_an_offloaded_vae_computes_in_float32_too() -> None:
     vae = overflowing(small_vae(force_upcast=False)).half()
     images = torch.rand(1, 3, 8, 8)
     expected = sanitize(images, vae)
-    attach_align_device_hook(vae, execution_device=torch.device("cpu"), offload=True, weights_map=dict(vae.state_dict()))
+    attach_align_device_hook(
+        vae, execution_device=torch.device("cpu"), offload=True, weights_map=dict(vae.state_dict())
+    )
     assert vae.device.type == "meta"
     torch.testing.assert_close(sanitize(images, vae), expected, rtol=0, atol=1e-6)
 
@@ -113,7 +115,10 @@ def test_a_pipeline_that_upcasts_is_told_to() -> None:
     robust = overflowing(small_vae(force_upcast=False)).half()
     told = copy.deepcopy(robust)
     told.register_to_config(force_upcast=True)
-    expected, pipe = build_pipeline("sdxl img2img", dtype=torch.float16), build_pipeline("sdxl img2img", dtype=torch.float16)
+    expected, pipe = (
+        build_pipeline("sdxl img2img", dtype=torch.float16),
+        build_pipeline("sdxl img2img", dtype=torch.float16),
+    )
     swap_vae(expected, told)
     own = pipe.vae
     with robust_vae(pipe, robust):

@@ -57,7 +57,9 @@ def test_slow_updates_are_lines(capsys: pytest.CaptureFixture, monkeypatch: pyte
     for _ in range(3):
         bar.update()
     bar.close()
-    assert [line.count(f" {number}/3 ") for number, line in enumerate(capsys.readouterr().err.splitlines()[:4])] == [1] * 4
+    assert [line.count(f" {number}/3 ") for number, line in enumerate(capsys.readouterr().err.splitlines()[:4])] == [
+        1
+    ] * 4
 
 
 def test_a_file_gets_few_lines_and_the_last_one(run: Run, flags: list[str]) -> None:

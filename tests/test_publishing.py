@@ -337,9 +337,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_made_private_gets_nothing(
-    machine: Machine, hub: HubServer, drop_in: Path, case: str
-) -> None:
+def test_what_cannot_be_made_private_gets_nothing(machine: Machine, hub: HubServer, drop_in: Path, case: str) -> None:
     """Oracle: the server: no upload was even announced, and one line says so."""
     fault, expected, reason = REFUSED[case]
     repository = add_public(hub)
@@ -496,9 +494,7 @@ def test_a_branch_is_created_and_found(machine: Machine, hub: HubServer, drop_in
 
 
 @pytest.mark.parametrize("case", ["tag", "commit", "short commit", "older commit", "head", "reference", "no name"])
-def test_a_revision_that_is_no_branch_is_refused(
-    machine: Machine, hub: HubServer, drop_in: Path, case: str
-) -> None:
+def test_a_revision_that_is_no_branch_is_refused(machine: Machine, hub: HubServer, drop_in: Path, case: str) -> None:
     """Oracle: the server: nothing is uploaded, and one line names the revision."""
     repository = add_public(hub)
     older = repository.branches["main"]
@@ -842,7 +838,9 @@ def test_training_again_leaves_nothing_of_the_run_before(
     assert code == 0, printed
     assert HALF in hub.repositories["user/model"].branches["main"].files
     (tmp_path / "out/hub.log").write_text("of before")
-    code, printed = machine.train(*again, "--hub_private_repo", "--hub_strategy", "checkpoint", "--validation_steps", "2")
+    code, printed = machine.train(
+        *again, "--hub_private_repo", "--hub_strategy", "checkpoint", "--validation_steps", "2"
+    )
     assert code == 0, printed
     ours, theirs = contents(tmp_path / "out"), contents(undisturbed)
     assert set(ours) - {"hub.log", "samples/step-000002.png"} == set(theirs)

@@ -88,7 +88,9 @@ def test_the_schedule_gets_its_new_shape(run: Run, half: list[str], tmp_path: Pa
     assert "--max_train_steps 2 until step 2, then 4" in printed
 
 
-def schedule(rate: float, decay: float, **settings: object) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+def schedule(
+    rate: float, decay: float, **settings: object
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """An optimizer with one weight and a schedule of 6 steps."""
     weight = torch.ones(1, requires_grad=True)
     weight.grad = torch.ones(1)
@@ -150,7 +152,10 @@ def test_unchanged_flags_leave_no_trace(run: Run, half: list[str], tmp_path: Pat
     """Oracle: the words of a change, which no text has; flags that train nothing may be others."""
     code, printed = run(*half, "--max_train_steps", "2", "--validation_steps", "1", "--save_variant", "fp16")
     assert code == 0, printed
-    assert "changed by this command" not in printed and "resumed with other" not in (tmp_path / "out/README.md").read_text()
+    assert (
+        "changed by this command" not in printed
+        and "resumed with other" not in (tmp_path / "out/README.md").read_text()
+    )
     assert json.loads((tmp_path / "out/training_args.json").read_text())["changes"] == []
 
 
@@ -177,9 +182,7 @@ def test_epochs_count_the_samples_that_were_seen() -> None:
         count(1, 20, 4, Earlier(Path("checkpoint-10"), step=10, samples=40, settings=Settings({})))
 
 
-def test_bad_images_of_other_data_do_not_count(
-    run: Run, half: list[str], tmp_path: Path, photographs: Path
-) -> None:
+def test_bad_images_of_other_data_do_not_count(run: Run, half: list[str], tmp_path: Path, photographs: Path) -> None:
     """Oracle: the folders. The checkpoint knows of bad images, and those of the new folder can all be read."""
     held_out = tmp_path / "held-out"
     shutil.copytree(photographs, held_out)
@@ -221,7 +224,9 @@ def test_what_cannot_change_is_refused_with_both_values(
     run: Run, half: list[str], tmp_path: Path, flag: list[str], there: str
 ) -> None:
     """Oracle: the two commands; nothing that is published has changed."""
-    before = {name: (tmp_path / "out" / name).read_bytes() for name in ("training_args.json", "README.md", "results.json")}
+    before = {
+        name: (tmp_path / "out" / name).read_bytes() for name in ("training_args.json", "README.md", "results.json")
+    }
     code, printed = run(*half, *flag)
     (error,) = [line for line in printed.splitlines() if line.startswith("error:")]
     assert code == 2 and there in error and " ".join(flag) in error, error

@@ -116,7 +116,11 @@ def test_sixteen_bits_of_which_only_twelve_are_used(maximum: int) -> None:
     """Oracle: a file of 12 bits in words is the same as one that is nearly black, so neither is guessed."""
     for unit, photometric, colour_type in ((RAMP, "minisblack", 0), (COLOURS, "rgb", 2)):
         samples = (unit * maximum).astype(np.uint16)
-        for data in (tiff(samples, photometric), tiff(samples, photometric, compression="zlib"), png(samples, 16, colour_type)):
+        for data in (
+            tiff(samples, photometric),
+            tiff(samples, photometric, compression="zlib"),
+            png(samples, 16, colour_type),
+        ):
             with pytest.raises(UnreadableImage, match="no value above 4095"):
                 decode_rgb(data)
 
@@ -299,4 +303,6 @@ def test_no_values_are_refused_in_one_line() -> None:
 def test_pillow_and_tifffile_agree() -> None:
     """Oracle: the same 16 bits in a compression that only Pillow knows and in one that both know."""
     picture = Image.fromarray(levels(RAMP, 16))
-    assert np.array_equal(decode_rgb(encoded(picture, "TIFF", compression="tiff_lzw")), decode_rgb(tiff(levels(RAMP, 16))))
+    assert np.array_equal(
+        decode_rgb(encoded(picture, "TIFF", compression="tiff_lzw")), decode_rgb(tiff(levels(RAMP, 16)))
+    )

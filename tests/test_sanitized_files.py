@@ -41,7 +41,9 @@ def said_sRGB(image: Image.Image) -> bool:
     return "sRGB" in ImageCms.getProfileDescription(profile)
 
 
-@pytest.mark.parametrize(("suffix", "alphas"), [(".png", (0, 9, 255)), (".webp", (0, 9, 255)), (".tif", (0, 9, 255)), (".gif", (0, 255))])
+@pytest.mark.parametrize(
+    ("suffix", "alphas"), [(".png", (0, 9, 255)), (".webp", (0, 9, 255)), (".tif", (0, 9, 255)), (".gif", (0, 255))]
+)
 def test_alpha_is_kept_to_the_byte(vae_at: Path, tmp_path: Path, suffix: str, alphas: tuple[int, ...]) -> None:
     """Oracle: the alpha of the source; the colours change, are those of `sanitize`, and say sRGB where the format can."""
     source, target = tmp_path / f"in{suffix}", tmp_path / "out" / f"out{suffix}"
@@ -58,7 +60,9 @@ def test_alpha_is_kept_to_the_byte(vae_at: Path, tmp_path: Path, suffix: str, al
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".bmp"])
-def test_alpha_goes_over_white_where_there_is_none(vae_at: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture) -> None:
+def test_alpha_goes_over_white_where_there_is_none(
+    vae_at: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture
+) -> None:
     """Oracle: `sanitize` of the picture over white, in Pillow's file of it; the loss is said."""
     picture = cut_out((0, 9, 255))
     picture.save(tmp_path / "in.png")
@@ -117,7 +121,9 @@ def test_animations_keep_frames_and_times(vae_at: Path, tmp_path: Path, suffix: 
 def test_a_still_picture_is_no_frame(vae_at: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture) -> None:
     """Oracle: Pillow's marks of a PNG; other animations have two frames with their times, and the loss is said."""
     frames = [draw_picture(10, 12, seed=seed) for seed in range(3)]
-    frames[0].save(tmp_path / "in.png", save_all=True, append_images=frames[1:], default_image=True, duration=[40, 70], loop=2)
+    frames[0].save(
+        tmp_path / "in.png", save_all=True, append_images=frames[1:], default_image=True, duration=[40, 70], loop=2
+    )
     target = tmp_path / f"out{suffix}"
     assert sanitize_command(tmp_path / "in.png", target, "--vae", vae_at) == 0
     assert ("still picture" in capsys.readouterr().err) == (suffix != ".png")
@@ -146,9 +152,15 @@ def test_pages_keep_their_sizes(vae_at: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "target", "loss"),
-    [("in.gif", "out.jpg", "2 of 3 frames"), ("in.tif", "out.png", "2 of 3 pages"), ("in.gif", "out.tif", "2 of 3 frames")],
+    [
+        ("in.gif", "out.jpg", "2 of 3 frames"),
+        ("in.tif", "out.png", "2 of 3 pages"),
+        ("in.gif", "out.tif", "2 of 3 frames"),
+    ],
 )
-def test_lost_frames_are_said(vae_at: Path, tmp_path: Path, source: str, target: str, loss: str, capsys: pytest.CaptureFixture) -> None:
+def test_lost_frames_are_said(
+    vae_at: Path, tmp_path: Path, source: str, target: str, loss: str, capsys: pytest.CaptureFixture
+) -> None:
     """Oracle: the first frame alone, and the number of the others in the output."""
     frames = [draw_picture(10, 12, seed=seed) for seed in range(3)]
     frames[0].save(tmp_path / source, save_all=True, append_images=frames[1:])
@@ -160,7 +172,9 @@ def test_lost_frames_are_said(vae_at: Path, tmp_path: Path, source: str, target:
 
 def test_a_picture_of_a_phone_is_one_picture(vae_at: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Oracle: the JPEG of the first of its two pictures; the other is said to be lost."""
-    draw_picture(10, 12).save(tmp_path / "in.jpg", format="MPO", save_all=True, append_images=[draw_picture(10, 12, seed=1)])
+    draw_picture(10, 12).save(
+        tmp_path / "in.jpg", format="MPO", save_all=True, append_images=[draw_picture(10, 12, seed=1)]
+    )
     assert sanitize_command(tmp_path / "in.jpg", tmp_path / "out.jpg", "--vae", vae_at) == 0
     assert "1 of 2 pictures in the MPO file" in capsys.readouterr().err
     with Image.open(tmp_path / "out.jpg") as after:
@@ -173,7 +187,9 @@ def test_metadata_is_kept_and_orientation_applied(vae_at: Path, tmp_path: Path, 
     """Oracle: what was put there, but no thumbnail, size or orientation; pixels and resolution upright."""
     exif = Image.Exif()
     exif.update({0x0112: orientation, 0x8298: "(c) Somebody", 0x013B: "Somebody", 0x010E: "A view"})
-    exif.get_ifd(ExifTags.IFD.Exif).update({0x9003: "2020:01:02 03:04:05", 0xA002: 1, 0xA003: 2, 0x927C: b"x\xff\xd8\xffy"})
+    exif.get_ifd(ExifTags.IFD.Exif).update(
+        {0x9003: "2020:01:02 03:04:05", 0xA002: 1, 0xA003: 2, 0x927C: b"x\xff\xd8\xffy"}
+    )
     exif.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
     xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="{orientation}" dc:rights="mine"/></x:xmpmeta>'.encode()
     picture = draw_picture(10, 12)
@@ -203,7 +219,9 @@ def test_resolution_is_found_where_pillow_does_not_look(vae_at: Path, tmp_path: 
     if kind == "tif of fractions":
         pixels = draw_pixels(10, 12).astype(np.float32) / 255
         tags = [(33432, "s", 0, "(c) Somebody", True)]
-        tifffile.imwrite(source, pixels, photometric="rgb", resolution=(118.11, 59.055), resolutionunit="CENTIMETER", extratags=tags)
+        tifffile.imwrite(
+            source, pixels, photometric="rgb", resolution=(118.11, 59.055), resolutionunit="CENTIMETER", extratags=tags
+        )
     elif kind == "avif" and "AVIF" not in Image.SAVE:
         pytest.skip("this Pillow has no AVIF")
     else:

@@ -579,7 +579,9 @@ def classifier_folder(tmp_path_factory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         RegNetForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 24, "width": 24}, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 24, "width": 24}, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -592,7 +594,9 @@ def test_classifier_features_are_those_of_the_library(classifier_folder, image_s
     pixels = processor([to_pil(image) for image in images], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = model.regnet(pixels).pooler_output.flatten(1), model(pixels).logits
-    torch.testing.assert_close(found["pool"], expected[0], atol=2e-2, rtol=2e-2)  # PIL and torchvision resize differently
+    torch.testing.assert_close(
+        found["pool"], expected[0], atol=2e-2, rtol=2e-2
+    )  # PIL and torchvision resize differently
     torch.testing.assert_close(found["logits"], expected[1], atol=2e-2, rtol=2e-2)
 
 
@@ -600,7 +604,9 @@ def test_classifier_features_are_those_of_the_library(classifier_folder, image_s
     ("likeliest", "shown"),
     [(0, [1.0, 0.0, 0.0, 1.0]), (1, [1.0, 1.0, 0.0, 1.0]), (2, [0.0, 0.0, 1.0, 0.0])],
 )
-def test_shown_is_what_the_text_says_in_whole_words(likeliest: int, shown: list[float], classifier_folder, image_sets) -> None:
+def test_shown_is_what_the_text_says_in_whole_words(
+    likeliest: int, shown: list[float], classifier_folder, image_sets
+) -> None:
     """Oracle: closed form, a classifier that always says the same."""
     classifier = load_image_classifier(str(classifier_folder))
     with torch.no_grad():

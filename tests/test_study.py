@@ -54,7 +54,9 @@ def study(tiny_vae, other_tiny_vae, images, tmp_path: Path) -> Study:
     return Study(
         accelerator=Accelerator(cpu=True),
         codecs=codecs,
-        perturbations=select(["clean", "noise", "pgd-2", "photoguard-encoder"], [EPSILON], Supplies(max_steps=2)).perturbations,
+        perturbations=select(
+            ["clean", "noise", "pgd-2", "photoguard-encoder"], [EPSILON], Supplies(max_steps=2)
+        ).perturbations,
         threat_models=("transfer", "adaptive"),
         task=Reconstruction(metrics=metrics, baseline=codecs[0], images=images(5)),
         images=images(5),
@@ -208,7 +210,9 @@ def test_a_log_says_what_is_being_measured(arguments, tmp_path: Path, capsys, mo
     assert pictures[-1][1] == pictures[-1][2]
 
 
-@pytest.mark.parametrize(("attack", "passes"), [("pgd-20", 40), ("apgd-20", 40), ("square-40", 40), ("photoguard-encoder", 12)])
+@pytest.mark.parametrize(
+    ("attack", "passes"), [("pgd-20", 40), ("apgd-20", 40), ("square-40", 40), ("photoguard-encoder", 12)]
+)
 def test_the_bar_moves_evenly_through_an_attack(attack: str, passes: int, study) -> None:
     """Oracle: the cost model. In a single batch no update is more than a few of the attack's steps, and none overshoots."""
     (perturbation,) = select([attack], [EPSILON], Supplies(max_steps=20)).perturbations
@@ -242,7 +246,10 @@ def test_attacks_run_at_every_epsilon_and_none_twice() -> None:
     found = [(item.name, round(255 * item.epsilon)) for item in selection.perturbations]
     assert len(found) == len(set(found))
     assert {epsilon for name, epsilon in found if name == "pgd-3"} == {1, 8}
-    assert {name for name, epsilon in found if epsilon == 0} == {"clean", *(f"jpeg-{severity}" for severity in range(1, 6))}
+    assert {name for name, epsilon in found if epsilon == 0} == {
+        "clean",
+        *(f"jpeg-{severity}" for severity in range(1, 6)),
+    }
 
 
 def test_what_cannot_run_is_said(images) -> None:
@@ -303,7 +310,9 @@ def test_the_strongest_attack_at_the_middle_budget_is_shown(study, epsilons, cho
     """Oracle: by hand. Attack number n leaves 20 - n dB; of the middle budget the last one is shown, and those without a
     budget among the epsilons, whose is 0, only where there is nothing else.
     """
-    attacks = [replace(study.perturbations[2], name=f"attack {n}", epsilon=epsilon) for n, epsilon in enumerate(epsilons)]
+    attacks = [
+        replace(study.perturbations[2], name=f"attack {n}", epsilon=epsilon) for n, epsilon in enumerate(epsilons)
+    ]
     records = [
         Record("original", attack.name, threat_model, attack.epsilon, "psnr", 0, 20.0 - number)
         for number, attack in enumerate(attacks) for threat_model in ("transfer", "adaptive")
@@ -420,7 +429,9 @@ def deeper_vae() -> nn.Module:
 
 
 @pytest.mark.parametrize("metrics", [["psnr", "ssim"], ["psnr", "ssim", "drift"]])
-def test_latents_of_other_shapes_are_compared_as_far_as_they_can_be(metrics, arguments, tmp_path: Path, monkeypatch) -> None:
+def test_latents_of_other_shapes_are_compared_as_far_as_they_can_be(
+    metrics, arguments, tmp_path: Path, monkeypatch
+) -> None:
     """Oracle: the real command, with checks. Of 16 channels, and of half the side: everything but the drift, which a
     note names where it was asked for; the values are those of the same VAEs without the others.
     """
@@ -437,7 +448,9 @@ def test_latents_of_other_shapes_are_compared_as_far_as_they_can_be(metrics, arg
         assert not any(metric == "drift" for _, _, metric in own)
     report = (tmp_path / "out/report.md").read_text()
     asked = "drift" in metrics
-    assert ("drift of sixteen was left out: its latents have the shape 16 x 8 x 8, those of original 4 x 8 x 8" in report) == asked
+    assert (
+        "drift of sixteen was left out: its latents have the shape 16 x 8 x 8, those of original 4 x 8 x 8" in report
+    ) == asked
     assert ("drift of deeper was left out: its latents have the shape 4 x 4 x 4" in report) == asked
     assert any(row["metric"] == "drift" for row in rows) == asked
     assert command.main([*arguments, *attacks, "--metrics", *metrics, "--output_dir", str(tmp_path / "alone")]) == 0

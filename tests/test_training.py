@@ -82,9 +82,7 @@ def test_output_files(run: Run, flags: list[str], tmp_path: Path) -> None:
     assert pictures == {"step-000000.png", "step-000002.png", "step-000004.png", "comparison.png"}
     assert list((out / "logs").rglob("events.out.tfevents.*"))
     rows = json.loads((out / "results.json").read_text())
-    assert all(
-        set(row) == {"vae", "attack", "threat_model", "epsilon", "metric", "value", "ci95", "n"} for row in rows
-    )
+    assert all(set(row) == {"vae", "attack", "threat_model", "epsilon", "metric", "value", "ci95", "n"} for row in rows)
     measured = {(row["vae"], row["attack"], row["metric"]) for row in rows}
     for vae in ("original", "fine-tuned"):
         for attack in ("clean", "pgd-10", "pgd-50x2", "gaussian-noise"):
@@ -163,9 +161,7 @@ def test_lpips_reaches_attack_and_loss(
     assert {"lpips"} <= {row["metric"] for row in rows}
 
 
-def test_without_lpips_nothing_is_loaded(
-    run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_lpips_nothing_is_loaded(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the loader itself, which must not be called when the weight is 0."""
 
     def refuse(net: str) -> None:
@@ -221,9 +217,7 @@ def test_resuming_is_exact(run: Run, flags: list[str], tmp_path: Path, extra: tu
     assert "after step 3" in printed
     assert_same_weights(whole, resumed)
     assert_same_weights(whole / "checkpoint-6/vae", resumed / "checkpoint-6/vae")
-    optimizers = [
-        torch.load(folder / "checkpoint-6/optimizer.bin", weights_only=True) for folder in (whole, resumed)
-    ]
+    optimizers = [torch.load(folder / "checkpoint-6/optimizer.bin", weights_only=True) for folder in (whole, resumed)]
     for one, other in zip(*(list(o["state"].values()) for o in optimizers), strict=True):
         assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
     kept = ("loss", "learning_rate", "step")
@@ -546,9 +540,7 @@ def test_results_under_other_conditions_are_measured_anew(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
-def test_what_is_published_names_no_folder_of_this_machine(
-    photographs: Path, vae_folder: Path, tmp_path: Path
-) -> None:
+def test_what_is_published_names_no_folder_of_this_machine(photographs: Path, vae_folder: Path, tmp_path: Path) -> None:
     """Oracle: a search for the folders in the card's arguments, its command and its description of the data."""
     args = train_srl_vae.parse_args(
         ["--train_data_dir", "../alice/photos", "--validation_data_dir", "~/held-out", "--output_dir", "runs/x",

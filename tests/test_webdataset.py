@@ -248,7 +248,9 @@ def test_captions_of_names_with_dots(streaming: bool, tmp_path: Path) -> None:
 
 
 @every_mode
-@pytest.mark.parametrize(("field", "column"), [("prompt", "prompt"), ("caption.txt", "caption"), ("Text.EN", "text.en")])
+@pytest.mark.parametrize(
+    ("field", "column"), [("prompt", "prompt"), ("caption.txt", "caption"), ("Text.EN", "text.en")]
+)
 def test_captions_of_any_field_are_whole(field: str, column: str, streaming: bool, tmp_path: Path) -> None:
     """Oracle: the caption written, longer than what tells the format of a member."""
     caption = "é " * listing.HEAD + "end"

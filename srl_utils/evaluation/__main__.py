@@ -20,9 +20,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m srl_utils.evaluation", description="Compares VAEs under attack.")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     parsers = {
-        name: commands.add_parser(
-            name, help=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        name: commands.add_parser(name, help=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for name, module in COMMANDS.items()
     }
     for name, module in COMMANDS.items():

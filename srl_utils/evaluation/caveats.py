@@ -39,7 +39,11 @@ def caveats_of_metrics(metrics: Metrics, images: Tensor, *, n: int) -> list[Cave
     side = images.shape[-1]
     found = [*_of_sets(metrics, images[:1], n), *_of_sizes(side)]
     if n < FEW_FOR_BOOTSTRAP:
-        found.append(Caveat(f"95% intervals from {n} images are too narrow: a bootstrap of so few misses the true mean more often."))
+        found.append(
+            Caveat(
+                f"95% intervals from {n} images are too narrow: a bootstrap of so few misses the true mean more often."
+            )
+        )
     return [caveat for caveat in found if not caveat.metrics or not set(caveat.metrics).isdisjoint(metrics.names)]
 
 
@@ -55,7 +59,10 @@ def _of_sets(metrics: Metrics, image: Tensor, n: int) -> Iterator[Caveat]:
             FRECHET,
         )
     if n <= max(width, SUBSET_SIZE):
-        yield Caveat(f"KID of {n} images, in one subset, on features of {width} dimensions: unbiased but noisy, and so perhaps below 0.", ("kid",))
+        yield Caveat(
+            f"KID of {n} images, in one subset, on features of {width} dimensions: unbiased but noisy, and so perhaps below 0.",
+            ("kid",),
+        )
     if n < SPLITS * classes:
         yield Caveat(
             f"Inception Score of {n} images in {SPLITS} parts, with {classes} classes: biased downwards. Compare it at equal "
@@ -65,9 +72,14 @@ def _of_sets(metrics: Metrics, image: Tensor, n: int) -> Iterator[Caveat]:
     sets = (*FRECHET, "kid", "is")
     side = image.shape[-1]
     if not isinstance(metrics.features, InceptionFeatures):
-        yield Caveat("FID, KID and IS are computed on the classifier's features: compare them with no published values.", sets)
+        yield Caveat(
+            "FID, KID and IS are computed on the classifier's features: compare them with no published values.", sets
+        )
     elif side < INCEPTION_SIDE:
-        yield Caveat(f"Inception sees images of {side} px enlarged to {INCEPTION_SIDE} px: compare with values at {side} px alone.", sets)
+        yield Caveat(
+            f"Inception sees images of {side} px enlarged to {INCEPTION_SIDE} px: compare with values at {side} px alone.",
+            sets,
+        )
 
 
 def _of_sizes(side: int) -> Iterator[Caveat]:

@@ -74,10 +74,14 @@ def build_edits(
         return {INPAINTING: Edit(pipeline=pipeline, arguments=_image_and_mask, settings=full)}
     image_to_image = as_image_to_image(pipeline)
     edits = {
-        f"img2img-{strength:g}": Edit(pipeline=image_to_image, arguments=_image, settings={**settings, "strength": strength})
+        f"img2img-{strength:g}": Edit(
+            pipeline=image_to_image, arguments=_image, settings={**settings, "strength": strength}
+        )
         for strength in strengths
     }
-    return edits | {INPAINTING: Edit(pipeline=image_to_image, arguments=partial(_image_and_blending, image_to_image), settings=full)}
+    return edits | {
+        INPAINTING: Edit(pipeline=image_to_image, arguments=partial(_image_and_blending, image_to_image), settings=full)
+    }
 
 
 def check_steps(edits: Mapping[str, Edit]) -> None:

@@ -99,9 +99,7 @@ def _picture(study: Study, cell: Cell, chosen: dict[str, int]) -> Image.Image:
     numbers, variant = list(chosen.values()), _variant(study)
     clean = study.images[numbers].to(cell.source.device)
     # The same draws as in the study, so that these are the very images that were measured.
-    attacked = cell.perturbation.apply(
-        cell.source, ReconstructionLoss(), clean, image_generators(study.seed, numbers)
-    )
+    attacked = cell.perturbation.apply(cell.source, ReconstructionLoss(), clean, image_generators(study.seed, numbers))
     with torch.no_grad():
         outcomes = [study.task.attempt(cell, codec, attacked, numbers, variant) for codec in study.codecs]
         references = [study.task.reference(codec, numbers, variant).to(clean.device) for codec in study.codecs]

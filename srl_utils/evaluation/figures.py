@@ -78,7 +78,9 @@ def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Pat
     return figures
 
 
-def draw_curves(rows: Rows, vaes: Sequence[str], amounts: Mapping[str, int], folder: Path, *, label: str) -> dict[str, Path]:
+def draw_curves(
+    rows: Rows, vaes: Sequence[str], amounts: Mapping[str, int], folder: Path, *, label: str
+) -> dict[str, Path]:
     """Every metric against an amount, `amounts` by the name of the attack; a line for each VAE and threat model.
 
     Rows without a threat (an amount of 0) are where all lines of a VAE begin.
@@ -97,7 +99,9 @@ def draw_curves(rows: Rows, vaes: Sequence[str], amounts: Mapping[str, int], fol
                         for row in known
                         if (row["metric"], row["vae"]) == (metric, vae) and row["threat_model"] in (threat, "none")
                     )
-                    (line,) = axes.plot(*zip(*points, strict=True), dashes, color=_colour(number), marker="o", markersize=4)
+                    (line,) = axes.plot(
+                        *zip(*points, strict=True), dashes, color=_colour(number), marker="o", markersize=4
+                    )
                     lines[f"{vae}, {threat}"] = line
             axes.set(title=metric, xlabel=label)
         _finish(figure, f"Results against the {label}", list(lines.values()), list(lines))

@@ -52,7 +52,9 @@ def finetune(
     prompts = encode_prompts(pipeline, captions)
     unet = _in_dtype(copy.deepcopy(pipeline.unet), torch.float32)
     adapted = _trainable(unet, config)
-    optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(
+        [weight for weight in adapted.parameters() if weight.requires_grad], lr=config.learning_rate
+    )
     denoiser = replace(Denoiser.from_pipeline(pipeline, prompts), unet=unet)
     for step in range(config.num_steps):
         batch = draw_numbers(seed, step, batch_size=config.batch_size, out_of=len(latents))
@@ -78,7 +80,9 @@ def _trainable(unet: UNet2DConditionModel, config: FinetuningConfig) -> nn.Modul
         return unet.requires_grad_(True)
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(unet, LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGETS))
+    return get_peft_model(
+        unet, LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGETS)
+    )
 
 
 def draw_numbers(seed: int, step: int, *, batch_size: int, out_of: int) -> Tensor:

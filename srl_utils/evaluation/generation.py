@@ -24,7 +24,9 @@ LOSS_DRAWS = 8
 """Timesteps and noises, the same ones for all VAEs, over which the denoiser's loss is averaged."""
 
 
-def build_text_to_image(pipeline: DiffusionPipeline, side: int, *, num_inference_steps: int, guidance_scale: float) -> Edit:
+def build_text_to_image(
+    pipeline: DiffusionPipeline, side: int, *, num_inference_steps: int, guidance_scale: float
+) -> Edit:
     """Images of `side` pixels from prompts alone: what is shown is not looked at.
 
     Raises:
@@ -32,7 +34,12 @@ def build_text_to_image(pipeline: DiffusionPipeline, side: int, *, num_inference
     """
     if not takes_latents_alone(pipeline):
         raise UserError(f"a {type(pipeline).__name__} makes no images from text alone; take a text-to-image model")
-    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "height": side, "width": side}
+    settings = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "height": side,
+        "width": side,
+    }
     return Edit(pipeline=pipeline, arguments=_nothing, settings=settings)
 
 

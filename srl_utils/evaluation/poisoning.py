@@ -65,7 +65,9 @@ def divide(captions: Sequence[str], *, concept: str, target: str, num_poisons: i
 
 
 def _naming(captions: Sequence[str], word: str, *, without: str) -> list[int]:
-    return [number for number, caption in enumerate(captions) if word in (words := caption.split()) and without not in words]
+    return [
+        number for number, caption in enumerate(captions) if word in (words := caption.split()) and without not in words
+    ]
 
 
 def poisonings(protection: str, epsilon: float, amounts: Sequence[int], *, passes: float = 0) -> list[Perturbation]:
@@ -172,7 +174,13 @@ class Poisoning:
         with torch.no_grad():
             latents = torch.cat([self._scaled(codec, batch) for batch in images.split(self.batch_size)])
         with torch.enable_grad():
-            return finetune(self.text_to_image.pipeline, latents, [self.captions[number] for number in numbers], self.finetuning, seed=self.seed)
+            return finetune(
+                self.text_to_image.pipeline,
+                latents,
+                [self.captions[number] for number in numbers],
+                self.finetuning,
+                seed=self.seed,
+            )
 
     def _scaled(self, codec: Codec, images: Tensor) -> Tensor:
         """Latents of images as the model sees them."""
@@ -182,7 +190,10 @@ class Poisoning:
         """All poisonable images, `[n,3,H,W]` on the CPU, each made once on `source`."""
         places = range(len(self.concepts.poisonable))
         return torch.cat(
-            [self._poison_batch(source, places[start : start + self.batch_size]) for start in range(0, len(places), self.batch_size)]
+            [
+                self._poison_batch(source, places[start : start + self.batch_size])
+                for start in range(0, len(places), self.batch_size)
+            ]
         )
 
     def _poison_batch(self, source: Codec, places: Sequence[int]) -> Tensor:

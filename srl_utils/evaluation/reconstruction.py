@@ -57,9 +57,7 @@ class Record(NamedTuple):
     value: float
 
 
-CLEAN = Perturbation(
-    name="clean", threat_model="none", epsilon=0.0, apply=lambda codec, loss, clean, generators: clean
-)
+CLEAN = Perturbation(name="clean", threat_model="none", epsilon=0.0, apply=lambda codec, loss, clean, generators: clean)
 
 
 def on_reconstruction(
@@ -169,9 +167,7 @@ def evaluate(
     return records
 
 
-def measure(
-    reconstruction: Tensor, clean: Tensor, perceptual: PerceptualDistance | None
-) -> dict[str, Tensor]:
+def measure(reconstruction: Tensor, clean: Tensor, perceptual: PerceptualDistance | None) -> dict[str, Tensor]:
     """PSNR, SSIM and, where it can be had, LPIPS of `[N,3,H,W]` images in [-1,1], `[N]` each."""
     values = {"psnr": psnr(reconstruction, clean), "ssim": ssim(reconstruction, clean)}
     if perceptual is not None:

@@ -98,7 +98,11 @@ def reconstruction_picture(codec: Codec, images: Tensor, *, cell: int = 128) -> 
 
 
 def extremes_picture(
-    rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]]], titles: Sequence[str], *, cell: int = 160, label: int = 120
+    rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]]],
+    titles: Sequence[str],
+    *,
+    cell: int = 160,
+    label: int = 120,
 ) -> Image.Image:
     """A line of captioned images for each label, such as worst, median and best.
 
@@ -123,7 +127,9 @@ class _Grid:
 
     GAP, LINE = 6, 18
 
-    def __init__(self, titles: Sequence[str], *, rows: int, cell: int, labels: Sequence[str] = (), label: int = 0) -> None:
+    def __init__(
+        self, titles: Sequence[str], *, rows: int, cell: int, labels: Sequence[str] = (), label: int = 0
+    ) -> None:
         self.cell = cell
         self.font = ImageFont.load_default(size=13)
         labels = [self._fitting(text, label) for text in labels]
@@ -188,8 +194,7 @@ def markdown_table(table: Sequence[Sequence[str]]) -> str:
     """Rows of cells, the first of them the titles, as a Markdown table with aligned columns."""
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in table
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in table
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

@@ -86,7 +86,10 @@ class Study:
         own = missing[self.accelerator.process_index :: self.accelerator.num_processes]
         costs = [job.cost(self.task.passes) for job in own]
         shown = self.accelerator.is_local_main_process
-        with progress_bar(sum(costs), desc="evaluation", unit="pass", disable=not shown) as bar, self.watched(bar) as meter:
+        with (
+            progress_bar(sum(costs), desc="evaluation", unit="pass", disable=not shown) as bar,
+            self.watched(bar) as meter,
+        ):
             for job, cost in zip(own, costs, strict=True):
                 with meter.stage(f"{job.cell.title}: {images_of(job.batch, len(self.images))}", cost):
                     self._compute(job, meter)
@@ -143,7 +146,9 @@ class Study:
         cell, numbers = job.cell, job.batch
         clean = self.images[numbers].to(self.accelerator.device, memory_format=torch.channels_last)
         with _watched(cell.source) as finite:
-            shown = cell.perturbation.apply(cell.source, ReconstructionLoss(), clean, image_generators(self.seed, numbers))
+            shown = cell.perturbation.apply(
+                cell.source, ReconstructionLoss(), clean, image_generators(self.seed, numbers)
+            )
         if not all(finite):  # such an attack would be weaker than it claims
             raise _not_finite(job, cell.source, numbers)
         records: list[Record] = []
@@ -197,7 +202,9 @@ class Study:
         batches = list(map(_features_beside, self._batches(cell)))
         for codec, variant in product(cell.judged, self.task.variants):
             real = self._reference_features[variant]
-            shown = {layer: torch.cat([batch[f"{codec.name}/{variant}/{layer}"] for batch in batches]) for layer in real}
+            shown = {
+                layer: torch.cat([batch[f"{codec.name}/{variant}/{layer}"] for batch in batches]) for layer in real
+            }
             for metric in (name for name in SET_METRICS if name in self.task.metrics.names):
                 value = SET_METRICS[metric].value(real, shown)
                 for threat_model in cell.threat_models[codec.name]:
@@ -229,7 +236,9 @@ class Study:
         text = json.dumps(self.fingerprint, indent=1) + "\n"
         stored = read_json(path) if path.exists() else None
         if stored is not None and stored != json.loads(text):
-            changed = sorted(key for key in stored.keys() | self.fingerprint if stored.get(key) != self.fingerprint.get(key))
+            changed = sorted(
+                key for key in stored.keys() | self.fingerprint if stored.get(key) != self.fingerprint.get(key)
+            )
             raise UserError(
                 f"{self.output_dir} holds an evaluation with other settings ({', '.join(changed)}); choose another "
                 "--output_dir"

@@ -50,7 +50,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument("output_dir", type=Path, help="the --output_dir of the training")
     command.add_argument("--repo_id", required=True, help="user/name on the Hub; created where it does not exist")
     command.add_argument("--private", action="store_true", help="create it private; one that is public is made private")
-    command.add_argument("--revision", type=branch, default=None, help="branch; created from main where it does not exist")
+    command.add_argument(
+        "--revision", type=branch, default=None, help="branch; created from main where it does not exist"
+    )
     command.add_argument("--commit_message", default="End of training")
     return parser.parse_args(arguments)
 

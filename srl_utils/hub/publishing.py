@@ -97,9 +97,7 @@ def _commits(api: HfApi, repo_id: str) -> list[str]:
     return [commit.commit_id for commit in with_retries(lambda: api.list_repo_commits(repo_id))]
 
 
-def push(
-    what: Contents, repo_id: str, *, token: str | None, commit_message: str, branch: str | None = None
-) -> str:
+def push(what: Contents, repo_id: str, *, token: str | None, commit_message: str, branch: str | None = None) -> str:
     """Upload the contents, and delete what they make outdated, as one commit; return the commit's address.
 
     Raises:

@@ -1,7 +1,7 @@
 """Puts a robust VAE into any diffusers pipeline, takes it out again, and cleans images with it.
 
-    with robust_vae(pipe, "user/robust-vae"):
-        image = pipe(prompt, image=photograph).images[0]
+with robust_vae(pipe, "user/robust-vae"):
+    image = pipe(prompt, image=photograph).images[0]
 """
 
 from srl_utils.pipelines.sanitizing import sanitize

@@ -83,7 +83,9 @@ def report(outcome: Outcome, wanted: int, output: Path) -> None:
         UserError: if nothing was written, or an image that was read has not been.
     """
     if len(outcome.unreadable) == wanted:
-        raise UserError(f"nothing was written: none of {wanted} images can be read, the first is {outcome.unreadable[0]}")
+        raise UserError(
+            f"nothing was written: none of {wanted} images can be read, the first is {outcome.unreadable[0]}"
+        )
     print(f"{outcome.written} images written to {output}")
     for lines, what in (
         (outcome.unreadable, "images cannot be read"),
@@ -124,7 +126,9 @@ def check_before(source: Path, target: Path, args: argparse.Namespace) -> None:
             if not args.output.is_dir():
                 check_size(image, format_of(target))
     except UnreadableImage as error:
-        raise UserError(f"nothing was written: none of 1 images can be read, the first is {source} ({reason_of(error)})") from None
+        raise UserError(
+            f"nothing was written: none of 1 images can be read, the first is {source} ({reason_of(error)})"
+        ) from None
 
 
 def plan(source: Path, target: Path) -> tuple[list[tuple[Path, Path]], PassedOver]:

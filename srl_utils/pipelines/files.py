@@ -17,7 +17,15 @@ from srl_utils.pipelines.metadata import read_metadata
 from srl_utils.pipelines.sanitizing import purify_frame
 
 # Of other formats the further frames are layers, sizes, previews or gain maps of one picture.
-SEQUENCES = {"GIF": ANIMATION, "PNG": ANIMATION, "WEBP": ANIMATION, "AVIF": ANIMATION, "FLI": ANIMATION, "TIFF": PAGES, "DCX": PAGES}
+SEQUENCES = {
+    "GIF": ANIMATION,
+    "PNG": ANIMATION,
+    "WEBP": ANIMATION,
+    "AVIF": ANIMATION,
+    "FLI": ANIMATION,
+    "TIFF": PAGES,
+    "DCX": PAGES,
+}
 WEBP_HEAD = 2**16  # bytes, in which the first pixels begin
 
 

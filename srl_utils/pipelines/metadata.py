@@ -61,7 +61,9 @@ def read_metadata(image: Image.Image) -> Metadata:
     Orientation, thumbnails, sizes and colour spaces are left out, and so is each block that is damaged.
     """
     turned = _orientation(image) in range(5, 9)
-    texts = {str(key): str(text) for key, text in getattr(image, "text", {}).items() if not STALE_TEXTS.fullmatch(str(key))}
+    texts = {
+        str(key): str(text) for key, text in getattr(image, "text", {}).items() if not STALE_TEXTS.fullmatch(str(key))
+    }
     iptc = _iptc(image)
     exif = _tidy_exif(image)
     for tag, text in _more_texts(image, texts, iptc).items():
@@ -246,7 +248,12 @@ def _texts_lost(metadata: Metadata) -> list[str]:
 
 
 def _jpeg_options(metadata: Metadata, exif: bytes | None) -> tuple[dict[str, object], list[str]]:
-    blocks = {"exif": exif or b"", "xmp": metadata.xmp, "comment": metadata.comment, "extra": _photoshop_block(metadata.iptc)}
+    blocks = {
+        "exif": exif or b"",
+        "xmp": metadata.xmp,
+        "comment": metadata.comment,
+        "extra": _photoshop_block(metadata.iptc),
+    }
     limits = dict.fromkeys(blocks, LONGEST_SEGMENT) | {"xmp": LONGEST_XMP}
     kept = {name: block for name, block in blocks.items() if len(block) <= limits[name]}
     lost = [f"{name.upper()} data of {len(blocks[name])} bytes" for name in blocks if name not in kept]

@@ -50,7 +50,9 @@ def reconstruct(images: Tensor, vae: AutoencoderKL, *, tiled: bool = False) -> T
     if half and not finite.all():
         again = (~finite).nonzero().flatten()
         with torch.autocast(device.type, enabled=False):
-            outcome[again.to(device)], finite[again] = _attempt(images[again.to(images.device)], _in_float32(vae), tiled)
+            outcome[again.to(device)], finite[again] = _attempt(
+                images[again.to(images.device)], _in_float32(vae), tiled
+            )
     if not finite.all():
         raise _not_finite(vae)
     return outcome

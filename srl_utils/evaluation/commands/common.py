@@ -185,7 +185,9 @@ def run_study(
     scrutiny: Scrutiny | None = None,
     images: Tensor | None = None,
     prompts: Sequence[str] = (),
-    draw: Callable[[Study, Rows, Sequence[Record]], dict[str, Path]] = lambda study, rows, records: draw_extremes(study, records),
+    draw: Callable[[Study, Rows, Sequence[Record]], dict[str, Path]] = lambda study, rows, records: draw_extremes(
+        study, records
+    ),
 ) -> int:
     """Runs the study and writes its report.
 
@@ -266,7 +268,11 @@ def all_caveats(args: argparse.Namespace, setup: Setup, study: Study, prompts: S
     if prompts:
         found += caveats_of_prompts(metrics, setup.pipeline, prompts)
     if steps := getattr(args, "max_attack_steps", None):
-        found.append(Caveat(f"Published protections take {steps} steps at most, and are weaker than their authors' where those take more."))
+        found.append(
+            Caveat(
+                f"Published protections take {steps} steps at most, and are weaker than their authors' where those take more."
+            )
+        )
     return found
 
 
@@ -303,7 +309,9 @@ def vae_sources(args: argparse.Namespace) -> dict[str, AutoencoderSource]:
     for text in args.vae:
         name, source = _parsed("--vae", text, parse_named_place)
         if name in sources:
-            raise UserError(f"--vae {text}: there are two VAEs of the name {name}; write NAME={text.removeprefix(f'{name}=')}")
+            raise UserError(
+                f"--vae {text}: there are two VAEs of the name {name}; write NAME={text.removeprefix(f'{name}=')}"
+            )
         sources[name] = source
     return sources
 
@@ -337,9 +345,7 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
         streaming=args.streaming,
     )
     try:
-        loaded = load_validation_images(
-            source, num_images=args.num_images, resolution=args.resolution, seed=args.seed
-        )
+        loaded = load_validation_images(source, num_images=args.num_images, resolution=args.resolution, seed=args.seed)
     except UserError as error:  # which names the flags of the training
         raise type(error)(with_flags_of_evaluation(str(error))) from None
     notes.extend(part.report() for part in loaded.passed_over if part)
@@ -390,7 +396,9 @@ def exchangeable(setup: Setup) -> Setup:
 
     def check(codec: Codec) -> None:
         if not isinstance(codec.vae, AutoencoderKL):
-            raise UserError(f"{codec.name} is a {type(codec.vae).__name__}, and pipelines exchange an AutoencoderKL alone")
+            raise UserError(
+                f"{codec.name} is a {type(codec.vae).__name__}, and pipelines exchange an AutoencoderKL alone"
+            )
         try:
             with robust_vae(setup.pipeline, codec.vae):
                 pass
@@ -401,7 +409,9 @@ def exchangeable(setup: Setup) -> Setup:
 
 
 @torch.no_grad()
-def strangers_to(pipeline: DiffusionPipeline, codecs: Sequence[Codec], images: Tensor, notes: list[str]) -> frozenset[str]:
+def strangers_to(
+    pipeline: DiffusionPipeline, codecs: Sequence[Codec], images: Tensor, notes: list[str]
+) -> frozenset[str]:
     """Names of the VAEs whose latents have other channels than the pipeline's denoiser makes; a note names each.
 
     Compared with what comes out of a UNet, since into those made for editing more goes in.
@@ -469,7 +479,9 @@ def load_pipeline(source: AutoencoderSource, dtype: torch.dtype | None = None) -
             place = Path(place if isdir(place) else _snapshot(source), source.subfolder)
         pipeline = DiffusionPipeline.from_pretrained(place, **settings)
     except (OSError, ValueError) as error:
-        raise UserError(f"--pipeline {described(source, 'model_index.json')} cannot be loaded: {first_line(error)}") from None
+        raise UserError(
+            f"--pipeline {described(source, 'model_index.json')} cannot be loaded: {first_line(error)}"
+        ) from None
     pipeline.set_progress_bar_config(disable=True)  # an image takes hundreds of steps, and there are hundreds of images
     return pipeline if dtype is None else pipeline.to(dtype)
 
@@ -587,29 +599,49 @@ def budget(text: str) -> float:
     return epsilon
 
 
-
-
 # --- arguments ---
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--baseline", required=True, metavar="PLACE", help=f"the original VAE, a folder or Hub id: {FORM}")
-    add("--vae", required=True, nargs="+", metavar="NAME=PLACE", help="VAEs to hold against it; the name may be left out")
+    add(
+        "--vae",
+        required=True,
+        nargs="+",
+        metavar="NAME=PLACE",
+        help="VAEs to hold against it; the name may be left out",
+    )
     add("--dataset_name", type=home_expanded, default=None, help="Hub dataset, local dataset folder, or scikit-image")
     add("--data_dir", type=home_expanded, default=None, help="folder of images (nested)")
-    add("--split", default=None, help="split of the dataset, or a part: test[:10%%]; default: its validation, test or only split")
+    add(
+        "--split",
+        default=None,
+        help="split of the dataset, or a part: test[:10%%]; default: its validation, test or only split",
+    )
     add("--image_column", default="image", help="column of the dataset that holds the image")
     add("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
     add("--resolution", type=image_side, default=256, help="side of the images in pixels")
     add("--num_images", type=positive_int, default=64)
-    add("--inception_weights", type=expanded_path, default=None, help="torch-fidelity's Inception weights, for distances of sets")
-    add("--clip_model", type=home_expanded, default=CLIP_MODEL, help="CLIP model (Hub id or folder); needs transformers")
+    add(
+        "--inception_weights",
+        type=expanded_path,
+        default=None,
+        help="torch-fidelity's Inception weights, for distances of sets",
+    )
+    add(
+        "--clip_model", type=home_expanded, default=CLIP_MODEL, help="CLIP model (Hub id or folder); needs transformers"
+    )
     add("--batch_size", type=positive_int, default=16)
     add("--seed", type=seed, default=0)
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: accelerate's configuration")
     add("--dry_run", action="store_true", help="check everything, print what would be computed, stop")
-    add("--output_dir", type=folder, default=Path("outputs/evaluation"), help="finished parts in it are not computed again")
+    add(
+        "--output_dir",
+        type=folder,
+        default=Path("outputs/evaluation"),
+        help="finished parts in it are not computed again",
+    )
 
 
 def add_attack_arguments(parser: argparse.ArgumentParser, *, attacks: Sequence[str], epsilons: Sequence[float]) -> None:
@@ -631,8 +663,17 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--pipeline", required=True, metavar="PLACE", help="diffusion pipeline, named as --baseline is")
-    add("--caption_column", default=None, help="of the data set, the tars, or the metadata.jsonl, metadata.csv or text files in --data_dir")
-    add("--classifier", type=home_expanded, default=None, help="image classifier (folder or Hub id): takes Inception's place, and judges prompts")
+    add(
+        "--caption_column",
+        default=None,
+        help="of the data set, the tars, or the metadata.jsonl, metadata.csv or text files in --data_dir",
+    )
+    add(
+        "--classifier",
+        type=home_expanded,
+        default=None,
+        help="image classifier (folder or Hub id): takes Inception's place, and judges prompts",
+    )
     add("--num_inference_steps", type=positive_int, default=50)
     add("--guidance_scale", type=non_negative_float, default=7.5)
 
@@ -670,7 +711,10 @@ def pipeline_effects(args: argparse.Namespace) -> Effects:
     sets = not set(SET_METRICS).isdisjoint(args.metrics)
     return {
         "classifier": (sets or "shown" in args.metrics, "shown or a distance of sets among --metrics"),
-        "inception_weights": (sets and args.classifier is None, "a distance of sets among --metrics and no --classifier"),
+        "inception_weights": (
+            sets and args.classifier is None,
+            "a distance of sets among --metrics and no --classifier",
+        ),
     }
 
 

@@ -127,9 +127,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--metrics", nargs="+", choices=METRICS, default=["psnr", "ssim", "lpips", "clip", "clip-text", "fid"])
     add("--prompts", type=expanded_path, default=None, help="text file: a line for each image, or one for all")
-    add("--replace", nargs="+", type=replacement, default=None, metavar="OLD=NEW", help="edit the captions' words instead")
+    add(
+        "--replace",
+        nargs="+",
+        type=replacement,
+        default=None,
+        metavar="OLD=NEW",
+        help="edit the captions' words instead",
+    )
     add("--strengths", nargs="+", type=share, default=[0.3, 0.5, 0.7], help="of image-to-image")
-    add("--edits", nargs="+", default=None, metavar="NAME", help="only these, such as img2img-0.5 inpainting; default: all")
+    add(
+        "--edits",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="only these, such as img2img-0.5 inpainting; default: all",
+    )
     parser.set_defaults(num_images=16)
 
 

@@ -50,8 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared_arguments(parser)
     add_pipeline_arguments(parser)
     add = parser.add_argument
-    add("--metrics", nargs="+", choices=METRICS, default=["psnr", "lpips", "clip-text", "fid", "denoising-loss", "difference"])
-    add("--strengths", nargs="+", type=share, default=[0.3, 0.5, 0.7], help="of the noise that images are encoded under")
+    add(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=["psnr", "lpips", "clip-text", "fid", "denoising-loss", "difference"],
+    )
+    add(
+        "--strengths", nargs="+", type=share, default=[0.3, 0.5, 0.7], help="of the noise that images are encoded under"
+    )
     parser.set_defaults(threat_models=[TRANSFER])
 
 

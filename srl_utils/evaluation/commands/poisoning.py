@@ -66,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
     task = Poisoning(
         metrics=build_metrics(args, setup, judge),
         text_to_image=build_text_to_image(
-            setup.pipeline, args.resolution, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale
+            setup.pipeline,
+            args.resolution,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
         ),
         images=setup.images,
         captions=setup.captions,
@@ -140,7 +143,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concept", required=True, help="word of the captions whose images are poisoned")
     add("--target_concept", required=True, help="word of the captions that poisoned images look like to the encoder")
     add("--protection", choices=TARGETED, default="nightshade", help="how poisons are made")
-    add("--epsilon", type=budget, default=None, help="of the poisons, in the protection's own measure; default: its authors'")
+    add(
+        "--epsilon",
+        type=budget,
+        default=None,
+        help="of the poisons, in the protection's own measure; default: its authors'",
+    )
     add("--num_poisons", nargs="+", type=non_negative_int, default=[0, 25, 50, 100], help="the fine-tunings to compare")
     add("--num_generated", type=positive_int, default=32, help="images of the concept that are held out, and generated")
     add("--threat_models", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS))
@@ -149,7 +157,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--finetuning_steps", type=positive_int, default=500)
     add("--finetuning_batch_size", type=positive_int, default=8)
     add("--learning_rate", type=non_negative_float, default=1e-5)
-    add("--lora_rank", type=positive_int, default=None, help="fine-tune adapters of this rank (peft) instead of the whole UNet")
+    add(
+        "--lora_rank",
+        type=positive_int,
+        default=None,
+        help="fine-tune adapters of this rank (peft) instead of the whole UNet",
+    )
     parser.set_defaults(num_images=500)
 
 

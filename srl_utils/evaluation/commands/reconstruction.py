@@ -30,7 +30,10 @@ QUICK = Depth(steps=(5, 20, 40), queries=100)
 def run(args: argparse.Namespace) -> int:
     setup = prepare(args)
     task = Reconstruction(
-        metrics=build_metrics(args, setup), baseline=setup.codecs[0], images=setup.images, denoiser=denoiser_of(setup.pipeline)
+        metrics=build_metrics(args, setup),
+        baseline=setup.codecs[0],
+        images=setup.images,
+        denoiser=denoiser_of(setup.pipeline),
     )
     task.note_incomparable(setup.codecs, setup.notes)
     selection = select(args.attacks, args.epsilons, build_supplies(args, setup))
@@ -54,5 +57,8 @@ def effects(args: argparse.Namespace) -> Effects:
     return {
         **shared_effects(args),
         **attack_effects(args),
-        "pipeline": (needs_denoiser(args) or wants_painter(args), "an attack on a denoiser, or one whose target it draws"),
+        "pipeline": (
+            needs_denoiser(args) or wants_painter(args),
+            "an attack on a denoiser, or one whose target it draws",
+        ),
     }
