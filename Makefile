@@ -78,10 +78,10 @@ miniature: $(VENV)/.installed-test
 	$(RUN) python -m miniature.measure_world
 
 paper: $(VENV)/.installed-test
-	$(RUN) python -m miniature.paper
+	$(RUN) python -m experiments.paper
 
 paper-quick: $(VENV)/.installed-test
-	$(RUN) python -m miniature.paper --quick --output_dir outputs/paper-quick
+	$(RUN) python -m experiments.paper --quick --output_dir outputs/paper-quick
 
 clean:
 	rm -rf outputs $(VENV) .venv-hub

@@ -43,31 +43,8 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from srl_utils.arithmetic import StepArithmetic, step_arithmetic
+from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.gradient import PGDConfig
-from srl_utils.autoencoders import (
-    HALF_PRECISION,
-    WEIGHTS_NAME,
-    AutoencoderSource,
-    LatentDecoder,
-    LatentEncoder,
-    check_resolution,
-    inference_dtype,
-    load_autoencoder,
-    read_config,
-    variant_name,
-)
-from srl_utils.checkpoints import (
-    ARGUMENTS_FILE,
-    Checkpoints,
-    load_checkpoint,
-    read_json,
-    register_state,
-    save_drop_in,
-    state_bytes,
-    write_text_atomically,
-)
-from srl_utils.codecs import Codec
 from srl_utils.command_line import (
     Parser,
     decay,
@@ -82,17 +59,15 @@ from srl_utils.command_line import (
     positive_int,
     seed,
 )
-from srl_utils.data import Batch, ImageLedger, TrainingData, open_data, training_batches
+from srl_utils.console import progress_bar
 from srl_utils.errors import ResourceError, UserError, one_line
-from srl_utils.evaluation.judge import COMPARISON, Judge, averaged_weights
-from srl_utils.evaluation.reconstruction import image_generators
-from srl_utils.execution import Execution, check_execution, choose_execution, runs_in_fp16
+from srl_utils.files import checksum, read_json, sole_run, write_text_atomically
 from srl_utils.hub.card import CardFacts, base_license, render_card
 from srl_utils.hub.publishing import EXIT_PUSH_FAILED, Publisher, create_repository
-from srl_utils.integrity import checksum
-from srl_utils.interruption import Interruption
-from srl_utils.journal import Journal
-from srl_utils.latents import LatentScale
+from srl_utils.images.datasets import TrainingData, open_data
+from srl_utils.images.ledger import ImageLedger
+from srl_utils.images.loading import Batch, training_batches
+from srl_utils.images.sources import PHOTOGRAPHS, DataSource
 from srl_utils.launching import (
     Environment,
     check_launch,
@@ -101,12 +76,23 @@ from srl_utils.launching import (
     launched_arguments,
     on_cpu,
 )
-from srl_utils.locking import sole_run
-from srl_utils.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance
-from srl_utils.overfitting import OverfittingGuard
-from srl_utils.progress import progress_bar
-from srl_utils.readback import Readback
-from srl_utils.resuming import (
+from srl_utils.metrics.losses import LPIPS_TRUNKS, ReconstructionLoss, load_perceptual_distance
+from srl_utils.training.arithmetic import StepArithmetic, step_arithmetic
+from srl_utils.training.checkpoints import (
+    ARGUMENTS_FILE,
+    Checkpoints,
+    load_checkpoint,
+    register_state,
+    save_drop_in,
+    state_bytes,
+)
+from srl_utils.training.execution import Execution, check_execution, choose_execution, runs_in_fp16
+from srl_utils.training.flag_effects import training_effects
+from srl_utils.training.interruption import Interruption
+from srl_utils.training.journal import Journal
+from srl_utils.training.overfitting import OverfittingGuard
+from srl_utils.training.readback import Readback
+from srl_utils.training.resuming import (
     TRAINING_DATA,
     Earlier,
     Inputs,
@@ -119,9 +105,20 @@ from srl_utils.resuming import (
     shortened,
     told,
 )
-from srl_utils.sources import PHOTOGRAPHS, DataSource
-from srl_utils.step import TERMS, Networks, Step, build_networks
-from srl_utils.training_flags import training_effects
+from srl_utils.training.step import TERMS, Networks, Step, build_networks
+from srl_utils.training.validation import COMPARISON, Judge, averaged_weights
+from srl_utils.vae.codec import Codec
+from srl_utils.vae.latents import LatentScale
+from srl_utils.vae.loading import (
+    HALF_PRECISION,
+    WEIGHTS_NAME,
+    AutoencoderSource,
+    inference_dtype,
+    load_autoencoder,
+    read_config,
+    variant_name,
+)
+from srl_utils.vae.networks import LatentDecoder, LatentEncoder, check_resolution
 
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"
 MAX_SKIPPED_IN_ROW = 10
@@ -129,7 +126,7 @@ MAX_VARIANT_DIFFERENCE = 0.1  # dB
 EXIT_NOT_FINITE = 4
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},  # the defaults of the flags
-    # Found by benchmarks/time_to_robustness.py, see benchmarks/RESULTS.md.
+    # Found by experiments/time_to_robustness.py, see benchmarks/RESULTS.md.
     "fast": {
         "pgd_steps": 1,
         "pgd_step_size": 10 / 255,

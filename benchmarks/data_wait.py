@@ -18,10 +18,11 @@ from tempfile import TemporaryDirectory
 from matplotlib.figure import Figure
 
 from srl_utils.command_line import Parser, exit_code, image_side, non_negative_int, positive_int
-from srl_utils.data import Batch, open_data, training_batches
-from srl_utils.evaluation.report import markdown_table
-from srl_utils.photographs import load_photographs
-from srl_utils.sources import DataSource
+from srl_utils.evaluation.report.tables import markdown_table
+from srl_utils.images.datasets import open_data
+from srl_utils.images.loading import Batch, training_batches
+from srl_utils.images.photographs import load_photographs
+from srl_utils.images.sources import DataSource
 
 FULL_SIZE = 10_000  # pixels, more than any of the photographs has
 FIRST_BATCHES = 4  # before the loader has filled what it keeps ready

@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks.train_step import SHAPES
+from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.command_line import Parser, exit_code, non_negative_float, positive_int
-from srl_utils.evaluation.reconstruction import image_generators
-from srl_utils.evaluation.report import markdown_table
-from srl_utils.losses import PerceptualDistance, ReconstructionLoss
-from srl_utils.step import Step, build_networks
+from srl_utils.evaluation.report.tables import markdown_table
+from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.training.step import Step, build_networks
 
 
 class LiveBytes(TorchDispatchMode):

@@ -1,6 +1,6 @@
 """One SRL-VAE step (arXiv 2504.17219) as a reader of the paper would write it: plain, in float32, with no care for speed.
 
-It imports nothing of this project, so that it can be held against `srl_utils.step`: for its results by a test, for its
+It imports nothing of this project, so that it can be held against `srl_utils.training.step`: for its results by a test, for its
 time by `benchmarks/train_step.py`.
 """
 

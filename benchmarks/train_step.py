@@ -28,13 +28,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from benchmarks.textbook import TextbookStep
-from srl_utils.arithmetic import step_arithmetic
+from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.command_line import Parser, exit_code, non_negative_float, non_negative_int, pixel_distance, positive_int
-from srl_utils.evaluation.reconstruction import image_generators
-from srl_utils.execution import can_compile, choose_execution
-from srl_utils.losses import PerceptualDistance, ReconstructionLoss
-from srl_utils.step import Step, build_networks
+from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.training.arithmetic import step_arithmetic
+from srl_utils.training.execution import can_compile, choose_execution
+from srl_utils.training.step import Step, build_networks
 
 MINIATURE = Path(__file__).parents[1] / "miniature/weights/vae"
 FULL_SIZE = {

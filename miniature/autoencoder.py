@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from miniature.measure import measure_scaling_factor, write_measurements
 from miniature.scenes import draw_dead_leaves, draw_scene
-from srl_utils.checkpoints import write_atomically
-from srl_utils.images import from_pil
-from srl_utils.layers import with_compilable_layers
-from srl_utils.photographs import load_photographs
+from srl_utils.files import write_atomically
+from srl_utils.images.photographs import load_photographs
+from srl_utils.images.pixels import from_pil
+from srl_utils.vae.layers import with_compilable_layers
 
 SIZE = 64
 PHOTOGRAPH_SIDE = 512  # pixels, of the shorter side: crops of down to SIZE show them at their full resolution

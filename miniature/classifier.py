@@ -19,8 +19,8 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from miniature.contrastive import HALVES
 from miniature.scene_set import LABELS, NO_LABEL, SIZE, SceneSet
 from miniature.training import Settings, Training
-from srl_utils.evaluation.finetuning import draw_numbers
-from srl_utils.evaluation.reconstruction import image_generators
+from srl_utils.attacks.draws import image_generators
+from srl_utils.evaluation.tasks.finetuning import draw_numbers
 
 
 def build_classifier() -> RegNetForImageClassification:

@@ -13,7 +13,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 from miniature.scene_set import SIZE, SceneSet
 from miniature.tokens import special_tokens
 from miniature.training import Settings, Training
-from srl_utils.evaluation.finetuning import draw_numbers
+from srl_utils.evaluation.tasks.finetuning import draw_numbers
 
 HALVES = [0.5, 0.5, 0.5]
 

@@ -23,10 +23,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from miniature.scene_set import SceneSet
 from miniature.tokens import special_tokens
 from miniature.training import Settings, Training
-from srl_utils.checkpoints import write_atomically
-from srl_utils.evaluation.finetuning import draw_numbers
-from srl_utils.evaluation.reconstruction import image_generators
-from srl_utils.latents import LatentScale
+from srl_utils.attacks.draws import image_generators
+from srl_utils.evaluation.tasks.finetuning import draw_numbers
+from srl_utils.files import write_atomically
+from srl_utils.vae.latents import LatentScale
 
 NO_PROMPT_SHARE = 0.1
 """Of samples that are shown without their caption: what classifier-free guidance steers away from."""

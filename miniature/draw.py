@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from miniature.scenes import draw_scene
-from srl_utils.checkpoints import write_text_atomically
+from srl_utils.files import write_text_atomically
 
 UNSEEN_SERIES = 20_000
 

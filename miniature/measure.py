@@ -17,14 +17,16 @@ from PIL import Image
 from torch import Tensor
 
 from miniature.scenes import draw_dead_leaves, draw_scene
-from srl_utils.autoencoders import LatentDecoder, LatentEncoder
-from srl_utils.codecs import Codec
-from srl_utils.decoding import decode_rgb
-from srl_utils.evaluation.reconstruction import CLEAN, evaluate, noise, strong_attack, to_rows
-from srl_utils.evaluation.report import markdown_table
-from srl_utils.images import from_pil
-from srl_utils.losses import ReconstructionLoss
-from srl_utils.photographs import photograph_tiles
+from srl_utils.evaluation.perturbations import CLEAN, noise, strong_attack
+from srl_utils.evaluation.report.tables import markdown_table
+from srl_utils.evaluation.results import to_rows
+from srl_utils.images.decoding import decode_rgb
+from srl_utils.images.photographs import photograph_tiles
+from srl_utils.images.pixels import from_pil
+from srl_utils.metrics.losses import ReconstructionLoss
+from srl_utils.training.validation import evaluate
+from srl_utils.vae.codec import Codec
+from srl_utils.vae.networks import LatentDecoder, LatentEncoder
 
 SIZE = 64
 EPSILON = 8 / 255
@@ -93,7 +95,7 @@ README = """# The miniature autoencoder
 
 A `diffusers.AutoencoderKL` of {parameters} million parameters for 64 px images (any multiple of 4 works), trained
 by `make miniature` on drawn scenes, dead leaves and augmented crops of scikit-image's training photographs
-(`srl_utils/photographs.py` lists them), first for the pixels alone and then against a patch discriminator as
+(`srl_utils/images/photographs.py` lists them), first for the pixels alone and then against a patch discriminator as
 well: {build}. No other photograph was used. Compiled code and another number of threads
 round differently, so building it again gives an autoencoder like this one and not the same bits.
 

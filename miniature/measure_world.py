@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from miniature.scene_set import SceneSet, scene_set
-from srl_utils.evaluation.reconstruction import image_generators
-from srl_utils.images import to_model_range
-from srl_utils.set_metrics import (
+from srl_utils.attacks.draws import image_generators
+from srl_utils.images.pixels import to_model_range
+from srl_utils.metrics.features import (
     ClipSimilarity,
     ImageClassifier,
     frechet_distance,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from miniature.scenes import COLORS, SHAPES, draw_scene
-from srl_utils.checkpoints import write_atomically, write_text_atomically
+from srl_utils.files import write_atomically, write_text_atomically
 
 SIZE = 64
 PAIR_SHARE = 0.2

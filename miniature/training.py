@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srl_utils.checkpoints import write_atomically
+from srl_utils.files import write_atomically
 
 WARMUP_STEPS = 200
 

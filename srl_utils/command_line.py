@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from srl_utils.errors import UserError, one_line, without_tokens
-from srl_utils.images import parse_pixel_distance
+from srl_utils.images.pixels import parse_pixel_distance
 from srl_utils.resources import explained, keep_freed_memory
 
 LARGEST_SIDE = 2**12  # pixels; 16 images of that side take 3 GB as numbers

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from srl_utils.attacks.gradient import Objective
-from srl_utils.autoencoders import LatentDecoder, LatentEncoder, split_moments
-from srl_utils.losses import ReconstructionLoss
+from srl_utils.metrics.losses import ReconstructionLoss
+from srl_utils.vae.networks import LatentDecoder, LatentEncoder, split_moments
 
 # clean +- radius rounds once near 1, and the difference that a test takes once more: 2^-23 at most.
 ROUNDING = 1.2e-7

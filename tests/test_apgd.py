@@ -10,7 +10,7 @@ from objectives import ROUNDING, Recorded, Scripted, euclidean, flat, linear, re
 
 from miniature.scenes import draw_dead_leaves, draw_scene
 from srl_utils.attacks.gradient import APGDConfig, PGDConfig, Stall, apgd, apgd_checkpoints, pgd
-from srl_utils.images import from_pil
+from srl_utils.images.pixels import from_pil
 
 EPSILON = 8 / 255
 RADIUS = 2 * EPSILON  # between images in [-1,1]

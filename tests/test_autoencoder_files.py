@@ -20,12 +20,12 @@ from conftest import Run, build_tiny_vae
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from srl_utils.autoencoder_files import completed_config
-from srl_utils.autoencoders import WEIGHTS_NAME, AutoencoderSource, load_autoencoder, read_config
 from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
-from srl_utils.evaluation.commands.common import load_pipeline
-from srl_utils.losses import LPIPS_TRUNKS, load_perceptual_distance
+from srl_utils.evaluation.cli.common import load_pipeline
+from srl_utils.metrics.losses import LPIPS_TRUNKS, load_perceptual_distance
+from srl_utils.vae.files import completed_config
+from srl_utils.vae.loading import WEIGHTS_NAME, AutoencoderSource, load_autoencoder, read_config
 
 PICKLE = "diffusion_pytorch_model.bin"
 LONGEST = 10  # seconds, the promise

@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from srl_utils.autoencoders import (
-    WEIGHTS_NAME,
-    AutoencoderSource,
+from srl_utils.errors import UserError
+from srl_utils.vae.loading import WEIGHTS_NAME, AutoencoderSource, load_autoencoder, read_config, save_autoencoder
+from srl_utils.vae.networks import (
     LatentDecoder,
     LatentEncoder,
     check_resolution,
@@ -19,12 +19,8 @@ from srl_utils.autoencoders import (
     frozen,
     frozen_copy,
     latent_shape,
-    load_autoencoder,
-    read_config,
-    save_autoencoder,
     split_moments,
 )
-from srl_utils.errors import UserError
 
 
 def source(folder: Path, **rest: str) -> AutoencoderSource:

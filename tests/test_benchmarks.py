@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train_srl_vae
-from benchmarks import data_wait, memory, recipe_variants, time_to_robustness, train_step
+from benchmarks import data_wait, memory, train_step
 from benchmarks.memory import LiveBytes
-from benchmarks.recipe_variants import VARIANTS, Revisited, VariedStep, VariedTraining, ascend
-from benchmarks.time_to_robustness import Point, reach
+from experiments import recipe_variants, time_to_robustness
+from experiments.recipe_variants import VARIANTS, Revisited, VariedStep, VariedTraining, ascend
+from experiments.time_to_robustness import Point, reach
+from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.errors import UserError
-from srl_utils.evaluation.reconstruction import image_generators
 
 SMALL = ["--resolution", "16", "--batch_size", "2", "--pgd_steps", "1", "--repeats", "2", "--no-torch_compile"]
 

@@ -13,11 +13,11 @@ import pandas
 import pytest
 from PIL import Image
 
-from srl_utils.captions import as_caption, decode_text, folder_captions, lines_of
-from srl_utils.data import DataSource, ValidationImages, load_validation_images
 from srl_utils.errors import UserError
-from srl_utils.evaluation.commands.editing import read_prompts
-from srl_utils.listing import list_pictures
+from srl_utils.evaluation.cli.editing import read_prompts
+from srl_utils.images.captions import as_caption, decode_text, folder_captions, lines_of
+from srl_utils.images.datasets import DataSource, ValidationImages, load_validation_images
+from srl_utils.images.listing import list_pictures
 
 CAPTIONS = {"1.png": "a red\u2028square", "sub/2.png": 'says "hi",\u0085 twice', "sub/deep/3.png": "drei Äpfel 🍎"}
 

@@ -20,7 +20,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from srl_utils.evaluation.report import comparison_table
+from srl_utils.evaluation.report.tables import comparison_table
 from srl_utils.hub.card import CardFacts, base_license, recorded_weights, render_card
 
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"

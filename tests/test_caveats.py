@@ -11,9 +11,9 @@ from small_pipelines import build_pipeline
 from small_text_encoder import add_text_encoders
 from torch import Tensor
 
-from srl_utils.evaluation.caveats import Caveat, caveat_of_precision, caveats_of_metrics, caveats_of_prompts
-from srl_utils.evaluation.tasks import Metrics
-from srl_utils.set_metrics import load_clip_similarity
+from srl_utils.evaluation.report.caveats import Caveat, caveat_of_precision, caveats_of_metrics, caveats_of_prompts
+from srl_utils.evaluation.tasks.base import Metrics
+from srl_utils.metrics.features import load_clip_similarity
 
 WIDTH, CLASSES = 64, 10
 

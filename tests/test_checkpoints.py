@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from srl_utils.checkpoints import STATE_FILE, Checkpoints, save_drop_in, write_atomically, write_text_atomically
 from srl_utils.errors import UserError
-from srl_utils.integrity import MANIFEST, fault, seal
-from srl_utils.interruption import Interruption
-from srl_utils.journal import Journal
+from srl_utils.files import MANIFEST, fault, seal, write_atomically, write_text_atomically
+from srl_utils.training.checkpoints import STATE_FILE, Checkpoints, save_drop_in
+from srl_utils.training.interruption import Interruption
+from srl_utils.training.journal import Journal
 
 
 def checkpoint(folder: Path, step: int) -> Path:

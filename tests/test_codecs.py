@@ -17,9 +17,9 @@ from diffusers import (
     VQModel,
 )
 
-from srl_utils.autoencoders import AutoencoderSource
-from srl_utils.codecs import Codec, load_codec
 from srl_utils.errors import UserError
+from srl_utils.vae.codec import Codec, load_codec
+from srl_utils.vae.loading import AutoencoderSource
 
 DOWN, UP = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
 SMALL = {"down_block_types": DOWN, "up_block_types": UP, "norm_num_groups": 4}

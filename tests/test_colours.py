@@ -23,9 +23,9 @@ from picture_files import (
 )
 from PIL import Image, ImageCms
 
-from srl_utils.colours import ADOBE_RGB, BT709_CURVE, CODED_PRIMARIES, SRGB, SRGB_CURVE, matrix_profile
-from srl_utils.decoding import decode_rgb, open_picture, to_srgb
-from srl_utils.logs import warn_once
+from srl_utils.console import warn_once
+from srl_utils.images.colours import ADOBE_RGB, BT709_CURVE, CODED_PRIMARIES, SRGB, SRGB_CURVE, matrix_profile
+from srl_utils.images.decoding import decode_rgb, open_picture, to_srgb
 
 P3 = matrix_profile(CODED_PRIMARIES[12], SRGB_CURVE)
 ADOBE = matrix_profile(ADOBE_RGB, (563 / 256,))

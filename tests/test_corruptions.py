@@ -20,7 +20,7 @@ from srl_utils.attacks.corruptions import (
     salt_and_pepper,
     webp,
 )
-from srl_utils.images import from_pil
+from srl_utils.images.pixels import from_pil
 
 SIGMA = 8 / 255
 # Transcribed from ImageNet-C's make_imagenet_c.py; WebP has JPEG's qualities and resize the scales of pixelate.

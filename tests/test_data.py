@@ -24,17 +24,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from srl_utils.data import (
-    Batch,
-    DataSource,
-    ImageLedger,
-    TrainingData,
-    load_validation_images,
-    open_data,
-    training_batches,
-)
 from srl_utils.errors import ResourceError, UserError
-from srl_utils.pictures import Sample
+from srl_utils.images.datasets import DataSource, TrainingData, load_validation_images, open_data
+from srl_utils.images.framing import Sample
+from srl_utils.images.ledger import ImageLedger
+from srl_utils.images.loading import Batch, training_batches
 from srl_utils.resources import explained
 
 COUNT = 12
@@ -343,8 +337,8 @@ class Stalling(Dataset):
 
 def test_data_that_stall_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the batches before, then an error in about the time that a stall may last."""
-    monkeypatch.setattr("srl_utils.data.LONGEST_STALL", 1)
-    monkeypatch.setattr("srl_utils.data.LONGEST_LAST_BATCH", 0.1)
+    monkeypatch.setattr("srl_utils.images.loading.LONGEST_STALL", 1)
+    monkeypatch.setattr("srl_utils.images.loading.LONGEST_LAST_BATCH", 0.1)
     data = folder_data(tmp_path)
     batches = training_batches(replace(data, samples=Stalling(data.samples)), batch_size=2)
     assert [next(batches).positions, next(batches).positions] == [[0, 1], [2, 3]]
@@ -361,18 +355,18 @@ def test_data_that_stall_keep_no_program_alive(num_workers: int, tmp_path: Path)
     program = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import srl_utils.data
+import srl_utils.images.datasets
 from dataclasses import replace
 from pathlib import Path
 from test_data import Stalling, folder_data
-srl_utils.data.LONGEST_STALL = 2
+srl_utils.images.loading.LONGEST_STALL = 2
 data = folder_data(Path({str(tmp_path)!r}))
-batches = srl_utils.data.training_batches(
+batches = srl_utils.images.loading.training_batches(
     replace(data, samples=Stalling(data.samples)), batch_size=2, num_workers={num_workers}
 )
 try:
     list(batches)
-except srl_utils.data.UserError as error:
+except srl_utils.images.datasets.UserError as error:
     print(error)
     raise SystemExit(7)
 """
@@ -617,7 +611,7 @@ def test_too_many_bad_images_in_a_row(num_workers: int, tmp_path: Path) -> None:
 def test_workers_do_not_keep_a_failing_program_alive(tmp_path: Path) -> None:
     """Oracle: the exit status of a program that fails while its worker, deaf to signals, waits for work."""
     program = f"""
-from srl_utils.data import DataSource, open_data, training_batches
+from srl_utils.images.datasets import DataSource, open_data, training_batches
 source = DataSource(train_data_dir={str(write_folder(tmp_path / "train"))!r})
 flags = dict(center_crop=False, random_flip=False, num_validation_images=1)
 batches = training_batches(open_data(source, resolution=8, seed=0, **flags), batch_size=2, num_workers=1)

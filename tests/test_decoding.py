@@ -15,9 +15,9 @@ import pytest
 from picture_files import COLOURS, HEIGHT, WIDTH, encoded, levels, png
 from PIL import Image, PngImagePlugin
 
-from srl_utils import decoding
-from srl_utils.colours import CODED_PRIMARIES, SRGB_CURVE, matrix_profile
-from srl_utils.decoding import UnreadableImage, decode_rgb, open_picture, picture_suffixes, to_srgb
+from srl_utils.images import decoding
+from srl_utils.images.colours import CODED_PRIMARIES, SRGB_CURVE, matrix_profile
+from srl_utils.images.decoding import UnreadableImage, decode_rgb, open_picture, picture_suffixes, to_srgb
 
 SAMPLES = levels(COLOURS)
 LONG = b"node: 17, " * 200_000

@@ -16,16 +16,17 @@ from small_text_encoder import add_text_encoders
 from torch import Tensor
 from tqdm import tqdm
 
+from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.protections import style_transfer
-from srl_utils.autoencoders import AutoencoderSource
-from srl_utils.codecs import Codec, load_codec
 from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
 from srl_utils.evaluation import __main__ as command
-from srl_utils.evaluation import editing
 from srl_utils.evaluation.catalogue import Supplies, select
-from srl_utils.evaluation.commands.editing import read_prompts
-from srl_utils.evaluation.editing import (
+from srl_utils.evaluation.cli.editing import read_prompts
+from srl_utils.evaluation.metering import Meter
+from srl_utils.evaluation.sanity import Check
+from srl_utils.evaluation.tasks import editing
+from srl_utils.evaluation.tasks.editing import (
     INPAINTING,
     INSTRUCTION,
     as_image_to_image,
@@ -34,14 +35,13 @@ from srl_utils.evaluation.editing import (
     check_steps,
     replace_words,
 )
-from srl_utils.evaluation.finetuning import FinetuningConfig, finetune
-from srl_utils.evaluation.generation import largest_difference
-from srl_utils.evaluation.metering import Meter
-from srl_utils.evaluation.poisoning import divide, poisonings
-from srl_utils.evaluation.reconstruction import image_generators
-from srl_utils.evaluation.sanity import Check
-from srl_utils.images import to_model_range, to_pil, to_unit_range
-from srl_utils.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
+from srl_utils.evaluation.tasks.generation import largest_difference
+from srl_utils.evaluation.tasks.poisoning import divide, poisonings
+from srl_utils.images.pixels import to_model_range, to_pil, to_unit_range
+from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.vae.codec import Codec, load_codec
+from srl_utils.vae.loading import AutoencoderSource
 
 PROMPTS = ["a b", "c"]
 SETTINGS = {"num_inference_steps": 4, "guidance_scale": 3.0}
@@ -429,7 +429,7 @@ def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def checked(codec: Codec, baseline: Codec, images: Tensor, *, epsilon: float, **settings: object) -> list[Check]:
         return [Check(f"{codec.name} on {len(images)} image at {epsilon}", passed=True, figures="")]
 
-    monkeypatch.setattr("srl_utils.evaluation.commands.common.check_robustness", checked)
+    monkeypatch.setattr("srl_utils.evaluation.cli.common.check_robustness", checked)
     assert command.main([*arguments, "--learning_rate", "0", "--output_dir", str(tmp_path / "still")]) == 0
     still = rows_of(tmp_path / "still")
     for vae in ("original", "robust"):
@@ -445,7 +445,7 @@ def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("srl_utils.evaluation.poisoning.finetune", refuse)
+    monkeypatch.setattr("srl_utils.evaluation.tasks.poisoning.finetune", refuse)
     assert command.main([*arguments, "--learning_rate", "1e-2"]) == 0
     assert rows_of(tmp_path / "out") == rows
 

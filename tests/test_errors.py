@@ -19,17 +19,19 @@ from torch.utils.data import DataLoader, IterableDataset
 import srl_utils.errors
 from srl_utils.attacks.denoiser import Denoiser, PromptEmbeddings
 from srl_utils.attacks.protections import PROTECTIONS, Victim, protect
-from srl_utils.autoencoders import AutoencoderSource, Moments, load_autoencoder, read_config
-from srl_utils.checkpoints import Checkpoints, read_json
-from srl_utils.codecs import load_codec
 from srl_utils.command_line import exit_code
-from srl_utils.data import _without_worker_traceback
 from srl_utils.errors import MissingFile, ResourceError, UserError
+from srl_utils.files import read_json
 from srl_utils.hub.publishing import PushError
-from srl_utils.losses import load_perceptual_distance
+from srl_utils.images.datasets import _without_worker_traceback
+from srl_utils.images.sources import DataSource
+from srl_utils.metrics.features import load_clip_similarity, load_image_classifier, load_inception_features
+from srl_utils.metrics.losses import load_perceptual_distance
 from srl_utils.pipelines import robust_vae, robustify, sanitize, swap_vae
-from srl_utils.set_metrics import load_clip_similarity, load_image_classifier, load_inception_features
-from srl_utils.sources import DataSource
+from srl_utils.training.checkpoints import Checkpoints
+from srl_utils.vae.codec import load_codec
+from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, read_config
+from srl_utils.vae.networks import Moments
 
 EVERY_KIND = [
     kind

@@ -7,22 +7,22 @@ import pytest
 import torch
 from conftest import Run
 
+from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.gradient import PGDConfig
-from srl_utils.autoencoders import LatentDecoder, LatentEncoder
-from srl_utils.codecs import Codec
-from srl_utils.evaluation.reconstruction import (
+from srl_utils.evaluation.perturbations import (
     CLEAN,
-    Record,
-    evaluate,
-    image_generators,
     noise,
     reconstruction_attack,
     strong_attack,
-    to_rows,
     usual_attack,
 )
-from srl_utils.evaluation.report import comparison_picture, comparison_table, reconstruction_picture, won_back
-from srl_utils.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.evaluation.report.grids import comparison_picture, reconstruction_picture
+from srl_utils.evaluation.report.tables import comparison_table, won_back
+from srl_utils.evaluation.results import Record, to_rows
+from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.training.validation import evaluate
+from srl_utils.vae.codec import Codec
+from srl_utils.vae.networks import LatentDecoder, LatentEncoder
 
 EPSILON = 8 / 255
 ATTACK = PGDConfig(epsilon=EPSILON, num_steps=3)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from srl_utils import execution
 from srl_utils.errors import UserError
-from srl_utils.execution import check_execution, choose_execution
+from srl_utils.training import execution
+from srl_utils.training.execution import check_execution, choose_execution
 
 CPU = torch.device("cpu")
 LONG, SHORT = 1e18, 1e9

@@ -16,13 +16,13 @@ from bad_pictures import PNG, UNREADABLE, UNUSUAL, fill, picture, write_tar
 from conftest import Run
 
 from srl_utils.command_line import exit_code
-from srl_utils.data import ImageLedger
-from srl_utils.decoding import UnreadableImage, decode_rgb, picture_suffixes
 from srl_utils.errors import UserError, one_line
 from srl_utils.evaluation.__main__ import main as evaluate
-from srl_utils.pictures import list_files
+from srl_utils.images.decoding import UnreadableImage, decode_rgb, picture_suffixes
+from srl_utils.images.ledger import ImageLedger
+from srl_utils.images.listing import list_files
+from srl_utils.images.sources import DataSource, StreamImages, open_images
 from srl_utils.pipelines.__main__ import main as sanitize
-from srl_utils.sources import DataSource, StreamImages, open_images
 
 GOOD = 80
 NOBODY = 65534

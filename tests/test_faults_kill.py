@@ -17,8 +17,8 @@ import pytest
 from conftest import smallest_training
 from warm_python import warm_python
 
-from srl_utils.checkpoints import Checkpoints
-from srl_utils.integrity import fault
+from srl_utils.files import fault
+from srl_utils.training.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

@@ -12,12 +12,11 @@ from conftest import build_tiny_vae
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from srl_utils.autoencoders import WEIGHTS_NAME, AutoencoderSource, load_autoencoder, read_config
-from srl_utils.checkpoints import read_json
-from srl_utils.decoding import UnreadableImage, decode_rgb
 from srl_utils.errors import UserError, one_line
-from srl_utils.integrity import MANIFEST, fault, seal
-from srl_utils.journal import Journal
+from srl_utils.files import MANIFEST, fault, read_json, seal
+from srl_utils.images.decoding import UnreadableImage, decode_rgb
+from srl_utils.training.journal import Journal
+from srl_utils.vae.loading import WEIGHTS_NAME, AutoencoderSource, load_autoencoder, read_config
 
 PICTURES = {
     "jpeg": JPEG, "progressive jpeg": encoded("JPEG", progressive=True), "png": PNG, "gif": encoded("GIF"),

@@ -20,12 +20,11 @@ from safetensors.torch import load_file
 from warm_python import warm_python
 
 import train_srl_vae
-from srl_utils.checkpoints import Checkpoints, save_drop_in, state_bytes
 from srl_utils.errors import ResourceError, UserError
-from srl_utils.integrity import fault
-from srl_utils.journal import Journal
-from srl_utils.locking import sole_run
+from srl_utils.files import fault, sole_run
 from srl_utils.resources import explained
+from srl_utils.training.checkpoints import Checkpoints, save_drop_in, state_bytes
+from srl_utils.training.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -191,7 +190,7 @@ def test_a_drop_in_that_cannot_be_written_leaves_the_one_before_it(
     save_drop_in(tiny_vae, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
 
-    monkeypatch.setattr("srl_utils.checkpoints.save_variant", fill_disk)
+    monkeypatch.setattr("srl_utils.training.checkpoints.save_variant", fill_disk)
     with pytest.raises(OSError):
         save_drop_in(other_tiny_vae, tmp_path, variants=["fp16"])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before

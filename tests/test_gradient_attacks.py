@@ -14,8 +14,8 @@ from torch import Tensor
 
 from miniature.scenes import draw_dead_leaves, draw_scene
 from srl_utils.attacks.gradient import APGDConfig, Budget, PGDConfig, negated, pgd, value_and_gradient
-from srl_utils.autoencoders import LatentEncoder, frozen
-from srl_utils.images import from_pil, to_model_range, to_unit_range
+from srl_utils.images.pixels import from_pil, to_model_range, to_unit_range
+from srl_utils.vae.networks import LatentEncoder, frozen
 
 EPSILON = 8 / 255
 RADIUS = 2 * EPSILON  # between images in [-1,1]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from srl_utils.images import (
+from srl_utils.images.pixels import (
     check_images,
     from_pil,
     parse_pixel_distance,

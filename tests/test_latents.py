@@ -23,13 +23,14 @@ from torch import Tensor
 
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.attacks.protections import Victim
-from srl_utils.autoencoders import AutoencoderSource, Moments
-from srl_utils.codecs import AnyDecoder, AnyEncoder, Codec, load_codec
-from srl_utils.evaluation.editing import build_edits
-from srl_utils.images import to_model_range
-from srl_utils.latents import LatentScale
-from srl_utils.losses import ReconstructionLoss, originality_loss
-from srl_utils.step import TERMS, Step, build_networks
+from srl_utils.evaluation.tasks.editing import build_edits
+from srl_utils.images.pixels import to_model_range
+from srl_utils.metrics.losses import ReconstructionLoss, originality_loss
+from srl_utils.training.step import TERMS, Step, build_networks
+from srl_utils.vae.codec import AnyDecoder, AnyEncoder, Codec, load_codec
+from srl_utils.vae.latents import LatentScale
+from srl_utils.vae.loading import AutoencoderSource
+from srl_utils.vae.networks import Moments
 
 STATISTICS = {"latents_mean": [-1.5, 0.4, 2.0, 0.1], "latents_std": [8.4, 5.3, 0.5, 5.0], "scaling_factor": 0.5}
 NO_STATISTICS = {"latents_mean": None, "latents_std": None}

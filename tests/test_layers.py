@@ -11,14 +11,14 @@ from diffusers import AutoencoderKL
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from srl_utils.autoencoders import LatentDecoder, frozen_copy
-from srl_utils.layers import (
+from srl_utils.vae.layers import (
     ChannelwiseGroupNorm,
     merged,
     with_channelwise_normalisation,
     with_compilable_layers,
     with_merged_upsampling,
 )
+from srl_utils.vae.networks import LatentDecoder, frozen_copy
 
 
 def values_and_gradients(layer: nn.Module, inputs: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:

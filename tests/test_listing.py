@@ -11,11 +11,11 @@ import pytest
 from conftest import Run
 from PIL import Image
 
-from srl_utils import listing
-from srl_utils.data import DataSource, load_validation_images
 from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
-from srl_utils.listing import PassedOver, list_pictures
+from srl_utils.images import listing
+from srl_utils.images.datasets import DataSource, load_validation_images
+from srl_utils.images.listing import PassedOver, list_pictures
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(80)
 NEEDS_HEIF = "needs pillow-heif: pip install pillow-heif"

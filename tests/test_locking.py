@@ -13,11 +13,11 @@ import torch
 from conftest import Run
 from diffusers import AutoencoderKL
 
-from srl_utils.autoencoders import AutoencoderSource, load_autoencoder
-from srl_utils.checkpoints import save_drop_in
 from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
-from srl_utils.locking import sole_run
+from srl_utils.files import sole_run
+from srl_utils.training.checkpoints import save_drop_in
+from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +47,7 @@ def test_the_lock_ends_with_its_context_and_with_its_process(tmp_path: Path) -> 
     with pytest.raises(ZeroDivisionError), sole_run(tmp_path, is_main_process=True):
         raise ZeroDivisionError
     program = (
-        "import sys\nfrom pathlib import Path\nfrom srl_utils.locking import sole_run\n"
+        "import sys\nfrom pathlib import Path\nfrom srl_utils.files import sole_run\n"
         "with sole_run(Path(sys.argv[1]), is_main_process=True):\n    print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

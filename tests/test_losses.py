@@ -9,9 +9,8 @@ import torch
 import torchvision
 
 from srl_utils.attacks.gradient import value_and_gradient
-from srl_utils.autoencoders import LatentEncoder, frozen_copy, split_moments
 from srl_utils.errors import UserError
-from srl_utils.losses import (
+from srl_utils.metrics.losses import (
     LPIPS_TRUNKS,
     PerceptualDistance,
     ReconstructionLoss,
@@ -19,6 +18,7 @@ from srl_utils.losses import (
     mean_squared_error,
     originality_loss,
 )
+from srl_utils.vae.networks import LatentEncoder, frozen_copy, split_moments
 
 # The two normalisations differ by about 1e-10 / |features|^2, which is far below float32 for features of order 1
 # as a random trunk has them; what is left is the rounding of sums over 512 channels.

@@ -8,8 +8,8 @@ import scipy.stats
 import torch
 from skimage.metrics import structural_similarity
 
-from srl_utils.images import to_unit_range
-from srl_utils.metrics import bootstrap_interval, latent_drift, psnr, ssim
+from srl_utils.images.pixels import to_unit_range
+from srl_utils.metrics.pixels import bootstrap_interval, latent_drift, psnr, ssim
 
 SAMPLE = np.random.default_rng(7).gamma(2.0, size=100)
 

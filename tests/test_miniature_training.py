@@ -14,8 +14,8 @@ from miniature.scene_set import LABELS, NO_LABEL, scene_set
 from miniature.scenes import draw_scene
 from miniature.tokens import MAX_TOKENS, learn_tokenizer
 from miniature.training import Settings, Training
-from srl_utils.evaluation.finetuning import draw_numbers
-from srl_utils.images import from_pil
+from srl_utils.evaluation.tasks.finetuning import draw_numbers
+from srl_utils.images.pixels import from_pil
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from miniature.measure_world import README
 from miniature.scenes import draw_scene
-from srl_utils.images import from_pil
-from srl_utils.set_metrics import load_clip_similarity, load_image_classifier
+from srl_utils.images.pixels import from_pil
+from srl_utils.metrics.features import load_clip_similarity, load_image_classifier
 
 WEIGHTS = ROOT / "miniature/weights"
 LIMIT_MB = 25

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from srl_utils.overfitting import OverfittingGuard
+from srl_utils.training.overfitting import OverfittingGuard
 
 
 def warnings(curve: list[tuple[float, float]], guard: OverfittingGuard | None = None) -> list[str | None]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srl_utils.photographs import FILES, Split, load_photographs, photograph_tiles, recoloured
+from srl_utils.images.photographs import FILES, Split, load_photographs, photograph_tiles, recoloured
 
 SHORT_SIDE = 200
 

@@ -10,14 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srl_utils.decoding import UnreadableImage, decode_rgb, picture_suffixes
-from srl_utils.pictures import (
-    centre_square,
-    list_files,
-    random_box,
-    random_square,
-    to_tensor,
-)
+from srl_utils.images.decoding import UnreadableImage, decode_rgb, picture_suffixes
+from srl_utils.images.framing import centre_square, random_box, random_square, to_tensor
+from srl_utils.images.listing import list_files
 
 SIZE = (6, 4)
 

@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, StableD
 from small_pipelines import KINDS, build_pipeline, run_pipeline, small_vae
 from torch import Tensor
 
-from srl_utils.autoencoders import save_autoencoder, save_variant
 from srl_utils.errors import UserError
 from srl_utils.pipelines import robust_vae, robustify, swap_vae
+from srl_utils.vae.loading import save_autoencoder, save_variant
 
 EVERY_KIND = pytest.mark.parametrize("name", KINDS)
 ONE_OF_EACH_FAMILY = pytest.mark.parametrize("name", ["sd img2img", "sdxl inpaint", "sd3 img2img", "flux img2img"])

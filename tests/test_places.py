@@ -10,12 +10,12 @@ import pytest
 from conftest import build_tiny_vae
 from huggingface_hub import constants
 
-from srl_utils.autoencoders import AutoencoderSource, load_autoencoder
 from srl_utils.command_line import exit_code, home_expanded
 from srl_utils.errors import UserError
 from srl_utils.evaluation import __main__ as command
-from srl_utils.evaluation.commands.common import load_pipeline
-from srl_utils.evaluation.places import described, parse_named_place, parse_place, resolved_commit
+from srl_utils.evaluation.cli.common import load_pipeline
+from srl_utils.evaluation.cli.places import described, parse_named_place, parse_place, resolved_commit
+from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 
 FOLDERS = (
     "outputs/lr=1e-4",

@@ -11,8 +11,8 @@ import pytest
 from conftest import Run
 
 import train_srl_vae
-from srl_utils import progress
-from srl_utils.progress import progress_bar
+from srl_utils import console as progress
+from srl_utils.console import progress_bar
 
 
 class Terminal(io.StringIO):

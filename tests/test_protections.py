@@ -33,10 +33,10 @@ from srl_utils.attacks.protections import (
     style_transfer,
     with_gradient,
 )
-from srl_utils.autoencoders import LatentDecoder, LatentEncoder, Moments, split_moments
 from srl_utils.errors import UserError
-from srl_utils.images import from_pil
-from srl_utils.losses import PerceptualDistance
+from srl_utils.images.pixels import from_pil
+from srl_utils.metrics.losses import PerceptualDistance
+from srl_utils.vae.networks import LatentDecoder, LatentEncoder, Moments, split_moments
 
 FACTOR, SHIFT = 0.5, 0.25  # as VAEs with a shift have it
 # clean +- radius and the difference that a test takes: two roundings near 1.

@@ -25,10 +25,10 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from safetensors.torch import load_file
 from warm_python import warm_python
 
-from srl_utils.checkpoints import save_drop_in
 from srl_utils.hub import publishing
 from srl_utils.hub.card import WEIGHTS_HEADING, recorded_weights
 from srl_utils.hub.publishing import Publisher, asked_wait, may_pass, push_command, with_retries
+from srl_utils.training.checkpoints import save_drop_in
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -898,15 +898,15 @@ def test_a_failing_push_costs_no_training(
 
 
 WATCH_DATA = """
-import runpy, srl_utils.data
+import runpy, srl_utils.images.datasets
 
-honest = srl_utils.data.open_data
+honest = srl_utils.images.datasets.open_data
 
 def open_data(*arguments, **settings):
     print("the data are opened")
     return honest(*arguments, **settings)
 
-srl_utils.data.open_data = open_data
+srl_utils.images.datasets.open_data = open_data
 runpy.run_path("train_srl_vae.py", run_name="__main__")
 """
 

@@ -12,7 +12,7 @@ from miniature.scenes import draw_dead_leaves, draw_scene
 from srl_utils.attacks.draws import draw_signs
 from srl_utils.attacks.gradient import PGDConfig, pgd
 from srl_utils.attacks.random_search import SquareConfig, draw_square, square_attack
-from srl_utils.images import from_pil
+from srl_utils.images.pixels import from_pil
 
 EPSILON = 8 / 255
 RADIUS = 2 * EPSILON  # between images in [-1,1]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from srl_utils.readback import Readback
+from srl_utils.training.readback import Readback
 
 
 def test_values_come_one_push_late_and_in_order() -> None:

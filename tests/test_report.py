@@ -21,12 +21,12 @@ import pytest
 import torch
 from PIL import Image
 
-from srl_utils.evaluation.caveats import Caveat
-from srl_utils.evaluation.differences import Difference, Setting, differences_to, paired_difference
-from srl_utils.evaluation.document import Findings, write_report
-from srl_utils.evaluation.figures import COLOURS, draw_figures, safe_name
-from srl_utils.evaluation.reconstruction import Record, to_rows
-from srl_utils.evaluation.report import METRIC_TITLES, extremes_picture
+from srl_utils.evaluation.report.caveats import Caveat
+from srl_utils.evaluation.report.document import Findings, write_report
+from srl_utils.evaluation.report.figures import COLOURS, draw_figures, safe_name
+from srl_utils.evaluation.report.grids import extremes_picture
+from srl_utils.evaluation.report.tables import METRIC_TITLES
+from srl_utils.evaluation.results import Difference, Record, Setting, differences_to, paired_difference, to_rows
 from srl_utils.evaluation.sanity import Check
 
 EPSILONS = (4 / 255, 8 / 255)

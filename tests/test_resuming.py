@@ -16,10 +16,10 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 
 import train_srl_vae
-from srl_utils.checkpoints import load_checkpoint
 from srl_utils.errors import UserError
-from srl_utils.integrity import MANIFEST, seal
-from srl_utils.resuming import (
+from srl_utils.files import MANIFEST, seal
+from srl_utils.training.checkpoints import load_checkpoint
+from srl_utils.training.resuming import (
     APPLIED,
     BASE,
     FREE,

@@ -24,8 +24,8 @@ from picture_files import (
 )
 from PIL import Image
 
-from srl_utils.decoding import UnreadableImage, decode_rgb, open_picture, to_srgb
-from srl_utils.sample_ranges import AmbiguousRange, Declared, unit_values
+from srl_utils.images.decoding import UnreadableImage, decode_rgb, open_picture, to_srgb
+from srl_utils.images.sample_ranges import AmbiguousRange, Declared, unit_values
 
 WHITES = {
     np.uint8: 255, np.uint16: 65535, np.uint32: 2**32 - 1, np.int8: 127, np.int16: 32767, np.int32: 2**31 - 1,

@@ -13,9 +13,9 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 from test_sanitizing import draw_picture, draw_pixels, files_in, sanitize_command
 
-from srl_utils.autoencoders import save_autoencoder
 from srl_utils.pipelines import sanitize
 from srl_utils.pipelines.sanitizing import spread_colours
+from srl_utils.vae.loading import save_autoencoder
 
 DURATIONS = [40, 70, 100]
 

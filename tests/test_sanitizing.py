@@ -19,13 +19,13 @@ from PIL import Image
 from small_pipelines import build_pipeline, small_vae
 from torch import Tensor
 
-from srl_utils.autoencoders import save_autoencoder
 from srl_utils.command_line import exit_code
-from srl_utils.decoding import UnreadableImage
 from srl_utils.errors import UserError
+from srl_utils.images.decoding import UnreadableImage
 from srl_utils.pipelines import sanitize
 from srl_utils.pipelines.__main__ import main
 from srl_utils.pipelines.formats import writable_suffixes
+from srl_utils.vae.loading import save_autoencoder
 
 ROOT = Path(__file__).parents[1]
 SIZES = [(1, 1), (3, 5), (16, 16), (17, 2), (9, 40)]

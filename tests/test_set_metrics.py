@@ -30,12 +30,11 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from srl_utils import set_metrics
 from srl_utils.errors import UserError
 from srl_utils.evaluation import __main__ as evaluation
-from srl_utils.images import from_pil, to_pil
-from srl_utils.losses import LPIPS_TRUNKS, load_perceptual_distance
-from srl_utils.set_metrics import (
+from srl_utils.images.pixels import from_pil, to_pil
+from srl_utils.metrics import features as set_metrics
+from srl_utils.metrics.features import (
     INCEPTION_LAYERS,
     INCEPTION_WEIGHTS,
     SET_METRICS,
@@ -48,6 +47,7 @@ from srl_utils.set_metrics import (
     load_image_classifier,
     load_inception_features,
 )
+from srl_utils.metrics.losses import LPIPS_TRUNKS, load_perceptual_distance
 
 ROOT = Path(__file__).parents[1]
 SET_SIZE, BATCH = 8, 3
@@ -341,7 +341,7 @@ def test_weights_are_downloaded_once(serve, torch_home, inception_weights, image
 WITHOUT_NETWORK = """
 import json, time
 from srl_utils.errors import UserError
-from srl_utils.set_metrics import load_clip_similarity, load_inception_features
+from srl_utils.metrics.features import load_clip_similarity, load_inception_features
 import transformers.models.clip.modeling_clip
 
 for load in (load_inception_features, load_clip_similarity):

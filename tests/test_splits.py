@@ -10,10 +10,10 @@ import pytest
 from conftest import Run
 from PIL import Image
 
-from srl_utils.data import DataSource, load_validation_images
 from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
-from srl_utils.sources import open_images
+from srl_utils.images.datasets import DataSource, load_validation_images
+from srl_utils.images.sources import open_images
 
 KINDS = ("parquet", "parquet stream", "saved")
 

@@ -15,14 +15,9 @@ from torch import Tensor
 from benchmarks.textbook import TextbookStep
 from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.gradient import PGDConfig
-from srl_utils.autoencoders import (
-    EncoderMirror,
-    LatentDecoder,
-    LatentEncoder,
-    frozen_copy,
-)
-from srl_utils.losses import PerceptualDistance, ReconstructionLoss
-from srl_utils.step import TERMS, Step, build_networks
+from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.training.step import TERMS, Step, build_networks
+from srl_utils.vae.networks import EncoderMirror, LatentDecoder, LatentEncoder, frozen_copy
 
 ATTACK = PGDConfig(epsilon=8 / 255, step_size=0.02, num_steps=3, random_start=False)
 LEARNING_RATE = 1e-4

@@ -20,23 +20,26 @@ from small_pipelines import small_vae
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.protections import PROTECTIONS
-from srl_utils.autoencoders import LatentDecoder, LatentEncoder
-from srl_utils.codecs import Codec
 from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
 from srl_utils.evaluation import __main__ as command
 from srl_utils.evaluation.catalogue import PRESETS, Supplies, select
-from srl_utils.evaluation.commands import common, reconstruction
-from srl_utils.evaluation.commands.common import strangers_to
-from srl_utils.evaluation.extremes import strongest_cell
+from srl_utils.evaluation.cli import common, reconstruction
+from srl_utils.evaluation.cli.common import strangers_to
 from srl_utils.evaluation.metering import Meter
-from srl_utils.evaluation.reconstruction import CLEAN, Record, evaluate, image_generators, noise, on_reconstruction
+from srl_utils.evaluation.perturbations import CLEAN, noise, on_reconstruction
+from srl_utils.evaluation.report.extremes import strongest_cell
+from srl_utils.evaluation.results import Record
 from srl_utils.evaluation.sanity import Depth, check_robustness
 from srl_utils.evaluation.study import Job, Study
-from srl_utils.evaluation.tasks import Metrics, Reconstruction
-from srl_utils.images import to_pil
-from srl_utils.losses import ReconstructionLoss
+from srl_utils.evaluation.tasks.base import Metrics, Reconstruction
+from srl_utils.images.pixels import to_pil
+from srl_utils.metrics.losses import ReconstructionLoss
+from srl_utils.training.validation import evaluate
+from srl_utils.vae.codec import Codec
+from srl_utils.vae.networks import LatentDecoder, LatentEncoder
 
 EPSILON = 8 / 255
 SHALLOW = Depth(steps=(4, 10, 20), queries=50)

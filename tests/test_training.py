@@ -20,15 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_srl_vae
-from srl_utils.data import open_data
 from srl_utils.errors import UserError
-from srl_utils.evaluation.judge import Judge
-from srl_utils.execution import choose_execution
 from srl_utils.hub.card import recorded_weights
 from srl_utils.hub.contents import contents
-from srl_utils.losses import PerceptualDistance
-from srl_utils.sources import DataSource
-from srl_utils.step import Step
+from srl_utils.images.datasets import open_data
+from srl_utils.images.sources import DataSource
+from srl_utils.metrics.losses import PerceptualDistance
+from srl_utils.training.execution import choose_execution
+from srl_utils.training.step import Step
+from srl_utils.training.validation import Judge
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_srl_vae.py"
@@ -101,7 +101,7 @@ def test_output_files(run: Run, flags: list[str], tmp_path: Path) -> None:
 
 def test_the_result_rows_describe_the_saved_weights(run: Run, flags: list[str], tmp_path: Path) -> None:
     """Oracle: the clean PSNR of the saved VAE, measured here from its files on the validation images."""
-    from srl_utils.metrics import psnr
+    from srl_utils.metrics.pixels import psnr
 
     code, printed = run(*flags)
     assert code == 0, printed

@@ -21,11 +21,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srl_utils import listing
-from srl_utils.data import DataSource, ImageLedger, TrainingData, load_validation_images, open_data, training_batches
 from srl_utils.errors import UserError
-from srl_utils.sources import open_images
-from srl_utils.webdataset import OTHER_PICTURE
+from srl_utils.images import listing
+from srl_utils.images.datasets import DataSource, TrainingData, load_validation_images, open_data
+from srl_utils.images.ledger import ImageLedger
+from srl_utils.images.loading import training_batches
+from srl_utils.images.sources import open_images
+from srl_utils.images.webdataset import OTHER_PICTURE
 
 Files = Sequence[tuple[str, bytes]]
 MODES = {"map": False, "stream": True}

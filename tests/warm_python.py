@@ -33,8 +33,8 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parents[1]
 # Imported beforehand. Not the modules that are run as programs, lest they be there twice.
 MODULES = (
-    "accelerate", "diffusers.optimization", "diffusers.training_utils", "srl_utils.checkpoints", "srl_utils.data",
-    "srl_utils.evaluation.judge", "srl_utils.hub.card", "srl_utils.hub.publishing", "srl_utils.journal",
+    "accelerate", "diffusers.optimization", "diffusers.training_utils", "srl_utils.training.checkpoints", "srl_utils.images.datasets",
+    "srl_utils.training.validation", "srl_utils.hub.card", "srl_utils.hub.publishing", "srl_utils.training.journal",
 )  # fmt: skip
 
 STAND_IN = """#!{python} -IS

@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from srl_utils.attacks.draws import Generators, draw, draw_normal
-from srl_utils.images import PIXEL_MAX, PIXEL_MIN, from_pil, to_model_units, to_pil
+from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN, from_pil, to_model_units, to_pil
 
 BLUR_REACH = 4.0  # deviations after which the kernel is cut off, as in skimage and so in ImageNet-C
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from srl_utils.attacks.draws import Generators, draw, draw_normal
 from srl_utils.errors import UserError, WrongType
-from srl_utils.losses import mean_squared_error
+from srl_utils.metrics.losses import mean_squared_error
 
 TIME_IDS = 6  # SDXL is told the original size, the crop's corner and the target size, two numbers each
 FURTHER_CONDITIONS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")

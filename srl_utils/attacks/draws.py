@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,3 +47,8 @@ def draw_uniform(generators: Generators | None, *, like: Tensor) -> Tensor:
 def draw_normal(generators: Generators | None, *, like: Tensor) -> Tensor:
     """Noise of mean 0 and deviation 1 of the shape of `like`; arguments and errors are those of `draw`."""
     return draw(torch.randn, like.shape[1:], generators, like=like)
+
+
+def image_generators(seed: int, indices: Iterable[int]) -> Generators:
+    """Return a generator for each image number: what is drawn for an image does not depend on its batch."""
+    return [torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63) for index in indices]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from srl_utils.attacks.draws import Generators, draw, draw_normal, draw_uniform
-from srl_utils.images import PIXEL_MAX, PIXEL_MIN, to_model_units
+from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN, to_model_units
 
 Objective = Callable[[Tensor], Tensor]
 """Images `[N,3,H,W]` in [-1,1] to one value per image, `[N]` float32, to be maximised.

@@ -22,10 +22,18 @@ from torch import Tensor
 from srl_utils.attacks.denoiser import Denoiser
 from srl_utils.attacks.draws import Generators, draw_normal, draw_uniform
 from srl_utils.attacks.gradient import Objective, PGDConfig, negated, pgd, value_and_gradient
-from srl_utils.autoencoders import Moments
 from srl_utils.errors import UserError
-from srl_utils.images import PIXEL_MAX, PIXEL_MIN, check_images, from_pil, to_model_range, to_model_units, to_unit_range
-from srl_utils.losses import PerceptualDistance, mean_squared_error
+from srl_utils.images.pixels import (
+    PIXEL_MAX,
+    PIXEL_MIN,
+    check_images,
+    from_pil,
+    to_model_range,
+    to_model_units,
+    to_unit_range,
+)
+from srl_utils.metrics.losses import PerceptualDistance, mean_squared_error
+from srl_utils.vae.networks import Moments
 
 
 @dataclass(frozen=True, kw_only=True)

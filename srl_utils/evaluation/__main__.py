@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from srl_utils.command_line import Parser, exit_code
-from srl_utils.evaluation.commands import editing, generation, poisoning, reconstruction
+from srl_utils.evaluation.cli import editing, generation, poisoning, reconstruction
 
 COMMANDS = {"reconstruction": reconstruction, "generation": generation, "editing": editing, "poisoning": poisoning}
 

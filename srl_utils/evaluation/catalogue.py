@@ -12,21 +12,15 @@ from torch import Tensor
 
 from srl_utils.attacks.corruptions import CORRUPTIONS, Corruption
 from srl_utils.attacks.denoiser import Denoiser
+from srl_utils.attacks.draws import Generators
 from srl_utils.attacks.gradient import APGDConfig, apgd, pgd
 from srl_utils.attacks.protections import PROTECTIONS, Protection, Victim, protect
 from srl_utils.attacks.random_search import SquareConfig, square_attack
-from srl_utils.autoencoders import frozen
-from srl_utils.codecs import Codec
 from srl_utils.errors import UserError
-from srl_utils.evaluation.reconstruction import (
-    CLEAN,
-    Generators,
-    Perturbation,
-    noise,
-    on_reconstruction,
-    settling_pgd,
-)
-from srl_utils.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.evaluation.perturbations import CLEAN, Perturbation, noise, on_reconstruction, settling_pgd
+from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.vae.codec import Codec
+from srl_utils.vae.networks import frozen
 
 ITERATED = re.compile(r"(?!square-\d+x)(pgd|apgd|square)-([1-9]\d*)(?:x([1-9]\d*))?(-lpips)?")
 SEVERE = re.compile(r"([a-z-]+?)-([1-5])")

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from srl_utils.codecs import Codec
+from srl_utils.vae.codec import Codec
 
 ENCODER, DECODER, DENOISER = 0.3, 0.7, 0.2
 """Shares of a pass, of one image forth; back to the image it is as much again."""

@@ -14,23 +14,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from srl_utils.attacks.draws import draw_signs
-from srl_utils.attacks.gradient import (
-    APGDConfig,
-    Budget,
-    Objective,
-    apgd,
-    pgd,
-    value_and_gradient,
-)
+from srl_utils.attacks.draws import draw_signs, image_generators
+from srl_utils.attacks.gradient import APGDConfig, Budget, Objective, apgd, pgd, value_and_gradient
 from srl_utils.attacks.random_search import SquareConfig, square_attack
-from srl_utils.autoencoders import frozen
-from srl_utils.codecs import Codec
+from srl_utils.console import progress_bar
 from srl_utils.evaluation.metering import Meter
-from srl_utils.evaluation.reconstruction import image_generators, settling_pgd
-from srl_utils.images import format_pixel_distance
-from srl_utils.losses import mean_squared_error
-from srl_utils.progress import progress_bar
+from srl_utils.evaluation.perturbations import settling_pgd
+from srl_utils.images.pixels import format_pixel_distance
+from srl_utils.metrics.losses import mean_squared_error
+from srl_utils.vae.codec import Codec
+from srl_utils.vae.networks import frozen
 
 TOLERANCE = 0.98
 """An attack that should be as strong may reach this share of the other's damage: both depend on random starts."""

@@ -18,15 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from srl_utils.checkpoints import read_json, write_atomically, write_text_atomically
-from srl_utils.codecs import Codec
+from srl_utils.attacks.draws import image_generators
+from srl_utils.console import progress_bar
 from srl_utils.errors import UnusableFile, UserError
 from srl_utils.evaluation.metering import Meter, images_of
-from srl_utils.evaluation.reconstruction import Perturbation, Record, image_generators, to_records, to_rows
-from srl_utils.evaluation.tasks import Cell, Task
-from srl_utils.losses import ReconstructionLoss
-from srl_utils.progress import progress_bar
-from srl_utils.set_metrics import SET_METRICS
+from srl_utils.evaluation.perturbations import Perturbation
+from srl_utils.evaluation.results import Record, to_records, to_rows
+from srl_utils.evaluation.tasks.base import Cell, Task
+from srl_utils.files import read_json, write_atomically, write_text_atomically
+from srl_utils.metrics.features import SET_METRICS
+from srl_utils.metrics.losses import ReconstructionLoss
+from srl_utils.vae.codec import Codec
 
 TRANSFER, ADAPTIVE, NO_THREAT = "transfer", "adaptive", "none"
 THREAT_MODELS = (TRANSFER, ADAPTIVE)

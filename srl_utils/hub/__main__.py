@@ -10,10 +10,10 @@ from urllib.parse import quote
 
 from huggingface_hub import constants
 
-from srl_utils.autoencoders import AutoencoderSource, load_autoencoder, read_config
 from srl_utils.command_line import Parser, exit_code
 from srl_utils.hub.contents import CARD, Contents, contents
 from srl_utils.hub.publishing import EXIT_PUSH_FAILED, PushError, create_repository, open_branch, push
+from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, read_config
 
 
 def main(arguments: list[str] | None = None) -> int:

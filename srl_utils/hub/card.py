@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 
-from srl_utils.images import format_pixel_distance
+from srl_utils.images.pixels import format_pixel_distance
 from srl_utils.markdown import as_code, as_text
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"

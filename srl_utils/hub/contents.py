@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from srl_utils.autoencoders import WEIGHTS_NAME, is_weights_file
 from srl_utils.errors import UserError
+from srl_utils.files import checksum
 from srl_utils.hub.card import recorded_weights
-from srl_utils.integrity import checksum
+from srl_utils.vae.loading import WEIGHTS_NAME, is_weights_file
 
 CARD = "README.md"
 CONFIG = "config.json"

@@ -15,9 +15,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from srl_utils.command_line import Parser, exit_code, positive_int
-from srl_utils.decoding import UnreadableImage, open_picture
 from srl_utils.errors import ResourceError, UserError, one_line
-from srl_utils.listing import PassedOver, list_pictures
+from srl_utils.images.decoding import UnreadableImage, open_picture
+from srl_utils.images.listing import PassedOver, list_pictures
 from srl_utils.pipelines.files import check_size, check_writable, fitting_target, sanitize_file
 from srl_utils.pipelines.formats import format_of, writable_suffixes
 from srl_utils.pipelines.sanitizing import TILE_ABOVE

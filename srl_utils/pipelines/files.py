@@ -10,8 +10,8 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from srl_utils.decoding import UnreadableImage, open_picture
 from srl_utils.errors import UserError
+from srl_utils.images.decoding import UnreadableImage, open_picture
 from srl_utils.pipelines.formats import ANIMATION, FULLY, PAGES, PARTLY, Film, Format, format_of, losses, write_film
 from srl_utils.pipelines.metadata import read_metadata
 from srl_utils.pipelines.sanitizing import purify_frame

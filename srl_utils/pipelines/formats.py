@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from srl_utils.checkpoints import write_atomically
+from srl_utils.files import write_atomically
 from srl_utils.pipelines.metadata import Metadata, save_options
 
 ANIMATION, PAGES = "frames", "pages"

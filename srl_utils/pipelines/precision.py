@@ -9,10 +9,10 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor
 
-from srl_utils.autoencoder_files import check_parameters
-from srl_utils.autoencoders import downsampling_factor
 from srl_utils.errors import UserError
-from srl_utils.latents import looks_at
+from srl_utils.vae.files import check_parameters
+from srl_utils.vae.latents import looks_at
+from srl_utils.vae.networks import downsampling_factor
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from srl_utils.autoencoders import downsampling_factor
-from srl_utils.decoding import to_srgb
 from srl_utils.errors import WrongType
-from srl_utils.images import check_images, from_pil, to_model_range, to_pil, to_unit_range
+from srl_utils.images.decoding import to_srgb
+from srl_utils.images.pixels import check_images, from_pil, to_model_range, to_pil, to_unit_range
 from srl_utils.pipelines.metadata import read_metadata, srgb_profile
 from srl_utils.pipelines.precision import reconstruct
 from srl_utils.pipelines.swapping import resolve_vae
+from srl_utils.vae.networks import downsampling_factor
 
 TILE_ABOVE = 1024
 

@@ -15,9 +15,10 @@ from accelerate.hooks import ModelHook
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import nn
 
-from srl_utils.autoencoders import AutoencoderSource, downsampling_factor, load_autoencoder, read_config
 from srl_utils.errors import UserError, WrongType
 from srl_utils.pipelines.precision import fit_for
+from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, read_config
+from srl_utils.vae.networks import downsampling_factor
 
 STRUCTURE = ("in_channels", "out_channels", "latent_channels")
 FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")

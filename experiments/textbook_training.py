@@ -1,0 +1,143 @@
+"""Repeats a finished run of train_srl_vae.py with the textbook's step, to see what it takes as a whole.
+
+    python -m experiments.textbook_training --like outputs/paper --output_dir outputs/textbook
+
+From the same VAE, on the same images, from the same starts of the attack, with the same learning rates and number of steps.
+It keeps checkpoints as far as `experiments/time_to_robustness.py` reads them, and cannot be resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from tqdm.auto import trange
+
+from benchmarks.textbook import TextbookStep
+from srl_utils.attacks.draws import image_generators
+from srl_utils.attacks.gradient import PGDConfig
+from srl_utils.command_line import Parser, exit_code
+from srl_utils.errors import UserError
+from srl_utils.files import write_text_atomically
+from srl_utils.images.datasets import open_data
+from srl_utils.images.loading import Batch, training_batches
+from srl_utils.images.sources import DataSource
+from srl_utils.metrics.losses import load_perceptual_distance
+from srl_utils.training.checkpoints import STATE_FILE, save_drop_in
+from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, save_autoencoder
+
+FIXED = {
+    "originality_units": "raw",
+    "sample_posterior": False,
+    "gradient_accumulation_steps": 1,
+    "use_ema": False,
+    "use_8bit_adam": False,
+    "scale_lr": False,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 0.01,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+}
+"""What the textbook's step has no choice of."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    settings = argparse.Namespace(**json.loads((args.like / "training_args.json").read_text())["arguments"])
+    for name, value in FIXED.items():
+        if getattr(settings, name) != value:
+            raise UserError(
+                f"{args.like} has --{name} {getattr(settings, name)}; the textbook's step knows {value} alone"
+            )
+    train(settings, build_step(settings, args.device), args.output_dir)
+    return 0
+
+
+def build_step(settings: argparse.Namespace, device: str) -> TextbookStep:
+    names = AutoencoderSource.__dataclass_fields__
+    vae = load_autoencoder(AutoencoderSource(**{name: getattr(settings, name) for name in names})).to(device)
+    perceptual = load_perceptual_distance(settings.lpips_net).network.to(device) if settings.lpips_weight else None
+    return TextbookStep(
+        vae,
+        perceptual,
+        epsilon=2 * settings.epsilon,
+        step_size=2 * settings.pgd_step_size,
+        num_steps=settings.pgd_steps,
+        lpips_weight=settings.lpips_weight,
+        originality_weight=settings.originality_weight,
+        learning_rate=settings.learning_rate,
+    )
+
+
+class Trainee(Protocol):
+    """Whose call is an update on images `[N,3,H,W]` in [-1,1] from a start of the attack, and returns the loss."""
+
+    vae: AutoencoderKL
+    optimizer: torch.optim.Optimizer
+    parameters: list[torch.nn.Parameter]
+
+    def __call__(self, clean: Tensor, start: Tensor) -> Tensor: ...
+
+
+def train(settings: argparse.Namespace, step: Trainee, output_dir: Path) -> None:
+    """Times each step with its wait for images and its end on the device, and none of the saving."""
+    attack = PGDConfig(epsilon=settings.epsilon, random_start=not settings.no_pgd_random_start)
+    scheduler = get_scheduler(
+        settings.lr_scheduler,
+        step.optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
+        num_cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
+    )
+    batches, seconds = open_batches(settings), []
+    for number in trange(1, settings.max_train_steps + 1):
+        started = time.perf_counter()
+        batch = next(batches)
+        clean = batch.images.to(step.parameters[0].device)
+        step(clean, attack.start(clean, image_generators(settings.seed, batch.positions))).item()
+        scheduler.step()
+        seconds.append(time.perf_counter() - started)
+        if number % settings.checkpointing_steps == 0:
+            save(step, output_dir / f"checkpoint-{number}", seconds)
+    save_drop_in(step.vae, output_dir)
+
+
+def open_batches(settings: argparse.Namespace) -> Iterator[Batch]:
+    data = open_data(
+        DataSource.from_flags(settings),
+        resolution=settings.resolution,
+        seed=settings.seed,
+        center_crop=settings.center_crop,
+        random_flip=settings.random_flip,
+        num_validation_images=settings.num_validation_images,
+    )
+    return training_batches(data, batch_size=settings.train_batch_size, num_workers=settings.dataloader_num_workers)
+
+
+def save(step: Trainee, checkpoint: Path, seconds: list[float]) -> None:
+    """The VAE, and the times as `train_srl_vae.py` counts them."""
+    save_autoencoder(step.vae, checkpoint / "vae")
+    progress = {"seconds": sum(seconds), "first_steps": seconds[0]}
+    write_text_atomically(checkpoint / STATE_FILE, json.dumps({"progress": progress}))
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m experiments.textbook_training", description=__doc__.splitlines()[0])
+    parser.add_argument("--like", type=Path, required=True, help="--output_dir of the run to repeat")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

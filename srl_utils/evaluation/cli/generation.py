@@ -1,0 +1,67 @@
+"""Whether an unchanged diffusion model still generates and denoises well with each VAE."""
+
+from __future__ import annotations
+
+import argparse
+
+from srl_utils.command_line import Effects
+from srl_utils.evaluation.cli.common import (
+    add_pipeline_arguments,
+    add_shared_arguments,
+    build_metrics,
+    check_captions,
+    exchangeable,
+    load_judge,
+    pipeline_effects,
+    prepare,
+    run_study,
+    share,
+    shared_effects,
+)
+from srl_utils.evaluation.perturbations import CLEAN
+from srl_utils.evaluation.study import TRANSFER
+from srl_utils.evaluation.tasks.editing import INPAINTING, build_edits, check_steps
+from srl_utils.evaluation.tasks.generation import Generation, build_text_to_image
+
+METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid", "is", "denoising-loss", "difference")
+
+
+def run(args: argparse.Namespace) -> int:
+    judge = load_judge(args)
+    setup = exchangeable(prepare(args))
+    check_captions(setup, "generation")
+    settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    edits = build_edits(setup.pipeline, strengths=args.strengths, **settings)
+    task = Generation(
+        metrics=build_metrics(args, setup, judge),
+        baseline=setup.codecs[0],
+        text_to_image=build_text_to_image(setup.pipeline, args.resolution, **settings),
+        denoised={name: edit for name, edit in edits.items() if name != INPAINTING},
+        images=setup.images,
+        captions=setup.captions,
+        judge=judge,
+        seed=args.seed,
+    )
+    check_steps(task.denoised)
+    return run_study(args, setup, task, [CLEAN], title="Generation", prompts=setup.captions)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared_arguments(parser)
+    add_pipeline_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=["psnr", "lpips", "clip-text", "fid", "denoising-loss", "difference"],
+    )
+    add(
+        "--strengths", nargs="+", type=share, default=[0.3, 0.5, 0.7], help="of the noise that images are encoded under"
+    )
+    parser.set_defaults(threat_models=[TRANSFER])
+
+
+def effects(args: argparse.Namespace) -> Effects:
+    """By flag, whether it has an effect beside the others, and what it needs to have one."""
+    return {**shared_effects(args), **pipeline_effects(args)}

@@ -1,0 +1,179 @@
+"""Whether a diffusion model still learns a concept from images of which some are poisoned, with each VAE."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from srl_utils.attacks.protections import PROTECTIONS
+from srl_utils.command_line import Effects, non_negative_float, non_negative_int, positive_int
+from srl_utils.console import progress_bar
+from srl_utils.evaluation.catalogue import Supplies, select
+from srl_utils.evaluation.cli.common import (
+    Scrutiny,
+    Setup,
+    add_check_arguments,
+    add_pipeline_arguments,
+    add_shared_arguments,
+    budget,
+    build_metrics,
+    check_captions,
+    check_effects,
+    exchangeable,
+    load_judge,
+    pipeline_effects,
+    prepare,
+    run_study,
+    shared_effects,
+    try_lpips,
+)
+from srl_utils.evaluation.perturbations import Perturbation
+from srl_utils.evaluation.report.figures import draw_curves
+from srl_utils.evaluation.report.grids import extremes_picture
+from srl_utils.evaluation.report.tables import Rows
+from srl_utils.evaluation.results import Record
+from srl_utils.evaluation.study import THREAT_MODELS, Study
+from srl_utils.evaluation.tasks.finetuning import FinetuningConfig
+from srl_utils.evaluation.tasks.generation import build_text_to_image
+from srl_utils.evaluation.tasks.poisoning import Poisoning, amount_name, divide, poisonings
+from srl_utils.files import write_atomically
+
+METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid")
+SHOWN = 8
+"""Of the generated images, in the report."""
+USUAL_EPSILON = 8 / 255
+"""At which VAEs are checked where the poisons' budget is in another measure."""
+TARGETED = tuple(name for name, protection in PROTECTIONS.items() if protection.has_target)
+
+
+def run(args: argparse.Namespace) -> int:
+    finetuning = FinetuningConfig(
+        num_steps=args.finetuning_steps, batch_size=args.finetuning_batch_size, learning_rate=args.learning_rate,
+        lora_rank=args.lora_rank,
+    )  # fmt: skip
+    finetuning.check()
+    judge = load_judge(args)
+    setup = exchangeable(prepare(args))
+    check_captions(setup, "poisoning")
+    concepts = divide(
+        setup.captions, concept=args.concept, target=args.target_concept, num_poisons=max(args.num_poisons),
+        num_held_out=args.num_generated,
+    )  # fmt: skip
+    task = Poisoning(
+        metrics=build_metrics(args, setup, judge),
+        text_to_image=build_text_to_image(
+            setup.pipeline,
+            args.resolution,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+        ),
+        images=setup.images,
+        captions=setup.captions,
+        concepts=concepts,
+        poison=poison_maker(args, setup),
+        amounts={amount_name(args.protection, amount): amount for amount in args.num_poisons},
+        finetuning=finetuning,
+        judge=judge,
+        folder=args.output_dir / "finetuning",
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    passes = task.poison(setup.images[:1]).passes * max(args.num_poisons) / len(concepts.held_out)
+    perturbations = poisonings(args.protection, budget_of(args), sorted(set(args.num_poisons)), passes=passes)
+    scalable = PROTECTIONS[args.protection].scalable
+    return run_study(
+        args, setup, task, perturbations, title="Poisoned fine-tuning", images=setup.images[concepts.held_out], draw=draw,
+        scrutiny=Scrutiny(epsilon=budget_of(args) if scalable else USUAL_EPSILON), prompts=setup.captions,
+    )  # fmt: skip
+
+
+def draw(study: Study, rows: Rows, records: Sequence[Record]) -> dict[str, Path]:
+    """The curves over the number of poisons, and some of the images that each fine-tuned model generates."""
+    vaes, folder = [codec.name for codec in study.codecs], study.output_dir / "figures"
+    curves = draw_curves(rows, vaes, study.task.amounts, folder, label="number of poisons")
+    path = folder / "generated.png"
+    write_atomically(path, lambda aside: generated_picture(study).save(aside, format="PNG"))
+    return curves | {"What the fine-tuned models generate from held-out captions": path}
+
+
+def generated_picture(study: Study) -> Image.Image:
+    """A line for each fine-tuned model."""
+    numbers = list(range(min(SHOWN, len(study.images))))
+    lines = []
+    shown = [(cell, codec) for cell in study.cells() for codec in cell.judged]
+    cost = len(numbers) * study.task.text_to_image.passes
+    with progress_bar(round(cost * len(shown)), desc="picture", unit="pass") as bar, study.watched(bar) as meter:
+        for cell, codec in shown:
+            title = f"{codec.name}: {cell.title}"
+            with meter.stage(f"picture, {title}", cost), torch.no_grad():
+                images = study.task.attempt(cell, codec, study.images[numbers].to(codec.device), numbers, "")
+            lines.append((title, [(image, "") for image in images]))
+    return extremes_picture(lines, titles=[""] * len(numbers), cell=80, label=300)
+
+
+def poison_maker(args: argparse.Namespace, setup: Setup) -> Callable[[Tensor], Perturbation]:
+    """Targets `[N,3,R,R]` to the perturbation that makes as many images head for them.
+
+    Raises:
+        UserError: if the protection lacks what it needs.
+    """
+    perceptual = try_lpips(setup) if PROTECTIONS[args.protection].needs_perceptual else None
+    supplies = Supplies(pipeline=setup.pipeline, perceptual=perceptual, max_steps=args.max_attack_steps)
+
+    def towards(targets: Tensor) -> Perturbation:
+        return select([args.protection], [budget_of(args)], replace(supplies, target=targets)).perturbations[0]
+
+    towards(setup.images[:1])  # what is missing is said now
+    return towards
+
+
+def budget_of(args: argparse.Namespace) -> float:
+    return args.epsilon or PROTECTIONS[args.protection].config.epsilon
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shared_arguments(parser)
+    add_pipeline_arguments(parser)
+    add = parser.add_argument
+    add("--metrics", nargs="+", choices=METRICS, default=["clip", "clip-text", "fid"])
+    add("--concept", required=True, help="word of the captions whose images are poisoned")
+    add("--target_concept", required=True, help="word of the captions that poisoned images look like to the encoder")
+    add("--protection", choices=TARGETED, default="nightshade", help="how poisons are made")
+    add(
+        "--epsilon",
+        type=budget,
+        default=None,
+        help="of the poisons, in the protection's own measure; default: its authors'",
+    )
+    add("--num_poisons", nargs="+", type=non_negative_int, default=[0, 25, 50, 100], help="the fine-tunings to compare")
+    add("--num_generated", type=positive_int, default=32, help="images of the concept that are held out, and generated")
+    add("--threat_models", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS))
+    add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
+    add_check_arguments(parser)
+    add("--finetuning_steps", type=positive_int, default=500)
+    add("--finetuning_batch_size", type=positive_int, default=8)
+    add("--learning_rate", type=non_negative_float, default=1e-5)
+    add(
+        "--lora_rank",
+        type=positive_int,
+        default=None,
+        help="fine-tune adapters of this rank (peft) instead of the whole UNet",
+    )
+    parser.set_defaults(num_images=500)
+
+
+def effects(args: argparse.Namespace) -> Effects:
+    """By flag, whether it has an effect beside the others, and what it needs to have one."""
+    poisoned = any(args.num_poisons)
+    return {
+        **shared_effects(args),
+        **pipeline_effects(args),
+        **check_effects(args),
+        **dict.fromkeys(("epsilon", "threat_models", "max_attack_steps"), (poisoned, "a number of poisons above 0")),
+    }

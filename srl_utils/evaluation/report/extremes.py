@@ -1,0 +1,116 @@
+"""The images with which a VAE does worst, middling and best under its strongest attack, to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median_low
+
+import torch
+from PIL import Image
+
+from srl_utils.attacks.draws import image_generators
+from srl_utils.console import progress_bar
+from srl_utils.evaluation.report.grids import extremes_picture
+from srl_utils.evaluation.results import Record
+from srl_utils.evaluation.study import Study, attempted
+from srl_utils.evaluation.tasks.base import Cell
+from srl_utils.files import write_atomically
+from srl_utils.images.pixels import format_pixel_distance
+from srl_utils.metrics.losses import ReconstructionLoss
+from srl_utils.metrics.pixels import psnr
+from srl_utils.vae.codec import Codec
+
+NUM_EXTREMES = 3
+
+
+def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
+    """One picture for each VAE, in `figures/`, by title: its worst, median and best image and all that became of it.
+
+    Of a task with several variants they show the middle one. None where the PSNR, by which they are chosen, was not
+    measured.
+    """
+    pictures = {}
+    if "psnr" not in study.task.metrics.names:
+        return pictures
+    cells = [strongest_cell(study, records, codec) for codec in study.codecs]
+    costs = [0 if cell is None else _cost(study, cell) for cell in cells]
+    bar = progress_bar(round(sum(costs)), desc="pictures", unit="pass", disable=not any(cells))
+    for number, (codec, cell, cost) in enumerate(zip(study.codecs, cells, costs, strict=True)):
+        if cell is None:
+            continue
+        path = study.output_dir / "figures" / f"extremes-{number}.png"
+        with study.watched(bar) as meter, meter.stage(f"picture, {cell.title}", cost):
+            picture = _picture(study, cell, extreme_images(study, records, cell, codec))
+        write_atomically(path, lambda aside, picture=picture: picture.save(aside, format="PNG"))
+        budget = format_pixel_distance(cell.perturbation.epsilon)
+        title = f"Worst, median and best image of {codec.name} under {_name(study, cell)} ({budget}) on itself"
+        pictures[title] = path
+    bar.close()
+    return pictures
+
+
+def _cost(study: Study, cell: Cell) -> float:
+    """Of the picture, in passes through encoder and decoder, about."""
+    shown = study.task.passes / len(study.task.variants) * len(study.codecs)
+    return NUM_EXTREMES * (cell.perturbation.passes + shown)
+
+
+def strongest_cell(study: Study, records: Sequence[Record], codec: Codec) -> Cell | None:
+    """The attack made on `codec` that leaves it the lowest mean PSNR, at the middle one of the epsilons.
+
+    Attacks whose budget is in another measure, and so not among the epsilons, are chosen from only if there are no others.
+    """
+    own = [cell for cell in study.cells() if cell.perturbation.adversarial and cell.source is codec]
+    if not own:
+        return None
+    middle = median_low({cell.perturbation.epsilon for cell in own} - {0.0} or {0.0})
+    candidates = [cell for cell in own if cell.perturbation.epsilon == middle]
+    return min(candidates, key=lambda cell: fmean(_psnr_by_image(study, records, cell, codec).values()))
+
+
+def extreme_images(study: Study, records: Sequence[Record], cell: Cell, codec: Codec) -> dict[str, int]:
+    """Number of the worst, the median and the best image, by these names."""
+    by_image = _psnr_by_image(study, records, cell, codec)
+    ordered = sorted(by_image, key=by_image.__getitem__)
+    return {"worst": ordered[0], "median": ordered[len(ordered) // 2], "best": ordered[-1]}
+
+
+def _variant(study: Study) -> str:
+    variants = study.task.variants
+    return variants[(len(variants) - 1) // 2]
+
+
+def _name(study: Study, cell: Cell) -> str:
+    """Of the cell's results for the variant that is shown."""
+    return attempted(cell.perturbation.name, _variant(study))
+
+
+def _psnr_by_image(study: Study, records: Sequence[Record], cell: Cell, codec: Codec) -> dict[int, float]:
+    wanted = (codec.name, _name(study, cell), cell.perturbation.epsilon, "psnr")
+    threat_models = cell.threat_models[codec.name]
+    return {
+        record.index: record.value
+        for record in records
+        if (record.vae, record.attack, record.epsilon, record.metric) == wanted and record.threat_model in threat_models
+    }
+
+
+def _picture(study: Study, cell: Cell, chosen: dict[str, int]) -> Image.Image:
+    numbers, variant = list(chosen.values()), _variant(study)
+    clean = study.images[numbers].to(cell.source.device)
+    # The same draws as in the study, so that these are the very images that were measured.
+    attacked = cell.perturbation.apply(cell.source, ReconstructionLoss(), clean, image_generators(study.seed, numbers))
+    with torch.no_grad():
+        outcomes = [study.task.attempt(cell, codec, attacked, numbers, variant) for codec in study.codecs]
+        references = [study.task.reference(codec, numbers, variant).to(clean.device) for codec in study.codecs]
+    lines = []
+    for line, name in enumerate(chosen):
+        cells = [(clean[line], ""), (attacked[line], "")]
+        cells += [(references[0][line], "")] if variant else []
+        for outcome, reference in zip(outcomes, references, strict=True):
+            quality = psnr(outcome[line : line + 1], reference[line : line + 1]).item()
+            cells.append((outcome[line], f"{quality:.1f} dB"))
+        lines.append((name, cells))
+    wanted = [f"clean, {variant}"] if variant else []
+    return extremes_picture(lines, titles=["image", "attacked", *wanted, *(codec.name for codec in study.codecs)])

@@ -1,0 +1,237 @@
+"""Results as figures: PSNR against epsilon, and one group of bars for each attack."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import style
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from srl_utils.evaluation.perturbations import CLEAN
+from srl_utils.files import write_atomically
+from srl_utils.images.pixels import format_pixel_distance
+
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+
+USUAL_EPSILON = 8 / 255
+"""What the literature reports, and so the bars, where it was run."""
+LONGEST_NAME = 40
+PANELS_ACROSS = 4
+MOST_TICKS = 7
+# The baseline grey, the others from the palette of Okabe and Ito (2008), which colour-blind readers tell apart.
+COLOURS = ("#7f8a96", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = "osD^vPX"
+THREAT_TITLES = {
+    "none": "clean and corrupted images",
+    "transfer": "transferred attacks",
+    "adaptive": "adaptive attacks",
+}
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#9aa3ad",
+    "axes.grid": True,
+    "axes.labelcolor": "#333a41",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.constrained_layout.use": True,
+    "figure.titlesize": 12,
+    "font.size": 9,
+    "grid.color": "#e3e6ea",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "xtick.color": "#333a41",
+    "ytick.color": "#333a41",
+}
+
+
+def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Writes the figures that `rows` suffice for as PNG files in `folder`; their paths by title.
+
+    PSNR against epsilon is left out where no attack was run with two of them.
+    """
+    measured = [row for row in rows if row["metric"] == "psnr"]
+    clean = [row for row in measured if row["attack"] == CLEAN.name]
+    figures: dict[str, Path] = {}
+    # The user's own settings of matplotlib shall not decide what a report looks like.
+    with style.context(["default", STYLE]):
+        for threat_model in dict.fromkeys(row["threat_model"] for row in measured):
+            attacked = [row for row in measured if row["threat_model"] == threat_model and row["attack"] != CLEAN.name]
+            name, slug = THREAT_TITLES.get(threat_model, threat_model), safe_name(threat_model)
+            if attacks := _attacks_to_follow(attacked):
+                title = f"PSNR against epsilon, {name}"
+                figure = _by_epsilon(title, attacks, clean + attacked, vaes)
+                figures[title] = _save(figure, folder / f"psnr-by-epsilon-{slug}.png")
+            epsilon = _epsilon_of_bars(attacked)
+            title = f"PSNR, {name}" + (f" at epsilon {format_pixel_distance(epsilon)}" if epsilon else "")
+            groups = _by_name(clean + [row for row in attacked if row["epsilon"] in (0, epsilon)])
+            figures[title] = _save(_by_attack(title, groups, vaes), folder / f"psnr-by-attack-{slug}.png")
+    return figures
+
+
+def draw_curves(
+    rows: Rows, vaes: Sequence[str], amounts: Mapping[str, int], folder: Path, *, label: str
+) -> dict[str, Path]:
+    """Every metric against an amount, `amounts` by the name of the attack; a line for each VAE and threat model.
+
+    Rows without a threat (an amount of 0) are where all lines of a VAE begin.
+    """
+    known = [row for row in rows if row["attack"] in amounts]
+    metrics = list(dict.fromkeys(row["metric"] for row in known))
+    threats = [name for name in THREAT_TITLES if name != "none" and any(row["threat_model"] == name for row in known)]
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(max(5.4, 0.8 + 2.9 * len(metrics)), 3.6))
+        for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
+            lines = {}
+            for number, vae in enumerate(vaes):
+                for threat, dashes in zip(threats or ["none"], ("-", "--"), strict=False):
+                    points = sorted(
+                        (amounts[row["attack"]], row["value"])
+                        for row in known
+                        if (row["metric"], row["vae"]) == (metric, vae) and row["threat_model"] in (threat, "none")
+                    )
+                    (line,) = axes.plot(
+                        *zip(*points, strict=True), dashes, color=_colour(number), marker="o", markersize=4
+                    )
+                    lines[f"{vae}, {threat}"] = line
+            axes.set(title=metric, xlabel=label)
+        _finish(figure, f"Results against the {label}", list(lines.values()), list(lines))
+        return {f"Results against the {label}": _save(figure, folder / "curves.png")}
+
+
+def safe_name(text: str) -> str:
+    """What is left of `text` that can be part of a file name anywhere."""
+    kept = "".join(character if character.isascii() and character.isalnum() else " " for character in text.lower())
+    return "-".join(kept.split())[:LONGEST_NAME].strip("-") or "unnamed"
+
+
+# --- PSNR against epsilon ---
+
+
+def _attacks_to_follow(rows: Rows) -> list[str]:
+    """Those with more than one epsilon."""
+    runs = Counter(attack for attack, _ in {(row["attack"], row["epsilon"]) for row in rows if row["epsilon"]})
+    return [attack for attack in _attacks(rows) if runs[attack] > 1]
+
+
+def _by_epsilon(title: str, attacks: Sequence[str], rows: Rows, vaes: Sequence[str]) -> Figure:
+    """A panel for each attack, a line with its band for each VAE; all start from the clean images at 0."""
+    across = min(PANELS_ACROSS, len(attacks))
+    down = math.ceil(len(attacks) / across)
+    figure = Figure(figsize=(max(5.4, 0.8 + 2.7 * across), 1.4 + 2.3 * down))
+    panels = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
+    epsilons = sorted({255 * row["epsilon"] for row in rows if row["attack"] in attacks} | {0.0})
+    for number, (axes, attack) in enumerate(zip(panels, attacks, strict=False)):
+        axes.set_title(_plain(attack))
+        lines = [_line(axes, rows, attack, vae, place) for place, vae in enumerate(vaes)]
+        if number % across == 0:
+            axes.set_ylabel("PSNR (dB)")
+        if number + across >= len(attacks):  # the last panel of its column, also where the last row is not full
+            axes.set_xlabel("epsilon (1/255)")
+            axes.tick_params(labelbottom=True)
+        if len(epsilons) <= MOST_TICKS:
+            axes.set_xticks(epsilons, [f"{epsilon:.3g}" for epsilon in epsilons])
+    for axes in panels[len(attacks) :]:
+        axes.remove()
+    _finish(figure, title, lines, vaes)
+    return figure
+
+
+def _line(axes: Axes, rows: Rows, attack: str, vae: str, number: int) -> Artist:
+    points = sorted(
+        (255 * row["epsilon"], row["value"], *_interval(row))
+        for row in rows
+        if row["vae"] == vae and row["attack"] in (CLEAN.name, attack)
+    )
+    epsilons, values, lows, highs = zip(*points, strict=True) if points else ([], [], [], [])
+    colour = _colour(number)
+    axes.fill_between(epsilons, lows, highs, color=colour, alpha=0.18, linewidth=0)
+    (line,) = axes.plot(
+        epsilons, values, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.6
+    )
+    return line
+
+
+# --- one group of bars for each attack ---
+
+
+def _epsilon_of_bars(rows: Rows) -> float:
+    """The one that most attacks were run with; among equals, the one nearest to the usual; 0 where there is none."""
+    runs = Counter(epsilon for _, epsilon in {(row["attack"], row["epsilon"]) for row in rows} if epsilon)
+    return min(runs, key=lambda epsilon: (-runs[epsilon], abs(epsilon - USUAL_EPSILON)), default=0.0)
+
+
+def _by_name(rows: Rows) -> dict[str, Rows]:
+    return {attack: [row for row in rows if row["attack"] == attack] for attack in _attacks(rows)}
+
+
+def _by_attack(title: str, groups: Mapping[str, Rows], vaes: Sequence[str]) -> Figure:
+    """Bars lie on their side, so that any number of attacks, with names of any length, finds its place."""
+    thickness = 0.8 / len(vaes)
+    inches = len(groups) * (0.16 * len(vaes) + 0.12)
+    figure = Figure(figsize=(7.5, 1.4 + inches))
+    axes = figure.subplots()
+    bars = []
+    for number, vae in enumerate(vaes):
+        own = [(place, row) for place, rows in enumerate(groups.values()) for row in rows if row["vae"] == vae]
+        places = [place - 0.4 + (number + 0.5) * thickness for place, _ in own]
+        values = [row["value"] for _, row in own]
+        intervals = [_interval(row) for _, row in own]
+        bars.append(axes.barh(places, values, height=0.92 * thickness, color=_colour(number)))
+        for place, value, (low, high) in zip(places, values, intervals, strict=True):
+            axes.plot([low, high], [place, place], color="#20252b", linewidth=1.1)
+            axes.annotate(
+                f"{value:.1f}", (max(value, high), place), xytext=(4, 0), textcoords="offset points", va="center",
+                fontsize=7.5, color="#333a41",
+            )  # fmt: skip
+    axes.set_yticks(range(len(groups)), [_plain(attack) for attack in groups])
+    axes.set_ylim(len(groups) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.08)
+    axes.set_xlabel("PSNR (dB)")
+    _finish(figure, title, bars, vaes)
+    return figure
+
+
+# --- what both have in common ---
+
+
+def _attacks(rows: Rows) -> Iterable[str]:
+    """In the order of their first row."""
+    return dict.fromkeys(row["attack"] for row in rows)
+
+
+def _interval(row: Row) -> tuple[float, float]:
+    low, high = row["ci95"] or (row["value"], row["value"])
+    return low, high
+
+
+def _finish(figure: Figure, title: str, handles: Sequence[Any], vaes: Sequence[str]) -> None:
+    figure.suptitle(_plain(title, longest=90), x=0.01, ha="left")
+    figure.legend(handles, [_plain(vae) for vae in vaes], loc="outside lower left", ncols=3)
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _plain(name: str, *, longest: int = LONGEST_NAME) -> str:
+    """A name from elsewhere as one line of text: no formula, and no leading underscore, which hides it in legends."""
+    text = " ".join(name.split())
+    text = text if len(text) <= longest else f"{text[: longest - 1]}…"
+    return f"{' ' if text.startswith('_') else ''}{text}".replace("$", r"\$")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    write_atomically(path, lambda aside: figure.savefig(aside, format="png"))
+    return path

@@ -1,0 +1,70 @@
+"""Results as tables to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from srl_utils.images.pixels import format_pixel_distance
+
+Rows = Sequence[dict[str, object]]
+
+METRIC_TITLES = {
+    "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "clip": "CLIP similarity", "clip-text": "CLIP with the prompt",
+    "shown": "share as prompted", "rfid": "rFID", "fid": "FID", "kid": "KID", "is": "Inception Score",
+    "drift": "latent drift", "denoising-loss": "denoiser's loss", "difference": "largest difference",
+}  # fmt: skip
+DECIMALS = {
+    "psnr": 2, "ssim": 4, "lpips": 4, "clip": 4, "clip-text": 4, "shown": 3, "rfid": 2, "fid": 2, "kid": 4, "is": 2,
+    "drift": 4, "denoising-loss": 4, "difference": 4,
+}  # fmt: skip
+
+
+def comparison_table(rows: Rows, vaes: Sequence[str]) -> str:
+    """A Markdown table: one line per attack and metric, one column per VAE, 95% intervals beside the means."""
+    cells = {(row["attack"], row["metric"], row["vae"]): row for row in rows}
+    lines = list(dict.fromkeys((row["attack"], row["metric"]) for row in rows))
+    table = [["images", "metric", *vaes]]
+    for attack, metric in lines:
+        values = [_cell(cells.get((attack, metric, vae))) for vae in vaes]
+        table.append([_attack_title(cells, attack), METRIC_TITLES[metric], *values])
+    return markdown_table(table)
+
+
+def won_back(rows: Rows, attack: str, original: str, robust: str) -> float:
+    """Share of the PSNR that `attack` costs the original VAE which the robust one has regained under it."""
+    value = {(row["vae"], row["attack"]): row["value"] for row in rows if row["metric"] == "psnr"}
+    lost = value[original, "clean"] - value[original, attack]
+    return (value[robust, attack] - value[original, attack]) / lost
+
+
+def _attack_title(cells: dict, attack: str) -> str:
+    epsilon = next(row["epsilon"] for (name, _, _), row in cells.items() if name == attack)
+    return f"{attack}, {format_pixel_distance(epsilon)}" if epsilon else attack
+
+
+def _cell(row: dict[str, object] | None) -> str:
+    if row is None:
+        return ""
+    return " ".join(measured(row["metric"], row["value"], row["ci95"]))
+
+
+def measured(
+    metric: str, value: float, interval: Sequence[float] | None, *, sign: Literal["", "+"] = ""
+) -> tuple[str, ...]:
+    """The mean as text and, where it has one, its 95% interval; with `sign` "+", gains carry theirs."""
+    form = f"{sign}.{DECIMALS[metric]}f"
+    if interval is None:
+        return (f"{value:{form}}",)
+    low, high = interval
+    return f"{value:{form}}", f"[{low:{form}}, {high:{form}}]"
+
+
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first of them the titles, as a Markdown table with aligned columns."""
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in table
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])

@@ -1,0 +1,1 @@
+"""What a VAE is used for, and how the outcome is measured."""

@@ -1,0 +1,260 @@
+"""Edits of images by a diffusion pipeline: what a protection spoils, and a robust VAE may make possible again.
+
+Sources: Meng et al., "SDEdit" (arXiv 2108.01073), for image-to-image; Brooks et al., "InstructPix2Pix" (arXiv
+2211.09800); the protocol of holding an edit of a protected image against that of the clean one is PhotoGuard's
+(Salman et al., arXiv 2302.06588).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
+from torch import Tensor, nn
+
+from srl_utils.attacks.denoiser import takes_latents_alone
+from srl_utils.attacks.draws import Generators, draw_normal, image_generators
+from srl_utils.errors import UserError
+from srl_utils.evaluation.metering import DENOISER
+from srl_utils.evaluation.perturbations import CLEAN
+from srl_utils.evaluation.tasks.base import Cell, Metrics, denoiser_of
+from srl_utils.files import kept_images
+from srl_utils.images.pixels import to_model_range, to_unit_range
+from srl_utils.metrics.features import ImageClassifier
+from srl_utils.pipelines import robust_vae
+from srl_utils.vae.codec import Codec
+
+INPAINTING, INSTRUCTION = "inpainting", "instruction"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One way to edit images with a pipeline."""
+
+    pipeline: DiffusionPipeline
+    arguments: Callable[[Codec, Tensor, Generators], dict[str, Any]]
+    """VAE, images `[N,3,H,W]` in [0,1] and a generator for each to what the call takes beside prompts and settings."""
+    settings: Mapping[str, Any]
+
+    @property
+    def passes(self) -> float:
+        """For an image, about, in passes through encoder and decoder; a guided step shows the denoiser two latents."""
+        return 2 * DENOISER * self.settings["num_inference_steps"] * self.settings.get("strength", 1.0)
+
+    def __call__(self, codec: Codec, images: Tensor, prompts: Sequence[str], generators: Generators) -> Tensor:
+        """Edits `[N,3,H,W]` in [-1,1] with the VAE of `codec`, one prompt for each; as many images, float32."""
+        shown = to_unit_range(images).clamp(0, 1)
+        with robust_vae(self.pipeline, codec.vae):
+            arguments = {**_size(self.pipeline, shown), **self.arguments(codec, shown, generators), **self.settings}
+            output = self.pipeline(prompt=list(prompts), generator=generators, output_type="pt", **arguments)
+        return to_model_range(output.images.float())
+
+
+def build_edits(
+    pipeline: DiffusionPipeline, *, strengths: Sequence[float], num_inference_steps: int, guidance_scale: float
+) -> dict[str, Edit]:
+    """What `pipeline` can do, by name: instructions, or inpainting, or image-to-image at each strength and inpainting.
+
+    Raises:
+        UserError: if it can edit nothing.
+    """
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    if isinstance(pipeline, StableDiffusionInstructPix2PixPipeline):
+        return {INSTRUCTION: Edit(pipeline=pipeline, arguments=_image, settings=settings)}
+    full = {**settings, "strength": 1.0}
+    if "Inpaint" in type(pipeline).__name__:
+        return {INPAINTING: Edit(pipeline=pipeline, arguments=_image_and_mask, settings=full)}
+    image_to_image = as_image_to_image(pipeline)
+    edits = {
+        f"img2img-{strength:g}": Edit(
+            pipeline=image_to_image, arguments=_image, settings={**settings, "strength": strength}
+        )
+        for strength in strengths
+    }
+    return edits | {
+        INPAINTING: Edit(pipeline=image_to_image, arguments=partial(_image_and_blending, image_to_image), settings=full)
+    }
+
+
+def check_steps(edits: Mapping[str, Edit]) -> None:
+    """Raises a UserError if an edit's strength leaves it no step."""
+    for name, edit in edits.items():
+        steps = edit.settings["num_inference_steps"]
+        if int(steps * edit.settings.get("strength", 1.0)) == 0:
+            raise UserError(f"{name} takes none of the {steps} steps of --num_inference_steps; give more")
+
+
+def as_image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The same networks, to start from an image.
+
+    Raises:
+        UserError: if that is not what they are for.
+    """
+    kind = type(pipeline).__name__
+    if not takes_latents_alone(pipeline):
+        raise UserError(f"this {kind} cannot start from an image alone; take a text-to-image model")
+    try:
+        image_to_image = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError as error:
+        raise UserError(f"this {kind} cannot edit images: {str(error).splitlines()[0]}") from None
+    image_to_image.set_progress_bar_config(disable=True)
+    return image_to_image
+
+
+def central_mask(images: Tensor) -> Tensor:
+    """`[N,1,H,W]`: 1 in the central square of half the side, which inpainting draws anew, and 0 around it."""
+    mask = torch.zeros_like(images[:, :1])
+    rows, columns = (side // 4 for side in images.shape[2:])
+    mask[:, :, rows : 3 * rows, columns : 3 * columns] = 1
+    return mask
+
+
+def _image(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, Any]:
+    return {"image": shown}
+
+
+def _image_and_mask(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, Any]:
+    return {"image": shown, "mask_image": central_mask(shown)}
+
+
+def _image_and_blending(
+    pipeline: DiffusionPipeline, codec: Codec, shown: Tensor, generators: Generators
+) -> dict[str, Any]:
+    """Inpainting with a model that was not trained for it: after each step the latents around the hole are set back to
+    the image's own, as noisy as the next step expects them (Avrahami et al., "Blended Latent Diffusion", arXiv 2206.02779).
+
+    diffusers' own inpainting does the same, but takes latents of 4 channels only.
+    """
+    latents = codec.scale(codec.encode(to_model_range(shown)), pipeline)
+    hole = F.interpolate(central_mask(shown), latents.shape[2:]).expand_as(latents)
+    # From copies: the pipeline itself draws what it would draw without a hole.
+    noise = draw_normal([_copied(generator) for generator in generators], like=latents)
+
+    def set_back(pipe: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        following, drawn = pipe.scheduler.timesteps[step + 1 : step + 2], tensors["latents"]
+        around = _noised(pipe, latents, noise, following.expand(len(latents))) if len(following) else latents
+        around, inside = (_laid_out(each, like=drawn) for each in (around, hole))
+        return {"latents": torch.where(inside > 0, drawn, around.to(drawn.dtype))}
+
+    return {"image": shown, "callback_on_step_end": set_back}
+
+
+def _noised(pipe: DiffusionPipeline, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Latents as noisy as the model expects them at `timesteps` `[N]`, by diffusion or by flow matching."""
+    scheduler = pipe.scheduler
+    if hasattr(scheduler, "add_noise"):
+        return scheduler.add_noise(latents, noise, timesteps)
+    return scheduler.scale_noise(latents, timesteps, noise)
+
+
+def _laid_out(latents: Tensor, *, like: Tensor) -> Tensor:
+    """Latents `[N,C,h,w]`, or Flux's tokens `[N,hw/4,4C]` of 2x2 latent pixels if `like` is of that kind."""
+    return latents if like.ndim == 4 else F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def _size(pipe: DiffusionPipeline, shown: Tensor) -> dict[str, int]:
+    """Height and width for a pipeline that would else choose its own."""
+    sides = dict(zip(("height", "width"), shown.shape[2:], strict=True))
+    return {name: side for name, side in sides.items() if name in signature(pipe.__call__).parameters}
+
+
+def _copied(generator: torch.Generator) -> torch.Generator:
+    return torch.Generator().set_state(generator.get_state())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Editing:
+    """The task of editing a protected image as the clean one is edited by the same VAE, with the same noise.
+
+    Edits of the clean images themselves are held against the baseline's, and so are sets of edits.
+    """
+
+    metrics: Metrics
+    baseline: Codec
+    edits: Mapping[str, Edit]
+    images: Tensor
+    """Clean, `[n,3,H,W]` in [-1,1], on the CPU."""
+    prompts: Sequence[str]
+    """What each image is to become."""
+    judge: ImageClassifier | None
+    """Sees whether an image shows what its prompt asks for."""
+    folder: Path
+    """Keeps the edits that others are held against."""
+    seed: int
+
+    @property
+    def variants(self) -> Sequence[str]:
+        return tuple(self.edits)
+
+    @property
+    def passes(self) -> float:
+        return sum(edit.passes for edit in self.edits.values())
+
+    @property
+    def denoiser(self) -> nn.Module | None:
+        return denoiser_of(next(iter(self.edits.values())).pipeline)
+
+    def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
+        return self._edit(codec, shown, numbers, variant)
+
+    def reference(self, codec: Codec, numbers: Sequence[int], variant: str) -> Tensor:
+        return torch.cat([self._clean_edit(codec, number, variant) for number in numbers])
+
+    def measure(
+        self, cell: Cell, codec: Codec, outcome: Tensor, numbers: Sequence[int], variant: str
+    ) -> dict[str, Tensor]:
+        prompts = [self.prompts[number] for number in numbers]
+        values = prompt_measures(self.metrics, self.judge, outcome, prompts)
+        if cell.perturbation.name != CLEAN.name:
+            return values | self._compare(outcome, self.reference(codec, numbers, variant))
+        if codec is self.baseline:
+            return values  # the reference itself
+        return values | self._compare(outcome, self.reference(self.baseline, numbers, variant))
+
+    def _edit(self, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
+        prompts = [self.prompts[number] for number in numbers]
+        return self.edits[variant](codec, shown, prompts, image_generators(self.seed, numbers))
+
+    def _compare(self, outcome: Tensor, reference: Tensor) -> dict[str, Tensor]:
+        return self.metrics.compare(outcome, reference.to(outcome.device))
+
+    def _clean_edit(self, codec: Codec, number: int, variant: str) -> Tensor:
+        """`[1,3,H,W]`; one file an image, since batches are not always the same."""
+        path = self.folder / codec.digest / variant / f"{number:06d}.safetensors"
+        clean = self.images[number : number + 1]
+        return kept_images(path, lambda: self._edit(codec, clean.to(codec.device), [number], variant))
+
+
+def prompt_measures(
+    metrics: Metrics, judge: ImageClassifier | None, images: Tensor, prompts: Sequence[str]
+) -> dict[str, Tensor]:
+    """How far images `[N,3,H,W]` show what their prompts say: `clip-text` and `shown`, as far as they are wanted."""
+    values = {}
+    if metrics.clip is not None:
+        values["clip-text"] = metrics.clip.image_text(images, prompts)
+    if judge is not None:
+        values["shown"] = judge.shown(images, prompts)
+    return metrics.wanted(values)
+
+
+def replace_words(text: str, replacements: Mapping[str, str]) -> str:
+    """Return `text` with each word that is a key replaced by its value, all at once: red=blue and blue=red exchange the two.
+
+    Punctuation around a word is kept: "red," becomes "blue,".
+    """
+    return " ".join(_replaced(word, replacements) for word in text.split())
+
+
+def _replaced(word: str, replacements: Mapping[str, str]) -> str:
+    if word in replacements:
+        return replacements[word]
+    before, bare, after = re.fullmatch(r"(\W*)(.*?)(\W*)", word).groups()
+    return f"{before}{replacements.get(bare, bare)}{after}"

@@ -1,0 +1,95 @@
+"""Fine-tuning of a diffusion model's UNet on captioned images, as the training scripts of diffusers do it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from srl_utils.attacks.denoiser import Denoiser, PromptEmbeddings, encode_prompts
+from srl_utils.attacks.draws import image_generators
+from srl_utils.errors import MissingPackage
+
+LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningConfig:
+    """AdamW at a constant rate, in float32."""
+
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    lora_rank: int | None = None
+    """Low-rank adapters of the attention (Hu et al., arXiv 2106.09685) instead of all weights; needs peft."""
+
+    def check(self) -> None:
+        """Raises a MissingPackage, an ImportError, if adapters are asked for without peft."""
+        if self.lora_rank is not None and find_spec("peft") is None:
+            raise MissingPackage("--lora_rank needs the package peft: pip install peft")
+
+
+def finetune(
+    pipeline: DiffusionPipeline, latents: Tensor, captions: Sequence[str], config: FinetuningConfig, *, seed: int
+) -> UNet2DConditionModel:
+    """A copy of the pipeline's UNet after training; the pipeline keeps its own.
+
+    Args:
+        pipeline: Stable Diffusion 1.x, 2.x or XL.
+        latents: `[N,C,h,w]` at the UNet's scale.
+        captions: one for each.
+        config: how it is trained.
+        seed: of the order, the timesteps and the noise.
+
+    Raises:
+        UserError: if the pipeline is of another kind.
+    """
+    prompts = encode_prompts(pipeline, captions)
+    unet = _in_dtype(copy.deepcopy(pipeline.unet), torch.float32)
+    adapted = _trainable(unet, config)
+    optimizer = torch.optim.AdamW(
+        [weight for weight in adapted.parameters() if weight.requires_grad], lr=config.learning_rate
+    )
+    denoiser = replace(Denoiser.from_pipeline(pipeline, prompts), unet=unet)
+    for step in range(config.num_steps):
+        batch = draw_numbers(seed, step, batch_size=config.batch_size, out_of=len(latents))
+        told = PromptEmbeddings(*(part if part is None else part[batch.to(part.device)] for part in prompts))
+        generators = image_generators(seed, range(step * config.batch_size, step * config.batch_size + len(batch)))
+        loss = replace(denoiser, prompt=told).loss(latents[batch.to(latents.device)], generators).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    merged = unet if adapted is unet else adapted.merge_and_unload()
+    return _in_dtype(merged.requires_grad_(False).eval(), pipeline.unet.dtype)
+
+
+def _in_dtype(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
+    """Itself where it is: diffusers warns of every cast."""
+    return unet if unet.dtype == dtype else unet.to(dtype)
+
+
+def _trainable(unet: UNet2DConditionModel, config: FinetuningConfig) -> nn.Module:
+    """`unet` itself, or adapters that peft puts into it."""
+    if config.lora_rank is None:
+        return unet.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        unet, LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGETS)
+    )
+
+
+def draw_numbers(seed: int, step: int, *, batch_size: int, out_of: int) -> Tensor:
+    """Which of `out_of` samples step number `step` sees: each once an epoch, in another order every time."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    orders = {
+        epoch: torch.randperm(out_of, generator=image_generators(seed, [epoch])[0])
+        for epoch in {position // out_of for position in positions}
+    }
+    return torch.stack([orders[position // out_of][position % out_of] for position in positions])

@@ -1,0 +1,142 @@
+"""Files that are written whole or not at all: atomic writes, checksums, locks, images that are made once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from srl_utils.errors import UnusableFile, UserError
+
+LONGEST_NAME = 255  # bytes, of file systems
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a path beside `path` and renames it: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    if len(os.fsencode(aside.name)) > LONGEST_NAME:
+        aside = path.with_name(f".{sha256(os.fsencode(path.name)).hexdigest()}.partial")
+    try:
+        write(aside)
+        flush(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)  # on a full disk it would be in the way
+        raise
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """In UTF-8; names of files that are no Unicode have their odd bytes escaped."""
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def read_json(path: Path) -> Any:
+    """What `write_text_atomically` has written as JSON.
+
+    Raises:
+        UnusableFile: an OSError, if the disk has damaged it since.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UnusableFile(f"{path} is damaged; remove it, and the same command makes it again") from None
+
+
+KEY = "images"
+
+
+def kept_images(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    """`[N,3,H,W]` on the CPU: those at `path`, or else what `make` returns, which is put there.
+
+    Processes that need the same ones at a time may all make them: they are to depend on `path` alone.
+    """
+    if not path.exists():
+        made = make().cpu().contiguous()
+        write_atomically(path, lambda aside: save_file({KEY: made}, aside))
+    return load_file(path)[KEY]
+
+
+MANIFEST = "manifest.json"
+PIECE = 2**22  # bytes read at a time
+
+
+def seal(folder: Path) -> None:
+    """Writes the manifest of all files below `folder`, once these and it are on the disk itself."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    contents = {path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)] for path in files}
+    (folder / MANIFEST).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    for path in [*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        flush(path)
+
+
+def fault(folder: Path) -> str | None:
+    """What differs from the manifest, such as `optimizer.bin has 100 of 200 bytes`; None if `folder` is whole."""
+    try:
+        contents = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return next(filter(None, (_fault_of(folder / name, *expected) for name, expected in contents.items())), None)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(folder)} is missing"
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # cut, flipped, or not to be read
+        return f"{MANIFEST} cannot be read"
+
+
+def _fault_of(path: Path, size: int, digest: str) -> str | None:
+    found = path.stat().st_size
+    if found != size:
+        return f"{path.name} has {found} of {size} bytes"
+    return None if checksum(path) == digest else f"{path.name} differs from its checksum"
+
+
+def checksum(path: Path) -> str:
+    """SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Has the disk write what it holds of a file, or of a folder's names, so that a loss of power finds it there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def sole_run(output_dir: Path, *, is_main_process: bool) -> Iterator[None]:
+    """Within, no other run is in such a context for `output_dir`; the system ends it when the main process dies.
+
+    Raises:
+        UserError: at once if another one is, or if there is no writing in `output_dir`.
+    """
+    if not is_main_process:
+        yield
+        return
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output_dir / LOCK).acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another run is writing to {output_dir}, and this one does not wait for it; choose another --output_dir, "
+            "or start again when that run has ended"
+        ) from None
+    except OSError as error:
+        raise UnusableFile(f"--output_dir {output_dir} cannot be written to: {error.strerror}") from None
+    with lock:
+        yield

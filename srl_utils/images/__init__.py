@@ -1,0 +1,1 @@
+"""Image files and data sets to tensors: pixel ranges, decoding, sources, batches."""

@@ -1,0 +1,271 @@
+"""Images from folders, tars and Hugging Face datasets as training samples and as a validation set.
+
+A training sample is a function of (seed, position), where position 0, 1, 2, ... counts the samples of a whole run
+over all processes. The order therefore depends on no saved random state, number of workers or number of processes,
+and a run resumes at any position.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import count, islice, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from srl_utils.errors import UserError
+from srl_utils.images.decoding import UnreadableImage, decode_rgb
+from srl_utils.images.framing import DECODE_ATTEMPTS, Framing, RawImage, Sample, centre_square, to_tensor
+from srl_utils.images.listing import PassedOver
+from srl_utils.images.sources import DataSource, Images, StreamImages, captioned, open_images, open_validation
+
+logger = logging.getLogger(__name__)
+
+PROBED_IMAGES = 16
+NO_CAPTIONS = "none of {} images has a caption, the first is {}"
+ORDER_SEED = 2  # second word of seeds: framing.py has 1 and sources.py 3, so that no two share random numbers
+
+
+class ValidationImages(NamedTuple):
+    """Images `[n,3,R,R]` in [-1,1], caption ("" if none was asked for) and name of each, and what was left out."""
+
+    images: Tensor
+    unreadable: list[str]
+    """The names of images that cannot be decoded."""
+    captions: list[str]
+    names: list[str]
+    without_caption: list[str]
+    """The names of images that have none of the captions asked for."""
+    passed_over: list[PassedOver]
+    """What of a folder or of tars was not looked at."""
+
+
+class TrainingSamples(Dataset):
+    """Map-style images in a new order each epoch, as samples indexed by position."""
+
+    def __init__(self, images: Sequence[RawImage], framing: Framing) -> None:
+        self.images = images
+        self.framing = framing
+
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at `position`; an unreadable image is replaced by the next one of the epoch."""
+        epoch, place = divmod(position, len(self.images))
+        order = epoch_order(self.framing.seed, epoch, len(self.images))
+        return self.framing.sample(position, lambda attempt: self.images[order[(place + attempt) % len(order)]])
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """The permutation of `num_images` indices in which an epoch reads them."""
+    return np.random.default_rng((seed, ORDER_SEED, epoch)).permutation(num_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPositions:
+    """The positions of each batch of one process, without end.
+
+    Of every batch_size * world_size consecutive positions each process takes batch_size consecutive ones, so that
+    the processes together read the order that one process with a larger batch would read.
+    """
+
+    batch_size: int
+    rank: int
+    world_size: int
+    first_position: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.first_position + self.rank * self.batch_size
+        for position in count(start, self.batch_size * self.world_size):
+            yield list(range(position, position + self.batch_size))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamSamples(IterableDataset):
+    """Streamed images as the samples at `positions`.
+
+    Every process reads the whole stream and decodes only its own samples, so that uneven files or worlds never leave
+    a process without data.
+    """
+
+    images: StreamImages
+    framing: Framing
+    positions: BatchPositions = field(
+        default_factory=lambda: BatchPositions(batch_size=1, rank=0, world_size=1, first_position=0)
+    )
+
+    def __iter__(self) -> Iterator[Sample]:
+        """The samples; an unreadable image is replaced by the next one of the stream."""
+        start = self.positions.first_position
+        stream = self._read(start)
+        window: deque[RawImage] = deque()  # what the stream has yielded from position `start` on
+
+        def candidate(attempt: int) -> RawImage:
+            while len(window) <= attempt:
+                window.append(next(stream))
+            return window[attempt]
+
+        for position in (position for batch in self.positions for position in batch):
+            for _ in range(position - start):
+                candidate(0)
+                window.popleft()
+            start = position
+            yield self.framing.sample(position, candidate)
+
+    def _read(self, position: int) -> Iterator[RawImage]:
+        """The undecoded images from `position` on, epoch after epoch; the epochs are of equal length.
+
+        Raises:
+            UserError: if the stream is empty.
+        """
+        epoch, to_skip = 0, position
+        while True:
+            length = 0
+            for length, raw in enumerate(self.images.shuffled(seed=self.framing.seed, epoch=epoch), start=1):
+                if length > to_skip:
+                    yield raw
+            if length == 0:
+                raise UserError("the streamed training data holds no images; check the data set and its split")
+            skipped_epochs, to_skip = divmod(max(to_skip - length, 0), length)
+            epoch += 1 + skipped_epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Training samples (`num_images` is None for a stream) and validation images `[n,3,R,R]` in [-1,1]."""
+
+    samples: TrainingSamples | StreamSamples
+    num_images: int | None
+    validation_images: Tensor
+    description: str
+    passed_over: list[str]
+    """Lines on files that were not looked at, without their names."""
+
+
+def open_data(
+    source: DataSource,
+    *,
+    resolution: int,
+    seed: int,
+    center_crop: bool,
+    random_flip: bool,
+    num_validation_images: int,
+) -> TrainingData:
+    """Opens the training and validation images and makes sure that both can be read.
+
+    Raises:
+        UserError: if there are none, if flags conflict, or if none of the images tried can be decoded.
+    """
+    framing = Framing(resolution=resolution, seed=seed, center_crop=center_crop, random_flip=random_flip)
+    training, validation, passed_over = open_images(source, resolution, seed)
+    for part in filter(None, passed_over):
+        logger.warning("%s", part.report())
+    _check_readable(training)
+    validation_images = _decode_evenly(validation, num_validation_images, resolution).images
+    # The last part of a path: the description is published with the model.
+    place = source.dataset_name or source.train_data_dir
+    place = Path(place).resolve().name if Path(place).exists() else place
+    if isinstance(training, StreamImages):
+        samples, num_images, amount = StreamSamples(images=training, framing=framing), None, "a stream of"
+    else:
+        samples, num_images, amount = TrainingSamples(training, framing), len(training), str(len(training))
+    return TrainingData(
+        samples=samples,
+        num_images=num_images,
+        validation_images=validation_images,
+        description=f"{place}: {amount} training images, {len(validation_images)} validation images",
+        passed_over=[part.summary() for part in passed_over if part],
+    )
+
+
+def load_validation_images(source: DataSource, *, num_images: int, resolution: int, seed: int = 0) -> ValidationImages:
+    """Central squares spread evenly over the validation images (of a stream: the first), always the same ones.
+
+    A `source` with `validation_data_dir` needs no training data. The seed matters for held-out training images. If the
+    source names captions, images without one are left out.
+
+    Returns:
+        Up to `num_images` images.
+
+    Raises:
+        UserError: if there are no validation images or none of them can be used.
+    """
+    validation, passed_over = open_validation(source, resolution, seed)
+    wanted, without = source.caption_column is not None, []
+    if wanted and not isinstance(validation, StreamImages):
+        validation, without = captioned(validation)
+        if without and not validation:
+            raise UserError(NO_CAPTIONS.format(len(without), without[0]))
+    loaded = _decode_evenly(validation, num_images, resolution, captioned=wanted)
+    return loaded._replace(without_caption=without + loaded.without_caption, passed_over=passed_over)
+
+
+def _probes(images: Images, number: int) -> Iterator[RawImage]:
+    """Some images from all over, for bad ones are often neighbours; of a stream the first."""
+    if isinstance(images, StreamImages):
+        return islice(images, number)
+    return (
+        images[index] for index in np.linspace(0, len(images), min(number, len(images)), endpoint=False).astype(int)
+    )
+
+
+def _check_readable(images: Images) -> None:
+    problems: list[str] = []
+    for raw in _probes(images, PROBED_IMAGES):
+        try:
+            decode_rgb(raw.source)
+            return
+        except UnreadableImage as error:
+            problems.append(f"{raw.name}: {error}")
+    if not problems:
+        raise UserError("the training data holds no images; check its files and --max_train_samples")
+    raise UserError(f"none of {len(problems)} training images tried can be read; {problems[0]}")
+
+
+def _decode_evenly(images: Images, number: int, resolution: int, *, captioned: bool = False) -> ValidationImages:
+    """Decode images from all over; where they must have captions, those without one are passed over."""
+    decoded: list[Tensor] = []
+    captions: list[str] = []
+    names: list[str] = []
+    unreadable: list[str] = []
+    without: list[str] = []
+
+    def is_candidate(raw: RawImage) -> bool:
+        if captioned and not raw.caption:
+            without.append(raw.name)
+        return bool(raw.caption) or not captioned
+
+    for candidates in _stretches(images, number, is_candidate):
+        for raw in candidates:
+            try:
+                decoded.append(to_tensor(centre_square(decode_rgb(raw.source), resolution=resolution)))
+                captions.append(raw.caption)
+                names.append(raw.name)
+                break
+            except UnreadableImage as error:
+                unreadable.append(raw.name)
+                logger.warning("unreadable validation image, passed over: %s (%s)", raw.name, error)
+    if not decoded and without:
+        raise UserError(NO_CAPTIONS.format(len(without), without[0]))
+    if not decoded:
+        raise UserError(f"none of {len(unreadable)} validation images can be read; check the validation data")
+    return ValidationImages(torch.stack(decoded), unreadable, captions, names, without, passed_over=[])
+
+
+def _stretches(images: Images, number: int, is_candidate: Callable[[RawImage], bool]) -> list[Iterator[RawImage]]:
+    """For each validation image to be shown, the candidates of which the first readable one is taken."""
+    if isinstance(images, StreamImages):
+        # One iterator, repeated: each stretch begins where the one before it ended.
+        return [islice(filter(is_candidate, images), number + DECODE_ATTEMPTS)] * number
+    bounds = np.linspace(0, len(images), min(number, len(images)) + 1).astype(int).tolist()
+    return [
+        islice(filter(is_candidate, map(images.__getitem__, range(start, end))), DECODE_ATTEMPTS)
+        for start, end in pairwise(bounds)
+    ]

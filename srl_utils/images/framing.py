@@ -1,0 +1,124 @@
+"""Undecoded pictures to square training images `[3,R,R]` in [-1,1]."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from srl_utils.errors import UserError, one_line
+from srl_utils.images.decoding import UnreadableImage, decode_rgb
+from srl_utils.images.pixels import from_pil
+
+CROP_AREA = (0.25, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+DECODE_ATTEMPTS = 20
+AUGMENTATION_SEED = 1  # keeps these draws apart from those that order the images
+
+Box = tuple[float, float, float, float]
+
+
+class RawImage(NamedTuple):
+    """An undecoded picture: what `decode_rgb` takes, its path, key or row, and its caption ("" if it has none)."""
+
+    source: object
+    label: str
+    caption: str = ""
+
+    @property
+    def name(self) -> str:
+        """The label in one line, or else a hash of the content: the same in each epoch, whatever the order."""
+        content = self.source.get("bytes") if isinstance(self.source, dict) else self.source
+        if self.label or not isinstance(content, bytes):
+            return one_line(self.label) or "a sample without image"
+        return f"image with SHA-256 {hashlib.sha256(content).hexdigest()[:12]}"
+
+
+class Sample(TypedDict):
+    """A training image `[3,R,R]` in [-1,1], and the unreadable images that it stands in for."""
+
+    image: Tensor
+    position: int
+    bad: list[str]
+    upscaled: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framing:
+    """How a picture becomes a training image: by draws from (seed, position) alone."""
+
+    resolution: int
+    seed: int
+    center_crop: bool = False
+    random_flip: bool = False
+
+    def sample(self, position: int, candidate: Callable[[int], RawImage]) -> Sample:
+        """The first readable one of candidate(0), candidate(1), ...
+
+        Raises:
+            UserError: if the first `DECODE_ATTEMPTS` candidates are all unreadable.
+        """
+        bad: list[str] = []
+        for attempt in range(DECODE_ATTEMPTS):
+            raw = candidate(attempt)
+            try:
+                picture = decode_rgb(raw.source)
+            except UnreadableImage as error:
+                bad.append(raw.name)
+                reason = str(error)
+                continue
+            upscaled = min(picture.size) < self.resolution
+            return Sample(image=self._tensor(picture, position), position=position, bad=bad, upscaled=upscaled)
+        raise UserError(f"{DECODE_ATTEMPTS} training images in a row cannot be read, the last is {bad[-1]}: {reason}")
+
+    def _tensor(self, picture: Image.Image, position: int) -> Tensor:
+        rng = np.random.default_rng((self.seed, AUGMENTATION_SEED, position))
+        flip = self.random_flip and rng.random() < 0.5
+        if self.center_crop:
+            return to_tensor(centre_square(picture, resolution=self.resolution), flip=flip)
+        return to_tensor(random_square(picture, resolution=self.resolution, rng=rng), flip=flip)
+
+
+def centre_square(picture: Image.Image, *, resolution: int) -> Image.Image:
+    """The central square of an RGB picture, scaled to `resolution` x `resolution`."""
+    side = min(picture.size)
+    left, top = (picture.width - side) / 2, (picture.height - side) / 2
+    return _scale(picture, (left, top, left + side, top + side), resolution)
+
+
+def random_square(picture: Image.Image, *, resolution: int, rng: np.random.Generator) -> Image.Image:
+    """A random part of an RGB picture (`CROP_AREA`, `CROP_RATIO`), scaled to `resolution` x `resolution`."""
+    return _scale(picture, random_box(*picture.size, rng=rng), resolution)
+
+
+def random_box(width: int, height: int, *, rng: np.random.Generator) -> Box:
+    """(left, top, right, bottom) inside the picture, drawn like torchvision's RandomResizedCrop.
+
+    A picture too long and narrow for any draw to fit yields its central square.
+    """
+    for _ in range(CROP_ATTEMPTS):
+        area = width * height * rng.uniform(*CROP_AREA)
+        ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left, top = rng.integers(width - box_width + 1), rng.integers(height - box_height + 1)
+            return (left, top, left + box_width, top + box_height)
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return (left, top, left + side, top + side)
+
+
+def to_tensor(picture: Image.Image, *, flip: bool = False) -> Tensor:
+    """An RGB picture as a `[3,H,W]` tensor in [-1,1], mirrored left to right if `flip`."""
+    return from_pil(ImageOps.mirror(picture) if flip else picture)
+
+
+def _scale(picture: Image.Image, box: Box, resolution: int) -> Image.Image:
+    return picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)

@@ -1,0 +1,167 @@
+"""Lists the pictures of a folder, and the files that are passed over with the reason."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from srl_utils.errors import one_line
+from srl_utils.images.decoding import HEAD, NEEDED, foreign_format, picture_formats, picture_suffixes
+
+logger = logging.getLogger(__name__)
+
+MAGIC_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF")
+BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # lengths; the two letters before them also begin words
+
+
+SUFFIXES = {  # of the formats in `NEEDED`
+    "AVIF": frozenset({".avif", ".avifs"}),
+    "HEIF": frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"}),
+    "JXL": frozenset({".jxl"}),
+}
+NO_FORMAT = "no suffix of a picture that Pillow reads"
+NO_SUFFIX = "no suffix, and no picture by its content"
+# Captions, tables, caches of trainers, notes and what systems leave behind: nobody expects pictures there.
+COMPANIONS = frozenset({
+    ".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".npy", ".npz", ".safetensors", ".xml",
+    ".yaml", ".yml", ".toml", ".md", ".rst", ".html", ".log", ".ini", ".db", ".aae", ".xmp", ".url", ".lnk", ".py", ".sh",
+    ".sha256", ".md5",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """Files, or samples of tars, that were not looked at: their names by reason."""
+
+    names: Mapping[str, list[str]] = field(default_factory=dict)
+    kind: str = "files"
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[str, str]], kind: str = "files") -> PassedOver:
+        """Group pairs of (reason, name)."""
+        names: dict[str, list[str]] = {}
+        for reason, name in pairs:
+            names.setdefault(reason, []).append(name)
+        return cls(names, kind)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.names.values()))
+
+    def summary(self) -> str:
+        """Return a line of counts and reasons without names."""
+        reasons = "; ".join(f"{reason} ({len(names)})" for reason, names in self.names.items())
+        return f"{len(self)} {self.kind} were not looked at: {reasons}"
+
+    def report(self) -> str:
+        """Return `summary` with the first few names of each reason."""
+        reasons = "; ".join(f"{reason} ({len(names)}: {few(names)})" for reason, names in self.names.items())
+        return f"{len(self)} {self.kind} were not looked at: {reasons}"
+
+
+def list_pictures(folder: Path) -> tuple[list[Path], PassedOver]:
+    """List the pictures below `folder`, sorted, and count the other files.
+
+    A file without a suffix is a picture if its first bytes say so. Hidden files are left out of both. So are
+    companions of pictures, such as captions and tables.
+    """
+    pictures, others = [], []
+    for path in list_files(folder):
+        reason = why_no_picture(path)
+        if reason is None:
+            pictures.append(path)
+        elif path.suffix.lower() not in COMPANIONS:
+            others.append((reason, str(path.relative_to(folder))))
+    return pictures, PassedOver.of(sorted(others))
+
+
+def why_no_picture(path: Path) -> str | None:
+    """Return why a file is not read as a picture; None if it is one."""
+    suffix = suffix_of(path.name)
+    if suffix in picture_suffixes():
+        return None
+    return reason_of(suffix, _head(path) if is_told_by_content(suffix) else b"")
+
+
+def suffix_of(name: str) -> str:
+    """Return the lower-case suffix, "" for none; a number, as in `scan.0001`, is none."""
+    suffix = os.path.splitext(name)[1].lower()
+    return "" if suffix[1:].isdigit() else suffix
+
+
+def is_told_by_content(suffix: str) -> bool:
+    """Return whether the suffix leaves open what the file holds: phones also name JPEG files .heic."""
+    return suffix == "" or _named_by(suffix) is not None
+
+
+def reason_of(suffix: str, head: bytes) -> str | None:
+    """Return why a file whose suffix is not that of a picture is not read; None if `head` begins a picture.
+
+    Args:
+        suffix: lower-case, "" for none.
+        head: the first bytes, or none where they do not matter.
+    """
+    if suffix in COMPANIONS:
+        return NO_FORMAT
+    # Raw photographs, of many suffixes, begin like a TIFF, which holds no more than their thumbnail.
+    if any(_accepts(name, head) for name in MAGIC_FORMATS if not (suffix and name == "TIFF")):
+        return None
+    if file_format := foreign_format(head) or _named_by(suffix):
+        return NEEDED[file_format]
+    return NO_FORMAT if suffix else NO_SUFFIX
+
+
+def _named_by(suffix: str) -> str | None:
+    """Return which of `NEEDED` a suffix names; None if it names none of them."""
+    return next((file_format for file_format, suffixes in SUFFIXES.items() if suffix in suffixes), None)
+
+
+def _accepts(name: str, head: bytes) -> bool:
+    """Return whether the bytes begin a file of this format, and Pillow can decode it."""
+    if name not in picture_formats() or (name == "BMP" and int.from_bytes(head[14:18], "little") not in BMP_HEADERS):
+        return False
+    accept = Image.OPEN[name][1]
+    told = accept is not None and len(head) >= 4 and accept(head[:16])
+    return bool(told) and not isinstance(told, str)  # a text says which software is missing
+
+
+def _head(path: Path) -> bytes:
+    """Return the first bytes of a regular file; none of what cannot be read."""
+    try:
+        if path.is_file():  # a pipe would wait for ever
+            with path.open("rb") as file:
+                return file.read(HEAD)
+    except OSError:
+        pass
+    return b""
+
+
+def few(names: Sequence[str], number: int = 3) -> str:
+    """Return the first names, each in one line."""
+    shown = ", ".join(map(one_line, names[:number]))
+    return f"{shown}, ..." if len(names) > number else shown
+
+
+def list_files(folder: Path, suffixes: frozenset[str] | None = None) -> list[Path]:
+    """The files below `folder` with one of these lower-case suffixes, or all of them, sorted; no hidden files or folders.
+
+    Links to folders are followed, and each folder is listed once, so a loop of links ends. A folder that may not be
+    read is passed over, and named in the log.
+    """
+    found: list[Path] = []
+    visited: set[str] = set()
+    for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=_note_unlisted):
+        real = os.path.realpath(directory)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and real not in visited)
+        if real not in visited:
+            found += [Path(directory, name) for name in names if not name.startswith(".")]
+        visited.add(real)
+    return sorted(path for path in found if suffixes is None or path.suffix.lower() in suffixes)
+
+
+def _note_unlisted(error: OSError) -> None:
+    logger.warning("folder passed over: %s (%s)", one_line(str(error.filename)), error.strerror)

@@ -1,0 +1,158 @@
+"""Samples to training batches, made ahead of their use by worker processes or a thread."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import signal
+import threading
+import traceback
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, TimeoutError
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from srl_utils.errors import ResourceError, UserError
+from srl_utils.images.datasets import BatchPositions, StreamSamples, TrainingData
+from srl_utils.images.framing import Sample
+from srl_utils.resources import LOST_WORKER
+
+logger = logging.getLogger(__name__)
+
+BATCHES_AHEAD = 2
+LONGEST_STALL = 600  # seconds without a batch; the Hub's client tries for about 5 minutes to reach a server again
+STALLED = "no training image has come for {} s: the data, or the server that they are on, do not answer"
+LONGEST_LAST_BATCH = 5  # seconds that the end of a run waits for a batch that is being made
+
+
+class Batch(NamedTuple):
+    """Images `[b,3,R,R]` in [-1,1], their positions, and names and numbers for the `ImageLedger`."""
+
+    images: Tensor
+    positions: list[int]
+    bad_images: list[str]
+    upscaled: int
+
+
+def training_batches(
+    data: TrainingData,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    first_position: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """The batches of process `rank`, without end, from `first_position` of the whole run on.
+
+    They are made ahead of their use: by `num_workers` processes, or else by a thread of this one.
+
+    Raises:
+        UserError: while iterating, if too many images in a row cannot be read.
+    """
+    positions = BatchPositions(batch_size=batch_size, rank=rank, world_size=world_size, first_position=first_position)
+    if isinstance(data.samples, StreamSamples):
+        # A second worker would read the same stream again.
+        layout = {"dataset": replace(data.samples, positions=positions), "batch_size": batch_size}
+        num_workers = min(num_workers, 1)
+    else:
+        layout = {"dataset": data.samples, "batch_sampler": positions}
+    loader = DataLoader(
+        **layout,
+        num_workers=num_workers,
+        timeout=LONGEST_STALL if num_workers else 0,
+        pin_memory=pin_memory,
+        collate_fn=_collate,
+        worker_init_fn=_ignore_interrupt,
+        # Without one the loader draws from torch's global generator.
+        generator=torch.Generator(),
+    )
+    batches = _without_worker_traceback(loader)
+    if not num_workers:
+        return _made_ahead(batches)
+    atexit.register(_end_workers, weakref.ref(batches))
+    return batches
+
+
+def _collate(samples: list[Sample]) -> Batch:
+    return Batch(
+        images=torch.stack([sample["image"] for sample in samples]),
+        positions=[sample["position"] for sample in samples],
+        bad_images=[name for sample in samples for name in sample["bad"]],
+        upscaled=sum(sample["upscaled"] for sample in samples),
+    )
+
+
+def _ignore_interrupt(worker_id: int) -> None:
+    """Leaves signals sent to the whole group to the main process, which needs the workers to finish its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _without_worker_traceback(loader: DataLoader) -> Iterator[Batch]:
+    try:
+        yield from loader
+    except Exception as error:
+        # The traceback refers to the loader's iterator, whose workers end when it is freed.
+        traceback.clear_frames(error.__traceback__)
+        if "DataLoader timed out" in str(error):
+            raise UserError(STALLED.format(LONGEST_STALL)) from None
+        if isinstance(error, UserError):  # torch puts the traceback of the worker in front of the message
+            kind = type(error)
+            raise kind(str(error).strip().rsplit(f"{kind.__name__}: ", 1)[-1]) from None
+        of_a_worker = str(error).startswith("Caught")  # one that lives, and sends what it caught
+        if loader.num_workers and isinstance(error, (EOFError, OSError)) and not of_a_worker:
+            raise ResourceError(LOST_WORKER) from None
+        raise
+
+
+def _made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, `BATCHES_AHEAD` of them made by a thread before they are asked for; decoding lets other threads run.
+
+    The thread keeps no program alive: what it waits for may never come.
+    """
+    wanted: SimpleQueue[bool] = SimpleQueue()
+    made: SimpleQueue[Future[Batch]] = SimpleQueue()
+    ended = threading.Event()
+
+    def make() -> None:
+        while wanted.get() and not ended.is_set():
+            batch: Future[Batch] = Future()
+            made.put(batch)
+            try:
+                batch.set_result(next(batches))
+            except BaseException as error:
+                batch.set_exception(error)
+
+    thread = threading.Thread(target=make, name="batches", daemon=True)
+    thread.start()
+    for _ in range(BATCHES_AHEAD):
+        wanted.put(True)
+    try:
+        while True:
+            batch = made.get().result(timeout=LONGEST_STALL)
+            wanted.put(True)
+            yield batch
+    except TimeoutError:
+        raise UserError(STALLED.format(LONGEST_STALL)) from None
+    finally:
+        ended.set()
+        wanted.put(False)
+        thread.join(LONGEST_LAST_BATCH)
+
+
+def _end_workers(batches: weakref.ref[Iterator[Batch]]) -> None:
+    """At exit multiprocessing sends SIGTERM to its children and waits for them; these workers ignore it."""
+    if (generator := batches()) is not None:
+        generator.close()
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -1,0 +1,74 @@
+"""The photographs that ship inside scikit-image: real training data on any machine, without a download."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from srl_utils.images.decoding import decode_rgb
+
+Split = Literal["train", "validation"]
+
+FILES: dict[Split, tuple[str, ...]] = {
+    "train": (
+        "astronaut.png",
+        "brick.png",
+        "coffee.png",
+        "coins.png",
+        "grass.png",
+        "gravel.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "moon.png",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "retina.jpg",
+    ),
+    "validation": ("camera.png", "chelsea.png", "rocket.jpg"),
+}
+
+
+def load_photographs(split: Split, *, short_side: int) -> list[Image.Image]:
+    """The RGB photographs of `split`; no photograph is in both, and larger ones are scaled to `short_side`."""
+    folder = files("skimage.data")
+    photographs = []
+    for name in FILES[split]:
+        with as_file(folder / name) as path:
+            photographs.append(_limit_short_side(decode_rgb(path), short_side))
+    return photographs
+
+
+def photograph_tiles(split: Split, *, side: int, across: int = 2) -> list[Image.Image]:
+    """The photographs of `split` cut into the `side` x `side` tiles that fit, row by row.
+
+    Their short side is `across` tiles: the fewer, the more of a scene a tile holds, and the more detail.
+    """
+    return [
+        photograph.crop((left, top, left + side, top + side))
+        for photograph in load_photographs(split, short_side=across * side)
+        for top in range(0, photograph.height - side + 1, side)
+        for left in range(0, photograph.width - side + 1, side)
+    ]
+
+
+def recoloured(photograph: Image.Image, seed: int) -> Image.Image:
+    """For every second seed the photograph itself, else one with its channels exchanged and some of its light taken.
+
+    Skies and skins of few photographs have few colours, which a network would take for all there are.
+    """
+    rng = np.random.default_rng(seed)
+    if rng.random() < 0.5:
+        return photograph
+    exchanged = Image.merge("RGB", [photograph.getchannel(int(channel)) for channel in rng.permutation(3)])
+    return ImageEnhance.Brightness(exchanged).enhance(float(rng.uniform(0.4, 1.0)))
+
+
+def _limit_short_side(image: Image.Image, limit: int) -> Image.Image:
+    scale = limit / min(image.size)
+    if scale >= 1:
+        return image
+    size = (round(image.width * scale), round(image.height * scale))
+    return image.resize(size, Image.Resampling.LANCZOS)

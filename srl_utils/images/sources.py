@@ -1,0 +1,474 @@
+"""Where images come from: folders, tars, Hugging Face datasets and the embedded photographs, still undecoded."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from torch.utils.data import ConcatDataset, Subset
+
+from srl_utils.errors import MissingFile, UserError, one_line
+from srl_utils.images.captions import as_caption, folder_captions
+from srl_utils.images.framing import RawImage
+from srl_utils.images.listing import PassedOver, list_files, list_pictures
+from srl_utils.images.photographs import Split, photograph_tiles, recoloured
+from srl_utils.images.webdataset import COLUMNS as TAR_COLUMNS
+from srl_utils.images.webdataset import SampleReader, TarImages, index_tars, is_tar, stream_tars
+
+PHOTOGRAPHS = "scikit-image"
+LARGEST_TILE = 256  # pixels; every photograph holds one
+VALIDATION_SPLITS = ("validation", "val", "test")
+HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
+SHUFFLE_BUFFER = 1000
+UNKNOWN_TO_LIBRARY = "a picture that the datasets library passes over"
+HELD_OUT_SEED = 3  # second word of a seed: keeps these draws apart from those of framing.py and datasets.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Where images come from; each field is the command line flag of the same name, where a command has it."""
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_split: str = "train"
+    train_data_dir: str | None = None
+    validation_data_dir: str | None = None
+    validation_split: str | None = None
+    image_column: str = "image"
+    caption_column: str | None = None
+    streaming: bool = False
+    max_train_samples: int | None = None
+    cache_dir: str | None = None
+
+    @classmethod
+    def from_flags(cls, args: Namespace) -> DataSource:
+        """Of a command that has some of the flags; what it lacks stays at its default."""
+        return cls(**{name: value for name, value in vars(args).items() if name in cls.__dataclass_fields__})
+
+    def check(self) -> None:
+        """Raises a UserError if flags conflict, a MissingFile if a folder does not exist; opens nothing."""
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise UserError("give either --dataset_name or --train_data_dir, and not both")
+        if self.validation_data_dir and self.validation_split:
+            raise UserError("give --validation_data_dir or --validation_split, not both")
+        for flag in ("train_data_dir", "validation_data_dir"):
+            folder = getattr(self, flag)
+            if folder is not None and not Path(folder).is_dir():
+                raise MissingFile(f"--{flag} {folder}: there is no such folder")
+
+
+@dataclass(frozen=True)
+class DatasetImages(Sequence[RawImage]):
+    """The undecoded image column of a map-style dataset."""
+
+    dataset: datasets.Dataset
+    column: str
+    caption_column: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def listed(self) -> list[tuple[str, str]]:
+        """Return name and caption of each image; no picture is read."""
+        if self.caption_column is None:
+            return [(f"row {index}", "") for index in range(len(self))]
+        rows = self.dataset.select_columns([self.caption_column])
+        return [(f"row {index}", _caption(row, self.caption_column)) for index, row in enumerate(rows)]
+
+    def __getitem__(self, index: int) -> RawImage:
+        row = self.dataset[int(index)]
+        label = _label(row, self.column)
+        name = f"row {index} ({label})" if label else f"row {index}"
+        return RawImage(row[self.column], name, _caption(row, self.caption_column))
+
+
+@dataclass(frozen=True)
+class StreamImages:
+    """The undecoded image column of a streamed dataset, in the order of its files."""
+
+    dataset: datasets.IterableDataset
+    column: str
+    caption_column: str | None = None
+
+    def __iter__(self) -> Iterator[RawImage]:
+        with _one_line_error("the streamed data set"):
+            # Unlike iter(dataset), this yields the same order inside a worker of a DataLoader.
+            for rows in self.dataset.iter(batch_size=1):
+                row = {name: values[0] for name, values in rows.items()}
+                yield RawImage(row.get(self.column), _label(row, self.column), _caption(row, self.caption_column))
+
+    def shuffled(self, *, seed: int, epoch: int) -> StreamImages:
+        """The same images in the order of one epoch."""
+        dataset = self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        dataset.set_epoch(epoch)
+        return replace(self, dataset=dataset)
+
+
+Images = Sequence[RawImage] | StreamImages
+
+
+class Opened(NamedTuple):
+    """Training and validation images, and what was not looked at in their folders and tars."""
+
+    training: Images
+    validation: Images
+    passed_over: list[PassedOver]
+
+
+class OpenedValidation(NamedTuple):
+    """Validation images, and what was not looked at in their folder or tars."""
+
+    images: Images
+    passed_over: list[PassedOver]
+
+
+def open_images(source: DataSource, resolution: int, seed: int) -> Opened:
+    """Open training and validation images, disjoint unless the user names overlapping ones.
+
+    Raises:
+        UserError: if flags conflict, there is no such data set or split, or it holds no images.
+    """
+    source.check()
+    splits = _open_splits(source, resolution)
+    training = splits.pick(source.train_split)
+    if training is None:
+        raise UserError(
+            f"{source.dataset_name} has no split '{source.train_split}'; its splits are {', '.join(splits.found)}; "
+            "name one: --train_split"
+        )
+    validation = splits.validation()
+    if isinstance(validation, HeldOut):
+        training, validation = _hold_out(training, validation, seed)
+    return Opened(_limited(training, source.max_train_samples), validation, splits.passed_over)
+
+
+def open_validation(source: DataSource, resolution: int, seed: int) -> OpenedValidation:
+    """Open validation images alone: those of the only split if it has another name than `train_split`.
+
+    Where there is no split but `train_split`, they are the images that the training holds out.
+
+    Raises:
+        UserError: if flags conflict, there is no such data set or split, or it holds no images.
+    """
+    if source.validation_data_dir:
+        splits = Splits(source, {})
+        return OpenedValidation(splits.folder("validation_data_dir"), splits.passed_over)
+    source.check()
+    splits = _open_splits(source, resolution)
+    validation = splits.only_other() or splits.validation()
+    if isinstance(validation, HeldOut):
+        _, validation = _hold_out(splits.to_hold_out_of(), validation, seed)
+    return OpenedValidation(validation, splits.passed_over)
+
+
+def captioned(images: Sequence[RawImage]) -> tuple[Sequence[RawImage], list[str]]:
+    """Return the images that have a caption, and the names of those that have none; no picture is read."""
+    listed = _listed(images)
+    having = [index for index, (_, caption) in enumerate(listed) if caption]
+    return Subset(images, having), [name for name, caption in listed if not caption]
+
+
+def _listed(images: Sequence[RawImage]) -> list[tuple[str, str]]:
+    if isinstance(images, (DatasetImages, TarImages)):
+        return images.listed()
+    if isinstance(images, Subset):
+        whole = _listed(images.dataset)
+        return [whole[index] for index in images.indices]
+    if isinstance(images, ConcatDataset):
+        return [pair for part in images.datasets for pair in _listed(part)]
+    return [(raw.name, raw.caption) for raw in images]
+
+
+def _limited(training: Images, limit: int | None) -> Images:
+    if limit is not None and isinstance(training, StreamImages):
+        return replace(training, dataset=training.dataset.take(limit))
+    if limit is not None and limit < len(training):
+        return Subset(training, range(limit))
+    return training
+
+
+@dataclass(frozen=True)
+class Tars:
+    """Paths or URLs of the tars of a split, not yet opened."""
+
+    paths: Sequence[str]
+
+
+RawSplit = list[RawImage] | Tars | datasets.Dataset | datasets.IterableDataset
+
+
+class HeldOut(NamedTuple):
+    """How many of the training images are to be held out for validation: a share, up to a limit."""
+
+    share: float
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The splits of a source by name; each is opened when it is asked for."""
+
+    source: DataSource
+    found: Mapping[str, RawSplit]
+    passed_over: list[PassedOver] = field(default_factory=list)
+    """What was not looked at in what was opened."""
+
+    def folder(self, flag: str) -> Images:
+        """Return the images of the folder that `flag` names."""
+        return self._open(_list_folder(flag, self.source, self.passed_over))
+
+    def pick(self, wanted: str) -> Images | None:
+        """Return the split of this name or, as the datasets library writes it, parts and sums of splits: `train[:10%]+test`.
+
+        None if there is no such split.
+
+        Raises:
+            UserError: for parts and sums of streamed splits.
+        """
+        if wanted in self.found:
+            return self._open(self.found[wanted])
+        if not _split_names(wanted) <= self.found.keys():
+            return None
+        if self.source.streaming:
+            raise UserError(
+                f"{wanted}: parts and sums of splits cannot be streamed; name a whole split or leave out --streaming"
+            )
+        opened = {name: self._open(self.found[name]) for name in _split_names(wanted)}
+        try:
+            parts = datasets.ReadInstruction.from_spec(wanted).to_absolute(
+                {n: len(split) for n, split in opened.items()}
+            )
+        except (ValueError, AssertionError):
+            return None
+        images = [Subset(opened[part.splitname], range(part.from_, part.to)) for part in parts]
+        return images[0] if len(images) == 1 else ConcatDataset(images)
+
+    def only_other(self) -> Images | None:
+        """Return the only split, if there is one and it is not for training. None if the flags ask for something else."""
+        if len(self.found) != 1:
+            return None
+        ((name, split),) = self.found.items()
+        name = str(getattr(split, "split", None) or name)  # a saved table remembers which split it was
+        if name == self.source.train_split or self.source.validation_split not in (None, name):
+            return None
+        return self._open(split)
+
+    def validation(self) -> Images | HeldOut:
+        """Return the split that the flags or the usual names say, or else how many training images to hold out."""
+        if self.source.validation_data_dir:
+            return self.folder("validation_data_dir")
+        wanted = self.source.validation_split
+        if wanted is None:
+            trained = _split_names(self.source.train_split)
+            wanted = next((name for name in VALIDATION_SPLITS if name in self.found and name not in trained), None)
+        if wanted is not None and (validation := self.pick(wanted)) is not None:
+            return validation
+        return HeldOut(HELD_OUT_SHARE, HELD_OUT_LIMIT) if wanted is None else HeldOut(self._share(wanted), None)
+
+    def to_hold_out_of(self) -> Images:
+        """Return the training split, or else the only one there is.
+
+        Raises:
+            UserError: if there are several splits of other names.
+        """
+        if (training := self.pick(self.source.train_split)) is not None:
+            return training
+        if len(self.found) == 1:
+            return self._open(next(iter(self.found.values())))
+        raise UserError(
+            f"{self.source.dataset_name} has no split for validation; its splits are {', '.join(self.found)}; "
+            "name one: --validation_split"
+        )
+
+    def _share(self, text: str) -> float:
+        try:
+            share = float(text)
+        except ValueError:
+            share = 0.0
+        if not 0 < share < 1:
+            raise UserError(
+                f"--validation_split {text} is no split of the data set (it has {', '.join(self.found)}) "
+                "and no share of the training images between 0 and 1, such as 0.05"
+            )
+        return share
+
+    def _open(self, split: RawSplit) -> Images:
+        """Open the undecoded images of a split."""
+        if isinstance(split, list):
+            return split
+        return self._open_tars(split.paths) if isinstance(split, Tars) else _image_column(split, self.source)
+
+    def _open_tars(self, tars: Sequence[str]) -> Images:
+        """Open tars; remote ones are downloaded, unless they are streamed."""
+        source = self.source
+        reader = SampleReader(source.image_column, source.caption_column)
+        where = one_line(source.dataset_name or os.path.dirname(tars[0]))
+        if any("://" in tar for tar in tars) and not source.streaming:
+            with _one_line_error(f"--dataset_name {where}"):
+                cache = source.cache_dir and os.path.join(source.cache_dir, "downloads")
+                config = datasets.DownloadConfig(cache_dir=cache)
+                tars = datasets.DownloadManager(download_config=config).download(list(tars))
+        with _one_line_error(where):
+            if source.streaming:
+                return StreamImages(stream_tars(tars, reader, where=where), *TAR_COLUMNS[:2])
+            images, without = index_tars(tars, reader, where=where, cache_dir=source.cache_dir)
+        self.passed_over.append(without)
+        return images
+
+
+def _split_names(text: str) -> set[str]:
+    """Return the splits that `train[:10%]+test` is made of."""
+    return {part.partition("[")[0].strip() for part in text.split("+")}
+
+
+def _open_splits(source: DataSource, resolution: int) -> Splits:
+    passed_over: list[PassedOver] = []
+    return Splits(source, _find_splits(source, resolution, passed_over), passed_over)
+
+
+def _find_splits(source: DataSource, resolution: int, passed_over: list[PassedOver]) -> dict[str, RawSplit]:
+    if source.train_data_dir:
+        return {source.train_split: _list_folder("train_data_dir", source, passed_over)}
+    if source.dataset_name == PHOTOGRAPHS:
+        return {"train": _training_photographs(resolution), "validation": _photographs("validation", resolution)}
+    folder = Path(source.dataset_name)
+    with _one_line_error(f"--dataset_name {source.dataset_name}"):
+        if not ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
+            return _load_splits(source, passed_over)
+        # Made by save_to_disk: memory-mapped, so that there is nothing to gain from streaming it.
+        if source.streaming:
+            raise UserError("--streaming has no effect on a folder made by save_to_disk")
+        loaded = datasets.load_from_disk(source.dataset_name)
+    return dict(loaded) if isinstance(loaded, dict) else {source.train_split: loaded}
+
+
+def _load_splits(source: DataSource, passed_over: list[PassedOver]) -> dict[str, RawSplit]:
+    """Find the splits of a data set of the Hub, or of a folder that the datasets library understands."""
+    builder = datasets.load_dataset_builder(source.dataset_name, source.dataset_config_name, cache_dir=source.cache_dir)
+    if isinstance(builder, WebDataset):
+        return {str(name): Tars(list(files)) for name, files in builder.config.data_files.items()}
+    if isinstance(builder, ImageFolder) and Path(source.dataset_name).is_dir():
+        passed_over.append(_passed_over_by_library(Path(source.dataset_name)))
+    if source.streaming:
+        return dict(builder.as_streaming_dataset())
+    builder.download_and_prepare()
+    return dict(builder.as_dataset())
+
+
+def _passed_over_by_library(folder: Path) -> PassedOver:
+    pictures, others = list_pictures(folder)
+    unknown = [str(path.relative_to(folder)) for path in pictures if path.suffix.lower() not in ImageFolder.EXTENSIONS]
+    return PassedOver({**others.names, UNKNOWN_TO_LIBRARY: unknown} if unknown else others.names)
+
+
+def _training_photographs(resolution: int) -> list[RawImage]:
+    """Tiles of three scales, the coarser ones repeated, since there are fewer of them; half of them recoloured.
+
+    They have twice the resolution, so that a random crop of a quarter of the area need not be scaled up.
+    """
+    tiles = [tile for across in (1, 2, 4) for tile in _photographs("train", 2 * resolution, across) * (4 // across)]
+    return [RawImage(recoloured(tile.source, seed), tile.label) for seed, tile in enumerate(tiles)]
+
+
+def _photographs(split: Split, side: int, across: int = 2) -> list[RawImage]:
+    tiles = photograph_tiles(split, side=min(side, LARGEST_TILE), across=across)
+    return [RawImage(tile, f"{split} tile {index}") for index, tile in enumerate(tiles)]
+
+
+def _list_folder(flag: str, source: DataSource, passed_over: list[PassedOver]) -> list[RawImage] | Tars:
+    """List the image files below the folder that `flag` names, or else its tar files (WebDataset)."""
+    folder = Path(getattr(source, flag))
+    if not folder.is_dir():
+        raise MissingFile(f"--{flag} {folder}: there is no such folder")
+    pictures, others = list_pictures(folder)
+    if not pictures and (tars := [str(path) for path in list_files(folder) if is_tar(path)]):
+        return Tars(tars)
+    if not pictures:
+        found = f"; {others.report()}" if others else ""
+        raise UserError(f"--{flag} {folder}: there are no image files (.png, .jpg, ...) and no .tar files in it{found}")
+    _refuse_without_columns(source, flag)
+    passed_over.append(others)
+    column = source.caption_column
+    captions = folder_captions(folder, pictures, column) if column else [""] * len(pictures)
+    return [RawImage(path, str(path), caption) for path, caption in zip(pictures, captions, strict=True)]
+
+
+def _refuse_without_columns(source: DataSource, flag: str) -> None:
+    """Where the folder of `flag` is all there is, what is meant for a table or a stream would be ignored."""
+    if source.dataset_name or (flag == "validation_data_dir" and source.train_data_dir):
+        return
+    for name in ("image_column", "streaming"):
+        if getattr(source, name) != DataSource.__dataclass_fields__[name].default:
+            raise UserError(f"--{name} has no effect on a folder of image files")
+
+
+@contextmanager
+def _one_line_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what a broken connection raises differs between the versions of the libraries
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        advice = "check the name, --dataset_config_name and the network connection"
+        raise UserError(f"{what} cannot be read: {reason}; {advice}") from error
+
+
+def _hold_out(images: Images, held: HeldOut, seed: int) -> tuple[Sequence[RawImage], Sequence[RawImage]]:
+    if isinstance(images, StreamImages):
+        raise UserError(
+            "no images can be held out of streamed training data for validation; "
+            "give --validation_data_dir, or a split of the data set as --validation_split"
+        )
+    if len(images) < 2:
+        raise UserError("a single training image leaves none to hold out; give --validation_data_dir")
+    number = min(max(round(held.share * len(images)), 1), held.limit or len(images), len(images) - 1)
+    order = np.random.default_rng((seed, HELD_OUT_SEED)).permutation(len(images))
+    return Subset(images, np.sort(order[number:])), Subset(images, np.sort(order[:number]))
+
+
+def _image_column(split: datasets.Dataset | datasets.IterableDataset, source: DataSource) -> Images:
+    """The image column of a dataset, set to stay undecoded: one bad image must not end the iteration."""
+    column = source.image_column
+    columns = list(split.features or next(iter(split), {}))
+    if not columns or (isinstance(split, datasets.Dataset) and len(split) == 0):
+        raise UserError(f"{source.dataset_name or source.train_data_dir} holds no images; check its files and splits")
+    if column not in columns:
+        told = f"--image_column {column}: there is no such column; the columns are {', '.join(columns)}"
+        raise UserError(told + _advice_on_folder(source))
+    captions = source.caption_column
+    if captions is not None and captions not in columns:
+        told = f"--caption_column {captions}: there is no such column; the columns are {', '.join(columns)}"
+        raise UserError(told + _advice_on_folder(source))
+    if isinstance((split.features or {}).get(column), datasets.Image):
+        split = split.cast_column(column, datasets.Image(decode=False))
+    split = split.select_columns([name for name in columns if name in (column, captions, "__key__")])
+    kind = StreamImages if isinstance(split, datasets.IterableDataset) else DatasetImages
+    return kind(split, column, captions)
+
+
+def _advice_on_folder(source: DataSource) -> str:
+    """Return what to do if the datasets library takes a folder of images for a table of the files beside them."""
+    folder = Path(source.dataset_name or os.devnull)
+    if folder.is_dir() and (list_pictures(folder)[0] or any(map(is_tar, list_files(folder)))):
+        return "; a folder of image files or of tars is read with --train_data_dir"
+    return ""
+
+
+def _caption(row: Mapping[str, object], column: str | None) -> str:
+    return as_caption(row[column]) if column else ""
+
+
+def _label(row: Mapping[str, object], column: str) -> str:
+    value = row.get(column)
+    path = value.get("path") if isinstance(value, dict) else value
+    return row.get("__key__") or (path if isinstance(path, str) else "")

@@ -1,0 +1,399 @@
+"""Reads tars of samples (WebDataset): any member of a sample that is a picture, whatever the samples have in common.
+
+Members of one name up to the first dot, such as `0001.jpg` and `0001.txt`, are one sample; the rest of the name is
+the member's field.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import logging
+import lzma
+import os
+import posixpath
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import datasets
+from datasets.utils.file_utils import xopen
+
+from srl_utils.console import warn_once
+from srl_utils.errors import UserError, one_line
+from srl_utils.images.captions import SIDECAR_COLUMNS, as_caption, decode_text
+from srl_utils.images.decoding import picture_suffixes
+from srl_utils.images.framing import RawImage
+from srl_utils.images.listing import HEAD, PassedOver, reason_of, suffix_of
+
+logger = logging.getLogger(__name__)
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+TEXT_SUFFIXES = frozenset({".txt", ".caption", ".text", ".json", ".cls"})
+TAR_END = 1024  # bytes
+ENOUGH = 100  # images that show what samples hold
+LONGEST_TEXT = 2**20  # bytes
+ANY_PICTURE = "image"
+"""The default name of the column of images."""
+COMPRESSED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+BROKEN = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+NO_PICTURE = "samples without a picture"
+OTHER_PICTURE = "another picture of the sample is used"
+COLUMNS = ("image", "caption", "__key__")
+
+
+class Member(NamedTuple):
+    """A file of a tar: all of its content, or its beginning if the tar can be read at any place."""
+
+    name: str
+    offset: int
+    size: int
+    content: bytes
+
+    @property
+    def key(self) -> str:
+        """The name up to the first dot of its last part."""
+        folder, name = posixpath.split(self.name)
+        return posixpath.join(folder, name.partition(".")[0])
+
+    @property
+    def field(self) -> str:
+        """The lower-case rest of the name, such as `jpg` or `depth.png`."""
+        return posixpath.split(self.name)[1].partition(".")[2].lower()
+
+    @property
+    def view(self) -> str:
+        """The field without the suffix: "" of `jpg`, `depth` of `depth.png`."""
+        return self.field.rpartition(".")[0]
+
+    @property
+    def why_no_picture(self) -> str | None:
+        suffix = suffix_of(self.name)
+        return None if suffix in picture_suffixes() else reason_of(suffix, self.content[:HEAD])
+
+
+class TarPicture(NamedTuple):
+    """Where a picture is."""
+
+    tar: str
+    name: str
+    offset: int
+    size: int
+    caption: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.tar}: {self.name}"
+
+
+@dataclass(frozen=True)
+class TarImages(Sequence[RawImage]):
+    """Undecoded pictures inside tars, read from their place there."""
+
+    pictures: Sequence[TarPicture]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def listed(self) -> list[tuple[str, str]]:
+        """Return name and caption of each image; no picture is read."""
+        return [(one_line(picture.label), picture.caption) for picture in self.pictures]
+
+    def __getitem__(self, index: int) -> RawImage:
+        picture = self.pictures[int(index)]
+        content = None  # of a tar that has become unreadable, which costs these images and not the run
+        with suppress(OSError), open(picture.tar, "rb") as file:
+            file.seek(picture.offset)
+            content = file.read(picture.size)
+        return RawImage(content, picture.label, picture.caption)
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Says which members of a sample are its images, and what their caption is.
+
+    Args:
+        image_column: a field such as `depth.png`, or `depth` for it in any format. `jpg`, and likewise the default
+            `image`, takes the picture whose field is a format alone, else `image.*`, else every picture of the sample.
+        caption_column: a field such as `txt`, or `caption` for `caption.txt`, or a key of the sample's JSON.
+    """
+
+    image_column: str
+    caption_column: str | None
+
+    def bytes_wanted(self, info: tarfile.TarInfo) -> int:
+        """Return how much of a member tells what it is, and what it says; 0 of a picture, whose suffix does."""
+        suffix = suffix_of(info.name)
+        if suffix in picture_suffixes():
+            return 0
+        is_text = suffix in TEXT_SUFFIXES or info.name.lower().endswith(f".{self.caption_column or ''}".lower())
+        return info.size if is_text and info.size <= LONGEST_TEXT else HEAD
+
+    def images(self, sample: Sequence[Member]) -> list[tuple[Member, str]]:
+        """Return the pictures that are images, each with its caption."""
+        return [(member, self._caption(sample, member.view)) for member in self._chosen(sample)]
+
+    def passed_over(self, sample: Sequence[Member], images: Sequence[tuple[Member, str]]) -> list[tuple[str, str]]:
+        """Return the pictures that are no images and, of a sample without images, its first member: (reason, name)."""
+        chosen = {member for member, _ in images}
+        others = [member.name for member in sample if member not in chosen and member.why_no_picture is None]
+        if images:
+            return [(OTHER_PICTURE, name) for name in others]
+        if others:
+            return [(f"samples without {self.image_column}", others[0])]
+        reasons = [member.why_no_picture or "" for member in sample]
+        return [(next((reason for reason in reasons if reason.startswith("needs")), NO_PICTURE), sample[0].name)]
+
+    def _chosen(self, sample: Sequence[Member]) -> list[Member]:
+        wanted = self.image_column.lower()
+        pictures = sorted(
+            (member for member in sample if member.why_no_picture is None), key=lambda member: member.field != wanted
+        )
+        if wanted == ANY_PICTURE or f".{wanted}" in picture_suffixes():
+            plain = [member for member in pictures if not member.view]
+            named = [member for member in pictures if member.view == ANY_PICTURE]
+            return plain[:1] or named[:1] or pictures
+        view = wanted.rpartition(".")[0] if suffix_of(wanted) in picture_suffixes() else wanted
+        return [member for member in pictures if wanted == member.field or view == member.view][:1]
+
+    def _caption(self, sample: Sequence[Member], view: str) -> str:
+        if self.caption_column is None:
+            return ""
+        fields = {member.field: member.content for member in sample}
+        wanted = self.caption_column.lower()
+        prefixes = (f"{view}.", "")
+        for name in (f"{prefix}{wanted}{suffix}" for suffix in ("", ".txt") for prefix in prefixes):
+            if name in fields:
+                return _text(fields[name])
+        for name in (f"{prefix}json" for prefix in prefixes):
+            if name in fields and (caption := as_caption(_keys(fields[name]).get(self.caption_column))):
+                return caption
+        others = SIDECAR_COLUMNS if wanted in SIDECAR_COLUMNS else ()
+        texts = (fields.get(f"{prefix}{name}") for name in others for prefix in prefixes)
+        return next((_text(content) for content in texts if content is not None), "")
+
+
+@dataclass
+class Census:
+    """What the samples of tars hold, to be told where nothing of what is wanted is found."""
+
+    fields: dict[str, None] = field(default_factory=dict)
+    keys: dict[str, None] = field(default_factory=dict)
+    captions: int = 0
+    images: int = 0
+
+    def add(self, sample: Sequence[Member], images: Sequence[tuple[Member, str]]) -> None:
+        for member in sample if self.images < ENOUGH else ():
+            self.fields[member.field] = None
+            if member.field == "json":
+                self.keys.update(dict.fromkeys(map(str, _keys(member.content))))
+        self.captions += sum(bool(caption) for _, caption in images)
+        self.images += len(images)
+
+    def check(self, reader: SampleReader, where: str) -> None:
+        """Raise a UserError where there are no images, or no captions that were asked for."""
+        members = one_line(", ".join(list(self.fields)[:20])) or "none"
+        if not self.images:
+            raise UserError(
+                f"{where}: no sample has a picture for --image_column {reader.image_column}; "
+                f"its samples have the members {members}"
+            )
+        if reader.caption_column is not None and not self.captions:
+            keys = f", their JSON the keys {one_line(', '.join(list(self.keys)[:20]))}" if self.keys else ""
+            raise UserError(
+                f"--caption_column {reader.caption_column}: there is no such column in {where}; "
+                f"its samples have the members {members}{keys}"
+            )
+
+
+def is_tar(path: Path) -> bool:
+    """Return whether the name is that of a tar, compressed or not."""
+    return path.name.lower().endswith(TAR_SUFFIXES)
+
+
+def index_tars(
+    tars: Sequence[str], reader: SampleReader, *, where: str, cache_dir: str | None
+) -> tuple[TarImages, PassedOver]:
+    """Find the images of local tars, which can then be read in any order, and the samples that have none.
+
+    Compressed tars are unpacked to the cache once.
+
+    Raises:
+        UserError: if there are no images, or no captions of the name that is asked for.
+    """
+    pictures: list[TarPicture] = []
+    passed_over: list[tuple[str, str]] = []
+    census = Census()
+    for tar in tars:
+        _check_end(tar)
+        place = unpacked(tar, cache_dir)
+        for sample in _grouped(_in_order_of_samples(_members_at(place, tar, reader))):
+            images = reader.images(sample)
+            census.add(sample, images)
+            pictures += [TarPicture(place, image.name, image.offset, image.size, caption) for image, caption in images]
+            passed_over += [
+                (why, f"{os.path.basename(tar)}: {name}") for why, name in reader.passed_over(sample, images)
+            ]
+    census.check(reader, where)
+    return TarImages(pictures), PassedOver.of(passed_over, "members of tars")
+
+
+def stream_tars(tars: Sequence[str], reader: SampleReader, *, where: str) -> datasets.IterableDataset:
+    """Read the images of tars, local or remote, in sequence; rows have `COLUMNS`, each image as the bytes of its file.
+
+    Raises:
+        UserError: if the first tars hold no images, or no captions of the name that is asked for.
+    """
+    for tar in tars:
+        _check_end(tar)
+    census = Census()
+    for sample in _grouped(member for tar in tars for member in _members_of(tar, reader)):
+        census.add(sample, reader.images(sample))
+        if census.images and (census.captions or reader.caption_column is None or census.images >= ENOUGH):
+            break
+    census.check(reader, where)
+    return datasets.IterableDataset.from_generator(_rows, gen_kwargs={"tars": list(tars), "reader": reader})
+
+
+def _rows(tars: Sequence[str], reader: SampleReader) -> Iterator[dict[str, object]]:
+    for tar in tars:
+        for sample in _grouped(_members_of(tar, reader)):
+            images = reader.images(sample)
+            for image, caption in images:
+                yield dict(zip(COLUMNS, (image.content, caption, f"{tar}: {image.name}"), strict=True))
+            for reason, name in [] if images else reader.passed_over(sample, images):
+                warn_once(f"{one_line(tar)}: {one_line(name)} passed over: {reason}")
+
+
+def unpacked(tar: str, cache_dir: str | None) -> str:
+    """Return the path of the tar itself, or of its unpacked copy in the cache if it is compressed."""
+    with open(tar, "rb") as file:
+        opener = _opener(file)
+    if opener is None:
+        return tar
+    facts = os.stat(tar)
+    name = sha256(f"{os.path.abspath(tar)} {facts.st_size} {facts.st_mtime_ns}".encode(errors="replace")).hexdigest()
+    target = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "unpacked_tars", f"{name}.tar")
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{name}.{os.getpid()}")
+        with opener(tar) as packed, part.open("wb") as file, _ending_early(tar):
+            shutil.copyfileobj(packed, file, 2**20)
+        os.replace(part, target)
+    return str(target)
+
+
+def _opener(file: BinaryIO) -> Callable[[BinaryIO], BinaryIO] | None:
+    """Return what unpacks a file, which is left at its beginning; None if it is not compressed."""
+    head = file.read(tarfile.BLOCKSIZE)
+    file.seek(0)
+    if head[257:262] == b"ustar":  # whose first member may have any name
+        return None
+    return next((opener for magic, opener in COMPRESSED.items() if head.startswith(magic)), None)
+
+
+def _check_end(tar: str) -> None:
+    """Warn of a local file that lacks the zeros that close a tar, which readers in sequence take for its end."""
+    if "://" in tar:
+        return
+    with suppress(OSError), open(tar, "rb") as file:
+        if _opener(file) is not None:
+            return
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAR_END))
+        if file.read() != bytes(TAR_END):
+            warn_once(f"{one_line(tar)} ends early; the number of missing images is unknown")
+
+
+@contextmanager
+def _ending_early(tar: str) -> Iterator[None]:
+    """Take a tar that breaks off for one that ends there, and say so."""
+    try:
+        yield
+    except BROKEN as error:
+        warn_once(f"{one_line(tar)} ends early; the number of missing images is unknown ({one_line(str(error))})")
+
+
+def _members_at(place: str, tar: str, reader: SampleReader) -> Iterator[Member]:
+    """List the members of an uncompressed file; of pictures only the place is read."""
+    with open(place, "rb") as file, _ending_early(tar):
+        for archive, info in _infos(file, "r:", tar):
+            wanted = reader.bytes_wanted(info)
+            content = archive.extractfile(info).read(wanted) if wanted else b""
+            yield Member(_plain_name(info), info.offset_data, info.size, content)
+
+
+def _members_of(tar: str, reader: SampleReader) -> Iterator[Member]:
+    """Read the members in sequence, with the whole content of pictures."""
+    try:
+        with xopen(tar, "rb") as file, _ending_early(tar):
+            opener = _opener(file)
+            for archive, info in _infos(file if opener is None else opener(file), "r|", tar):
+                content = archive.extractfile(info)
+                beginning = content.read(reader.bytes_wanted(info))
+                member = Member(_plain_name(info), info.offset_data, info.size, beginning)
+                yield member._replace(content=beginning + content.read()) if member.why_no_picture is None else member
+    except FileNotFoundError as error:
+        raise UserError(f"{one_line(tar)} cannot be read: {error.strerror or error}") from None
+
+
+def _infos(file: BinaryIO, mode: str, tar: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield the files of a tar, without those that systems add, such as `._1.jpg`; it may be several in a row."""
+    with tarfile.open(fileobj=file, mode=mode, ignore_zeros=True, errors="surrogateescape") as archive:
+        for info in archive:
+            archive.members = []  # which would grow without end
+            parts = _plain_name(info).split("/")
+            if any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts):
+                continue
+            if info.isfile():
+                yield archive, info
+            elif not info.isdir():
+                warn_once(f"{one_line(tar)}: {one_line(info.name)} passed over: a link or a device, and no file")
+
+
+def _plain_name(info: tarfile.TarInfo) -> str:
+    return posixpath.normpath(info.name).lstrip("/")
+
+
+def _in_order_of_samples(members: Iterable[Member]) -> list[Member]:
+    """Bring the members of each sample together, in the order of their first ones."""
+    members = list(members)
+    first: dict[str, int] = {}
+    for member in members:
+        first.setdefault(member.key, len(first))
+    return sorted(members, key=lambda member: first[member.key])
+
+
+def _grouped(members: Iterable[Member]) -> Iterator[list[Member]]:
+    """Group members in a row of one key; a field that is there already begins the next sample."""
+    for _, group in groupby(members, key=lambda member: member.key):
+        sample: dict[str, Member] = {}
+        for member in group:
+            if member.field in sample:
+                yield list(sample.values())
+                sample = {}
+            sample[member.field] = member
+        yield list(sample.values())
+
+
+def _text(content: bytes) -> str:
+    try:
+        return as_caption(decode_text(content))
+    except ValueError:  # an image without a caption, which is counted and named
+        return ""
+
+
+def _keys(content: bytes) -> dict[str, object]:
+    try:
+        found = json.loads(_text(content))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

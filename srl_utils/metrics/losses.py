@@ -1,0 +1,168 @@
+"""The terms of the SRL-VAE objective (arXiv 2504.17219), each one value per image; the caller reduces."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import lpips
+import torch
+from torch import Tensor, nn
+
+from srl_utils.errors import MissingFile, UnusableFile
+from srl_utils.vae.precision import full_precision
+
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # which torch reads
+LPIPS_TRUNKS = {
+    "vgg": "vgg16-397923af.pth",
+    "alex": "alexnet-owt-7be5be79.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+
+
+class Target(NamedTuple):
+    """What a reconstruction is held against: the clean images and their perceptual features, if any."""
+
+    images: Tensor
+    features: list[Tensor]
+
+    def part(self, start: int, stop: int) -> Target:
+        """Of the images `start` to `stop` alone."""
+        return Target(self.images[start:stop], [layer[start:stop] for layer in self.features])
+
+
+class ReconstructionTerms(NamedTuple):
+    """Per image `[N]`: the squared error and the perceptual distance, the latter not yet weighted."""
+
+    mse: Tensor
+    lpips: Tensor
+
+
+class ReconstructionLoss(nn.Module):
+    """MSE(reconstruction, clean) + weight * LPIPS(reconstruction, clean): inner and outer objective.
+
+    The MSE is over images in [-1,1]. LPIPS is computed in `full_precision` and passes gradient to the reconstruction.
+    """
+
+    def __init__(self, perceptual: PerceptualDistance | None = None, *, weight: float = 0.0) -> None:
+        super().__init__()
+        self.perceptual = perceptual
+        self.weight = weight
+
+    @torch.no_grad()
+    def target(self, clean: Tensor) -> Target:
+        """Features of the fixed target `[N,3,H,W]`, computed once for all the attack's steps."""
+        return Target(clean, self.perceptual.features(clean) if self.perceptual else [])
+
+    def terms(self, reconstruction: Tensor, target: Target) -> ReconstructionTerms:
+        mse = mean_squared_error(reconstruction, target.images)
+        if self.perceptual is None:
+            return ReconstructionTerms(mse, torch.zeros_like(mse))
+        return ReconstructionTerms(mse, self.perceptual.distance(reconstruction, target.features))
+
+    def forward(self, reconstruction: Tensor, target: Target) -> Tensor:
+        """`[N]`, to be maximised by the attack and minimised by the training."""
+        terms = self.terms(reconstruction, target)
+        return terms.mse + self.weight * terms.lpips
+
+
+class PerceptualDistance(nn.Module):
+    """LPIPS (Zhang et al., CVPR 2018) on the `lpips` package's frozen weights, with reusable target features.
+
+    The package normalises features by `x / (|x| + eps)`, whose gradient is NaN where all channels are zero;
+    here eps stands inside the square root, which changes the value by less than 1e-4.
+    """
+
+    EPSILON = 1e-10
+
+    def __init__(self, network: lpips.LPIPS) -> None:
+        super().__init__()
+        # The package leaves its linear weights trainable.
+        self.network = network.requires_grad_(False).eval()
+        self.dtype = next(self.network.net.parameters()).dtype
+
+    def in_precision(self, dtype: torch.dtype) -> PerceptualDistance:
+        """A twin whose convolutions run and are held in `dtype`; what is made of their results stays in float32.
+
+        For attacks, which take a gradient's sign: its targets' features may be this one's.
+        """
+        twin = copy.deepcopy(self)
+        twin.network.net.to(dtype)
+        twin.dtype = dtype
+        return twin
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Channel-normalised features of `[N,3,H,W]` images in [-1,1], one tensor per layer."""
+        with torch.autocast(images.device.type, enabled=False):
+            activations = self.network.net(self.network.scaling_layer(full_precision(images)).to(self.dtype))
+            return [_normalised(full_precision(layer), self.EPSILON) for layer in activations]
+
+    def distance(self, images: Tensor, target_features: Sequence[Tensor]) -> Tensor:
+        """LPIPS `[N]` between `images` `[N,3,H,W]` in [-1,1] and the target whose features are given."""
+        with torch.autocast(images.device.type, enabled=False):
+            layers = zip(self.network.lins, self.features(images), target_features, strict=True)
+            return sum(weigh((own - fixed).square()).mean(dim=(1, 2, 3)) for weigh, own, fixed in layers)
+
+
+def _normalised(features: Tensor, epsilon: float) -> Tensor:
+    """`[N,C,H,W]`, of length 1 over the channels."""
+    return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + epsilon)
+
+
+def load_perceptual_distance(net: str) -> PerceptualDistance:
+    """LPIPS with trunk `net` (vgg, alex or squeeze), downloaded by torchvision where it is not cached.
+
+    Raises:
+        MissingFile: a FileNotFoundError, if the trunk's weights are neither cached nor to be had.
+        UnusableFile: an OSError, if their file is damaged.
+    """
+    try:
+        with warnings.catch_warnings(), _nothing_but_tensors():
+            # lpips 0.1.4 calls torchvision by a name that torchvision deprecates.
+            warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+            return PerceptualDistance(lpips.LPIPS(net=net, verbose=False))
+    except pickle.UnpicklingError:  # torch's advice is to trust the file
+        kind, reason = UnusableFile, "its file holds something other than weights"
+    except (OSError, RuntimeError) as error:  # no network; a file that is cut short
+        kind, reason = MissingFile if isinstance(error, OSError) else UnusableFile, str(error).splitlines()[0]
+    raise kind(
+        f"the LPIPS trunk '{net}' cannot be had ({reason}); put an intact {LPIPS_TRUNKS[net]} into "
+        "$TORCH_HOME/hub/checkpoints, or do without LPIPS (in a training: --lpips_weight 0)"
+    )
+
+
+@contextmanager
+def _nothing_but_tensors() -> Iterator[None]:
+    """Within, torch.load unpickles nothing else, whatever its caller asks for: torchvision asks for everything."""
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[WEIGHTS_ONLY] = before
+
+
+def mean_squared_error(images: Tensor, target: Tensor) -> Tensor:
+    """Mean over pixels and channels, `[N]`, of `[N,3,H,W]` images in [-1,1]."""
+    return (full_precision(images) - full_precision(target)).square().flatten(1).mean(dim=1)
+
+
+def originality_loss(
+    mean: Tensor, variance: Tensor, reference_mean: Tensor, reference_variance: Tensor, *, scale: float | Tensor = 1.0
+) -> Tensor:
+    """How far the posterior of the clean images has moved from the original encoder's, `[N]`.
+
+    |mean - reference_mean|^2 + |variance - reference_variance|^2 (L_orig of the paper), averaged over the
+    elements of the `[N,C,h,w]` moments. `scale` multiplies the latents, and so its square the variances: 1 for raw
+    latents, `LatentScale.factor`, a number or `[C,1,1]`, for the denoiser's.
+    """
+    mean_error = (scale * (mean - reference_mean)).square()
+    variance_error = (scale**2 * (variance - reference_variance)).square()
+    return mean_error.flatten(1).mean(dim=1) + variance_error.flatten(1).mean(dim=1)

@@ -1,0 +1,78 @@
+"""What one training step costs, counted on the network itself before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lpips
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
+
+from srl_utils.vae.networks import LatentDecoder, LatentEncoder, latent_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepArithmetic:
+    """Floating-point operations for one image; a backward pass costs one forward per kind of gradient."""
+
+    encoder: int
+    decoder: int
+    perceptual: int
+    """Forward passes; `perceptual` is 0 without LPIPS."""
+    pgd_steps: int
+    originality: bool
+    """Whether the clean images are encoded, by the encoder and by its original."""
+
+    @property
+    def attack(self) -> int:
+        """Forward and backward to the pixels, for every step of the attack."""
+        return self.pgd_steps * 2 * (self.encoder + self.decoder + self.perceptual)
+
+    @property
+    def outer(self) -> int:
+        """Attacked pass (weight gradients in the encoder only), clean pass, reference pass, target features."""
+        attacked = 3 * self.encoder + 2 * self.decoder + 2 * self.perceptual
+        clean = 4 * self.encoder if self.originality else 0
+        return attacked + clean + self.perceptual
+
+    @property
+    def image(self) -> int:
+        """Everything for one image."""
+        return self.attack + self.outer
+
+    def table(self) -> str:
+        rows = {
+            "encoder forward": self.encoder,
+            "decoder forward": self.decoder,
+            "LPIPS forward": self.perceptual,
+            f"attack ({self.pgd_steps} steps)": self.attack,
+            "outer step": self.outer,
+            "one image, whole step": self.image,
+        }
+        return "\n".join(f"  {name:<24}{flops / 1e12:>12.4f} TFLOP" for name, flops in rows.items())
+
+
+def step_arithmetic(
+    config: dict[str, Any], *, resolution: int, pgd_steps: int, lpips_net: str | None, originality: bool = True
+) -> StepArithmetic:
+    """Counts the passes of a VAE of this configuration on shapes alone: no weights, no memory."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(config)
+        image = torch.empty(1, 3, resolution, resolution)
+        latent = torch.empty(1, *latent_shape(config, resolution))
+        perceptual = lpips.LPIPS(net=lpips_net, pretrained=False, pnet_rand=True, verbose=False) if lpips_net else None
+    return StepArithmetic(
+        encoder=_count(LatentEncoder(vae), image),
+        decoder=_count(LatentDecoder(vae), latent),
+        perceptual=_count(perceptual.net, image) if perceptual else 0,
+        pgd_steps=pgd_steps,
+        originality=originality,
+    )
+
+
+def _count(module: torch.nn.Module, tensor: torch.Tensor) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(tensor)
+    return counter.get_total_flops()

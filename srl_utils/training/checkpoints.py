@@ -1,0 +1,267 @@
+"""Saving without ever losing anything: atomic writes, checkpoints that continue exactly, pruning after saving.
+
+A checkpoint is written aside, sealed with a manifest of its checksums, and renamed; one that does not agree with its
+manifest is passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.constants import SCALER_NAME
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+from torch import nn
+
+from srl_utils.errors import MissingFile, ResourceError, UnusableFile, UserError
+from srl_utils.files import fault, flush, seal
+from srl_utils.resources import failed_write, gigabytes
+from srl_utils.vae.files import first_line
+from srl_utils.vae.loading import HALF_PRECISION, WEIGHTS_NAME, is_weights_file, save_autoencoder, save_variant
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+SETTINGS_FILE = "settings.json"
+"""What the run was asked for, inside a checkpoint."""
+ARGUMENTS_FILE = "training_args.json"
+"""The same of the last session, in the output folder."""
+EMA_FILE = "ema.pt"
+
+
+class Stateful(Protocol):
+    """Counters that JSON can hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str] = ()) -> None:
+    """Writes what `AutoencoderKL.from_pretrained(output_dir)` needs; each file changes in one rename.
+
+    `variants`, `fp16` or `bf16`, are half-precision weights to write beside the full ones. Full and half-precision weights
+    of an earlier run that are not written anew are removed: they are of another VAE, and diffusers would load them.
+    """
+    aside = output_dir / ".drop-in.partial"
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
+    try:
+        save_autoencoder(vae, aside)
+        for variant in variants:
+            save_variant(vae, aside, variant)
+        files = list(aside.iterdir())
+        for file in files:
+            flush(file)
+        for outdated in _weights_beside(output_dir, {file.name for file in files}):
+            outdated.unlink()
+        for file in files:
+            os.replace(file, output_dir / file.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would be in the way
+
+
+def _weights_beside(folder: Path, names: set[str]) -> list[Path]:
+    """Weights in `folder` that are not among `names`; variants that no run writes, such as copies under a name, stay."""
+    written = "|".join(HALF_PRECISION)
+    return [path for path in folder.iterdir() if path.name not in names and is_weights_file(path.name, written)]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The `checkpoint-N` folders of a run; one exists under that name only once it is complete."""
+
+    output_dir: Path
+    total_limit: int | None = None
+    num_bytes: int = 0
+    """About what one of them takes."""
+
+    def check_room(self) -> None:
+        """Raises a ResourceError unless there is room for one beside the one before it."""
+        free = shutil.disk_usage(self.output_dir).free
+        if free < 2 * self.num_bytes:
+            raise ResourceError(
+                f"{gigabytes(free)} are free in {self.output_dir}, and two checkpoints of about "
+                f"{gigabytes(self.num_bytes)} must fit beside each other; make room or choose another --output_dir"
+            )
+
+    def found(self) -> list[Path]:
+        """The checkpoints, oldest first: whole ones, unless the disk has damaged them since."""
+        folders = [path for path in self.output_dir.glob("checkpoint-*") if re.search(r"-\d+$", path.name)]
+        replaced = [path for path in self.output_dir.glob(".checkpoint-*.outdated") if not _final(path).exists()]
+        return sorted(folders + replaced, key=step_of)
+
+    def resolve(self, resume_from: str, *, tell: Callable[[str], object] = logger.warning) -> Path | None:
+        """The folder to continue from: the newest whole one for `latest` (None where there is none), else the path.
+
+        `tell` is called with a line on each that is passed over.
+
+        Raises:
+            MissingFile: a FileNotFoundError, if the path is not a checkpoint.
+        UnusableFile: an OSError, if it is damaged, or if all that there are are damaged.
+        """
+        if resume_from == "latest":
+            return self._newest_whole(tell)
+        for candidate in (Path(resume_from), self.output_dir / resume_from):
+            if (candidate / STATE_FILE).is_file():
+                if damage := fault(candidate):
+                    raise UnusableFile(
+                        f"--resume_from_checkpoint {candidate} is damaged: {damage}; 'latest' passes it over"
+                    )
+                return candidate
+        present = ", ".join(path.name for path in self.found()) or "none"
+        raise MissingFile(
+            f"--resume_from_checkpoint {resume_from} is no checkpoint of this script; "
+            f"'latest' or a folder is expected, {self.output_dir} holds: {present}"
+        )
+
+    def _newest_whole(self, tell: Callable[[str], object]) -> Path | None:
+        folders = self.found()
+        for folder in reversed(folders):
+            damage = fault(folder)
+            if damage is None:
+                return folder
+            tell(f"{folder} is damaged and passed over: {damage}")
+        if folders:
+            raise UnusableFile(
+                f"none of the checkpoints in {self.output_dir} is whole; remove them to start from the beginning, or "
+                "choose another --output_dir"
+            )
+        return None
+
+    def save(self, accelerator: Accelerator, step: int) -> Path:
+        """Saves the state of all processes as `checkpoint-{step}`, then prunes the oldest.
+
+        Raises:
+            ResourceError: if the disk does not take it; those before it stay as they are.
+        """
+        try:
+            return self._save(accelerator, step)
+        except Exception as error:
+            reason = failed_write(error)
+            if reason is None:
+                raise
+            shutil.rmtree(self.output_dir / f".checkpoint-{step}.partial", ignore_errors=True)
+            raise ResourceError(
+                f"checkpoint-{step} cannot be written to {self.output_dir}: {reason}; it takes about "
+                f"{gigabytes(self.num_bytes)}. Those before it are whole: make room and run the same command with "
+                "--resume_from_checkpoint latest"
+            ) from None
+
+    def _save(self, accelerator: Accelerator, step: int) -> Path:
+        final = self.output_dir / f"checkpoint-{step}"
+        aside = self.output_dir / f".checkpoint-{step}.partial"
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(aside))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            seal(aside)
+            _replace_folder(aside, final)
+            self.tidy(final)
+        accelerator.wait_for_everyone()
+        return final
+
+    def tidy(self, newest: Path) -> None:
+        """Leaves `newest` and the last others, and nothing that an interruption in the middle of a save has left."""
+        if self.total_limit is not None:
+            others = [folder for folder in self.found() if folder != newest]
+            for folder in others[: max(len(others) - self.total_limit + 1, 0)]:
+                os.replace(folder, self.output_dir / f".checkpoint-{step_of(folder)}.pruned")
+        for folder in set(self.output_dir.glob(".checkpoint-*")) - set(self.found()):
+            shutil.rmtree(folder)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number in `checkpoint-N`, or in `.checkpoint-N.outdated`."""
+    return int(re.search(r"-(\d+)", checkpoint.name)[1])
+
+
+def state_bytes(vae: AutoencoderKL, trained: nn.Module, ema: EMAModel | None) -> int:
+    """About what a checkpoint takes: all weights, two moments of each trained one, and perhaps its average."""
+    weights, moments = (sum(parameter.numel() for parameter in module.parameters()) for module in (vae, trained))
+    return 4 * (weights + moments * (2 if ema is None else 3))
+
+
+def register_state(
+    accelerator: Accelerator,
+    vae: AutoencoderKL,
+    ema: EMAModel | None,
+    counters: dict[str, Stateful],
+    settings: str = "{}",
+) -> None:
+    """Makes `accelerator.save_state` and `load_state` carry the VAE, its EMA and the named counters.
+
+    The VAE is written as a diffusers folder, `checkpoint-N/vae`, instead of accelerate's `model.safetensors`. `settings`
+    is the run's record as JSON, which is saved and not loaded.
+    """
+
+    def save(models: list, weights: list, folder: str) -> None:
+        weights.clear()
+        if not accelerator.is_main_process:
+            return
+        save_autoencoder(vae, Path(folder) / "vae")
+        if ema is not None:
+            torch.save(ema.state_dict(), Path(folder) / EMA_FILE)
+        state = {name: counter.state_dict() for name, counter in counters.items()}
+        (Path(folder) / STATE_FILE).write_text(json.dumps(state, indent=1))
+        (Path(folder) / SETTINGS_FILE).write_text(settings)
+
+    def load(models: list, folder: str) -> None:
+        models.clear()
+        vae.load_state_dict(load_file(Path(folder) / "vae" / WEIGHTS_NAME))
+        if ema is not None:
+            ema.load_state_dict(torch.load(Path(folder) / EMA_FILE, map_location="cpu", weights_only=True))
+            ema.to(accelerator.device)
+        state = json.loads((Path(folder) / STATE_FILE).read_text())
+        for name, counter in counters.items():
+            counter.load_state_dict(state[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Loads what `register_state` has registered.
+
+    Where the checkpoint was made in another precision, the gradient scaler that fp16 needs begins anew.
+
+    Raises:
+        UserError: if `checkpoint` is of another VAE or other settings, or holds what is no state at all.
+    """
+    scaler = accelerator.scaler
+    if not (checkpoint / SCALER_NAME).exists():
+        accelerator.scaler = None
+    try:
+        accelerator.load_state(str(checkpoint))
+    except Exception as error:  # whatever does not fit: keys, shapes, kinds of files
+        raise UserError(f"{checkpoint} does not fit this run: {first_line(error)}") from None
+    finally:
+        accelerator.scaler = scaler
+
+
+def _replace_folder(aside: Path, final: Path) -> None:
+    """Renames `aside` to `final`; a folder of that name, from a run that was rewound, gives way, but stays to the end."""
+    if final.exists():
+        os.replace(final, _outdated(final))
+    os.replace(aside, final)
+    flush(final.parent)
+
+
+def _outdated(final: Path) -> Path:
+    return final.with_name(f".{final.name}.outdated")
+
+
+def _final(outdated: Path) -> Path:
+    return outdated.with_name(outdated.name.removeprefix(".").removesuffix(".outdated"))

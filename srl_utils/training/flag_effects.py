@@ -1,0 +1,42 @@
+"""Which of the training's flags have an effect beside which others, so that none is ignored in silence."""
+
+from __future__ import annotations
+
+import argparse
+from os.path import isdir  # which, unlike pathlib's, says False of a name too long to be one
+
+from srl_utils.command_line import Effects
+from srl_utils.images.sources import PHOTOGRAPHS
+
+
+def training_effects(args: argparse.Namespace) -> Effects:
+    """Return what each flag needs to have an effect, and its values that ask for what happens anyway."""
+    tracked = args.report_to != "none"
+    data_set = args.dataset_name not in (None, PHOTOGRAPHS)
+    hub_model = not isdir(args.pretrained_model_name_or_path)
+    attack = (
+        args.pgd_steps > 0 and args.epsilon > 0 and not args.gaussian_noise,
+        "an attack: --pgd_steps and --epsilon above 0, and no --gaussian_noise",
+    )
+    return {
+        "revision": (hub_model, "a model of the Hub", "main"),
+        "cache_dir": (hub_model or data_set or args.train_data_dir is not None, "a model or a data set of the Hub"),
+        "dataset_config_name": (data_set, "--dataset_name of a data set with configurations", "default"),
+        "train_split": (data_set, "--dataset_name of a data set with splits"),
+        "image_column": (data_set or args.train_data_dir is not None, "a data set with columns"),
+        "streaming": (data_set or args.train_data_dir is not None, "a data set that can be streamed"),
+        "dataloader_num_workers": (
+            not (args.streaming and args.dataloader_num_workers > 1), "a data set that is not streamed, beyond 1"
+        ),
+        "pgd_steps": (not args.gaussian_noise, "an attack, which --gaussian_noise replaces", 0),
+        "pgd_step_size": attack,
+        "no_pgd_random_start": attack,
+        "lpips_net": (args.lpips_weight > 0, "a --lpips_weight above 0"),
+        "originality_units": (args.originality_weight > 0, "an --originality_weight above 0"),
+        "lr_warmup_steps": (args.lr_scheduler != "constant", "a schedule with warm-up, such as constant_with_warmup", 0),
+        "lr_num_cycles": (args.lr_scheduler == "cosine_with_restarts", "--lr_scheduler cosine_with_restarts"),
+        "lr_power": (args.lr_scheduler == "polynomial", "--lr_scheduler polynomial"),
+        "logging_dir": (args.report_to in ("tensorboard", "all"), "--report_to tensorboard"),
+        "tracker_project_name": (tracked, "a tracker, --report_to"),
+        **{flag: (args.push_to_hub, "--push_to_hub") for flag in vars(args) if flag.startswith("hub_")},
+    }  # fmt: skip

@@ -1,0 +1,247 @@
+"""Resuming with other flags: each is applied from there on, or refused; what was applied is recorded and published."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srl_utils.errors import UserError
+from srl_utils.files import read_json
+from srl_utils.training.checkpoints import ARGUMENTS_FILE, EMA_FILE, SETTINGS_FILE, STATE_FILE
+
+FREE = frozenset({
+    "cache_dir", "dataloader_num_workers", "max_bad_images", "recipe", "validation_steps", "dry_run",
+    "gradient_checkpointing", "attack_batch_size", "output_dir", "checkpointing_steps", "checkpoints_total_limit",
+    "save_variant", "resume_from_checkpoint", "logging_dir", "report_to", "tracker_project_name", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token",
+})  # fmt: skip
+"""Flags that leave the trained weights as they are. The recipe stands for other flags, which are compared one by one."""
+REFUSED = frozenset({"seed", "use_ema", "use_8bit_adam"})
+"""Flags whose state in the checkpoint has no meaning under another value."""
+BASE = frozenset({"pretrained_model_name_or_path", "subfolder", "revision", "variant"})
+"""Flags that may change as long as they name the same weights."""
+TRAINING_DATA = frozenset({
+    "dataset_name", "dataset_config_name", "train_data_dir", "train_split", "image_column", "streaming", "max_train_samples"
+})  # fmt: skip
+VALIDATION_DATA = frozenset({"validation_data_dir", "validation_split", "num_validation_images", "resolution"})
+"""Flags that may change as long as the validation images stay the same."""
+APPLIED = TRAINING_DATA | {
+    "num_processes", "center_crop", "random_flip", "epsilon", "pgd_steps", "gaussian_noise", "pgd_step_size",
+    "no_pgd_random_start", "lpips_weight", "lpips_net", "originality_weight", "originality_units", "sample_posterior",
+    "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "learning_rate", "scale_lr",
+    "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay",
+    "adam_epsilon", "max_grad_norm", "mixed_precision", "torch_compile", "allow_tf32",
+}  # fmt: skip
+"""Flags whose new value holds from the resumed step on."""
+PLACES = frozenset({"pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir"})
+
+
+@dataclass(frozen=True)
+class Change:
+    """A flag that has another value after step `step` than before."""
+
+    name: str
+    step: int
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was read, so that a resume can tell whether it is still the same."""
+
+    base: str
+    """Digest of the original VAE's weights."""
+    validation: str
+    """Digest of the validation images."""
+    training_images: int | None
+    """None for a stream."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was asked for, as JSON values, and what has changed on the way."""
+
+    arguments: Mapping[str, Any]
+    inputs: Inputs | None = None
+    """None in the records of older versions."""
+    changes: Sequence[Change] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Settings:
+        inputs = record.get("inputs")
+        return cls(
+            record["arguments"], inputs and Inputs(**inputs), [Change(**change) for change in record.get("changes", [])]
+        )
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The checkpoint that a run resumes from."""
+
+    checkpoint: Path
+    step: int
+    samples: int
+    settings: Settings
+    """Only the flags that are known: of an old checkpoint without a record, few."""
+
+
+def read_earlier(checkpoint: Path) -> Earlier:
+    """Return how far a checkpoint's run was and what it was asked for.
+
+    The settings of a checkpoint from an older version are taken from the `training_args.json` beside it.
+
+    Raises:
+        UserError: if the checkpoint's files are not those of this script.
+    """
+    place = checkpoint / SETTINGS_FILE
+    if not place.exists():
+        place = checkpoint.parent / ARGUMENTS_FILE
+    try:
+        progress = read_json(checkpoint / STATE_FILE)["progress"]
+        settings = Settings.from_record(read_json(place) if place.exists() else {"arguments": {}})
+        arguments = {**settings.arguments, "use_ema": (checkpoint / EMA_FILE).exists()}
+        return Earlier(checkpoint, progress["step"], progress["samples"], replace(settings, arguments=arguments))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{checkpoint} does not fit this run: its state cannot be read ({error!r})") from None
+
+
+def check_flags(arguments: Mapping[str, Any], earlier: Earlier) -> None:
+    """Refuse flags that cannot change, before anything is loaded.
+
+    Raises:
+        UserError: with both values of each.
+    """
+    unknown = earlier.settings.inputs is None  # an older record: equal flags are all there is to go by
+    _refuse(earlier, arguments, REFUSED | (BASE | VALIDATION_DATA if unknown else frozenset()))
+    steps = arguments["max_train_steps"]
+    if steps is not None and steps < earlier.step:
+        raise UserError(
+            f"{earlier.checkpoint} has made {earlier.step} steps, more than --max_train_steps {steps}; raise it, or "
+            "resume from an earlier checkpoint"
+        )
+
+
+def settle(current: Settings, earlier: Earlier) -> Settings:
+    """Return `current` with the history of the run: the changes before `earlier`, and those made now.
+
+    Raises:
+        UserError: if the original VAE or the validation images are others than before.
+    """
+    before = earlier.settings
+    if before.inputs is not None:
+        _check_inputs(current, before.inputs, earlier)
+    changes = [
+        Change(name, earlier.step, before.arguments[name], current.arguments[name])
+        for name in changed(before.arguments, current.arguments, APPLIED)
+    ]
+    return replace(current, changes=[*before.changes, *changes])
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return which of the flags differ, in the order of `after`; those that only one side knows do not count."""
+    return [name for name in after if name in names and name in before and not _same(name, before[name], after[name])]
+
+
+def told(changes: Iterable[Change]) -> list[str]:
+    """Return a line on each flag that changed, such as `--seed 0 until step 3, then 1`, without folders of this machine."""
+    lines: dict[str, str] = {}
+    for change in changes:
+        before, after = shortened(change.before), shortened(change.after)
+        if before != after:
+            start = lines.get(change.name, worded(change.name, before))
+            lines[change.name] = f"{start} until step {change.step}, then {_value(after)}"
+    return list(lines.values())
+
+
+def shortened(value: Any) -> Any:
+    """Return `value`, or its last part where it is a path that leaves the folder in which the command was typed."""
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    leaves = path.is_absolute() or value.startswith("~") or ".." in path.parts
+    return path.name.strip() or value if leaves else value
+
+
+def worded(name: str, value: Any) -> str:
+    """Return the flag as it would be typed, or `no --name` where it would be left out."""
+    if value is None or value is False or value == []:
+        return f"no --{name}"
+    return f"--{name}" if value is True else f"--{name} {_value(value)}"
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Return 16 hexadecimal digits that stand for the values of `tensors`, which are on the CPU."""
+    state = sha256()
+    for tensor in tensors:
+        state.update(tensor.detach().contiguous().numpy())
+    return state.hexdigest()[:16]
+
+
+@contextmanager
+def own_hyperparameters(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR
+) -> Iterator[None]:
+    """Within, the states of optimizer and scheduler may be loaded; learning rate, decays and the like stay this run's."""
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    base_lrs = scheduler.base_lrs
+    yield
+    scheduler.base_lrs = base_lrs
+    factors = [schedule(scheduler.last_epoch) for schedule in scheduler.lr_lambdas]
+    scheduler._last_lr = [rate * factor for rate, factor in zip(base_lrs, factors, strict=True)]
+    for group, own, rate in zip(optimizer.param_groups, groups, scheduler._last_lr, strict=True):
+        group.update(own, lr=rate)
+
+
+def _check_inputs(current: Settings, before: Inputs, earlier: Earlier) -> None:
+    now = current.inputs
+    if now.base != before.base:
+        _refuse(earlier, current.arguments, BASE)
+        raise UserError(
+            f"{earlier.checkpoint} was trained from other weights than --pretrained_model_name_or_path has now; "
+            "restore them, or choose another --output_dir"
+        )
+    if now.validation == before.validation:
+        return
+    _refuse(earlier, current.arguments, TRAINING_DATA | VALIDATION_DATA)
+    if now.training_images != before.training_images:
+        raise UserError(
+            f"{earlier.checkpoint} was trained on {before.training_images} images, and there are {now.training_images} now, "
+            "so that other ones would be held out; restore the data, or choose another --output_dir"
+        )
+
+
+def _refuse(earlier: Earlier, arguments: Mapping[str, Any], names: Iterable[str]) -> None:
+    before = earlier.settings.arguments
+    if differing := changed(before, arguments, names):
+        there = ", ".join(worded(name, before[name]) for name in differing)
+        here = ", ".join(worded(name, arguments[name]) for name in differing)
+        raise UserError(
+            f"{earlier.checkpoint} was trained with {there}, and this command says {here}; "
+            "give the same, or choose another --output_dir to start anew"
+        )
+
+
+def _same(name: str, before: Any, after: Any) -> bool:
+    if name in PLACES and isinstance(before, str) and isinstance(after, str):
+        return os.path.abspath(before) == os.path.abspath(after)
+    return before == after
+
+
+def _value(value: Any) -> str:
+    words = {None: "not given", True: "on", False: "off"}
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or words[None]
+    return words[value] if value is None or isinstance(value, bool) else str(value)

@@ -1,0 +1,122 @@
+"""A VAE under judgement, of whatever diffusers class: images to latents and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+
+import torch
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    ModelMixin,
+    VQModel,
+)
+from torch import Tensor, nn
+
+from srl_utils.vae.latents import LatentScale
+from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, read_config
+from srl_utils.vae.networks import Moments, autocast, split_moments
+
+KINDS = (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTiny, VQModel)
+NO_VARIANCE = -30.0
+"""The logarithm of the variance, at diffusers' lower bound, that stands for an encoder without a posterior."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """The VAE under judgement, with its name in the results.
+
+    `encoder` maps images `[N,3,H,W]` in [-1,1] to the raw moments `[N,2C,h,w]`, `decoder` raw latents to images.
+    """
+
+    name: str
+    encoder: nn.Module
+    decoder: nn.Module
+    latent_scale: LatentScale = field(default_factory=LatentScale)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights: two VAEs with the same one are the same, wherever they were loaded from."""
+        state = sha256()
+        for module in (self.encoder, self.decoder):
+            for tensor in module.state_dict().values():
+                state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return state.hexdigest()[:16]
+
+    @property
+    def vae(self) -> ModelMixin:
+        """The model of which encoder and decoder are parts, as pipelines take it."""
+        return self.encoder.vae
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoder.parameters()).device
+
+    def moments(self, images: Tensor) -> Moments:
+        return split_moments(self.encoder(images))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Raw latents, the posterior's mean."""
+        return self.moments(images).mean
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        return self.decoder(self.encode(images))
+
+    def scale(self, latents: Tensor, pipe: DiffusionPipeline | None = None) -> Tensor:
+        """Return raw latents `[N,C,h,w]` as the denoiser of `pipe` sees them, or as the VAE's configuration says."""
+        scale = self.latent_scale if pipe is None else LatentScale.of(self.vae.config, pipe)
+        return scale.scale(latents)
+
+
+def load_codec(
+    name: str, source: AutoencoderSource, *, device: torch.device, autocast_dtype: torch.dtype | None = None
+) -> Codec:
+    """The VAE at `source`, frozen, in float32 or within autocast, one of `KINDS`.
+
+    Raises:
+        UserError: a ValueError, if it is none of them or cannot be loaded; see `read_config` and `load_autoencoder`.
+    """
+    config = read_config(source, KINDS)
+    kind = next(known for known in KINDS if known.__name__ == config["_class_name"])
+    vae = load_autoencoder(source, kind).to(device).requires_grad_(False).eval()
+    if kind is not AutoencoderKLTemporalDecoder:  # whose weights have five dimensions
+        vae.to(memory_format=torch.channels_last)
+    return Codec(
+        name, AnyEncoder(vae, autocast_dtype), AnyDecoder(vae, autocast_dtype), latent_scale=LatentScale.of(config)
+    )
+
+
+class AnyEncoder(nn.Module):
+    """`encode` of any of `KINDS` as moments; one without a posterior has a variance of nearly 0."""
+
+    def __init__(self, vae: ModelMixin, autocast_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.vae = vae
+        self.autocast_dtype = autocast_dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        with autocast(images, self.autocast_dtype):
+            output = self.vae.encode(images)
+        if hasattr(output, "latent_dist"):
+            return output.latent_dist.parameters.float()
+        latents = output.latents.float()
+        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
+
+
+class AnyDecoder(nn.Module):
+    """`decode` of any of `KINDS`, of a video decoder as of single frames."""
+
+    def __init__(self, vae: ModelMixin, autocast_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.vae = vae
+        self.autocast_dtype = autocast_dtype
+        self.settings = {"num_frames": 1} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
+
+    def forward(self, latents: Tensor) -> Tensor:
+        with autocast(latents, self.autocast_dtype):
+            return self.vae.decode(latents, **self.settings).sample.float()

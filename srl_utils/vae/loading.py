@@ -1,0 +1,138 @@
+"""Load and save VAEs in the layout of diffusers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, ModelMixin
+from safetensors.torch import save_file
+
+from srl_utils.errors import MissingFile, UnusableFile, UserError
+from srl_utils.vae.files import check_parameters, completed_config, first_line, refuse_pickles
+
+VAE = TypeVar("VAE", bound=ModelMixin)
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSource:
+    """Where a VAE comes from; the arguments of `AutoencoderKL.from_pretrained`."""
+
+    pretrained_model_name_or_path: str
+    subfolder: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+
+
+def read_config(source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (AutoencoderKL,)) -> dict[str, Any]:
+    """The VAE's configuration with diffusers' defaults for what it leaves out, without loading its weights.
+
+    Raises:
+        MissingFile: a FileNotFoundError, if there is none.
+        UnusableFile: an OSError, if there is no reading it, or if the weights are pickles or a single file.
+        UserError: a ValueError and the base of both, if it is of none of the `kinds`, if it cannot be, or if it does
+            not take RGB images.
+    """
+    arguments = asdict(source)
+    arguments.pop("variant")
+    name = source.pretrained_model_name_or_path
+    refuse_pickles(name, source.subfolder, kinds[0])
+    try:
+        config = AutoencoderKL.load_config(**arguments)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        hint = "" if source.subfolder else " (for the VAE of a whole pipeline add --subfolder vae)"
+        kind = UnusableFile if Path(name, source.subfolder or "", CONFIG_NAME).exists() else MissingFile
+        raise kind(f"no VAE configuration at '{name}': {reason}{hint}") from None
+    said = config.get("_class_name", "configuration of no known class") if isinstance(config, dict) else "list"
+    kind = next((known for known in kinds if known.__name__ == said), None)
+    if kind is None:
+        raise UserError(f"'{name}' is a {said}, not an {' or '.join(known.__name__ for known in kinds)}")
+    config = completed_config(config, kind, name)
+    for channels in (config["in_channels"], config["out_channels"]):
+        if channels != 3:
+            raise UserError(f"'{name}' takes or makes images of {channels} channels; only RGB is supported")
+    return config
+
+
+def load_autoencoder(source: AutoencoderSource, kind: type[VAE] = AutoencoderKL) -> VAE:
+    """The VAE in float32, whatever the precision of the stored weights.
+
+    Raises:
+        MissingFile: a FileNotFoundError, if there are no weights as safetensors.
+        UnusableFile: an OSError, if their file is damaged.
+        UserError: a ValueError and the base of both, if they do not fit the configuration or are not all finite.
+    """
+    name = source.pretrained_model_name_or_path
+    try:
+        vae, loading = kind.from_pretrained(**asdict(source), use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _loading_error(error, source)(f"cannot load the VAE '{name}': {first_line(error)}") from None
+    for keys, fault in (("missing_keys", "lack"), ("unexpected_keys", "hold beyond what its configuration describes")):
+        if found := sorted(loading[keys]):
+            raise UserError(
+                f"cannot load the VAE '{name}': its weights {fault} {len(found)} tensors, such as {found[0]}"
+            )
+    check_parameters(vae, name)
+    return vae.float()
+
+
+def _loading_error(error: Exception, source: AutoencoderSource) -> type[UserError]:
+    """The kind of what diffusers raises: an OSError for weights that are missing and for those that are damaged."""
+    if not isinstance(error, OSError):
+        return UserError
+    place = Path(source.pretrained_model_name_or_path, source.subfolder or "")
+    return UnusableFile if (place / variant_name(source.variant)).exists() else MissingFile
+
+
+HALF_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def save_variant(vae: AutoencoderKL, folder: Path, variant: str) -> None:
+    """Writes the weights at half precision beside the full ones, where `from_pretrained(variant=...)` finds them."""
+    weights = {name: tensor.to(HALF_PRECISION[variant]).contiguous() for name, tensor in vae.state_dict().items()}
+    save_file(weights, folder / variant_name(variant), metadata={"format": "pt"})
+
+
+def variant_name(variant: str | None) -> str:
+    """Return the file name of the weights of `variant`, None for the full ones."""
+    return WEIGHTS_NAME if variant is None else WEIGHTS_NAME.replace(".", f".{variant}.", 1)
+
+
+def is_weights_file(name: str, variants: str = r"[\w-]+") -> bool:
+    """Return whether diffusers looks for weights under this file name: whole or in shards, safetensors or a pickle.
+
+    `variants` is a pattern of the variants that count beside the full weights; by default all of them do.
+    """
+    variant, shard = rf"(\.({variants}))?", r"(-\d+-of-\d+)?"
+    stem = WEIGHTS_NAME.partition(".")[0]
+    kind = r"\.(safetensors|bin)"
+    return bool(re.fullmatch(rf"{stem}{shard}{variant}{shard}{kind}({variant}\.index{variant}\.json)?", name))
+
+
+def inference_dtype(config: dict[str, Any], variant: str) -> torch.dtype | None:
+    """What diffusers computes in with weights of this variant; None for float32, which `force_upcast` asks for."""
+    return None if variant == "fp16" and config["force_upcast"] else HALF_PRECISION[variant]
+
+
+def save_autoencoder(vae: AutoencoderKL, folder: Path) -> None:
+    """Writes config and weights as `from_pretrained` reads them, in the one layout that safetensors takes.
+
+    `save_pretrained` refuses channels-last weights, and converting the VAE itself would move the parameters
+    that an optimizer and DistributedDataParallel hold. The config names the VAE that it was loaded from; of a folder of
+    this machine it names the last part alone, as the config is published.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = vae.config.get("_name_or_path")
+    if origin and Path(origin).exists():
+        vae.register_to_config(_name_or_path=Path(origin).resolve().name)
+    vae.save_config(folder)
+    weights = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
