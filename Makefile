@@ -55,7 +55,7 @@ test-hub: $(HUB_VERSIONS:%=test-hub-%)
 
 test-hub-%: .venv-hub/%/.installed
 	.venv-hub/$*/bin/python -c "import huggingface_hub, diffusers; print(huggingface_hub.__version__, diffusers.__version__)"
-	.venv-hub/$*/bin/python -m pytest -rs tests/test_card.py tests/test_publishing.py
+	.venv-hub/$*/bin/python -m pytest -rs tests/hub
 
 .PRECIOUS: .venv-hub/%/.installed
 .venv-hub/%/.installed: $(VENV)/.installed-test

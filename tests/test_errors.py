@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_tiny_vae
 from diffusers import AutoencoderTiny
-from small_pipelines import build_pipeline, small_vae
+from helpers.runs import build_tiny_vae
+from helpers.small_pipelines import build_pipeline, small_vae
 from torch.utils.data import DataLoader, IterableDataset
 
 import srl_utils.errors
@@ -23,7 +23,7 @@ from srl_utils.command_line import exit_code
 from srl_utils.errors import MissingFile, ResourceError, UserError
 from srl_utils.files import read_json
 from srl_utils.hub.publishing import PushError
-from srl_utils.images.datasets import _without_worker_traceback
+from srl_utils.images.loading import _without_worker_traceback
 from srl_utils.images.sources import DataSource
 from srl_utils.metrics.features import load_clip_similarity, load_image_classifier, load_inception_features
 from srl_utils.metrics.losses import load_perceptual_distance

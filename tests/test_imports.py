@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.runs import ROOT
 
-ROOT = Path(__file__).parents[1]
 TRAINING = "train_srl_vae"
 
 # What each module of srl_utils may import from srl_utils. A new file has to be entered here.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ROOT, Run
+from helpers.runs import ROOT, Run
 from safetensors.torch import load_file
 
 import train_srl_vae

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
-from small_pipelines import build_pipeline
+from helpers.hub_server import HubServer
+from helpers.small_pipelines import build_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 README = Path(__file__).parents[1] / "README.md"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.runs import ROOT
 
-ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import resource
 import torch

@@ -1,0 +1,520 @@
+"""Editing, generation and poisoned fine-tuning with diffusion pipelines: the tasks, and the commands that run them."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from helpers.runs import build_tiny_vae
+from helpers.small_pipelines import SIZE, build_pipeline, small_vae
+from helpers.small_text_encoder import add_text_encoders
+from torch import Tensor
+from tqdm import tqdm
+
+from srl_utils.attacks.draws import image_generators
+from srl_utils.attacks.protections import style_transfer
+from srl_utils.command_line import exit_code
+from srl_utils.errors import UserError
+from srl_utils.evaluation import __main__ as command
+from srl_utils.evaluation.catalogue import Supplies, select
+from srl_utils.evaluation.cli.editing import read_prompts
+from srl_utils.evaluation.metering import Meter
+from srl_utils.evaluation.sanity import Check
+from srl_utils.evaluation.tasks import editing
+from srl_utils.evaluation.tasks.editing import (
+    INPAINTING,
+    INSTRUCTION,
+    as_image_to_image,
+    build_edits,
+    central_mask,
+    check_steps,
+    replace_words,
+)
+from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
+from srl_utils.evaluation.tasks.generation import largest_difference
+from srl_utils.evaluation.tasks.poisoning import divide, poisonings
+from srl_utils.images.pixels import to_model_range, to_pil, to_unit_range
+from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.vae.codec import Codec, load_codec
+from srl_utils.vae.loading import AutoencoderSource
+
+PROMPTS = ["a b", "c"]
+SETTINGS = {"num_inference_steps": 4, "guidance_scale": 3.0}
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> StableDiffusionPipeline:
+    """Stable Diffusion of random weights that reads prompts of letters, in latents of 4 channels."""
+    return add_text_encoders(build_pipeline("sd"), tmp_path)
+
+
+@pytest.fixture
+def codec(tmp_path: Path) -> Codec:
+    """A VAE other than the pipeline's own."""
+    return saved_codec("other", tmp_path, seed=3)
+
+
+def saved_codec(name: str, folder: Path, *, seed: int) -> Codec:
+    build_tiny_vae(seed=seed).save_pretrained(folder / name)
+    source = AutoencoderSource(pretrained_model_name_or_path=str(folder / name))
+    return load_codec(name, source, device=torch.device("cpu"))
+
+
+# --- edits ----------------------------------------------------------------------------------------------
+
+
+def test_image_to_image_is_that_of_diffusers(pipe, codec, images) -> None:
+    """Oracle: the library's pipeline, called with the same VAE, images and noise; its own VAE is back afterwards."""
+    own = pipe.vae
+    shown = images(2, SIZE)
+    edit = build_edits(pipe, strengths=[0.5], **SETTINGS)["img2img-0.5"]
+    result = edit(codec, shown, PROMPTS, image_generators(0, [4, 5]))
+    parts = {**pipe.components, "vae": codec.vae, "requires_safety_checker": False}
+    expected = StableDiffusionImg2ImgPipeline(**parts)(
+        PROMPTS,
+        image=to_unit_range(shown),
+        strength=0.5,
+        generator=image_generators(0, [4, 5]),
+        output_type="pt",
+        **SETTINGS,
+    )
+    torch.testing.assert_close(result, to_model_range(expected.images))
+    assert pipe.vae is own and edit.pipeline.vae is own
+
+
+def test_an_edit_does_not_depend_on_its_batch(pipe, codec, images) -> None:
+    """Oracle: invariance, an image alone, with its own prompt and generator."""
+    shown = images(2, SIZE)
+    for edit in build_edits(pipe, strengths=[0.6], **SETTINGS).values():
+        both = edit(codec, shown, PROMPTS, image_generators(0, [0, 1]))
+        alone = edit(codec, shown[1:], PROMPTS[1:], image_generators(0, [1]))
+        torch.testing.assert_close(both[1:], alone, atol=1e-4, rtol=0)
+
+
+def test_inpainting_keeps_what_is_around_the_hole(pipe, codec, images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: without a hole the VAE's own reconstruction; with one of the whole image, image-to-image at strength 1."""
+    shown = images(2, SIZE)
+    edits = build_edits(pipe, strengths=[1.0], **SETTINGS)
+
+    def inpainted(mask: float) -> Tensor:
+        monkeypatch.setattr(editing, "central_mask", lambda given: torch.full_like(given[:, :1], mask))
+        return edits[INPAINTING](codec, shown, PROMPTS, image_generators(0, [0, 1]))
+
+    with torch.no_grad():
+        torch.testing.assert_close(inpainted(0.0), codec.reconstruct(shown).clamp(-1, 1), atol=1e-4, rtol=0)
+    whole = edits["img2img-1"](codec, shown, PROMPTS, image_generators(0, [0, 1]))
+    torch.testing.assert_close(inpainted(1.0), whole)
+
+
+def test_the_hole_is_the_central_square(images) -> None:
+    """Oracle: closed form, a quarter of the area, the same from every side."""
+    mask = central_mask(images(1, SIZE))
+    assert mask.mean() == 0.25 and mask[0, 0, SIZE // 2, SIZE // 2] == 1 and mask[0, 0, 0, 0] == 0
+    assert torch.equal(mask, mask.flip(2)) and torch.equal(mask, mask.transpose(2, 3))
+
+
+def test_every_pipeline_edits_in_its_own_way() -> None:
+    """Oracle: specification; what has no image to start from edits nothing."""
+    settings = {"strengths": [0.3, 0.7], **SETTINGS}
+    assert list(build_edits(build_pipeline("sd2"), **settings)) == ["img2img-0.3", "img2img-0.7", INPAINTING]
+    assert list(build_edits(build_pipeline("sdxl"), **settings)) == ["img2img-0.3", "img2img-0.7", INPAINTING]
+    assert list(build_edits(build_pipeline("sd inpaint"), **settings)) == [INPAINTING]
+    assert list(build_edits(build_pipeline("sd instruct"), **settings)) == [INSTRUCTION]
+
+
+def test_glaze_heads_for_what_the_pipeline_draws(pipe, codec, images, random_lpips) -> None:
+    """Oracle: the attack on the targets that `style_transfer` draws from the same generators, given by hand."""
+    shown, painter = images(2, SIZE), as_image_to_image(pipe)
+    supplies = Supplies(perceptual=PerceptualDistance(random_lpips), max_steps=2)
+
+    def glazed(generators: list[torch.Generator], **further) -> Tensor:
+        (glaze,) = select(["glaze"], [8 / 255], replace(supplies, **further)).perturbations
+        return glaze.apply(codec, ReconstructionLoss(), shown, generators)
+
+    generators = image_generators(0, [0, 1])
+    target = style_transfer(painter, shown, generators=generators)
+    expected = glazed(generators, target=target)
+    torch.testing.assert_close(glazed(image_generators(0, [0, 1]), painter=painter), expected)
+    assert not torch.allclose(glazed(image_generators(0, [0, 1]), target=shown), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sd inpaint", "sd instruct"])
+def test_models_made_for_editing_draw_no_targets(kind: str) -> None:
+    """Oracle: specification; a message, and not the library's error in the middle of an attack."""
+    with pytest.raises(UserError, match="cannot start from an image alone"):
+        as_image_to_image(build_pipeline(kind))
+
+
+def test_a_strength_that_leaves_no_step_is_refused() -> None:
+    """Oracle: specification; three tenths of three steps are none, and a third of them is one."""
+    few = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    check_steps(build_edits(build_pipeline("sd2"), strengths=[0.34], **few))
+    with pytest.raises(UserError, match=r"img2img-0\.3 takes none of the 3 steps"):
+        check_steps(build_edits(build_pipeline("sd2"), strengths=[0.5, 0.3], **few))
+
+
+@pytest.mark.parametrize("kind", ["sd inpaint", "sd instruct"])
+def test_models_made_for_editing_run(kind: str, codec, images, tmp_path: Path) -> None:
+    """Oracle: another prompt gives another image, and the same one the same."""
+    pipe = add_text_encoders(build_pipeline(kind), tmp_path)
+    (edit,) = build_edits(pipe, strengths=[], **SETTINGS).values()
+    first, again, other = (
+        edit(codec, images(1, SIZE), [prompt], image_generators(0, [0])) for prompt in ("a b", "a b", "c d e")
+    )
+    assert first.shape == (1, 3, SIZE, SIZE) and torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_words_are_exchanged_at_once() -> None:
+    """Oracle: closed form."""
+    assert replace_words("a red ring on red", {"red": "blue", "blue": "red"}) == "a blue ring on blue"
+    assert replace_words("a redder ring", {"red": "blue"}) == "a redder ring"
+
+
+def test_punctuation_around_a_word_is_kept() -> None:
+    """Oracle: closed form; what names a word with its punctuation means it so."""
+    assert (
+        replace_words('a (red) ring, "red", 红。 - red.', {"red": "blue", "红": "蓝"})
+        == 'a (blue) ring, "blue", 蓝。 - blue.'
+    )
+    assert replace_words("red, red", {"red,": "blue;"}) == "blue; red"
+    assert replace_words("a red-hot ring's", {"red": "blue", "ring": "star"}) == "a red-hot ring's"
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    """Oracle: specification; a line for each, or one for all."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("a b\n\n c d \n")
+    assert read_prompts(path, 2) == ["a b", "c d"]
+    with pytest.raises(UserError, match="has 2 lines; 3 images"):
+        read_prompts(path, 3)
+    path.write_text("a b\n")
+    assert read_prompts(path, 3) == ["a b"] * 3
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(tmp_path, 3)
+
+
+def test_largest_difference_is_of_visible_pixels() -> None:
+    """Oracle: closed form; beyond white there is nothing to see."""
+    first, second = torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+    first[0, 0, 0, 0] = 1.5
+    second[1, 2, 3, 3] = 0.5
+    assert largest_difference(first, second).tolist() == [0.0, 0.25]
+
+
+def test_the_bar_moves_with_every_step_of_a_denoiser(pipe, codec, images) -> None:
+    """Oracle: the cost model, exact. Guided edits of 2 images show the UNet 4 latents in each of 4 steps, at 0.2 passes; a
+    fine-tuning trains a copy of it, on 2 latents forth and back in each of 3 steps.
+    """
+    (edit,) = (edit for name, edit in build_edits(pipe, strengths=[1.0], **SETTINGS).items() if name != INPAINTING)
+    with tqdm(total=100, file=io.StringIO()) as bar:
+        meter = Meter(bar)
+        with meter.watching([codec], pipe.unet), meter.stage("edits", 50):
+            edit(codec, images(2, SIZE), PROMPTS, image_generators(0, [0, 1]))
+            assert pytest.approx(2 * edit.passes) == 4 * 4 * 0.2 and bar.n == round(2 * edit.passes)
+            trained(pipe)
+            assert bar.n == round(2 * edit.passes + 3 * 2 * 2 * 0.2)
+        assert bar.n == 50 and not pipe.unet._forward_hooks
+
+
+# --- fine-tuning and poisons ----------------------------------------------------------------------------
+
+
+def trained(pipe: StableDiffusionPipeline, **config) -> dict[str, Tensor]:
+    settings = {"num_steps": 3, "batch_size": 2, "learning_rate": 1e-3, **config}
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return finetune(pipe, latents, ["a", "b", "c"], FinetuningConfig(**settings), seed=0).state_dict()
+
+
+def test_finetuning_leaves_the_pipeline_alone(pipe) -> None:
+    """Oracle: the pipeline's weights before; the copy's differ, and repeat themselves to the last bit."""
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    first, again = trained(pipe), trained(pipe)
+    assert all(torch.equal(weight, before[name]) for name, weight in pipe.unet.state_dict().items())
+    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+    assert sum(not torch.equal(weight, before[name]) for name, weight in first.items()) > 0.9 * len(before)
+    assert all(torch.equal(weight, before[name]) for name, weight in trained(pipe, learning_rate=0.0).items())
+
+
+def test_adapters_change_the_attention_alone(pipe) -> None:
+    """Oracle: the names of the weights; merged, they are those of a plain UNet again."""
+    pytest.importorskip("peft")
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    after = trained(pipe, lora_rank=2, learning_rate=1e-1)
+    assert after.keys() == before.keys()
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed and all(any(part in name for part in ("to_q", "to_k", "to_v", "to_out.0")) for name in changed)
+
+
+def test_finetuning_learns(pipe) -> None:
+    """Oracle: the training loss on what it learnt from, which falls."""
+    from srl_utils.attacks.denoiser import Denoiser, encode_prompts
+
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    unet = finetune(pipe, latents, ["a", "b"], FinetuningConfig(num_steps=40, batch_size=2, learning_rate=3e-3), seed=0)
+    denoiser = Denoiser.from_pipeline(pipe, encode_prompts(pipe, ["a", "b"]))
+    before, after = (
+        torch.stack([each.loss(latents, image_generators(5, [n, n + 1])) for n in range(8)]).mean()
+        for each in (denoiser, replace(denoiser, unet=unet))
+    )
+    assert after < 0.9 * before
+
+
+def test_division_of_a_data_set() -> None:
+    """Oracle: closed form on ten captions; every image has one part, and words count, not their pieces."""
+    captions = [
+        "a ring",
+        "a star",
+        "a ring",
+        "a ringlet",
+        "a star ring",
+        "a ring",
+        "a star",
+        "a box",
+        "a ring",
+        "a ring",
+    ]
+    parts = divide(captions, concept="ring", target="star", num_poisons=2, num_held_out=2)
+    assert (parts.poisonable, parts.held_out, parts.targets) == ([0, 2], [8, 9], [1, 6])
+    assert parts.others == [1, 3, 4, 5, 6, 7]
+    with pytest.raises(UserError, match="5 captions name 'ring' and 2 'star'; 4 poisons and 2 held-out"):
+        divide(captions, concept="ring", target="star", num_poisons=4, num_held_out=2)
+
+
+def test_no_poison_is_no_threat() -> None:
+    """Oracle: specification of the rows."""
+    none, some = poisonings("nightshade", 8 / 255, [0, 5])
+    assert (none.name, none.threat_model, none.epsilon) == ("nightshade-0", "none", 0.0)
+    assert (some.name, some.threat_model, some.epsilon) == ("nightshade-5", "adaptive", 8 / 255)
+
+
+# --- commands -------------------------------------------------------------------------------------------
+
+CAPTIONS = ["a ring", "a star", "a ring b", "a star c", "a ring d", "a ring e"]
+
+
+@pytest.fixture
+def world(pipe, images, tmp_path: Path) -> list[str]:
+    """A pipeline, two VAEs and six captioned pictures on disk, and the flags that name them."""
+    pipe.save_pretrained(tmp_path / "sd")
+    pipe.vae.save_pretrained(tmp_path / "original")
+    build_tiny_vae(seed=1).save_pretrained(tmp_path / "robust")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, image in enumerate(images(len(CAPTIONS), SIZE)):
+        to_pil(image).save(folder / f"{number}.png")
+    lines = [json.dumps({"file_name": f"{n}.png", "text": caption}) for n, caption in enumerate(CAPTIONS)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return [
+        "--baseline", str(tmp_path / "original"), "--vae", f"robust={tmp_path / 'robust'}", "--data_dir", str(folder),
+        "--caption_column", "text", "--pipeline", str(tmp_path / "sd"), "--resolution", str(SIZE), "--num_images", "6",
+        "--num_inference_steps", "3", "--guidance_scale", "2", "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+
+
+def rows_of(folder: Path) -> dict[tuple[str, str, str, str], float]:
+    rows = json.loads((folder / "results.json").read_text())
+    return {(row["vae"], row["attack"], row["threat_model"], row["metric"]): row["value"] for row in rows}
+
+
+def test_generation_command(world, tmp_path: Path) -> None:
+    """Oracle: the same VAE under another name has the same values throughout; the encoder has no part in images from text."""
+    extra = ["--metrics", "psnr", "denoising-loss", "difference", "--strengths", "0.5"]
+    arguments = [
+        "generation",
+        *world,
+        *extra,
+        "--vae",
+        f"robust={tmp_path / 'robust'}",
+        f"twin={tmp_path / 'original'}",
+    ]
+    assert command.main(arguments) == 0
+    rows = rows_of(tmp_path / "out")
+    assert {key[1] for key in rows} == {"clean, text-to-image", "clean, reconstructed", "clean, img2img-0.5"}
+    for (vae, *rest), value in rows.items():
+        if vae == "original":
+            assert rows[("twin", *rest)] == value
+    assert rows["original", "clean, text-to-image", "none", "difference"] == 0
+    decoders_differ = rows["robust", "clean, text-to-image", "none", "difference"]
+    assert decoders_differ > 0  # this one is no fine-tuned encoder but another VAE
+    loss = [rows[vae, "clean, reconstructed", "none", "denoising-loss"] for vae in ("original", "robust")]
+    assert loss[0] != loss[1]
+
+
+def test_editing_command(world, tmp_path: Path) -> None:
+    """Oracle: specification of rows and references, and a second call, which computes nothing and writes the same."""
+    arguments = [
+        "editing", *world, "--replace", "ring=box", "star=cup", "--attacks", "clean", "pgd-2", "--strengths", "0.6",
+        "--metrics", "psnr", "ssim", "--no_checks",
+    ]  # fmt: skip
+    assert command.main(arguments) == 0
+    rows = rows_of(tmp_path / "out")
+    edits = ("img2img-0.6", INPAINTING)
+    for edit in edits:
+        assert ("original", f"clean, {edit}", "none", "psnr") not in rows  # it is what others are held against
+        assert rows["robust", f"clean, {edit}", "none", "psnr"] < 60
+        for vae in ("original", "robust"):
+            assert {("transfer", "psnr"), ("adaptive", "ssim")} <= {
+                key[2:] for key in rows if key[:2] == (vae, f"pgd-2, {edit}")
+            }
+    before = (tmp_path / "out/report.md").read_text()
+    references = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/clean-edits").rglob("*.safetensors")}
+    assert len(references) == 2 * len(edits) * len(CAPTIONS)
+    assert command.main(arguments) == 0
+    assert (tmp_path / "out/report.md").read_text() == before
+    assert {path: path.stat().st_mtime_ns for path in references} == references
+
+
+def test_images_that_replace_changes_nothing_in_are_left_out(world, tmp_path: Path) -> None:
+    """Oracle: the same command on the four other pictures alone, whose numbers as images differ and whose means are over
+    as many; the note counts and names the two images and their captions.
+    """
+    few = ["--replace", "ring=box", "--attacks", "clean", "--edits", INPAINTING, "--metrics", "psnr", "--no_checks"]
+    assert command.main(["editing", *world, *few]) == 0
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    assert {row["n"] for row in rows} == {4}
+    told = "--replace changes nothing in 2 of 6 captions ('a star', 'a star c'); these images were left out: "
+    names = ", ".join(str(tmp_path / f"photos/{number}.png") for number in (1, 3))
+    assert told + names in (tmp_path / "out/report.md").read_text()
+    metadata = tmp_path / "photos/metadata.jsonl"
+    for number, line in enumerate(metadata.read_text().splitlines()):
+        if "star" in line:
+            (tmp_path / f"photos/{number}.png").unlink()
+    metadata.write_text("\n".join(line for line in metadata.read_text().splitlines() if "ring" in line))
+    assert command.main(["editing", *world, *few, "--num_images", "4", "--output_dir", str(tmp_path / "alone")]) == 0
+    assert json.loads((tmp_path / "alone/results.json").read_text()) == rows
+
+
+def test_a_vae_that_the_pipeline_cannot_take_is_left_out(world, tmp_path: Path, capsys) -> None:
+    """Oracle: specification; other channels, another class: a note for each, and an error where none is left."""
+    small_vae(latent_channels=8).save_pretrained(tmp_path / "eight")
+    AutoencoderTiny(latent_channels=4).save_pretrained(tmp_path / "taesd")
+    few = ["--metrics", "psnr", "--strengths", "0.5", "--num_images", "2"]
+    others = [str(tmp_path / name) for name in ("eight", "taesd")]
+    assert command.main(["generation", *world, *few, "--vae", str(tmp_path / "robust"), *others]) == 0
+    assert {key[0] for key in rows_of(tmp_path / "out")} == {"original", "robust"}
+    report = (tmp_path / "out/report.md").read_text()
+    assert "eight was left out: --pipeline cannot work with eight: this VAE does not fit" in report
+    assert "taesd is a AutoencoderTiny, and pipelines exchange an AutoencoderKL alone" in report
+    assert exit_code(lambda: command.main(["generation", *world, *few, "--vae", *others])) == 2
+    assert "eight was left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "edit"), [("sd inpaint", INPAINTING), ("sd instruct", INSTRUCTION)])
+def test_pipelines_made_for_editing_are_taken(kind: str, edit: str, world, tmp_path: Path, capsys) -> None:
+    """Oracle: specification; more goes into their UNets than latents. From text alone they make nothing, and it is said."""
+    add_text_encoders(build_pipeline(kind), tmp_path).save_pretrained(tmp_path / "sd")
+    few = ["--num_images", "2", "--attacks", "clean", "pgd-2", "--metrics", "psnr", "--no_checks"]
+    assert command.main(["editing", *world, "--replace", "ring=box", "star=cup", *few]) == 0
+    assert {key[1] for key in rows_of(tmp_path / "out")} == {f"clean, {edit}", f"pgd-2, {edit}"}
+    assert exit_code(lambda: command.main(["generation", *world])) == 2
+    assert "makes no images from text alone" in capsys.readouterr().err
+
+
+def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: with a learning rate of 0 no poison has an effect; with one it has, and poisons are made on their source.
+
+    What was fine-tuned is kept, and given again the command trains nothing.
+    """
+    arguments = [
+        "poisoning", *world, "--concept", "ring", "--target_concept", "star", "--num_poisons", "0", "2", "--num_generated", "2",
+        "--max_attack_steps", "2", "--finetuning_steps", "2", "--finetuning_batch_size", "2", "--metrics", "psnr",
+        "--num_check_images", "1",
+    ]  # fmt: skip
+
+    def checked(codec: Codec, baseline: Codec, images: Tensor, *, epsilon: float, **settings: object) -> list[Check]:
+        return [Check(f"{codec.name} on {len(images)} image at {epsilon}", passed=True, figures="")]
+
+    monkeypatch.setattr("srl_utils.evaluation.cli.common.check_robustness", checked)
+    assert command.main([*arguments, "--learning_rate", "0", "--output_dir", str(tmp_path / "still")]) == 0
+    still = rows_of(tmp_path / "still")
+    for vae in ("original", "robust"):
+        assert len({value for key, value in still.items() if key[0] == vae}) == 1
+    assert command.main([*arguments, "--learning_rate", "1e-2"]) == 0
+    rows = rows_of(tmp_path / "out")
+    assert "robust on 1 image at 0.04" in (tmp_path / "out/report.md").read_text()
+    assert rows["robust", "nightshade-0", "none", "psnr"] != rows["robust", "nightshade-2", "adaptive", "psnr"]
+    assert rows["robust", "nightshade-2", "transfer", "psnr"] != rows["robust", "nightshade-2", "adaptive", "psnr"]
+    assert rows["original", "nightshade-2", "transfer", "psnr"] == rows["original", "nightshade-2", "adaptive", "psnr"]
+    assert (tmp_path / "out/figures/curves.png").exists() and (tmp_path / "out/figures/generated.png").exists()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("srl_utils.evaluation.tasks.poisoning.finetune", refuse)
+    assert command.main([*arguments, "--learning_rate", "1e-2"]) == 0
+    assert rows_of(tmp_path / "out") == rows
+
+
+def test_without_poisons_none_are_made(world, tmp_path: Path) -> None:
+    """Oracle: what is kept; the control alone is a fine-tuning like any other."""
+    arguments = [
+        "poisoning", *world, "--concept", "ring", "--target_concept", "star", "--num_poisons", "0", "--num_generated", "2",
+        "--finetuning_steps", "1", "--finetuning_batch_size", "2", "--metrics", "psnr",
+    ]  # fmt: skip
+    assert command.main(arguments) == 0
+    assert {key[1:3] for key in rows_of(tmp_path / "out")} == {("nightshade-0", "none")}
+    assert not (tmp_path / "out/finetuning/poisons").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("editing", ["--replace", "cube=box"], "changes nothing in 6 of 6 captions ('a ring', 'a star', 'a ring b', ...)"),
+        ("editing", [], "either --prompts FILE or --replace"),
+        ("editing", ["--replace", "ring"], "expected OLD=NEW"),
+        ("editing", ["--replace", "a=b", "--metrics", "shown"], "needs a classifier"),
+        ("editing", ["--replace", "a=b", "--classifier", "none", "--metrics", "psnr"], "--classifier has no effect"),
+        ("editing", ["--replace", "a=b", "--edits", "img2img-0.9"], "this pipeline has img2img-0.3, "),
+        ("generation", ["--strengths", "0"], "0 would change nothing"),
+        ("generation", ["--strengths", "0.5", "0.3"], "img2img-0.3 takes none of the 3 steps"),
+        ("editing", ["--replace", "ring=box", "star=cup", "--strengths", "0.3"], "img2img-0.3 takes none of the 3 steps"),
+        ("generation", ["--caption_column", "title"], "title"),
+        ("poisoning", ["--concept", "ring", "--target_concept", "star"], "100 poisons and 32 held-out"),
+        ("poisoning", ["--concept", "ring", "--target_concept", "star", "--num_poisons", "0", "--epsilon", "8/255"], "--epsilon has no effect"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(name: str, change: list[str], message: str, world, tmp_path: Path, capsys) -> None:
+    """Oracle: specification, exit code 2 and nothing written."""
+    assert exit_code(lambda: command.main([name, *world, *change])) == 2
+    *_, told = capsys.readouterr().err.splitlines()  # above it, diffusers' bar of what it loads
+    assert told.startswith("error: ") and message in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_of_a_folder_need_their_file(world, tmp_path: Path, capsys) -> None:
+    """Oracle: specification; the line says what the file must hold."""
+    (tmp_path / "photos/metadata.jsonl").unlink()
+    assert exit_code(lambda: command.main(["generation", *world])) == 2
+    assert "has no metadata.jsonl, with a line such as" in capsys.readouterr().err
+    (tmp_path / "photos/metadata.jsonl").write_text("{}")
+    assert exit_code(lambda: command.main(["generation", *world])) == 2
+    assert "metadata.jsonl: row 1 has no file_name" in capsys.readouterr().err
+
+
+def test_images_without_a_caption_are_left_out_and_named(world, tmp_path: Path, capsys) -> None:
+    """Oracle: specification; what is left of the six images, and the name of the one that is not."""
+    path = tmp_path / "photos/metadata.jsonl"
+    first, *others = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(others), encoding="utf-8")
+    assert command.main(["generation", *world, "--strengths", "0.6", "--metrics", "psnr", "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    name = str(tmp_path / "photos" / json.loads(first)["file_name"])
+    assert f"1 images without a caption were left out: {name}" in printed
+    assert f"{len(CAPTIONS) - 1} images, 2 VAEs" in printed
+
+
+def test_text_files_beside_the_images_are_captions(world, tmp_path: Path, capsys) -> None:
+    """Oracle: the same images and captions in the other form, so nothing is left out."""
+    path = tmp_path / "photos/metadata.jsonl"
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        (tmp_path / "photos" / row["file_name"]).with_suffix(".txt").write_text(row["text"], encoding="utf-8")
+    path.unlink()
+    few = ["--strengths", "0.6", "--metrics", "psnr", "--attacks", "clean", "--no_checks", "--dry_run"]
+    assert command.main(["editing", *world, "--replace", "ring=box", "star=cup", *few]) == 0
+    printed = capsys.readouterr().out
+    assert f"{len(CAPTIONS)} images, 2 VAEs" in printed and "without a caption" not in printed

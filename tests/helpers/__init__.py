@@ -1,0 +1,1 @@
+"""What several tests need: small networks, odd pictures, a Hub of their own."""

@@ -1,0 +1,611 @@
+"""The training script, run as users run it: in-process through its command line, and by `accelerate launch`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from helpers.runs import ROOT, Run, launch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_srl_vae
+from srl_utils.errors import UserError
+from srl_utils.hub.card import recorded_weights
+from srl_utils.hub.contents import contents
+from srl_utils.images.datasets import open_data
+from srl_utils.images.sources import DataSource
+from srl_utils.metrics.losses import PerceptualDistance
+from srl_utils.training.execution import choose_execution
+from srl_utils.training.step import Step
+from srl_utils.training.validation import Judge
+
+SCRIPT = ROOT / "train_srl_vae.py"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+HALF = "diffusion_pytorch_model.fp16.safetensors"
+
+
+def steps(output_dir: Path) -> list[dict]:
+    """The rows of `metrics.jsonl` that training steps wrote."""
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    one, other = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, different
+
+
+# --- what a run does and leaves behind ------------------------------------------------------------------
+
+
+def test_output_is_a_drop_in(run: Run, flags: list[str], vae_folder: Path, tmp_path: Path) -> None:
+    """Oracle: the base. The decoder's bytes and the configuration are its own, the encoder has moved."""
+    code, printed = run(*flags)
+    assert code == 0, printed
+    out = tmp_path / "out"
+    base, tuned = load_file(vae_folder / WEIGHTS), load_file(out / WEIGHTS)
+    assert base.keys() == tuned.keys()
+    for name, tensor in base.items():
+        frozen = name.startswith(("decoder.", "post_quant_conv."))
+        same = torch.equal(tensor.view(torch.int32), tuned[name].view(torch.int32))
+        assert same == frozen, name
+    ours, theirs = AutoencoderKL.load_config(out), AutoencoderKL.load_config(vae_folder)
+    assert {k: v for k, v in ours.items() if k[0] != "_"} == {k: v for k, v in theirs.items() if k[0] != "_"}
+    assert AutoencoderKL.from_pretrained(out).dtype == torch.float32
+
+
+def test_output_files(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the documented list of files and the row format."""
+    code, printed = run(*flags, "--validation_steps", "2", "--report_to", "tensorboard")
+    assert code == 0, printed
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "config.json", WEIGHTS, "README.md", "training_args.json", "metrics.jsonl", "results.json", "samples", "logs",
+        ".lock",
+    }  # fmt: skip
+    pictures = {path.name for path in (out / "samples").iterdir()}
+    assert pictures == {"step-000000.png", "step-000002.png", "step-000004.png", "comparison.png"}
+    assert list((out / "logs").rglob("events.out.tfevents.*"))
+    rows = json.loads((out / "results.json").read_text())
+    assert all(set(row) == {"vae", "attack", "threat_model", "epsilon", "metric", "value", "ci95", "n"} for row in rows)
+    measured = {(row["vae"], row["attack"], row["metric"]) for row in rows}
+    for vae in ("original", "fine-tuned"):
+        for attack in ("clean", "pgd-10", "pgd-50x2", "gaussian-noise"):
+            assert {(vae, attack, "psnr"), (vae, attack, "ssim")} <= measured
+    assert ("fine-tuned", "clean", "drift") in measured
+    assert all(row["n"] == 3 for row in rows)
+    recorded = json.loads((out / "training_args.json").read_text())
+    assert recorded["arguments"]["pgd_steps"] == 2
+    assert "hub_token" not in recorded["arguments"]
+    card = (out / "README.md").read_text()
+    assert "pgd-50x2" in card
+    assert str(tmp_path) not in card  # a published card tells nothing of the machine
+    assert "fine-tuned" in card
+    assert [row["step"] for row in steps(out)] == [1, 2, 3, 4]
+
+
+def test_the_result_rows_describe_the_saved_weights(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the clean PSNR of the saved VAE, measured here from its files on the validation images."""
+    from srl_utils.metrics.pixels import psnr
+
+    code, printed = run(*flags)
+    assert code == 0, printed
+    out = tmp_path / "out"
+    args = train_srl_vae.parse_args(flags)
+    data = open_data(
+        DataSource.from_flags(args), resolution=16, seed=0, center_crop=False, random_flip=False,
+        num_validation_images=3,
+    )  # fmt: skip
+    vae = AutoencoderKL.from_pretrained(out)
+    with torch.no_grad():
+        reconstruction = vae.decode(vae.encode(data.validation_images).latent_dist.mean).sample
+    rows = json.loads((out / "results.json").read_text())
+    (row,) = [r for r in rows if (r["vae"], r["attack"], r["metric"]) == ("fine-tuned", "clean", "psnr")]
+    assert row["value"] == pytest.approx(psnr(reconstruction, data.validation_images).mean().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--sample_posterior",),
+        ("--no_pgd_random_start", "--originality_units", "scaled"),
+        ("--pgd_steps", "0", "--originality_weight", "0"),
+        ("--center_crop", "--random_flip", "--scale_lr", "--lr_scheduler", "cosine", "--lr_warmup_steps", "1"),
+        ("--mixed_precision", "bf16", "--gradient_checkpointing", "--use_ema"),
+        ("--dataloader_num_workers", "2", "--max_train_samples", "8"),
+    ],
+    ids=lambda extra: extra[0],
+)
+def test_settings_run_to_the_end(run: Run, flags: list[str], tmp_path: Path, extra: tuple[str, ...]) -> None:
+    """Oracle: the run ends well, its losses are finite and its saved weights are float32."""
+    code, printed = run(*flags, *extra)
+    assert code == 0, printed
+    assert all(row["loss"] is not None for row in steps(tmp_path / "out"))
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "out" / WEIGHTS).values())
+
+
+def test_gradient_checkpointing_changes_nothing(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the run without it. Recomputing the same operations gives the same bits on the CPU."""
+    assert run(*flags)[0] == 0
+    assert run(*flags, "--gradient_checkpointing", "--output_dir", tmp_path / "checkpointed")[0] == 0
+    assert_same_weights(tmp_path / "out", tmp_path / "checkpointed")
+
+
+def test_lpips_reaches_attack_and_loss(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_lpips: object
+) -> None:
+    """Oracle: the weight. With LPIPS the loss is mse + weight * lpips + alpha * originality, and LPIPS is judged."""
+    monkeypatch.setattr(train_srl_vae, "load_perceptual_distance", lambda net: PerceptualDistance(random_lpips))
+    code, printed = run(*flags, "--lpips_weight", "0.5", "--max_train_steps", "2")
+    assert code == 0, printed
+    for row in steps(tmp_path / "out"):
+        assert row["lpips"] > 0
+        expected = row["mse"] + 0.5 * row["lpips"] + 0.01 * row["originality"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-4)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"lpips"} <= {row["metric"] for row in rows}
+
+
+def test_without_lpips_nothing_is_loaded(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the loader itself, which must not be called when the weight is 0."""
+
+    def refuse(net: str) -> None:
+        raise AssertionError("LPIPS was loaded")
+
+    monkeypatch.setattr(train_srl_vae, "load_perceptual_distance", refuse)
+    assert run(*flags)[0] == 0
+
+
+def test_it_learns(run: Run, tmp_path: Path) -> None:
+    """Oracle: the method's claim, on the shipped VAE: the loss falls and attacked PSNR rises over 20 steps.
+
+    Every step sees the same four images, attacked anew on the VAE as it is by then, so that steps compare.
+    """
+    code, printed = run(
+        "--pretrained_model_name_or_path", ROOT / "miniature/weights/vae", "--dataset_name", "scikit-image",
+        "--resolution", "64", "--train_batch_size", "4", "--max_train_steps", "20", "--pgd_steps", "5",
+        "--max_train_samples", "4", "--center_crop", "--lpips_weight", "0", "--learning_rate", "2e-4",
+        "--originality_weight", "0.001", "--num_validation_images", "1", "--report_to", "none",
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert code == 0, printed
+    rows = steps(tmp_path)
+    means = {
+        name: [sum(row[name] for row in part) / 4 for part in (rows[:4], rows[-4:])]
+        for name in ("loss", "attacked_psnr")
+    }
+    assert means["loss"][1] < means["loss"][0]
+    assert means["attacked_psnr"][1] > means["attacked_psnr"][0] + 0.3
+
+
+# --- stopping and continuing ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
+        ("--use_ema", "--dataloader_num_workers", "2"),
+        ("--mixed_precision", "bf16", "--sample_posterior"),
+    ],
+    ids=["plain", "accumulation", "ema+workers", "bf16+sampling"],
+)
+def test_resuming_is_exact(run: Run, flags: list[str], tmp_path: Path, extra: tuple[str, ...]) -> None:
+    """Oracle: the undisturbed run, to the last bit; 20 images and 4 a pass put the stop inside an epoch."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = [*flags, *extra, "--max_train_steps", "6", "--checkpointing_steps", "3"]
+    assert run(*flags, "--output_dir", whole)[0] == 0
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    code, printed = run(*flags, "--output_dir", resumed, "--resume_from_checkpoint", "latest")
+    assert code == 0, printed
+    assert "after step 3" in printed
+    assert_same_weights(whole, resumed)
+    assert_same_weights(whole / "checkpoint-6/vae", resumed / "checkpoint-6/vae")
+    optimizers = [torch.load(folder / "checkpoint-6/optimizer.bin", weights_only=True) for folder in (whole, resumed)]
+    for one, other in zip(*(list(o["state"].values()) for o in optimizers), strict=True):
+        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+    kept = ("loss", "learning_rate", "step")
+    later = [{key: row[key] for key in kept} for row in steps(whole) if row["step"] > 3]
+    assert [{key: row[key] for key in kept} for row in steps(resumed)] == later
+
+
+def test_checkpoint_limit_keeps_the_newest(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the exact set of folders; a checkpoint's VAE loads by itself."""
+    code, printed = run(*flags, "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    assert code == 0, printed
+    assert {path.name for path in (tmp_path / "out").glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-4"}
+    AutoencoderKL.from_pretrained(tmp_path / "out/checkpoint-4/vae")
+
+
+def test_latest_without_a_checkpoint_begins(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the fresh run; so one command serves a job that may be preempted before its first checkpoint."""
+    assert run(*flags)[0] == 0
+    code, printed = run(*flags, "--output_dir", tmp_path / "other", "--resume_from_checkpoint", "latest")
+    assert code == 0
+    assert "starting from the beginning" in printed
+    assert_same_weights(tmp_path / "out", tmp_path / "other")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_resume(flags: list[str], run: Run, tmp_path: Path, number: int) -> None:
+    """Oracle: the undisturbed run: after the signal and a resume the weights are the same to the last bit."""
+    flags = [*flags, "--max_train_steps", "40", "--validation_steps", "1000"]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or len(steps(out)) < 3:
+        assert time.monotonic() < deadline, "the run made no steps"
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, printed
+    assert "--resume_from_checkpoint latest" in printed
+    assert len(list(out.glob("checkpoint-*"))) == 1
+    assert run(*flags, "--resume_from_checkpoint", "latest")[0] == 0
+    assert run(*flags, "--output_dir", whole)[0] == 0
+    assert_same_weights(out, whole)
+
+
+def test_non_finite_steps_are_skipped(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the count. Two poisoned steps change no weight, and the run goes on."""
+    poison_steps(monkeypatch, {2, 3})
+    code, printed = run(*flags, "--checkpointing_steps", "1")
+    assert code == 0, printed
+    out = tmp_path / "out"
+    assert [row["skipped_steps"] for row in steps(out)] == [0, 1, 2, 2]
+    assert [row["loss"] is None for row in steps(out)] == [False, True, True, False]
+    assert_same_weights(out / "checkpoint-1/vae", out / "checkpoint-3/vae")
+
+
+def test_ten_non_finite_steps_in_a_row_save_and_stop(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the documented rule, exit code and message. The values of step 12 are heard of during step 13."""
+    poison_steps(monkeypatch, set(range(3, 100)))
+    code, printed = run(*flags, "--max_train_steps", "20")
+    assert code == train_srl_vae.EXIT_NOT_FINITE
+    assert "since step 3" in printed
+    assert (tmp_path / "out/checkpoint-13").is_dir()
+
+
+def poison_steps(monkeypatch: pytest.MonkeyPatch, poisoned: set[int]) -> None:
+    """Makes the loss of the given steps (counted from 1) NaN."""
+    honest, calls = Step.loss, []
+
+    def poisonous(step: Step, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, terms = honest(step, *arguments)
+        calls.append(None)
+        factor = float("nan") if len(calls) in poisoned else 1.0
+        return loss * factor, terms * factor
+
+    monkeypatch.setattr(Step, "loss", poisonous)
+
+
+def test_too_many_bad_images_save_and_stop(
+    run: Run, flags: list[str], tmp_path: Path, photographs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: the documented limit. One bad file of 25 is replaced and named; a quarter of them ends the run."""
+    few, many = tmp_path / "few", tmp_path / "many"
+    for folder, count in ((few, 1), (many, 8)):
+        shutil.copytree(photographs, folder)
+        for index in range(count):
+            (folder / f"broken-{index}.png").write_text("no picture")
+    code, printed = run(*flags, "--train_data_dir", few, "--max_train_steps", "12", "--output_dir", tmp_path / "a")
+    assert code == 0, printed
+    assert "1 unreadable images were replaced" in printed
+    assert sum("broken-0.png" in message for message in caplog.messages) == 1
+    code, printed = run(*flags, "--train_data_dir", many, "--max_train_steps", "30", "--output_dir", tmp_path / "b")
+    assert code == 2
+    assert "--max_bad_images" in printed
+    assert list((tmp_path / "b").glob("checkpoint-*"))
+
+
+# --- several processes ----------------------------------------------------------------------------------
+
+
+CHECK_RANKS = """
+import sys, torch, train_srl_vae as script
+from accelerate.utils import gather
+
+honest = script.optimizer_step
+
+def checked(run, *arguments, **keywords):
+    values = honest(run, *arguments, **keywords)
+    weights = torch.cat([p.detach().flatten() for p in run.networks.encoder.parameters()])[None]
+    copies = gather(weights)
+    assert len(copies) == 2 and torch.equal(copies[0], copies[1]), "the ranks differ"
+    run.accelerator.print("ranks agree at step", run.progress.step)  # from one rank: two would interleave
+    return values
+
+script.optimizer_step = checked
+sys.exit(script.command_line())
+"""
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_follow_one(run: Run, flags: list[str], tmp_path: Path, accumulation: int) -> None:
+    """Oracle: one process with twice the batch. The ranks' weights are the same bits after every step.
+
+    The sum over a batch is taken in another order, so values agree to float rounding and not exactly; the
+    tolerance on weights is 1% of the distance they moved.
+    """
+    checker = tmp_path / "check_ranks.py"
+    checker.write_text(CHECK_RANKS)
+    flags = [*flags, "--gradient_accumulation_steps", str(accumulation), "--adam_epsilon", "1e-4"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(*flags, "--output_dir", one)[0] == 0
+    result = launch(*flags, "--train_batch_size", 2, "--output_dir", two, processes=2, script=checker)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "ranks agree at step 4" in result.stdout
+    for ours, theirs in zip(steps(one), steps(two), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    base = load_file(Path(flags[1]) / WEIGHTS)
+    first, second = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
+    moved = torch.cat([(first[name] - base[name]).flatten() for name in base])
+    apart = torch.cat([(first[name] - second[name]).flatten() for name in base])
+    assert apart.norm() < 0.01 * moved.norm()
+    rows = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
+    assert [row["n"] for row in rows[0]] == [row["n"] for row in rows[1]]
+    original = [[row["value"] for row in half if row["vae"] == "original"] for half in rows]
+    assert original[0] == pytest.approx(original[1], rel=1e-4)
+
+
+def test_accelerate_launch(flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the documented command, from the shell, with the table at its end."""
+    result = launch(*flags, script=SCRIPT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "| images" in result.stdout
+    assert "is won back" in result.stdout
+    AutoencoderKL.from_pretrained(tmp_path / "out")
+
+
+# --- bad input ------------------------------------------------------------------------------------------
+
+
+def test_dry_run_checks_and_writes_nothing(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the arithmetic by hand: 4 x 1 x 3 images a step; the attack is 2 steps of forward and backward."""
+    code, printed = run(*flags, "--dry_run", "--gradient_accumulation_steps", "3")
+    assert code == 0
+    assert "= 12 images" in printed
+    assert "4 steps, 48 images" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def picture_folder(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for index in range(count):
+        Image.new("RGB", (16, 16)).save(folder / f"{index}.png")
+    return folder
+
+
+BAD_INPUT = {
+    "epsilon": (["--epsilon", "8"], r"--epsilon.*outside \[0,1\]"),
+    "epsilon text": (["--epsilon", "large"], r"--epsilon.*8/255"),
+    "negative steps": (["--pgd_steps", "-1"], r"--pgd_steps.*negative"),
+    "no batch": (["--train_batch_size", "0"], r"--train_batch_size.*less than 1"),
+    "unknown flag": (["--unheard_of"], r"--unheard_of"),
+    "unknown net": (["--lpips_net", "resnet"], r"--lpips_net"),
+    "resolution": (["--resolution", "17"], r"--resolution 17.*try 16"),
+    "no data": (["--train_data_dir", "{tmp}/nowhere"], r"nowhere"),
+    "empty folder": (["--train_data_dir", "{tmp}/empty"], r"empty"),
+    "no vae": (["--pretrained_model_name_or_path", "{tmp}/nothing"], r"nothing"),
+    "pipeline": (["--pretrained_model_name_or_path", "{tmp}/pipeline"], r"--subfolder vae"),
+    "checkpoint": (["--resume_from_checkpoint", "{tmp}/empty"], r"--resume_from_checkpoint.*holds: none"),
+    "output is a file": (["--output_dir", "{tmp}/file"], r"--output_dir.*is a file"),
+    "fp16 on cpu": (["--mixed_precision", "fp16"], r"fp16.*bf16"),
+    "wandb token": (["--push_to_hub", "--report_to", "wandb", "--hub_token", "hf_x"], r"hf auth login"),
+    "wandb token among all": (["--push_to_hub", "--report_to", "all", "--hub_token", "hf_x"], r"hf auth login"),
+    "name without push": (["--hub_model_id", "user/name"], r"--hub_model_id has no effect without --push_to_hub"),
+    "token without push": (["--hub_token", "hf_x"], r"--hub_token has no effect without --push_to_hub"),
+    "privacy without push": (["--hub_private_repo"], r"--hub_private_repo has no effect without --push_to_hub"),
+    "strategy without push": (["--hub_strategy", "checkpoint"], r"--hub_strategy has no effect without --push_to_hub"),
+    "unknown variant": (["--save_variant", "fp8"], r"--save_variant.*fp8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(run: Run, flags: list[str], tmp_path: Path, case: str) -> None:
+    """Oracle: exit code 2 and one line that names the flag, in seconds, with nothing written."""
+    if case == "fp16 on cpu" and torch.cuda.is_available():
+        pytest.skip("fp16 is fine here")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline/model_index.json").write_text("{}")
+    arguments, message = BAD_INPUT[case]
+    code, printed = run(*flags, *(part.format(tmp=tmp_path) for part in arguments))
+    errors = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert code == 2, printed
+    assert len(errors) == 1
+    assert re.search(message, errors[0]), errors[0]
+    assert "Traceback" not in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_run_is_not_overwritten(run: Run, flags: list[str]) -> None:
+    """Oracle: the second identical command, which must refuse and name both ways out."""
+    assert run(*flags, "--checkpointing_steps", "2")[0] == 0
+    code, printed = run(*flags)
+    assert code == 2
+    assert "--resume_from_checkpoint latest" in printed
+
+
+def test_a_new_run_in_the_same_folder(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the files of the run before. Its weights stay until new ones are saved, its records do not.
+
+    In between the card is that of other weights, and the folder is not published.
+    """
+    out = tmp_path / "out"
+    code, printed = run(*flags, "--validation_steps", "3", "--report_to", "tensorboard", "--save_variant", "fp16")
+    assert code == 0, printed
+    assert set(recorded_weights((out / "README.md").read_text())) == {WEIGHTS, HALF} <= set(contents(out).names)
+    before = {name: (out / name).read_bytes() for name in (WEIGHTS, HALF)}
+    events = set((out / "logs").rglob("events.out.tfevents.*"))
+    (out / "hub.log").write_text("of before")
+
+    def interrupted(run: object) -> int:
+        raise UserError("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_srl_vae, "finish", interrupted)
+        assert run(*flags, "--report_to", "tensorboard", "--seed", "7")[0] == 2
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert [path.name for path in (out / "samples").iterdir()] == ["step-000000.png"]
+    assert not (out / "hub.log").exists()
+    assert not events & set((out / "logs").rglob("events.out.tfevents.*"))
+    assert "comparison.png" not in (out / "README.md").read_text()
+    with pytest.raises(UserError, match=r"README\.md was written before its training ended"):
+        contents(out)
+    assert run(*flags, "--seed", "7")[0] == 0
+    assert not (out / HALF).exists()
+    assert set(recorded_weights((out / "README.md").read_text())) == {WEIGHTS}
+    assert HALF not in contents(out).names
+
+
+@pytest.mark.parametrize(
+    ("resumed_from", "expected"),
+    [(None, 0), ("latest", 2), ("checkpoint-2", 2), ("out/checkpoint-2", 2), ("elsewhere/checkpoint-2", 0)],
+)
+def test_records_of_another_run_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed_from: str | None, expected: int
+) -> None:
+    """Oracle: where the checkpoint lies. Rows and pictures up to its step are of the same run in its own folder alone."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out", "elsewhere"):
+        (tmp_path / folder / "checkpoint-2").mkdir(parents=True)
+    begun: list[int] = []
+    records = SimpleNamespace(begin=begun.append)
+    args = SimpleNamespace(output_dir=Path("out"), resume_from_checkpoint=resumed_from)
+    step = 2 if resumed_from else 0
+    run = SimpleNamespace(args=args, progress=SimpleNamespace(step=step), journal=records, judge=records)
+    assert train_srl_vae.begin_records(run) == expected
+    assert begun == [expected, expected]
+
+
+@pytest.mark.parametrize(("step", "left"), [(0, {"mine.png"}), (3, {"mine.png", "step-000000.png", "step-000003.png"})])
+def test_pictures_after_the_step_are_taken_back(tmp_path: Path, step: int, left: set[str]) -> None:
+    """Oracle: their numbers, as the journal's rows; what the judge does not draw stays."""
+    (tmp_path / "samples").mkdir()
+    for name in ("mine.png", "comparison.png", *(f"step-{number:06d}.png" for number in (0, 3, 4, 1_000_000))):
+        (tmp_path / "samples" / name).write_bytes(b"")
+    Judge.begin(SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True), output_dir=tmp_path), step)
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == left
+
+
+def test_results_under_other_conditions_are_measured_anew(tmp_path: Path) -> None:
+    """Oracle: the rows. Those of the original VAE are kept where attacks, budget and number of images are the same."""
+
+    class Counting(Judge):
+        measured = 0
+
+        def _measure(self, codec: object, perturbations: list) -> list[dict]:
+            self.measured += 1
+            n = len(self.images)
+            return [{"vae": "original", "attack": one.name, "epsilon": one.epsilon, "n": n} for one in perturbations]
+
+    def judge(epsilon: float = 8 / 255, images: int = 3) -> int:
+        judge = Counting(
+            SimpleNamespace(is_main_process=True), original=SimpleNamespace(name="original"), current=None, loss=None,
+            images=torch.zeros(images, 3, 8, 8), epsilon=epsilon, output_dir=tmp_path, seed=0, batch_size=1,
+        )  # fmt: skip
+        judge.judge_original(resumed=True)
+        assert {row["n"] for row in judge.rows} == {images}
+        return judge.measured
+
+    assert [judge(), judge(), judge(epsilon=16 / 255), judge(epsilon=16 / 255), judge(epsilon=16 / 255, images=2)] == [
+        1, 0, 1, 0, 1
+    ]  # fmt: skip
+
+
+def test_what_is_published_names_no_folder_of_this_machine(photographs: Path, vae_folder: Path, tmp_path: Path) -> None:
+    """Oracle: a search for the folders in the card's arguments, its command and its description of the data."""
+    args = train_srl_vae.parse_args(
+        ["--train_data_dir", "../alice/photos", "--validation_data_dir", "~/held-out", "--output_dir", "runs/x",
+         "--pretrained_model_name_or_path", str(vae_folder), "--cache_dir", "/mnt/alice/cache"]
+    )  # fmt: skip
+    published = train_srl_vae.published_arguments(args)
+    assert published["train_data_dir"] == "photos"
+    assert published["validation_data_dir"] == "held-out"
+    assert published["output_dir"] == "runs/x"
+    assert not re.search(rf"alice|~|{vae_folder.parent}", train_srl_vae.training_command(args))
+    data = open_data(
+        DataSource(dataset_name=str(photographs), validation_split="0.2"), resolution=16, seed=0, center_crop=False,
+        random_flip=False, num_validation_images=3,
+    )  # fmt: skip
+    assert data.description.startswith(f"{photographs.name}: ")
+
+
+def test_exit_code_of_the_script(tmp_path: Path) -> None:
+    """Oracle: the shell. Run as a plain script, bad input ends with 2 and one line on stderr."""
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "--train_data_dir", tmp_path / "nowhere"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 2
+    assert [line for line in result.stderr.splitlines() if "nowhere" in line]
+    assert "Traceback" not in result.stderr
+
+
+# --- recipes --------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_only_sets_flags() -> None:
+    """Oracle: the flags themselves, given one by one; each can still be given beside the recipe, before or after it."""
+    parse = train_srl_vae.parse_args
+    paper, fast = vars(parse([])), vars(parse(["--recipe", "fast"]))
+    assert vars(parse(["--recipe", "paper"])) == paper
+    assert {name for name in paper if paper[name] != fast[name]} == {"recipe", *train_srl_vae.RECIPES["fast"]}
+    by_hand = parse([
+        "--pgd_steps", "1", "--pgd_step_size", "10/255", "--originality_units", "scaled", "--originality_weight", "0.03",
+        "--lr_scheduler", "cosine", "--lr_warmup_steps", "10",
+    ])  # fmt: skip
+    assert {**vars(by_hand), "recipe": "fast"} == fast
+    for arguments in (["--recipe", "fast", "--pgd_steps", "4"], ["--pgd_steps", "4", "--recipe", "fast"]):
+        assert vars(parse(arguments)) == {**fast, "pgd_steps": 4}
+
+
+# --- precision ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "force_upcast", "used"),
+    [("fp16", True, "no"), ("fp16", False, "fp16"), ("bf16", True, "bf16"), ("no", True, "no")],
+)
+def test_force_upcast_is_honoured(wanted: str, force_upcast: bool, used: str) -> None:
+    """Oracle: diffusers, which runs a VAE with force_upcast in float32 instead of float16."""
+    execution = choose_execution(
+        torch.device("cpu"), precision=wanted, torch_compile=False, force_upcast=force_upcast, flops=1e9
+    )
+    assert execution.precision == used
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
+def test_compiled_follows_eager(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the eager run, to float rounding; compiled on its own it would choose bf16 on some machines."""
+    flags = [*flags, "--mixed_precision", "no"]
+    assert run(*flags)[0] == 0
+    assert run(*flags, "--torch_compile", "--output_dir", tmp_path / "compiled")[0] == 0
+    for eager, compiled in zip(steps(tmp_path / "out"), steps(tmp_path / "compiled"), strict=True):
+        assert eager["loss"] == pytest.approx(compiled["loss"], rel=1e-3)
