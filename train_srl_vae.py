@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache, partial
@@ -106,8 +106,8 @@ from srl_utils.training.resuming import (
     told,
 )
 from srl_utils.training.step import TERMS, Networks, Step, build_networks
-from srl_utils.training.validation import COMPARISON, Judge, averaged_weights
-from srl_utils.vae.codec import Codec
+from srl_utils.training.validation import COMPARISON, Validation, averaged_weights
+from srl_utils.vae.codec import Codec, load_codec
 from srl_utils.vae.latents import LatentScale
 from srl_utils.vae.loading import (
     HALF_PRECISION,
@@ -118,7 +118,7 @@ from srl_utils.vae.loading import (
     read_config,
     variant_name,
 )
-from srl_utils.vae.networks import LatentDecoder, LatentEncoder, check_resolution
+from srl_utils.vae.networks import LatentEncoder, check_resolution
 
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"
 MAX_SKIPPED_IN_ROW = 10
@@ -158,11 +158,11 @@ def main(args: argparse.Namespace) -> int:
 
     accelerator.print(f"Running on {accelerator.device} in {plan.execution}")
     with sole_run(args.output_dir, is_main_process=accelerator.is_main_process):
-        prepare_output(args, accelerator, settings, plan)
+        prepare_output(args, accelerator, settings)
         run = build_run(args, accelerator, vae, data, plan, publisher, settings)
         run.checkpoints.check_room()
         resume(run, earlier)
-        run.judge.judge_original(resumed=begin_records(run) > 0)
+        run.validation.measure_original(resumed=begin_records(run) > 0)
         write_card(run, args.output_dir)
         with Interruption() as interruption:
             stop = train(run, interruption)
@@ -355,11 +355,11 @@ def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accel
     return accelerator
 
 
-def prepare_output(args: argparse.Namespace, accelerator: Accelerator, settings: Settings, plan: Plan) -> None:
+def prepare_output(args: argparse.Namespace, accelerator: Accelerator, settings: Settings) -> None:
     if accelerator.is_main_process:
         if not Checkpoints(args.output_dir).found() and args.resume_from_checkpoint in (None, "latest"):
             remove_logs(args.output_dir, args.output_dir / args.logging_dir / args.tracker_project_name)
-        judged = judged_with(settings, plan)
+        judged = judged_with(settings)
         remove_results_of_others(args.output_dir, judged)
         record = {**asdict(settings), "judged_with": judged, "versions": package_versions()}
         write_text_atomically(args.output_dir / ARGUMENTS_FILE, json.dumps(record, indent=1) + "\n")
@@ -370,11 +370,12 @@ def prepare_output(args: argparse.Namespace, accelerator: Accelerator, settings:
         accelerator.init_trackers(args.tracker_project_name, config=tracked)
 
 
-def judged_with(settings: Settings, plan: Plan) -> dict[str, Any]:
+def judged_with(settings: Settings) -> dict[str, Any]:
     """Returns what the original VAE's results depend on."""
-    flags = {name: settings.arguments[name] for name in ("epsilon", "lpips_weight", "lpips_net", "seed")}
+    flags = {name: settings.arguments[name] for name in ("epsilon", "seed")}
+    flags["lpips"] = settings.arguments["lpips_net"] if settings.arguments["lpips_weight"] else None
     inputs = {"base": settings.inputs.base, "validation": settings.inputs.validation}
-    return {**flags, **inputs, "precision": plan.execution.precision}
+    return {**flags, **inputs}
 
 
 def remove_results_of_others(output_dir: Path, judged: dict[str, Any]) -> None:
@@ -510,7 +511,7 @@ class Run:
     guard: OverfittingGuard
     checkpoints: Checkpoints
     journal: Journal
-    judge: Judge
+    validation: Validation
     publisher: Publisher | None
     settings: Settings
 
@@ -748,20 +749,16 @@ class Listener:
         return reason_to_stop(run, facts.step, self.interruption if interrupted else None)
 
 
-@contextmanager
-def judged_weights(run: Run) -> Iterator[None]:
-    """Within, what is judged and saved are the weights that the run is after: the average, where one is kept."""
-    with averaged_weights(run.ema, run.networks.encoder):
-        run.networks.mirror.refresh()
-        yield
-    run.networks.mirror.refresh()
+def judged_weights(run: Run) -> AbstractContextManager[None]:
+    """Within, what is measured and saved are the weights that the run is after: the average, where one is kept."""
+    return averaged_weights(run.ema, run.networks.encoder)
 
 
 def validate(run: Run) -> dict[str, float]:
     with judged_weights(run):
-        values = run.judge.judge_progress(run.progress.step)
+        values = run.validation.measure_progress(run.progress.step)
     run.journal.write(run.progress.step, values)
-    warning = run.guard.judge(values[f"validation/{run.judge.attack.name}/psnr"])
+    warning = run.guard.judge(values[f"validation/{run.validation.attack.name}/psnr"])
     if warning is not None:
         run.accelerator.print(f"Warning, step {run.progress.step}: {warning}")
     return values
@@ -834,20 +831,22 @@ def build_run(
             args.output_dir, args.checkpoints_total_limit, state_bytes(networks.vae, networks.encoder, ema)
         ),
         journal=Journal(accelerator, args.output_dir / "metrics.jsonl"),
-        judge=build_judge(args, accelerator, networks, data),
+        validation=build_validation(args, accelerator, networks, data),
         publisher=publisher,
         settings=settings,
     )
 
 
-def build_judge(args: argparse.Namespace, accelerator: Accelerator, networks: Networks, data: TrainingData) -> Judge:
-    """Judges the encoder being trained, by way of its mirror, beside the original one."""
-    return Judge(
+def build_validation(
+    args: argparse.Namespace, accelerator: Accelerator, networks: Networks, data: TrainingData
+) -> Validation:
+    """Return what measures the VAE being trained beside the original one, both in float32."""
+    return Validation(
         accelerator,
-        original=Codec(ORIGINAL, networks.reference, networks.decoder),
-        current=Codec(FINE_TUNED, networks.mirror.encoder, networks.decoder),
-        loss=networks.loss,
+        original=load_codec(ORIGINAL, autoencoder_source(args), device=accelerator.device),
+        current=Codec.of(networks.vae, FINE_TUNED),
         images=data.validation_images,
+        perceptual=networks.loss.perceptual,
         epsilon=args.epsilon,
         output_dir=args.output_dir,
         seed=args.seed,
@@ -879,7 +878,7 @@ def begin_records(run: Run) -> int:
     elsewhere = named not in (None, "latest") and Path(named).exists() and Path(named).resolve().parent != here
     step = 0 if elsewhere else run.progress.step
     run.journal.begin(step)
-    run.judge.begin(step)
+    run.validation.begin(step)
     return step
 
 
@@ -902,7 +901,7 @@ def finish(run: Run) -> int:
             save_drop_in(run.networks.vae, args.output_dir, variants=args.save_variant)
     validate(run)
     with judged_weights(run):
-        table = run.judge.judge_result()
+        table = run.validation.measure_result()
     variants = "".join(judge_variant(run, variant) for variant in args.save_variant)
     write_card(run, args.output_dir, saved=[WEIGHTS_NAME, *map(variant_name, args.save_variant)])
     run.accelerator.end_training()
@@ -926,13 +925,8 @@ def judge_variant(run: Run, variant: str) -> str:
     """One line on what half-precision weights cost, measured on the saved file as diffusers would run it."""
     source = AutoencoderSource(pretrained_model_name_or_path=str(run.args.output_dir), variant=variant)
     vae = load_autoencoder(source).to(run.accelerator.device)
-    dtype = inference_dtype(vae.config, variant)
-    codec = Codec(
-        f"{FINE_TUNED}-{variant}",
-        LatentEncoder(vae, autocast_dtype=dtype),
-        LatentDecoder(vae, autocast_dtype=dtype),
-    )
-    difference = run.judge.judge_variant(codec)
+    codec = Codec.of(vae, f"{FINE_TUNED}-{variant}", autocast_dtype=inference_dtype(vae.config, variant))
+    difference = run.validation.measure_variant(codec)
     advice = "" if abs(difference) < MAX_VARIANT_DIFFERENCE else "; prefer the full weights"
     return f"\nThe {variant} variant's clean PSNR differs by {difference:+.3f} dB{advice}.\n"
 
@@ -998,8 +992,8 @@ def write_card(run: Run, folder: Path, *, saved: Sequence[str] = ()) -> None:
         versions=package_versions(),
         original_vae=ORIGINAL,
         judged_vae=FINE_TUNED,
-        results=run.judge.rows,
-        results_table=run.judge.table(),
+        results=run.validation.rows,
+        results_table=run.validation.table(),
         picture=str(picture) if (folder / picture).exists() else None,
         weights={name: checksum(folder / name) for name in saved},
     )

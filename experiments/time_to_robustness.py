@@ -31,8 +31,10 @@ from torch import Tensor
 
 from srl_utils.command_line import Parser, exit_code, non_negative_int, pixel_distance, positive_int
 from srl_utils.evaluation.catalogue import Supplies, select
+from srl_utils.evaluation.cells import measure
 from srl_utils.evaluation.perturbations import CLEAN, Perturbation
 from srl_utils.evaluation.report.tables import markdown_table
+from srl_utils.evaluation.tasks.base import DRIFT, Metrics, Reconstruction
 from srl_utils.files import write_text_atomically
 from srl_utils.images.datasets import load_validation_images
 from srl_utils.images.sources import DataSource
@@ -40,7 +42,6 @@ from srl_utils.metrics.losses import ReconstructionLoss
 from srl_utils.training.checkpoints import STATE_FILE, Checkpoints, step_of
 from srl_utils.training.execution import can_compile
 from srl_utils.training.step import Networks, build_networks
-from srl_utils.training.validation import evaluate
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.loading import WEIGHTS_NAME, AutoencoderSource, load_autoencoder
 
@@ -125,7 +126,7 @@ class Judge:
         vae = load_autoencoder(AutoencoderSource(pretrained_model_name_or_path=args.model)).to(args.device)
         # In float32: what is judged is the VAE, whatever it was trained in.
         self.networks: Networks = build_networks(vae, ReconstructionLoss(), torch_compile=can_compile(args.device))
-        self.reference = Codec("original", self.networks.reference, self.networks.decoder)
+        self.reference = Codec("original", vae, self.networks.reference, self.networks.decoder)
         self.attack = strongest(args)
 
     def original(self) -> Point:
@@ -139,7 +140,7 @@ class Judge:
         progress = json.loads((checkpoint / STATE_FILE).read_text())["progress"]
         self.networks.vae.load_state_dict(load_file(checkpoint / "vae" / WEIGHTS_NAME))
         self.networks.mirror.refresh()
-        codec = Codec("current", self.networks.mirror.encoder, self.networks.decoder)
+        codec = Codec("current", self.networks.vae, self.networks.mirror.encoder, self.networks.decoder)
         seconds = progress["seconds"] - progress["first_steps"]
         return self._cached(
             folder / f"{checkpoint.name}-{self.attack.name}.json",
@@ -152,14 +153,16 @@ class Judge:
         return Point(**json.loads(path.read_text()))
 
     def _judge(self, codec: Codec) -> dict[str, float]:
-        records = evaluate(
-            codec, self.images, [CLEAN, self.attack], ReconstructionLoss(), indices=range(len(self.images)),
-            seed=1, batch_size=self.args.judge_batch_size, reference=self.reference,
+        metrics = Metrics(names=["psnr", DRIFT])
+        task = Reconstruction(metrics=metrics, baseline=self.reference, images=self.images)
+        records = measure(
+            [codec], [CLEAN, self.attack], task, self.images, numbers=range(len(self.images)), seed=1,
+            batch_size=self.args.judge_batch_size,
         )  # fmt: skip
         by_measure = {("clean", "psnr"): "clean", (self.attack.name, "psnr"): "attacked", ("clean", "drift"): "drift"}
         return {
-            measure: fmean(record.value for record in records if (record.attack, record.metric) == key)
-            for key, measure in by_measure.items()
+            name: fmean(record.value for record in records if (record.setting.attack, record.setting.metric) == key)
+            for key, name in by_measure.items()
         }
 
 
@@ -253,13 +256,13 @@ def draw(curves: dict[str, dict[int, list[Point]]], start: Point) -> Figure:
     """Attacked PSNR, clean PSNR and drift against seconds of training, a line per seed."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     titles = {"attacked": "PSNR under APGD (dB)", "clean": "PSNR of clean images (dB)", "drift": "latent drift"}
-    for axes, (measure, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+    for axes, (name_of_value, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         for number, (name, by_seed) in enumerate(curves.items()):
             for index, curve in enumerate(by_seed.values()):
                 points = [start, *curve]
                 axes.plot(
                     [point.seconds for point in points],
-                    [getattr(point, measure) for point in points],
+                    [getattr(point, name_of_value) for point in points],
                     color=f"C{number}", alpha=0.8, linewidth=1.3, label=name if index == 0 else None,
                 )  # fmt: skip
         axes.set(xlabel="seconds of training", title=title)

@@ -17,16 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from miniature.scenes import draw_dead_leaves, draw_scene
+from srl_utils.evaluation import cells
 from srl_utils.evaluation.perturbations import CLEAN, noise, strong_attack
 from srl_utils.evaluation.report.tables import markdown_table
-from srl_utils.evaluation.results import to_rows
+from srl_utils.evaluation.results import Row, to_rows
+from srl_utils.evaluation.tasks.base import Metrics, Reconstruction
 from srl_utils.images.decoding import decode_rgb
 from srl_utils.images.photographs import photograph_tiles
 from srl_utils.images.pixels import from_pil
-from srl_utils.metrics.losses import ReconstructionLoss
-from srl_utils.training.validation import evaluate
 from srl_utils.vae.codec import Codec
-from srl_utils.vae.networks import LatentDecoder, LatentEncoder
 
 SIZE = 64
 EPSILON = 8 / 255
@@ -44,9 +43,9 @@ def measure_scaling_factor(vae: AutoencoderKL) -> float:
     return round(1 / latents.std().item(), 5)
 
 
-def measure(vae: AutoencoderKL, extra: dict[str, Tensor] | None = None) -> dict[str, list[dict[str, object]]]:
+def measure(vae: AutoencoderKL, extra: dict[str, Tensor] | None = None) -> dict[str, list[Row]]:
     """Rows (the project's format) for each set of unseen images, clean and under the strong attack."""
-    codec = Codec("miniature", LatentEncoder(vae), LatentDecoder(vae))
+    codec = Codec.of(vae, "miniature")
     sets = {
         "held-out scikit-image photographs": tiles("validation", limit=NUM_IMAGES),
         "scenes": scenes(UNSEEN_SEED + 1, NUM_IMAGES),
@@ -56,19 +55,28 @@ def measure(vae: AutoencoderKL, extra: dict[str, Tensor] | None = None) -> dict[
     perturbations = [CLEAN, noise(EPSILON), strong_attack(EPSILON)]
     return {
         name: to_rows(
-            evaluate(
-                codec, images, perturbations, ReconstructionLoss(), indices=range(len(images)), seed=0, batch_size=32,
-                progress=name,
+            cells.measure(
+                [codec], perturbations, reconstruction(codec, images), images, numbers=range(len(images)), seed=0,
+                batch_size=32, title=name,
             )
         )
         for name, images in sets.items()
     }  # fmt: skip
 
 
+def reconstruction(codec: Codec, images: Tensor) -> Reconstruction:
+    """Return the task of reconstructing `images`, measured by PSNR and SSIM."""
+    return Reconstruction(metrics=Metrics(names=["psnr", "ssim"]), baseline=codec, images=images)
+
+
 def write_measurements(vae: AutoencoderKL, folder: Path, *, build: dict[str, object]) -> None:
     """Writes `measured.json` and a README that shows it into the weights' folder."""
     results = measure(vae)
-    content = {"build": build, "scaling_factor": vae.config.scaling_factor, "results": results}
+    content = {
+        "build": build,
+        "scaling_factor": vae.config.scaling_factor,
+        "results": {name: [row.to_json() for row in rows] for name, rows in results.items()},
+    }
     (folder / "measured.json").write_text(json.dumps(content, indent=1) + "\n")
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     (folder / "README.md").write_text(
@@ -81,12 +89,12 @@ def write_measurements(vae: AutoencoderKL, folder: Path, *, build: dict[str, obj
     )
 
 
-def table(results: dict[str, list[dict[str, object]]]) -> str:
+def table(results: dict[str, list[Row]]) -> str:
     """PSNR in dB as a Markdown table, one line per set of images."""
-    attacks = list(dict.fromkeys(row["attack"] for rows in results.values() for row in rows))
+    attacks = list(dict.fromkeys(row.attack for rows in results.values() for row in rows))
     lines = [["images (64 px)", *attacks]]
     for name, rows in results.items():
-        psnr = {row["attack"]: row["value"] for row in rows if row["metric"] == "psnr"}
+        psnr = {row.attack: row.value for row in rows if row.metric == "psnr"}
         lines.append([name, *(f"{psnr[attack]:.2f}" for attack in attacks)])
     return markdown_table(lines)
 

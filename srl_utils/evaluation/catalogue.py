@@ -17,7 +17,15 @@ from srl_utils.attacks.gradient import APGDConfig, apgd, pgd
 from srl_utils.attacks.protections import PROTECTIONS, Protection, Victim, protect
 from srl_utils.attacks.random_search import SquareConfig, square_attack
 from srl_utils.errors import UserError
-from srl_utils.evaluation.perturbations import CLEAN, Perturbation, noise, on_reconstruction, settling_pgd
+from srl_utils.evaluation.perturbations import (
+    AS_PUBLISHED,
+    CLEAN,
+    MSE,
+    Perturbation,
+    noise,
+    on_reconstruction,
+    settling_pgd,
+)
 from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import frozen
@@ -147,15 +155,15 @@ def _iterated(name: str, match: re.Match[str], epsilon: float, supplies: Supplie
         lambda objective, clean, generators: run(objective, clean, config, generators=generators),
         epsilon=epsilon,
         passes=count if kind == "square" else 2 * count * restarts,
-        own_loss=ReconstructionLoss(supplies.perceptual, weight=1.0) if match[4] else None,
+        loss=ReconstructionLoss(supplies.perceptual, weight=1.0) if match[4] else MSE,
     )
 
 
 def _corrupted(corruption: Corruption, severity: int) -> Perturbation:
-    def apply(codec: Codec, loss: ReconstructionLoss, clean: Tensor, generators: Generators) -> Tensor:
+    def apply(codec: Codec, clean: Tensor, generators: Generators) -> Tensor:
         return corruption.apply(clean, severity, generators)
 
-    return Perturbation(name=f"{corruption.name}-{severity}", threat_model="none", epsilon=0.0, apply=apply)
+    return Perturbation(name=f"{corruption.name}-{severity}", apply=apply)
 
 
 def _protected(protection: Protection, epsilon: float | None, supplies: Supplies) -> Perturbation:
@@ -163,7 +171,7 @@ def _protected(protection: Protection, epsilon: float | None, supplies: Supplies
     steps = min(protection.num_steps, supplies.max_steps or protection.num_steps)
     denoiser = Denoiser.from_pipeline(supplies.pipeline, protection.prompt) if protection.needs_denoiser else None
 
-    def apply(codec: Codec, loss: ReconstructionLoss, clean: Tensor, generators: Generators) -> Tensor:
+    def apply(codec: Codec, clean: Tensor, generators: Generators) -> Tensor:
         victim = Victim(
             encode=codec.moments,
             decode=codec.decoder,
@@ -178,7 +186,7 @@ def _protected(protection: Protection, epsilon: float | None, supplies: Supplies
             )
 
     return Perturbation(
-        name=protection.name, threat_model="adaptive", epsilon=epsilon or 0.0, apply=apply,
+        name=protection.name, objective=AS_PUBLISHED, epsilon=epsilon or 0.0, apply=apply,
         passes=steps * protection.passes_per_step,
         impossible_on=supplies.strangers if protection.needs_denoiser else frozenset(),
     )  # fmt: skip

@@ -16,68 +16,75 @@ from srl_utils.vae.networks import frozen
 
 Attack = Callable[[Objective, Tensor, Generators], Tensor]
 """Objective, clean images `[N,3,H,W]` and a generator for each to attacked images."""
+NO_THREAT, TRANSFER, ADAPTIVE = "none", "transfer", "adaptive"
+"""Threat models: no adversary; attacks made on the baseline; attacks made on the VAE under judgement."""
+MSE = ReconstructionLoss()
+AS_PUBLISHED = "as published"
+"""What protections maximise: the objective of their authors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Perturbation:
-    """One line of the results: what is done to the images before the VAE sees them."""
+    """An attack, a protection or a corruption, and how it is named in the results."""
 
     name: str
-    threat_model: str
-    """`none` where no adversary is at work, `adaptive` where the attack is made on the VAE under judgement."""
-    epsilon: float
-    """Units of a [0,1] image."""
-    apply: Callable[[Codec, ReconstructionLoss, Tensor, Generators], Tensor]
+    objective: str | None = None
+    """What it maximises, such as `mse`; None for what is not made against a VAE."""
+    epsilon: float = 0.0
+    """Budget in units of a [0,1] image."""
+    apply: Callable[[Codec, Tensor, Generators], Tensor]
+    """VAE, clean images `[N,3,H,W]` in [-1,1] and a generator for each to as many perturbed images."""
     passes: float = 0
-    """Through encoder and decoder per image, about: what it costs to make."""
+    """Cost per image, in passes through encoder and decoder."""
     impossible_on: frozenset[str] = frozenset()
     """Names of the VAEs that it cannot be made on."""
 
     @property
     def adversarial(self) -> bool:
-        return self.threat_model != "none"
+        """Return whether it is made against a VAE."""
+        return self.objective is not None
 
 
-CLEAN = Perturbation(name="clean", threat_model="none", epsilon=0.0, apply=lambda codec, loss, clean, generators: clean)
+CLEAN = Perturbation(name="clean", apply=lambda codec, clean, generators: clean)
 
 
 def on_reconstruction(
-    name: str, attack: Attack, *, epsilon: float, passes: float, own_loss: ReconstructionLoss | None = None
+    name: str, attack: Attack, *, epsilon: float, passes: float, loss: ReconstructionLoss = MSE
 ) -> Perturbation:
-    """`attack` on the reconstruction loss of a VAE; `own_loss` replaces the one the evaluation attacks with."""
+    """Return `attack` on the reconstruction by a VAE, which maximises `loss`."""
 
-    def apply(codec: Codec, loss: ReconstructionLoss, clean: Tensor, generators: Generators) -> Tensor:
-        used = own_loss or loss
-        target = used.target(clean)
+    def apply(codec: Codec, clean: Tensor, generators: Generators) -> Tensor:
+        target = loss.target(clean)
         with frozen(codec.encoder):
-            return attack(lambda images: used(codec.reconstruct(images), target), clean, generators)
+            return attack(lambda images: loss(codec.reconstruct(images), target), clean, generators)
 
-    return Perturbation(name=name, threat_model="adaptive", epsilon=epsilon, apply=apply, passes=passes)
+    return Perturbation(name=name, objective=loss.name, epsilon=epsilon, apply=apply, passes=passes)
 
 
-def reconstruction_attack(config: PGDConfig) -> Perturbation:
-    """PGD on the reconstruction loss of the VAE under judgement, named after its steps and restarts."""
+def reconstruction_attack(config: PGDConfig, loss: ReconstructionLoss = MSE, *, suffix: str = "") -> Perturbation:
+    """Return PGD on the reconstruction, named after its steps and restarts."""
     restarts = f"x{config.num_restarts}" if config.num_restarts > 1 else ""
     return on_reconstruction(
-        f"pgd-{config.num_steps}{restarts}",
+        f"pgd-{config.num_steps}{restarts}{suffix}",
         lambda objective, clean, generators: pgd(objective, clean, config, generators=generators),
         epsilon=config.epsilon,
         passes=2 * config.num_steps * config.num_restarts,
+        loss=loss,
     )
 
 
 def usual_attack(epsilon: float) -> Perturbation:
-    """Ten steps of epsilon/4, whatever the training does, so that trainings can be compared."""
+    """Return `pgd-10`: ten steps of epsilon/4."""
     return reconstruction_attack(settling_pgd(epsilon, 10, 1))
 
 
 def strong_attack(epsilon: float) -> Perturbation:
-    """An attack the training does not see: 50 steps of epsilon/8, 2 restarts, the best iterate of each image."""
+    """Return `pgd-50x2`: 50 steps of epsilon/8, 2 restarts, the best iterate of each image."""
     return reconstruction_attack(settling_pgd(epsilon, 50, 2))
 
 
 def settling_pgd(epsilon: float, num_steps: int, num_restarts: int) -> PGDConfig:
-    """PGD that keeps its best: steps long enough to cross the ball in ten, short enough to settle in a hundred."""
+    """Return PGD that keeps its best iterate, with steps that cross the ball in ten and settle in a hundred."""
     return PGDConfig(
         epsilon=epsilon,
         step_size=epsilon * max(2.5 / num_steps, 1 / 8) if num_steps else epsilon,
@@ -88,10 +95,9 @@ def settling_pgd(epsilon: float, num_steps: int, num_restarts: int) -> PGDConfig
 
 
 def noise(epsilon: float) -> Perturbation:
-    """White noise with standard deviation `epsilon`: about the energy of an attack, without its aim."""
+    """Return white noise of standard deviation `epsilon`: about the energy of an attack, but not adversarial."""
     return Perturbation(
         name="gaussian-noise",
-        threat_model="none",
         epsilon=epsilon,
-        apply=lambda codec, loss, clean, generators: gaussian_noise(clean, epsilon, generators=generators),
+        apply=lambda codec, clean, generators: gaussian_noise(clean, epsilon, generators=generators),
     )

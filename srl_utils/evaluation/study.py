@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
@@ -18,32 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from srl_utils.attacks.draws import image_generators
 from srl_utils.console import progress_bar
 from srl_utils.errors import UnusableFile, UserError
+from srl_utils.evaluation.cells import Job, attempted, batched, cells_of, compute
 from srl_utils.evaluation.metering import Meter, images_of
-from srl_utils.evaluation.perturbations import Perturbation
-from srl_utils.evaluation.results import Record, to_records, to_rows
+from srl_utils.evaluation.perturbations import ADAPTIVE, TRANSFER, Perturbation
+from srl_utils.evaluation.results import Record, Row, Setting, to_row, to_rows
 from srl_utils.evaluation.tasks.base import Cell, Task
 from srl_utils.files import read_json, write_atomically, write_text_atomically
 from srl_utils.metrics.features import SET_METRICS
-from srl_utils.metrics.losses import ReconstructionLoss
 from srl_utils.vae.codec import Codec
 
-TRANSFER, ADAPTIVE, NO_THREAT = "transfer", "adaptive", "none"
 THREAT_MODELS = (TRANSFER, ADAPTIVE)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A batch of one cell, the numbers of its images."""
-
-    cell: Cell
-    batch: Sequence[int]
-
-    def cost(self, passes: float) -> int:
-        """In passes through a VAE, about, where one of them takes `passes` for its task."""
-        return round(len(self.batch) * (self.cell.perturbation.passes + passes * len(self.cell.judged)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +87,7 @@ class Study:
     def cells(self) -> Iterator[Cell]:
         """In the order of the perturbations."""
         for perturbation in self.perturbations:
-            yield from self._cells_of(perturbation)
+            yield from cells_of(perturbation, self.codecs, self.threat_models)
 
     @contextmanager
     def watched(self, bar: tqdm) -> Iterator[Meter]:
@@ -110,8 +96,8 @@ class Study:
         with meter.watching(self.codecs, self.task.denoiser):
             yield meter
 
-    def rows(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Means with intervals in the project's row format, and what has one value for all images and no interval."""
+    def rows(self, records: Sequence[Record]) -> list[Row]:
+        """Return means with intervals, and what has one value for all images and no interval."""
         rows = to_rows(records)
         if self.task.metrics.features is not None:
             cells = list(self.cells())
@@ -122,52 +108,18 @@ class Study:
                     bar.update()
         return rows
 
-    def _cells_of(self, perturbation: Perturbation) -> Iterator[Cell]:
-        everyone = tuple(self.codecs)
-        if not perturbation.adversarial:
-            yield Cell(perturbation, self.baseline, everyone, {codec.name: (NO_THREAT,) for codec in everyone})
-            return
-        # On the baseline itself the two threat models are one and the same.
-        labels = {self.baseline.name: tuple(self.threat_models)}
-        if TRANSFER in self.threat_models:
-            labels |= {codec.name: (TRANSFER,) for codec in everyone[1:]}
-        yield Cell(perturbation, self.baseline, tuple(codec for codec in everyone if codec.name in labels), labels)
-        if ADAPTIVE in self.threat_models:
-            for codec in everyone[1:]:
-                if codec.name not in perturbation.impossible_on:
-                    yield Cell(perturbation, codec, (codec,), {codec.name: (ADAPTIVE,)})
-
     def _missing(self, cell: Cell) -> Iterator[Job]:
         """Batches of the images without values; they do not depend on the number of processes."""
         done = {record.index for record in self._read(cell)}
         numbers = [number for number in range(len(self.images)) if number not in done]
-        for start in range(0, len(numbers), self.batch_size):
-            yield Job(cell, numbers[start : start + self.batch_size])
+        yield from batched(cell, numbers, self.batch_size)
 
     def _compute(self, job: Job, meter: Meter) -> None:
-        cell, numbers = job.cell, job.batch
-        clean = self.images[numbers].to(self.accelerator.device, memory_format=torch.channels_last)
-        with _watched(cell.source) as finite:
-            shown = cell.perturbation.apply(
-                cell.source, ReconstructionLoss(), clean, image_generators(self.seed, numbers)
-            )
-        if not all(finite):  # such an attack would be weaker than it claims
-            raise _not_finite(job, cell.source, numbers)
         records: list[Record] = []
         features: dict[str, Tensor] = {}
-        for codec, variant in product(cell.judged, self.task.variants):
-            made = attempted(cell.title, variant)
-            meter.say(f"{codec.name} judged, {made}: {images_of(numbers, len(self.images))}")
-            with torch.no_grad():
-                outcome = self.task.attempt(cell, codec, shown, numbers, variant)
-                _check_finite(outcome, job, codec)
-                values = self.task.measure(cell, codec, outcome, numbers, variant)
-                for value in values.values():
-                    _check_finite(value[:, None], job, codec)
-            named = replace(cell.perturbation, name=attempted(cell.perturbation.name, variant))
-            for threat_model in cell.threat_models[codec.name]:
-                records += to_records(codec.name, named, threat_model, numbers, values)
-            features |= self._features(outcome, f"{codec.name}/{variant}/")
+        for measured in compute(job, self.task, self.images, seed=self.seed, meter=meter):
+            records += measured.records
+            features |= self._features(measured.outcome, f"{measured.codec.name}/{measured.variant}/")
         self._write(job, records, features)
 
     def _features(self, images: Tensor, prefix: str = "") -> dict[str, Tensor]:
@@ -196,11 +148,11 @@ class Study:
     def _read(self, cell: Cell) -> list[Record]:
         records = chain.from_iterable(map(read_json, self._batches(cell)))
         return sorted(
-            (Record(*record) for record in records),
-            key=lambda record: (record.vae, record.threat_model, record.metric, record.index),
+            map(Record.from_json, records),
+            key=lambda record: (record.vae, record.setting.threat_model, record.setting.metric, record.index),
         )
 
-    def _set_rows(self, cell: Cell) -> Iterator[dict[str, Any]]:
+    def _set_rows(self, cell: Cell) -> Iterator[Row]:
         batches = list(map(_features_beside, self._batches(cell)))
         for codec, variant in product(cell.judged, self.task.variants):
             real = self._reference_features[variant]
@@ -209,17 +161,10 @@ class Study:
             }
             for metric in (name for name in SET_METRICS if name in self.task.metrics.names):
                 value = SET_METRICS[metric].value(real, shown)
+                done = (attempted(cell.perturbation.name, variant), cell.perturbation.objective)
                 for threat_model in cell.threat_models[codec.name]:
-                    yield {
-                        "vae": codec.name,
-                        "attack": attempted(cell.perturbation.name, variant),
-                        "threat_model": threat_model,
-                        "epsilon": cell.perturbation.epsilon,
-                        "metric": metric,
-                        "value": value,
-                        "ci95": None,
-                        "n": len(self.images),
-                    }
+                    setting = Setting(*done, threat_model, cell.perturbation.epsilon, metric)
+                    yield to_row(codec.name, setting, value, n=len(self.images))
 
     @cached_property
     def _reference_features(self) -> dict[str, dict[str, Tensor]]:
@@ -250,11 +195,6 @@ class Study:
             write_text_atomically(path, text)
 
 
-def attempted(perturbation: str, variant: str) -> str:
-    """How results name what was done to the images and then with them."""
-    return f"{perturbation}, {variant}" if variant else perturbation
-
-
 def _features_beside(path: Path) -> dict[str, Tensor]:
     """Of a batch whose values are in `path`."""
     features = path.with_suffix(".safetensors")
@@ -262,32 +202,3 @@ def _features_beside(path: Path) -> dict[str, Tensor]:
         return load_file(features)
     except (OSError, SafetensorError):
         raise UnusableFile(f"{features} is damaged; remove {path}, and the same command makes both again") from None
-
-
-@contextmanager
-def _watched(codec: Codec) -> Iterator[list[Tensor]]:
-    """Within, each pass through `codec` adds whether all it returns is finite; nothing waits for the device."""
-    finite: list[Tensor] = []
-    hooks = [
-        part.register_forward_hook(lambda module, inputs, output: finite.append(output.detach().isfinite().all()))
-        for part in (codec.encoder, codec.decoder)
-    ]
-    try:
-        yield finite
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _check_finite(values: Tensor, job: Job, codec: Codec) -> None:
-    """Values `[N,...]`, a row for each image of the job."""
-    finite = values.isfinite().flatten(1).all(dim=1).tolist()
-    if not all(finite):
-        raise _not_finite(job, codec, [number for number, good in zip(job.batch, finite, strict=True) if not good])
-
-
-def _not_finite(job: Job, codec: Codec, numbers: Sequence[int]) -> UserError:
-    return UserError(
-        f"{codec.name} returns values that are not finite for the images {', '.join(map(str, numbers))} under "
-        f"{job.cell.title}; a mean over the rest would say nothing. Try --mixed_precision no or bf16"
-    )

@@ -8,18 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 
 from srl_utils.images.pixels import format_pixel_distance
 from srl_utils.markdown import as_code, as_text
 
+if TYPE_CHECKING:
+    from srl_utils.evaluation.results import Row
+
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
 WEIGHTS_HEADING = "SHA-256 of the weights that this card describes"
 LICENSE_KEYS = ("license", "license_name", "license_link")
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class CardFacts:
     versions: Mapping[str, str]
     original_vae: str
     judged_vae: str
-    results: Rows = ()
+    results: Sequence[Row] = ()
     results_table: str = ""
     picture: str | None = None
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -61,7 +62,7 @@ def render_card(facts: CardFacts) -> str:
     """The card as text: YAML metadata with a model-index of the judged VAE's results, then prose."""
     on_hub = not Path(facts.base_model).exists()
     base_name = as_text(facts.base_model) if on_hub else as_code(Path(facts.base_model).resolve().name)
-    judged = [row for row in facts.results if row["vae"] == facts.judged_vae]
+    judged = [row for row in facts.results if row.vae == facts.judged_vae]
     data = ModelCardData(
         library_name="diffusers",
         base_model=facts.base_model if on_hub else None,
@@ -115,7 +116,7 @@ def base_license(base_model: str) -> dict[str, str]:
     return {key: data[key] for key in LICENSE_KEYS if data.get(key)}
 
 
-def _eval_result(row: Mapping[str, Any], facts: CardFacts) -> EvalResult:
+def _eval_result(row: Row, facts: CardFacts) -> EvalResult:
     return EvalResult(
         task_type="image-to-image",
         task_name="Reconstruction",
@@ -123,28 +124,27 @@ def _eval_result(row: Mapping[str, Any], facts: CardFacts) -> EvalResult:
         dataset_name=facts.data,
         # Results of one configuration are merged into one entry: without it, those of all attacks would be.
         dataset_config=_conditions(row),
-        metric_type=str(row["metric"]),
-        metric_name=f"{row['metric']}, {_conditions(row)}",
-        metric_value=round(float(row["value"]), 4),
+        metric_type=row.metric,
+        metric_name=f"{row.metric}, {_conditions(row)}",
+        metric_value=round(row.value, 4),
     )
 
 
-def _finding(row: Mapping[str, Any], facts: CardFacts) -> str | None:
+def _finding(row: Row, facts: CardFacts) -> str | None:
     """How the PSNR under one attack has changed, in one sentence."""
-    if row["metric"] != "psnr":
+    if row.metric != "psnr":
         return None
-    same = ("attack", "threat_model", "epsilon", "metric")
     for other in facts.results:
-        if other["vae"] == facts.original_vae and all(other[key] == row[key] for key in same):
-            change = row["value"] - other["value"]
+        if other.vae == facts.original_vae and other.setting == row.setting:
+            change = row.value - other.value
             verb = "gains" if change >= 0 else "loses"
-            return f"{_conditions(row)}: {verb} {abs(change):.2f} dB ({other['value']:.2f} to {row['value']:.2f} dB)"
+            return f"{_conditions(row)}: {verb} {abs(change):.2f} dB ({other.value:.2f} to {row.value:.2f} dB)"
     return None
 
 
 def _halves(facts: CardFacts) -> list[tuple[str, float]]:
     """Each half-precision variant, and by how many dB its clean reconstruction differs."""
-    clean = {row["vae"]: row["value"] for row in facts.results if (row["attack"], row["metric"]) == ("clean", "psnr")}
+    clean = {row.vae: row.value for row in facts.results if (row.attack, row.metric) == ("clean", "psnr")}
     prefix = f"{facts.judged_vae}-"
     return [
         (vae.removeprefix(prefix), value - clean[facts.judged_vae])
@@ -153,5 +153,5 @@ def _halves(facts: CardFacts) -> list[tuple[str, float]]:
     ]
 
 
-def _conditions(row: Mapping[str, Any]) -> str:
-    return f"{row['attack']}, epsilon {format_pixel_distance(row['epsilon'])}" if row["epsilon"] else str(row["attack"])
+def _conditions(row: Row) -> str:
+    return f"{row.attack}, epsilon {format_pixel_distance(row.epsilon)}" if row.epsilon else row.attack

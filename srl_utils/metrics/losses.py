@@ -23,6 +23,9 @@ LPIPS_TRUNKS = {
     "alex": "alexnet-owt-7be5be79.pth",
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
+"""File names of torchvision's weights."""
+LPIPS_METRICS = {f"lpips-{trunk}": trunk for trunk in LPIPS_TRUNKS}
+"""Trunks by the name that the metric has in results."""
 
 
 class Target(NamedTuple):
@@ -53,6 +56,14 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self.perceptual = perceptual
         self.weight = weight
+
+    @property
+    def name(self) -> str:
+        """Return the formula as results name it, such as `mse + lpips-vgg`."""
+        if self.perceptual is None:
+            return "mse"
+        factor = "" if self.weight == 1 else f"{self.weight:g} "
+        return f"mse + {factor}{self.perceptual.name}"
 
     @torch.no_grad()
     def target(self, clean: Tensor) -> Target:
@@ -85,6 +96,11 @@ class PerceptualDistance(nn.Module):
         # The package leaves its linear weights trainable.
         self.network = network.requires_grad_(False).eval()
         self.dtype = next(self.network.net.parameters()).dtype
+
+    @property
+    def name(self) -> str:
+        """Return the metric's name with its trunk, such as `lpips-vgg`."""
+        return f"lpips-{self.network.pnet_type}"
 
     def in_precision(self, dtype: torch.dtype) -> PerceptualDistance:
         """A twin whose convolutions run and are held in `dtype`; what is made of their results stays in float32.

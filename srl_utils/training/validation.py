@@ -6,9 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,16 +15,14 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor
 
-from srl_utils.attacks.draws import image_generators
-from srl_utils.console import progress_bar
-from srl_utils.evaluation.metering import Meter, images_of
+from srl_utils.evaluation.cells import measure
 from srl_utils.evaluation.perturbations import CLEAN, Perturbation, noise, strong_attack, usual_attack
 from srl_utils.evaluation.report.grids import comparison_picture, reconstruction_picture
 from srl_utils.evaluation.report.tables import comparison_table, won_back
-from srl_utils.evaluation.results import Record, to_records, to_rows
-from srl_utils.evaluation.tasks.base import drift, measure
+from srl_utils.evaluation.results import Record, Row, to_rows
+from srl_utils.evaluation.tasks.base import DRIFT, Metrics, Reconstruction
 from srl_utils.files import read_json, write_text_atomically
-from srl_utils.metrics.losses import ReconstructionLoss
+from srl_utils.metrics.losses import PerceptualDistance
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import LatentEncoder
 
@@ -34,17 +30,19 @@ PICTURED = 8
 COMPARISON = "comparison.png"
 
 
-class Judge:
+class Validation:
     """Measures the original VAE once and the fine-tuned one as often as asked, and writes what it finds.
+
+    The attacks are those of `python -m srl_utils.evaluation` of the same names: they maximise the mean squared error,
+    whatever the training attacks. VAEs are measured in float32, as they are saved.
 
     Args:
         accelerator: each of its processes measures its share of the images.
-        original: the VAE as it was.
-        current: the VAE as it is; the same objects throughout the training.
-        loss: the objective of the attacks.
+        original: the VAE before the training.
+        current: the VAE being trained; the same object throughout the training.
         images: `[n,3,H,W]` in [-1,1], held out from training.
-        epsilon: of the attacks, units of a [0,1] image. They do not depend on how the training attacks, so that runs can
-            be compared.
+        perceptual: LPIPS, to be measured as well; None for PSNR, SSIM and drift alone.
+        epsilon: budget of the attacks, units of a [0,1] image.
         output_dir: gets `results.json` and `samples/*.png`.
         seed: of the attacks' random starts and of the noise.
         batch_size: images attacked at a time by each process.
@@ -56,21 +54,24 @@ class Judge:
         *,
         original: Codec,
         current: Codec,
-        loss: ReconstructionLoss,
         images: Tensor,
+        perceptual: PerceptualDistance | None,
         epsilon: float,
         output_dir: Path,
         seed: int,
         batch_size: int,
     ) -> None:
-        self.accelerator, self.original, self.current, self.loss = accelerator, original, current, loss
+        self.accelerator, self.original, self.current = accelerator, original, current
         self.images, self.output_dir, self.seed, self.batch_size = images, output_dir, seed, batch_size
+        names = ["psnr", "ssim", DRIFT, *([perceptual.name] if perceptual else [])]
+        metrics = Metrics(names=names, perceptual=[perceptual] if perceptual else [])
+        self.task = Reconstruction(metrics=metrics, baseline=original, images=images)
         self.attack, self.strong_attack = usual_attack(epsilon), strong_attack(epsilon)
         self.noise = noise(epsilon)
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
 
     def begin(self, step: int) -> None:
-        """Removes pictures that an earlier run, or this one after `step`, has drawn; they are drawn anew."""
+        """Remove pictures that an earlier run, or this one after `step`, has drawn; they are drawn anew."""
         if self.accelerator.is_main_process:
             for picture in (self.output_dir / "samples").glob("step-*.png"):
                 drawn = re.fullmatch(r"step-(\d+)\.png", picture.name)
@@ -78,39 +79,40 @@ class Judge:
                     picture.unlink()
             (self.output_dir / "samples" / COMPARISON).unlink(missing_ok=True)
 
-    def judge_original(self, *, resumed: bool) -> None:
-        """Measures the original VAE, unless a resumed run finds that done, on as many images, in `results.json`."""
+    def measure_original(self, *, resumed: bool) -> None:
+        """Measure the original VAE, unless a resumed run finds its rows, of as many images, in `results.json`."""
         results = self.output_dir / "results.json"
         if resumed and results.exists():
-            self.rows = [row for row in read_json(results) if row["vae"] == self.original.name]
+            rows = map(Row.from_json, read_json(results))
+            self.rows = [row for row in rows if row.vae == self.original.name]
         wanted = {(one.name, one.epsilon, len(self.images)) for one in self._everything()}
-        if {(row["attack"], row["epsilon"], row["n"]) for row in self.rows} != wanted:
-            self._record(self._measure(self.original, self._everything()))
+        if {(row.attack, row.epsilon, row.n) for row in self.rows} != wanted:
+            self._keep(self._measure(self.original, self._everything()))
 
-    def judge_progress(self, step: int) -> dict[str, float]:
-        """Clean and attacked quality of the current weights, by metric name; draws some reconstructions."""
+    def measure_progress(self, step: int) -> dict[str, float]:
+        """Return clean and attacked quality of the current weights, by metric name; draw some reconstructions."""
         rows = self._measure(self.current, [CLEAN, self.attack])
-        self._record(rows)
+        self._keep(rows)
         shown = self.images[:PICTURED]
         self._draw(f"step-{step:06d}.png", lambda: reconstruction_picture(self.current, shown))
-        return {f"validation/{row['attack']}/{row['metric']}": row["value"] for row in rows}
+        return {f"validation/{row.attack}/{row.metric}": row.value for row in rows}
 
-    def judge_result(self) -> str:
-        """Everything, on the final weights; writes results and pictures, returns the table to print."""
-        self._record(self._measure(self.current, self._everything()))
+    def measure_result(self) -> str:
+        """Measure everything on the final weights; write results and pictures, return the table to print."""
+        self._keep(self._measure(self.current, self._everything()))
         self._draw(COMPARISON, self._comparison)
         return self.table()
 
-    def judge_variant(self, variant: Codec) -> float:
-        """Clean quality of the final weights at lower precision; returns the dB of PSNR by which it differs."""
-        self._record(self._measure(variant, [CLEAN]))
-        clean = {row["vae"]: row["value"] for row in self.rows if (row["attack"], row["metric"]) == ("clean", "psnr")}
+    def measure_variant(self, variant: Codec) -> float:
+        """Measure the final weights at lower precision; return the dB by which their clean PSNR differs."""
+        self._keep(self._measure(variant, [CLEAN]))
+        clean = {row.vae: row.value for row in self.rows if (row.attack, row.metric) == ("clean", "psnr")}
         return clean[variant.name] - clean[self.current.name]
 
     def table(self) -> str:
-        """The results so far, original beside fine-tuned, and what has become of the attack's damage."""
+        """Return the results so far, original beside fine-tuned, and the share of the attack's damage undone."""
         table = comparison_table(self.rows, (self.original.name, self.current.name))
-        if not any((row["vae"], row["attack"]) == (self.current.name, self.strong_attack.name) for row in self.rows):
+        if not any((row.vae, row.attack) == (self.current.name, self.strong_attack.name) for row in self.rows):
             return table
         share = won_back(self.rows, self.strong_attack.name, self.original.name, self.current.name)
         return f"{table}\n\nOf the PSNR that {self.strong_attack.name} costs the original VAE, {share:.0%} is won back."
@@ -118,33 +120,31 @@ class Judge:
     def _everything(self) -> list[Perturbation]:
         return [CLEAN, self.attack, self.strong_attack, self.noise]
 
-    def _measure(self, codec: Codec, perturbations: list[Perturbation]) -> list[dict[str, Any]]:
+    def _measure(self, codec: Codec, perturbations: Sequence[Perturbation]) -> list[Row]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        records = evaluate(
-            codec,
-            self.images[rank::world],
+        records = measure(
+            [codec],
             perturbations,
-            self.loss,
-            indices=range(rank, len(self.images), world),
+            self.task,
+            self.images,
+            numbers=range(rank, len(self.images), world),
             seed=self.seed,
             batch_size=self.batch_size,
-            reference=self.original,
-            progress=codec.name if self.accelerator.is_main_process else None,
+            title=codec.name if self.accelerator.is_main_process else None,
         )
-        return to_rows([Record(*record) for record in gather_object(records)])
+        return to_rows([Record.from_json(record) for record in gather_object(records)])
 
     def _comparison(self) -> Image.Image:
         spread = torch.linspace(0, len(self.images) - 1, min(4, len(self.images))).long()
-        return comparison_picture(
-            self.original, self.current, self.images[spread], self.strong_attack, self.loss, seed=self.seed
-        )
+        return comparison_picture(self.original, self.current, self.images[spread], self.strong_attack, seed=self.seed)
 
-    def _record(self, rows: list[dict[str, Any]]) -> None:
-        """Keeps `rows` in place of earlier ones of the same VAE, and writes all."""
-        renewed = {row["vae"] for row in rows}
-        self.rows = [row for row in self.rows if row["vae"] not in renewed] + rows
+    def _keep(self, rows: list[Row]) -> None:
+        """Keep `rows` in place of earlier ones of the same VAE, and write all."""
+        renewed = {row.vae for row in rows}
+        self.rows = [row for row in self.rows if row.vae not in renewed] + rows
         if self.accelerator.is_main_process:
-            write_text_atomically(self.output_dir / "results.json", json.dumps(self.rows, indent=1) + "\n")
+            text = json.dumps([row.to_json() for row in self.rows], indent=1)
+            write_text_atomically(self.output_dir / "results.json", f"{text}\n")
 
     def _draw(self, name: str, draw: Callable[[], Image.Image]) -> None:
         if self.accelerator.is_main_process:
@@ -165,49 +165,3 @@ def averaged_weights(ema: EMAModel | None, encoder: LatentEncoder) -> Iterator[N
         yield
     finally:
         ema.restore(encoder.parameters())
-
-
-def evaluate(
-    codec: Codec,
-    images: Tensor,
-    perturbations: Sequence[Perturbation],
-    loss: ReconstructionLoss,
-    *,
-    indices: Sequence[int],
-    seed: int,
-    batch_size: int,
-    reference: Codec | None = None,
-    progress: str | None = None,
-) -> list[Record]:
-    """PSNR, SSIM (and LPIPS where `loss` has it) of reconstructions against the clean images, per image.
-
-    Args:
-        codec: the VAE under judgement.
-        images: `[N,3,H,W]` in [-1,1], on the CPU.
-        perturbations: what is done to the images first.
-        loss: the objective of the attacks.
-        indices: number of each image in the whole evaluation; with `seed` it fixes the random draws.
-        seed: of the attacks' random starts and of the noise.
-        batch_size: images attacked at a time.
-        reference: the original VAE; given, the drift of the clean latents from its own is measured too.
-        progress: title of a bar on the console; None for no bar.
-    """
-    device = next(codec.decoder.parameters()).device
-    batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
-    total = sum(perturbation.passes + 1 for perturbation in perturbations) * len(images)
-    records: list[Record] = []
-    with progress_bar(round(total), desc=progress or "", unit="pass", disable=progress is None) as bar:
-        meter = Meter(bar)
-        judged = meter.watched(codec)
-        for batch, perturbation in product(batches, perturbations):
-            numbers = indices[batch.start : batch.stop]
-            clean = images[batch.start : batch.stop].to(device, memory_format=torch.channels_last)
-            title = f"{progress}, {perturbation.name}: {images_of(batch, len(images))}"
-            with meter.stage(title, len(batch) * (perturbation.passes + 1)):
-                shown = perturbation.apply(judged, loss, clean, image_generators(seed, numbers))
-                with torch.no_grad():
-                    values = measure(judged.reconstruct(shown), clean, loss.perceptual)
-                    if reference is not None and perturbation is CLEAN:
-                        values |= drift(codec, reference, clean)
-            records += to_records(codec.name, perturbation, perturbation.threat_model, numbers, values)
-    return records

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 
@@ -29,15 +29,20 @@ NO_VARIANCE = -30.0
 
 @dataclass(frozen=True)
 class Codec:
-    """The VAE under judgement, with its name in the results.
-
-    `encoder` maps images `[N,3,H,W]` in [-1,1] to the raw moments `[N,2C,h,w]`, `decoder` raw latents to images.
-    """
+    """A VAE under judgement, with its name in the results."""
 
     name: str
+    vae: ModelMixin
+    """The model itself, as pipelines take it."""
     encoder: nn.Module
+    """Maps images `[N,3,H,W]` in [-1,1] to the raw moments `[N,2C,h,w]`."""
     decoder: nn.Module
-    latent_scale: LatentScale = field(default_factory=LatentScale)
+    """Maps raw latents `[N,C,h,w]` to images."""
+
+    @classmethod
+    def of(cls, vae: ModelMixin, name: str, *, autocast_dtype: torch.dtype | None = None) -> Codec:
+        """Return a VAE of any of `KINDS` under a name, in its own precision or within autocast."""
+        return cls(name, vae, AnyEncoder(vae, autocast_dtype), AnyDecoder(vae, autocast_dtype))
 
     @cached_property
     def digest(self) -> str:
@@ -47,11 +52,6 @@ class Codec:
             for tensor in module.state_dict().values():
                 state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return state.hexdigest()[:16]
-
-    @property
-    def vae(self) -> ModelMixin:
-        """The model of which encoder and decoder are parts, as pipelines take it."""
-        return self.encoder.vae
 
     @property
     def device(self) -> torch.device:
@@ -69,8 +69,7 @@ class Codec:
 
     def scale(self, latents: Tensor, pipe: DiffusionPipeline | None = None) -> Tensor:
         """Return raw latents `[N,C,h,w]` as the denoiser of `pipe` sees them, or as the VAE's configuration says."""
-        scale = self.latent_scale if pipe is None else LatentScale.of(self.vae.config, pipe)
-        return scale.scale(latents)
+        return LatentScale.of(self.vae.config, pipe).scale(latents)
 
 
 def load_codec(
@@ -86,9 +85,7 @@ def load_codec(
     vae = load_autoencoder(source, kind).to(device).requires_grad_(False).eval()
     if kind is not AutoencoderKLTemporalDecoder:  # whose weights have five dimensions
         vae.to(memory_format=torch.channels_last)
-    return Codec(
-        name, AnyEncoder(vae, autocast_dtype), AnyDecoder(vae, autocast_dtype), latent_scale=LatentScale.of(config)
-    )
+    return Codec.of(vae, name, autocast_dtype=autocast_dtype)
 
 
 class AnyEncoder(nn.Module):

@@ -39,14 +39,13 @@ from srl_utils.images.pixels import to_pil
 from srl_utils.metrics.losses import ReconstructionLoss
 from srl_utils.training.validation import evaluate
 from srl_utils.vae.codec import Codec
-from srl_utils.vae.networks import LatentDecoder, LatentEncoder
 
 EPSILON = 8 / 255
 SHALLOW = Depth(steps=(4, 10, 20), queries=50)
 
 
 def codec(vae: nn.Module, name: str) -> Codec:
-    return Codec(name, LatentEncoder(vae), LatentDecoder(vae))
+    return Codec.of(vae, name)
 
 
 @pytest.fixture
@@ -300,7 +299,7 @@ def test_an_honest_vae_passes(miniature_vae) -> None:
 def test_masked_gradients_are_exposed(miniature_vae) -> None:
     """Oracle: an encoder made to hide its gradients, which withstands PGD and nothing else."""
     honest = codec(miniature_vae, "miniature")
-    masked = Codec("masked", Quantised(honest.encoder), honest.decoder)
+    masked = replace(honest, name="masked", encoder=Quantised(honest.encoder))
     checks = check_robustness(masked, honest, photographs(2), epsilon=EPSILON, seed=0, depth=SHALLOW)
     failed = {check.question for check in checks if not check.passed}
     assert "Gradients do not vanish" in failed

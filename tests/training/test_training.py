@@ -28,7 +28,7 @@ from srl_utils.images.sources import DataSource
 from srl_utils.metrics.losses import PerceptualDistance
 from srl_utils.training.execution import choose_execution
 from srl_utils.training.step import Step
-from srl_utils.training.validation import Judge
+from srl_utils.training.validation import Validation
 
 SCRIPT = ROOT / "train_srl_vae.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -510,14 +510,14 @@ def test_pictures_after_the_step_are_taken_back(tmp_path: Path, step: int, left:
     (tmp_path / "samples").mkdir()
     for name in ("mine.png", "comparison.png", *(f"step-{number:06d}.png" for number in (0, 3, 4, 1_000_000))):
         (tmp_path / "samples" / name).write_bytes(b"")
-    Judge.begin(SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True), output_dir=tmp_path), step)
+    Validation.begin(SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True), output_dir=tmp_path), step)
     assert {path.name for path in (tmp_path / "samples").iterdir()} == left
 
 
 def test_results_under_other_conditions_are_measured_anew(tmp_path: Path) -> None:
     """Oracle: the rows. Those of the original VAE are kept where attacks, budget and number of images are the same."""
 
-    class Counting(Judge):
+    class Counting(Validation):
         measured = 0
 
         def _measure(self, codec: object, perturbations: list) -> list[dict]:
@@ -530,7 +530,7 @@ def test_results_under_other_conditions_are_measured_anew(tmp_path: Path) -> Non
             SimpleNamespace(is_main_process=True), original=SimpleNamespace(name="original"), current=None, loss=None,
             images=torch.zeros(images, 3, 8, 8), epsilon=epsilon, output_dir=tmp_path, seed=0, batch_size=1,
         )  # fmt: skip
-        judge.judge_original(resumed=True)
+        validation.measure_original(resumed=True)
         assert {row["n"] for row in judge.rows} == {images}
         return judge.measured
 

@@ -27,7 +27,7 @@ from srl_utils.evaluation.tasks.editing import build_edits
 from srl_utils.images.pixels import to_model_range
 from srl_utils.metrics.losses import ReconstructionLoss, originality_loss
 from srl_utils.training.step import TERMS, Step, build_networks
-from srl_utils.vae.codec import AnyDecoder, AnyEncoder, Codec, load_codec
+from srl_utils.vae.codec import Codec, load_codec
 from srl_utils.vae.latents import LatentScale
 from srl_utils.vae.loading import AutoencoderSource
 from srl_utils.vae.networks import Moments
@@ -214,7 +214,7 @@ def test_the_step_measures_originality_at_the_denoisers_scale(images, generators
 
 
 def codec_of(vae: AutoencoderKL) -> Codec:
-    return Codec("judged", AnyEncoder(vae), AnyDecoder(vae), latent_scale=LatentScale.of(vae.config))
+    return Codec.of(vae, "judged")
 
 
 @pytest.mark.parametrize(

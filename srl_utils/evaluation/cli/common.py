@@ -10,11 +10,12 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date, timedelta
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from os.path import abspath, exists, isdir  # which, unlike pathlib's, say False of a name too long to be one
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -37,15 +38,15 @@ from srl_utils.command_line import (
 )
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import ITERATED, NOISE, Supplies, expanded, known_names
+from srl_utils.evaluation.cells import Job
 from srl_utils.evaluation.cli.places import FORM, described, parse_named_place, parse_place, resolved_commit
 from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.evaluation.report.caveats import Caveat, caveat_of_precision, caveats_of_metrics, caveats_of_prompts
 from srl_utils.evaluation.report.document import Findings, write_report
 from srl_utils.evaluation.report.extremes import draw_extremes
-from srl_utils.evaluation.report.tables import Rows
-from srl_utils.evaluation.results import Record
+from srl_utils.evaluation.results import Record, Rows
 from srl_utils.evaluation.sanity import Check, Depth, check_robustness
-from srl_utils.evaluation.study import THREAT_MODELS, Job, Study
+from srl_utils.evaluation.study import THREAT_MODELS, Study
 from srl_utils.evaluation.tasks.base import Metrics, Task
 from srl_utils.evaluation.tasks.editing import as_image_to_image
 from srl_utils.files import read_json, sole_run, write_text_atomically
@@ -63,7 +64,7 @@ from srl_utils.metrics.features import (
     load_image_classifier,
     load_inception_features,
 )
-from srl_utils.metrics.losses import PerceptualDistance, load_perceptual_distance
+from srl_utils.metrics.losses import LPIPS_METRICS, PerceptualDistance, load_perceptual_distance
 from srl_utils.metrics.pixels import SSIM_WINDOW
 from srl_utils.pipelines import robust_vae
 from srl_utils.vae.codec import Codec, load_codec
@@ -430,23 +431,29 @@ def strangers_to(
     return frozenset(strangers)
 
 
+def metric(name: str) -> str:
+    """Parse the name of a metric; `lpips` alone is the one that papers report, on AlexNet."""
+    return "lpips-alex" if name == "lpips" else name
+
+
 def build_metrics(args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None) -> Metrics:
     """What is measured; for what cannot be had there is a note instead. A `classifier` takes Inception's place."""
     loaders = {
-        "perceptual": (("lpips",), lambda: load_perceptual_distance("alex").to(setup.accelerator.device)),
+        **{name: ((name,), partial(load_perceptual_distance, trunk)) for name, trunk in LPIPS_METRICS.items()},
         "features": (tuple(SET_METRICS), lambda: classifier or load_inception_features(args.inception_weights)),
         "clip": (CLIP_METRICS, lambda: load_clip_similarity(args.clip_model)),
     }
     names = [name for name in dict.fromkeys(args.metrics) if has_enough_images(name, len(setup.images), setup.notes)]
-    networks = {}
+    networks: dict[str, Any] = {}
     for network, (served, load) in loaders.items():
-        wanted = [name for name in names if name in served]
-        try:
-            networks[network] = load() if wanted else None
-        except UserError as error:
-            setup.notes.append(f"{', '.join(wanted)} left out: {error}")
-            names = [name for name in names if name not in served]
-    return Metrics(names=names, **networks)
+        if wanted := [name for name in names if name in served]:
+            try:
+                networks[network] = load()
+            except UserError as error:
+                setup.notes.append(f"{', '.join(wanted)} left out: {error}")
+                names = [name for name in names if name not in served]
+    perceptual = [networks.pop(name).to(setup.accelerator.device) for name in LPIPS_METRICS if name in networks]
+    return Metrics(names=names, perceptual=perceptual, **networks)
 
 
 def has_enough_images(metric: str, num_images: int, notes: list[str]) -> bool:

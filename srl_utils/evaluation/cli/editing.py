@@ -23,6 +23,7 @@ from srl_utils.evaluation.cli.common import (
     check_captions,
     exchangeable,
     load_judge,
+    metric,
     named,
     pipeline_effects,
     prepare,
@@ -33,8 +34,9 @@ from srl_utils.evaluation.cli.common import (
 from srl_utils.evaluation.tasks.editing import Edit, Editing, build_edits, check_steps, replace_words
 from srl_utils.images.captions import decode_text, lines_of
 from srl_utils.images.listing import few
+from srl_utils.metrics.losses import LPIPS_METRICS
 
-METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid")
+METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "clip-text", "shown", "fid", "kid")
 PROTECTIONS = ("clean", "photoguard-encoder", "photoguard-diffusion", "mist-fused", "advdm", "glaze", "apgd-100")
 
 
@@ -125,7 +127,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attack_arguments(parser, attacks=PROTECTIONS, epsilons=[8 / 255])
     add_pipeline_arguments(parser)
     add = parser.add_argument
-    add("--metrics", nargs="+", choices=METRICS, default=["psnr", "ssim", "lpips", "clip", "clip-text", "fid"])
+    add(
+        "--metrics",
+        nargs="+",
+        type=metric,
+        choices=METRICS,
+        default=["psnr", "ssim", "lpips-alex", "clip", "clip-text", "fid"],
+    )
     add("--prompts", type=expanded_path, default=None, help="text file: a line for each image, or one for all")
     add(
         "--replace",

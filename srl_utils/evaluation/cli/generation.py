@@ -12,6 +12,7 @@ from srl_utils.evaluation.cli.common import (
     check_captions,
     exchangeable,
     load_judge,
+    metric,
     pipeline_effects,
     prepare,
     run_study,
@@ -22,8 +23,21 @@ from srl_utils.evaluation.perturbations import CLEAN
 from srl_utils.evaluation.study import TRANSFER
 from srl_utils.evaluation.tasks.editing import INPAINTING, build_edits, check_steps
 from srl_utils.evaluation.tasks.generation import Generation, build_text_to_image
+from srl_utils.metrics.losses import LPIPS_METRICS
 
-METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid", "is", "denoising-loss", "difference")
+METRICS = (
+    "psnr",
+    "ssim",
+    *LPIPS_METRICS,
+    "clip",
+    "clip-text",
+    "shown",
+    "fid",
+    "kid",
+    "is",
+    "denoising-loss",
+    "difference",
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--metrics",
         nargs="+",
+        type=metric,
         choices=METRICS,
-        default=["psnr", "lpips", "clip-text", "fid", "denoising-loss", "difference"],
+        default=["psnr", "lpips-alex", "clip-text", "fid", "denoising-loss", "difference"],
     )
     add(
         "--strengths", nargs="+", type=share, default=[0.3, 0.5, 0.7], help="of the noise that images are encoded under"

@@ -27,6 +27,7 @@ from srl_utils.evaluation.cli.common import (
     check_effects,
     exchangeable,
     load_judge,
+    metric,
     pipeline_effects,
     prepare,
     run_study,
@@ -36,15 +37,15 @@ from srl_utils.evaluation.cli.common import (
 from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.evaluation.report.figures import draw_curves
 from srl_utils.evaluation.report.grids import extremes_picture
-from srl_utils.evaluation.report.tables import Rows
-from srl_utils.evaluation.results import Record
+from srl_utils.evaluation.results import Record, Rows
 from srl_utils.evaluation.study import THREAT_MODELS, Study
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig
 from srl_utils.evaluation.tasks.generation import build_text_to_image
 from srl_utils.evaluation.tasks.poisoning import Poisoning, amount_name, divide, poisonings
 from srl_utils.files import write_atomically
+from srl_utils.metrics.losses import LPIPS_METRICS
 
-METRICS = ("psnr", "ssim", "lpips", "clip", "clip-text", "shown", "fid", "kid")
+METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "clip-text", "shown", "fid", "kid")
 SHOWN = 8
 """Of the generated images, in the report."""
 USUAL_EPSILON = 8 / 255
@@ -141,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared_arguments(parser)
     add_pipeline_arguments(parser)
     add = parser.add_argument
-    add("--metrics", nargs="+", choices=METRICS, default=["clip", "clip-text", "fid"])
+    add("--metrics", nargs="+", type=metric, choices=METRICS, default=["clip", "clip-text", "fid"])
     add("--concept", required=True, help="word of the captions whose images are poisoned")
     add("--target_concept", required=True, help="word of the captions that poisoned images look like to the encoder")
     add("--protection", choices=TARGETED, default="nightshade", help="how poisons are made")

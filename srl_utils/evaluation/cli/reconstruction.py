@@ -14,6 +14,7 @@ from srl_utils.evaluation.cli.common import (
     attack_effects,
     build_metrics,
     build_supplies,
+    metric,
     needs_denoiser,
     prepare,
     run_study,
@@ -22,8 +23,9 @@ from srl_utils.evaluation.cli.common import (
 )
 from srl_utils.evaluation.sanity import Depth
 from srl_utils.evaluation.tasks.base import Reconstruction, denoiser_of
+from srl_utils.metrics.losses import LPIPS_METRICS
 
-METRICS = ("psnr", "ssim", "lpips", "clip", "rfid", "kid", "is", "drift")
+METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "rfid", "kid", "is", "drift")
 QUICK = Depth(steps=(5, 20, 40), queries=100)
 
 
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attack_arguments(parser, attacks=["quick"], epsilons=[2 / 255, 4 / 255, 8 / 255, 16 / 255])
     parser.set_defaults(caption_column=None)
     add = parser.add_argument
-    add("--metrics", nargs="+", choices=METRICS, default=["psnr", "ssim", "lpips", "drift"])
+    add("--metrics", nargs="+", type=metric, choices=METRICS, default=["psnr", "ssim", "lpips-alex", "drift"])
     add("--pipeline", default=None, metavar="PLACE", help="diffusion pipeline for attacks that need a denoiser")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from srl_utils.evaluation.tasks.base import Metrics
 from srl_utils.metrics.features import SPLITS, SUBSET_SIZE, InceptionFeatures
+from srl_utils.metrics.losses import LPIPS_METRICS
 from srl_utils.metrics.pixels import SSIM_WINDOW
 
 FEW_FOR_BOOTSTRAP = 20
@@ -84,7 +85,9 @@ def _of_sets(metrics: Metrics, image: Tensor, n: int) -> Iterator[Caveat]:
 
 def _of_sizes(side: int) -> Iterator[Caveat]:
     if side < LPIPS_SIDE:
-        yield Caveat(f"LPIPS was fitted on patches of {LPIPS_SIDE} px, and the images have {side} px.", ("lpips",))
+        yield Caveat(
+            f"LPIPS was fitted on patches of {LPIPS_SIDE} px, and the images have {side} px.", tuple(LPIPS_METRICS)
+        )
     if side < 3 * SSIM_WINDOW:
         places = side - SSIM_WINDOW + 1
         yield Caveat(f"SSIM is a mean over {places} x {places} places of its {SSIM_WINDOW} px window.", ("ssim",))

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from srl_utils.evaluation.report.caveats import Caveat
 from srl_utils.evaluation.report.figures import draw_figures, safe_name
 from srl_utils.evaluation.report.tables import METRIC_TITLES, markdown_table, measured
-from srl_utils.evaluation.results import Difference, Record, Setting, differences_to
+from srl_utils.evaluation.results import Difference, Record, Row, Rows, Setting, differences_to
 from srl_utils.evaluation.sanity import Check
 from srl_utils.files import write_atomically, write_text_atomically
 from srl_utils.images.pixels import format_pixel_distance
@@ -47,8 +47,7 @@ class Findings:
     """Name of the VAE that the others are compared with."""
     vaes: Sequence[str]
     """All names, the baseline first."""
-    rows: Sequence[dict[str, Any]]
-    """The project's row format; `ci95` is None where a metric has no value per image."""
+    rows: Rows
     records: Sequence[Record]
     checks: Mapping[str, Sequence[Check]] | None
     """By VAE; empty where nothing was checked, None where there is nothing to check."""
@@ -136,7 +135,9 @@ def write_report(findings: Findings, output_dir: Path) -> None:
     contents["checked"] = len(list(_checks(findings)))
     contents["legend"] = _legend(findings)
     contents["caveats"] = [caveat.text for caveat in findings.caveats if not caveat.metrics]
-    write_text_atomically(output_dir / "results.json", json.dumps(list(findings.rows), indent=1) + "\n")
+    write_text_atomically(
+        output_dir / "results.json", json.dumps([row.to_json() for row in findings.rows], indent=1) + "\n"
+    )
     write_text_atomically(output_dir / "per_image.csv", _csv(findings.records))
     write_text_atomically(output_dir / "report.md", _render_markdown(contents))
     write_text_atomically(output_dir / "report.html", _render_html(contents))
@@ -149,13 +150,14 @@ def _csv(records: Sequence[Record]) -> str:
     """A line for each value of each image, so that other runs on the same images can be compared with it in pairs."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerows([Record._fields, *records])
+    writer.writerow(["vae", *Setting._fields, "index", "value"])
+    writer.writerows([record.vae, *record.setting, record.index, record.value] for record in records)
     return file.getvalue()
 
 
 def _legend(findings: Findings) -> dict[str, str]:
     """Titles of the metrics that occur: which are better when higher or lower, and which have no interval."""
-    present = {row["metric"]: row["ci95"] is not None for row in findings.rows}
+    present = {row.metric: row.ci95 is not None for row in findings.rows}
     groups = {
         "higher": [metric for metric in present if metric in HIGHER_IS_BETTER],
         "lower": [metric for metric in present if metric not in HIGHER_IS_BETTER],
@@ -169,25 +171,23 @@ def _legend(findings: Findings) -> dict[str, str]:
 
 def _sections(findings: Findings) -> Iterator[Section]:
     differences = differences_to(findings.baseline, findings.records)
-    present = {row["threat_model"] for row in findings.rows}
+    present = {row.threat_model for row in findings.rows}
     columns = [findings.baseline]
     for vae in findings.others:
         columns += [vae, f"{vae} - {findings.baseline}"]
     for threat_model in [name for name in SECTIONS if name in present] + sorted(present - SECTIONS.keys()):
-        rows = [row for row in findings.rows if row["threat_model"] == threat_model]
+        rows = [row for row in findings.rows if row.threat_model == threat_model]
         title, explanation = SECTIONS.get(threat_model, (threat_model, ""))
-        counts = " to ".join(str(n) for n in sorted({min(row["n"] for row in rows), max(row["n"] for row in rows)}))
-        metrics = {row["metric"] for row in rows}
+        counts = " to ".join(str(n) for n in sorted({min(row.n for row in rows), max(row.n for row in rows)}))
+        metrics = {row.metric for row in rows}
         caveats = [caveat.text for caveat in findings.caveats if not metrics.isdisjoint(caveat.metrics)]
         yield Section(title, explanation, counts, columns, _lines(rows, findings, differences), caveats)
 
 
-def _lines(
-    rows: Sequence[dict[str, Any]], findings: Findings, differences: Mapping[tuple[str, Setting], Difference]
-) -> list[Line]:
+def _lines(rows: Rows, findings: Findings, differences: Mapping[tuple[str, Setting], Difference]) -> list[Line]:
     """Attacks in the order of their first row, each by epsilon and metric."""
-    by_key = {(row["vae"], _setting(row)): row for row in rows}
-    settings = dict.fromkeys(_setting(row) for row in rows)
+    by_key = {(row.vae, row.setting): row for row in rows}
+    settings = dict.fromkeys(row.setting for row in rows)
     attacks = list(dict.fromkeys(setting.attack for setting in settings))
     metrics = list(METRIC_TITLES)
     lines = []
@@ -201,26 +201,20 @@ def _lines(
     return lines
 
 
-def _setting(row: Mapping[str, Any]) -> Setting:
-    return Setting(row["attack"], row["threat_model"], row["epsilon"], row["metric"])
-
-
-def _value_cell(row: Mapping[str, Any] | None) -> Cell:
+def _value_cell(row: Row | None) -> Cell:
     if row is None:
         return Cell()
-    return Cell(row["value"], *measured(row["metric"], row["value"], row["ci95"]))
+    return Cell(row.value, *measured(row.metric, row.value, row.ci95))
 
 
-def _difference_cell(
-    row: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None, paired: Difference | None
-) -> Cell:
+def _difference_cell(row: Row | None, baseline: Row | None, paired: Difference | None) -> Cell:
     """Image by image where there are values per image, else from mean to mean."""
     if row is None or baseline is None:
         return Cell()
-    value = paired.value if paired else row["value"] - baseline["value"]
+    value = paired.value if paired else row.value - baseline.value
     interval = paired.ci95 if paired else None
-    text, *rest = measured(row["metric"], value, interval, sign="+")
-    return Cell(value, text, *rest, verdict=_verdict(row["metric"], value, interval))
+    text, *rest = measured(row.metric, value, interval, sign="+")
+    return Cell(value, text, *rest, verdict=_verdict(row.metric, value, interval))
 
 
 def _verdict(metric: str, value: float, interval: tuple[float, float] | None) -> str:

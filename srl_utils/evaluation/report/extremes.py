@@ -11,13 +11,13 @@ from PIL import Image
 
 from srl_utils.attacks.draws import image_generators
 from srl_utils.console import progress_bar
+from srl_utils.evaluation.cells import attempted
 from srl_utils.evaluation.report.grids import extremes_picture
 from srl_utils.evaluation.results import Record
-from srl_utils.evaluation.study import Study, attempted
+from srl_utils.evaluation.study import Study
 from srl_utils.evaluation.tasks.base import Cell
 from srl_utils.files import write_atomically
 from srl_utils.images.pixels import format_pixel_distance
-from srl_utils.metrics.losses import ReconstructionLoss
 from srl_utils.metrics.pixels import psnr
 from srl_utils.vae.codec import Codec
 
@@ -92,7 +92,8 @@ def _psnr_by_image(study: Study, records: Sequence[Record], cell: Cell, codec: C
     return {
         record.index: record.value
         for record in records
-        if (record.vae, record.attack, record.epsilon, record.metric) == wanted and record.threat_model in threat_models
+        if (record.vae, record.setting.attack, record.setting.epsilon, record.setting.metric) == wanted
+        and record.setting.threat_model in threat_models
     }
 
 
@@ -100,7 +101,7 @@ def _picture(study: Study, cell: Cell, chosen: dict[str, int]) -> Image.Image:
     numbers, variant = list(chosen.values()), _variant(study)
     clean = study.images[numbers].to(cell.source.device)
     # The same draws as in the study, so that these are the very images that were measured.
-    attacked = cell.perturbation.apply(cell.source, ReconstructionLoss(), clean, image_generators(study.seed, numbers))
+    attacked = cell.perturbation.apply(cell.source, clean, image_generators(study.seed, numbers))
     with torch.no_grad():
         outcomes = [study.task.attempt(cell, codec, attacked, numbers, variant) for codec in study.codecs]
         references = [study.task.reference(codec, numbers, variant).to(clean.device) for codec in study.codecs]

@@ -14,11 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from srl_utils.evaluation.perturbations import CLEAN
+from srl_utils.evaluation.results import Row, Rows
 from srl_utils.files import write_atomically
 from srl_utils.images.pixels import format_pixel_distance
-
-Row = Mapping[str, Any]
-Rows = Sequence[Row]
 
 USUAL_EPSILON = 8 / 255
 """What the literature reports, and so the bars, where it was run."""
@@ -59,13 +57,13 @@ def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Pat
 
     PSNR against epsilon is left out where no attack was run with two of them.
     """
-    measured = [row for row in rows if row["metric"] == "psnr"]
-    clean = [row for row in measured if row["attack"] == CLEAN.name]
+    measured = [row for row in rows if row.metric == "psnr"]
+    clean = [row for row in measured if row.attack == CLEAN.name]
     figures: dict[str, Path] = {}
     # The user's own settings of matplotlib shall not decide what a report looks like.
     with style.context(["default", STYLE]):
-        for threat_model in dict.fromkeys(row["threat_model"] for row in measured):
-            attacked = [row for row in measured if row["threat_model"] == threat_model and row["attack"] != CLEAN.name]
+        for threat_model in dict.fromkeys(row.threat_model for row in measured):
+            attacked = [row for row in measured if row.threat_model == threat_model and row.attack != CLEAN.name]
             name, slug = THREAT_TITLES.get(threat_model, threat_model), safe_name(threat_model)
             if attacks := _attacks_to_follow(attacked):
                 title = f"PSNR against epsilon, {name}"
@@ -73,7 +71,7 @@ def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Pat
                 figures[title] = _save(figure, folder / f"psnr-by-epsilon-{slug}.png")
             epsilon = _epsilon_of_bars(attacked)
             title = f"PSNR, {name}" + (f" at epsilon {format_pixel_distance(epsilon)}" if epsilon else "")
-            groups = _by_name(clean + [row for row in attacked if row["epsilon"] in (0, epsilon)])
+            groups = _by_name(clean + [row for row in attacked if row.epsilon in (0, epsilon)])
             figures[title] = _save(_by_attack(title, groups, vaes), folder / f"psnr-by-attack-{slug}.png")
     return figures
 
@@ -85,9 +83,9 @@ def draw_curves(
 
     Rows without a threat (an amount of 0) are where all lines of a VAE begin.
     """
-    known = [row for row in rows if row["attack"] in amounts]
-    metrics = list(dict.fromkeys(row["metric"] for row in known))
-    threats = [name for name in THREAT_TITLES if name != "none" and any(row["threat_model"] == name for row in known)]
+    known = [row for row in rows if row.attack in amounts]
+    metrics = list(dict.fromkeys(row.metric for row in known))
+    threats = [name for name in THREAT_TITLES if name != "none" and any(row.threat_model == name for row in known)]
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(max(5.4, 0.8 + 2.9 * len(metrics)), 3.6))
         for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
@@ -95,9 +93,9 @@ def draw_curves(
             for number, vae in enumerate(vaes):
                 for threat, dashes in zip(threats or ["none"], ("-", "--"), strict=False):
                     points = sorted(
-                        (amounts[row["attack"]], row["value"])
+                        (amounts[row.attack], row.value)
                         for row in known
-                        if (row["metric"], row["vae"]) == (metric, vae) and row["threat_model"] in (threat, "none")
+                        if (row.metric, row.vae) == (metric, vae) and row.threat_model in (threat, "none")
                     )
                     (line,) = axes.plot(
                         *zip(*points, strict=True), dashes, color=_colour(number), marker="o", markersize=4
@@ -119,7 +117,7 @@ def safe_name(text: str) -> str:
 
 def _attacks_to_follow(rows: Rows) -> list[str]:
     """Those with more than one epsilon."""
-    runs = Counter(attack for attack, _ in {(row["attack"], row["epsilon"]) for row in rows if row["epsilon"]})
+    runs = Counter(attack for attack, _ in {(row.attack, row.epsilon) for row in rows if row.epsilon})
     return [attack for attack in _attacks(rows) if runs[attack] > 1]
 
 
@@ -129,7 +127,7 @@ def _by_epsilon(title: str, attacks: Sequence[str], rows: Rows, vaes: Sequence[s
     down = math.ceil(len(attacks) / across)
     figure = Figure(figsize=(max(5.4, 0.8 + 2.7 * across), 1.4 + 2.3 * down))
     panels = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
-    epsilons = sorted({255 * row["epsilon"] for row in rows if row["attack"] in attacks} | {0.0})
+    epsilons = sorted({255 * row.epsilon for row in rows if row.attack in attacks} | {0.0})
     for number, (axes, attack) in enumerate(zip(panels, attacks, strict=False)):
         axes.set_title(_plain(attack))
         lines = [_line(axes, rows, attack, vae, place) for place, vae in enumerate(vaes)]
@@ -148,9 +146,9 @@ def _by_epsilon(title: str, attacks: Sequence[str], rows: Rows, vaes: Sequence[s
 
 def _line(axes: Axes, rows: Rows, attack: str, vae: str, number: int) -> Artist:
     points = sorted(
-        (255 * row["epsilon"], row["value"], *_interval(row))
+        (255 * row.epsilon, row.value, *_interval(row))
         for row in rows
-        if row["vae"] == vae and row["attack"] in (CLEAN.name, attack)
+        if row.vae == vae and row.attack in (CLEAN.name, attack)
     )
     epsilons, values, lows, highs = zip(*points, strict=True) if points else ([], [], [], [])
     colour = _colour(number)
@@ -166,12 +164,12 @@ def _line(axes: Axes, rows: Rows, attack: str, vae: str, number: int) -> Artist:
 
 def _epsilon_of_bars(rows: Rows) -> float:
     """The one that most attacks were run with; among equals, the one nearest to the usual; 0 where there is none."""
-    runs = Counter(epsilon for _, epsilon in {(row["attack"], row["epsilon"]) for row in rows} if epsilon)
+    runs = Counter(epsilon for _, epsilon in {(row.attack, row.epsilon) for row in rows} if epsilon)
     return min(runs, key=lambda epsilon: (-runs[epsilon], abs(epsilon - USUAL_EPSILON)), default=0.0)
 
 
 def _by_name(rows: Rows) -> dict[str, Rows]:
-    return {attack: [row for row in rows if row["attack"] == attack] for attack in _attacks(rows)}
+    return {attack: [row for row in rows if row.attack == attack] for attack in _attacks(rows)}
 
 
 def _by_attack(title: str, groups: Mapping[str, Rows], vaes: Sequence[str]) -> Figure:
@@ -182,9 +180,9 @@ def _by_attack(title: str, groups: Mapping[str, Rows], vaes: Sequence[str]) -> F
     axes = figure.subplots()
     bars = []
     for number, vae in enumerate(vaes):
-        own = [(place, row) for place, rows in enumerate(groups.values()) for row in rows if row["vae"] == vae]
+        own = [(place, row) for place, rows in enumerate(groups.values()) for row in rows if row.vae == vae]
         places = [place - 0.4 + (number + 0.5) * thickness for place, _ in own]
-        values = [row["value"] for _, row in own]
+        values = [row.value for _, row in own]
         intervals = [_interval(row) for _, row in own]
         bars.append(axes.barh(places, values, height=0.92 * thickness, color=_colour(number)))
         for place, value, (low, high) in zip(places, values, intervals, strict=True):
@@ -208,11 +206,11 @@ def _by_attack(title: str, groups: Mapping[str, Rows], vaes: Sequence[str]) -> F
 
 def _attacks(rows: Rows) -> Iterable[str]:
     """In the order of their first row."""
-    return dict.fromkeys(row["attack"] for row in rows)
+    return dict.fromkeys(row.attack for row in rows)
 
 
 def _interval(row: Row) -> tuple[float, float]:
-    low, high = row["ci95"] or (row["value"], row["value"])
+    low, high = row.ci95 or (row.value, row.value)
     return low, high
 
 

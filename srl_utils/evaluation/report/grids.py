@@ -13,7 +13,6 @@ from srl_utils.console import progress_bar
 from srl_utils.evaluation.metering import Meter
 from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.images.pixels import to_pil
-from srl_utils.metrics.losses import ReconstructionLoss
 from srl_utils.metrics.pixels import psnr
 from srl_utils.vae.codec import Codec
 
@@ -23,7 +22,6 @@ def comparison_picture(
     robust: Codec,
     images: Tensor,
     attack: Perturbation,
-    loss: ReconstructionLoss,
     *,
     seed: int,
     cell: int = 160,
@@ -41,7 +39,7 @@ def comparison_picture(
     meter = Meter(bar)
     for half, victim in enumerate((original, robust)):
         with meter.stage(f"picture, {attack.name} on {victim.name}", attack.passes * len(images)):
-            attacked = attack.apply(meter.watched(victim), loss, clean, image_generators(seed, range(len(images))))
+            attacked = attack.apply(meter.watched(victim), clean, image_generators(seed, range(len(images))))
         with torch.no_grad():
             outputs = [codec.reconstruct(attacked) for codec in (original, robust)]
         for number, photograph in enumerate(clean):

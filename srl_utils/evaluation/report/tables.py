@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from srl_utils.evaluation.results import Row, Rows
 from srl_utils.images.pixels import format_pixel_distance
 
-Rows = Sequence[dict[str, object]]
-
 METRIC_TITLES = {
-    "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "clip": "CLIP similarity", "clip-text": "CLIP with the prompt",
+    "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips-alex": "LPIPS (AlexNet)", "lpips-vgg": "LPIPS (VGG)", "lpips-squeeze": "LPIPS (SqueezeNet)", "clip": "CLIP similarity", "clip-text": "CLIP with the prompt",
     "shown": "share as prompted", "rfid": "rFID", "fid": "FID", "kid": "KID", "is": "Inception Score",
     "drift": "latent drift", "denoising-loss": "denoiser's loss", "difference": "largest difference",
 }  # fmt: skip
 DECIMALS = {
-    "psnr": 2, "ssim": 4, "lpips": 4, "clip": 4, "clip-text": 4, "shown": 3, "rfid": 2, "fid": 2, "kid": 4, "is": 2,
+    "psnr": 2, "ssim": 4, "lpips-alex": 4, "lpips-vgg": 4, "lpips-squeeze": 4, "clip": 4, "clip-text": 4, "shown": 3, "rfid": 2, "fid": 2, "kid": 4, "is": 2,
     "drift": 4, "denoising-loss": 4, "difference": 4,
 }  # fmt: skip
 
 
 def comparison_table(rows: Rows, vaes: Sequence[str]) -> str:
     """A Markdown table: one line per attack and metric, one column per VAE, 95% intervals beside the means."""
-    cells = {(row["attack"], row["metric"], row["vae"]): row for row in rows}
-    lines = list(dict.fromkeys((row["attack"], row["metric"]) for row in rows))
+    cells = {(row.attack, row.metric, row.vae): row for row in rows}
+    lines = list(dict.fromkeys((row.attack, row.metric) for row in rows))
     table = [["images", "metric", *vaes]]
     for attack, metric in lines:
         values = [_cell(cells.get((attack, metric, vae))) for vae in vaes]
@@ -33,20 +32,20 @@ def comparison_table(rows: Rows, vaes: Sequence[str]) -> str:
 
 def won_back(rows: Rows, attack: str, original: str, robust: str) -> float:
     """Share of the PSNR that `attack` costs the original VAE which the robust one has regained under it."""
-    value = {(row["vae"], row["attack"]): row["value"] for row in rows if row["metric"] == "psnr"}
+    value = {(row.vae, row.attack): row.value for row in rows if row.metric == "psnr"}
     lost = value[original, "clean"] - value[original, attack]
     return (value[robust, attack] - value[original, attack]) / lost
 
 
 def _attack_title(cells: dict, attack: str) -> str:
-    epsilon = next(row["epsilon"] for (name, _, _), row in cells.items() if name == attack)
+    epsilon = next(row.epsilon for (name, _, _), row in cells.items() if name == attack)
     return f"{attack}, {format_pixel_distance(epsilon)}" if epsilon else attack
 
 
-def _cell(row: dict[str, object] | None) -> str:
+def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    return " ".join(measured(row["metric"], row["value"], row["ci95"]))
+    return " ".join(measured(row.metric, row.value, row.ci95))
 
 
 def measured(

@@ -21,11 +21,11 @@ from srl_utils.metrics.pixels import latent_drift, psnr, ssim
 from srl_utils.vae.codec import Codec
 
 
-def measure(reconstruction: Tensor, clean: Tensor, perceptual: PerceptualDistance | None) -> dict[str, Tensor]:
-    """PSNR, SSIM and, where it can be had, LPIPS of `[N,3,H,W]` images in [-1,1], `[N]` each."""
+def measure(reconstruction: Tensor, clean: Tensor, perceptual: Sequence[PerceptualDistance]) -> dict[str, Tensor]:
+    """Return PSNR, SSIM and LPIPS with each trunk of `perceptual`, of `[N,3,H,W]` images in [-1,1], `[N]` each."""
     values = {"psnr": psnr(reconstruction, clean), "ssim": ssim(reconstruction, clean)}
-    if perceptual is not None:
-        values["lpips"] = perceptual.distance(reconstruction, perceptual.features(clean))
+    for distance in perceptual:
+        values[distance.name] = distance.distance(reconstruction, distance.features(clean))
     return values
 
 
@@ -43,7 +43,7 @@ class Metrics:
     """What is measured, and the networks that some of it needs."""
 
     names: Sequence[str]
-    perceptual: PerceptualDistance | None = None
+    perceptual: Sequence[PerceptualDistance] = ()
     features: Features | None = None
     """For distances between sets of images."""
     clip: ClipSimilarity | None = None

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from srl_utils.attacks.draws import image_generators
 from srl_utils.errors import UserError
 from srl_utils.evaluation.metering import DENOISER
-from srl_utils.evaluation.perturbations import Perturbation
+from srl_utils.evaluation.perturbations import AS_PUBLISHED, Perturbation
 from srl_utils.evaluation.tasks.base import Cell, Metrics, denoiser_of
 from srl_utils.evaluation.tasks.editing import Edit, prompt_measures
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
 from srl_utils.files import kept_images, write_atomically
 from srl_utils.metrics.features import ImageClassifier
-from srl_utils.metrics.losses import ReconstructionLoss
 from srl_utils.vae.codec import Codec
 
 
@@ -77,13 +76,13 @@ def poisonings(protection: str, epsilon: float, amounts: Sequence[int], *, passe
     """
     poisoned = sum(amount > 0 for amount in amounts)
 
-    def untouched(codec: Codec, loss: ReconstructionLoss, clean: Tensor, generators: object) -> Tensor:
+    def untouched(codec: Codec, clean: Tensor, generators: object) -> Tensor:
         return clean
 
     return [
         Perturbation(
             name=amount_name(protection, amount),
-            threat_model="adaptive" if amount else "none",
+            objective=AS_PUBLISHED if amount else None,
             epsilon=epsilon if amount else 0.0,
             apply=untouched,
             passes=passes / poisoned if amount else 0,
@@ -205,4 +204,4 @@ class Poisoning:
             self.images[[numbers[place] for place in places]].to(source.device)
             for numbers in (self.concepts.poisonable, self.concepts.targets)
         )
-        return self.poison(targets).apply(source, ReconstructionLoss(), clean, image_generators(self.seed, places))
+        return self.poison(targets).apply(source, clean, image_generators(self.seed, places))

@@ -1,0 +1,182 @@
+"""The one way to measure: a cell makes one perturbation on one VAE, shows it to VAEs, and measures what becomes of it.
+
+The training's validation and the evaluation's commands both compute cells by `compute`, so that the same names mean the
+same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from srl_utils.attacks.draws import image_generators
+from srl_utils.console import progress_bar
+from srl_utils.errors import UserError
+from srl_utils.evaluation.metering import Meter, images_of
+from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT, TRANSFER, Perturbation
+from srl_utils.evaluation.results import Record, to_records
+from srl_utils.evaluation.tasks.base import Cell, Task
+from srl_utils.vae.codec import Codec
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch of one cell, the numbers of its images."""
+
+    cell: Cell
+    batch: Sequence[int]
+
+    def cost(self, passes: float) -> int:
+        """Return the cost in passes through a VAE, where the task takes `passes` for an image."""
+        return round(len(self.batch) * (self.cell.perturbation.passes + passes * len(self.cell.judged)))
+
+
+class Measured(NamedTuple):
+    """What one VAE made of one batch."""
+
+    codec: Codec
+    variant: str
+    outcome: Tensor
+    """`[N,3,H,W]` in [-1,1], on the VAE's device."""
+    records: list[Record]
+
+
+def cells_of(
+    perturbation: Perturbation, codecs: Sequence[Codec], threat_models: Sequence[str] = (ADAPTIVE,)
+) -> Iterator[Cell]:
+    """Yield the cells of one perturbation; the first of `codecs` is the baseline, on which transferred attacks are made."""
+    baseline, *others = codecs
+    if not perturbation.adversarial:
+        yield Cell(perturbation, baseline, tuple(codecs), {codec.name: (NO_THREAT,) for codec in codecs})
+        return
+    # On the baseline itself the two threat models are one and the same.
+    labels = {baseline.name: tuple(threat_models)}
+    if TRANSFER in threat_models:
+        labels |= {codec.name: (TRANSFER,) for codec in others}
+    yield Cell(perturbation, baseline, tuple(codec for codec in codecs if codec.name in labels), labels)
+    if ADAPTIVE in threat_models:
+        for codec in others:
+            if codec.name not in perturbation.impossible_on:
+                yield Cell(perturbation, codec, (codec,), {codec.name: (ADAPTIVE,)})
+
+
+def batched(cell: Cell, numbers: Sequence[int], batch_size: int) -> Iterator[Job]:
+    """Yield the cell's jobs of at most `batch_size` of the images `numbers`."""
+    for start in range(0, len(numbers), batch_size):
+        yield Job(cell, numbers[start : start + batch_size])
+
+
+def compute(job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter) -> Iterator[Measured]:
+    """Perturb a batch, and yield what each VAE makes of it in each variant of the task.
+
+    Args:
+        job: the cell and the numbers of its images.
+        task: what is done with the images, and measured.
+        images: all of them, `[n,3,H,W]` in [-1,1], on the CPU.
+        seed: of the attacks' starts and of the noise; with an image's number it fixes the draws.
+        meter: gets the title of what is under way.
+
+    Raises:
+        UserError: if a VAE returns values that are not finite.
+    """
+    cell, numbers = job.cell, job.batch
+    clean = images[numbers].to(cell.source.device, memory_format=torch.channels_last)
+    with _finite_outputs(cell.source) as finite:
+        shown = cell.perturbation.apply(cell.source, clean, image_generators(seed, numbers))
+    if not all(finite):  # such an attack would be weaker than it claims
+        raise _not_finite(job, cell.source, numbers)
+    for codec, variant in product(cell.judged, task.variants):
+        meter.say(f"{codec.name} judged, {attempted(cell.title, variant)}: {images_of(numbers, len(images))}")
+        with torch.no_grad():
+            outcome = task.attempt(cell, codec, shown, numbers, variant)
+            _check_finite(outcome, job, codec)
+            values = task.measure(cell, codec, outcome, numbers, variant)
+            for value in values.values():
+                _check_finite(value[:, None], job, codec)
+        named = replace(cell.perturbation, name=attempted(cell.perturbation.name, variant))
+        records = [
+            record
+            for threat_model in cell.threat_models[codec.name]
+            for record in to_records(codec.name, named, threat_model, numbers, values)
+        ]
+        yield Measured(codec, variant, outcome, records)
+
+
+def measure(
+    codecs: Sequence[Codec],
+    perturbations: Sequence[Perturbation],
+    task: Task,
+    images: Tensor,
+    *,
+    numbers: Sequence[int],
+    seed: int,
+    batch_size: int,
+    title: str | None = None,
+) -> list[Record]:
+    """Return the values of some images, with attacks made on each VAE itself; nothing is kept on the disk.
+
+    Args:
+        codecs: the VAEs, which may be compiled.
+        perturbations: what is done to the images first.
+        task: what is done with the images, and measured.
+        images: all of them, `[n,3,H,W]` in [-1,1], on the CPU.
+        numbers: of the images to measure.
+        seed: of the attacks' starts and of the noise; with an image's number it fixes the draws.
+        batch_size: images attacked at a time.
+        title: of a progress bar; None for no bar.
+
+    Raises:
+        UserError: if a VAE returns values that are not finite.
+    """
+    total = len(numbers) * sum((each.passes + task.passes) * len(codecs) for each in perturbations)
+    records: list[Record] = []
+    with progress_bar(round(total), desc=title or "", unit="pass", disable=title is None) as bar:
+        meter = Meter(bar)
+        watched = [meter.watched(codec) for codec in codecs]
+        for perturbation in perturbations:
+            for cell in cells_of(perturbation, watched):
+                for job in batched(cell, numbers, batch_size):
+                    with meter.stage(f"{cell.title}: {images_of(job.batch, len(images))}", job.cost(task.passes)):
+                        for measured in compute(job, task, images, seed=seed, meter=meter):
+                            records += measured.records
+    return records
+
+
+def attempted(perturbation: str, variant: str) -> str:
+    """Return how results name what was done to the images and then with them."""
+    return f"{perturbation}, {variant}" if variant else perturbation
+
+
+@contextmanager
+def _finite_outputs(codec: Codec) -> Iterator[list[Tensor]]:
+    """Within, each pass through `codec` adds whether all it returns is finite; nothing waits for the device."""
+    finite: list[Tensor] = []
+    hooks = [
+        part.register_forward_hook(lambda module, inputs, output: finite.append(output.detach().isfinite().all()))
+        for part in (codec.encoder, codec.decoder)
+    ]
+    try:
+        yield finite
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_finite(values: Tensor, job: Job, codec: Codec) -> None:
+    """Raise unless all values `[N,...]` are finite; a row belongs to an image of the job."""
+    finite = values.isfinite().flatten(1).all(dim=1).tolist()
+    if not all(finite):
+        raise _not_finite(job, codec, [number for number, good in zip(job.batch, finite, strict=True) if not good])
+
+
+def _not_finite(job: Job, codec: Codec, numbers: Sequence[int]) -> UserError:
+    return UserError(
+        f"{codec.name} returns values that are not finite for the images {', '.join(map(str, numbers))} under "
+        f"{job.cell.title}; a mean over the rest would say nothing. Try --mixed_precision no or bf16"
+    )
