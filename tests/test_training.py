@@ -618,3 +618,19 @@ def test_compiled_follows_eager(run: Run, flags: list[str], tmp_path: Path) -> N
     assert run(*flags, "--torch_compile", "--output_dir", tmp_path / "compiled")[0] == 0
     for eager, compiled in zip(steps(tmp_path / "out"), steps(tmp_path / "compiled"), strict=True):
         assert eager["loss"] == pytest.approx(compiled["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("noise", [[], ["--gaussian_noise", "8/255", "--pgd_steps", "0"]])
+def test_an_attack_without_a_budget(run: Run, flags: list[str], noise: list[str], tmp_path: Path) -> None:
+    """Oracle: the real command. An epsilon of 0 costs no PSNR, so that no share of it can be won back."""
+    position = flags.index("--pgd_steps")
+    code, printed = run(*flags[:position], *flags[position + 2 :], *noise, "--max_train_steps", "1", "--epsilon", "0")
+    assert code == 0, printed
+    assert "is won back" not in printed and (tmp_path / "out/README.md").exists()
+
+
+@pytest.mark.parametrize("empty", [["--hub_model_id="], ["--hub_model_id", ""]])
+def test_an_empty_argument_shows_no_other(run: Run, flags: list[str], empty: list[str]) -> None:
+    """Oracle: a search for a token that is given beside it."""
+    code, printed = run(*flags, "--push_to_hub", "--hub_token", "secret123", *empty)
+    assert code == 2 and "secret123" not in printed and "--hub_model_id" in printed

@@ -53,7 +53,7 @@ from srl_utils.evaluation.report import Rows
 from srl_utils.evaluation.sanity import Check, Depth, check_robustness
 from srl_utils.evaluation.study import THREAT_MODELS, Job, Study
 from srl_utils.evaluation.tasks import Metrics, Task
-from srl_utils.launching import check_launch, launched_accelerator, launched_precision
+from srl_utils.launching import check_launch, launched_accelerator, launched_precision, note_on_compiling
 from srl_utils.listing import few
 from srl_utils.locking import sole_run
 from srl_utils.losses import PerceptualDistance, load_perceptual_distance
@@ -113,7 +113,7 @@ def prepare(args: argparse.Namespace) -> Setup:
     """
     check_launch(os.environ)
     sources = vae_sources(args)
-    notes: list[str] = []
+    notes = note_on_compiling(os.environ)
     loaded = load_images(args, notes)
     accelerator = launched_accelerator(
         os.environ,
@@ -210,7 +210,7 @@ def run_study(
     for note in setup.notes:
         setup.accelerator.print(note)
     if args.dry_run:
-        setup.accelerator.print(describe(study))
+        setup.accelerator.print(f"Running on {used_device(setup.accelerator)}\n{describe(study)}")
         return 0
     with sole_run(args.output_dir, is_main_process=setup.accelerator.is_main_process):
         records = study.run()
@@ -545,17 +545,21 @@ def digest(content: bytes) -> str:
     return sha256(content).hexdigest()[:16]
 
 
-def settings(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
-    accelerator = setup.accelerator
+def used_device(accelerator: Accelerator) -> str:
+    """Return on what, and in which precision, an evaluation runs."""
     on_gpu = accelerator.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    return f"{accelerator.num_processes} x {device}, mixed precision {accelerator.mixed_precision}"
+
+
+def settings(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
     packages = ("torch", "diffusers", "torchmetrics", "accelerate")
     return {
         "command": shlex.join(["python", "-m", "srl_utils.evaluation", *args.arguments]),
         **setup.origins,
         "images": f"{len(setup.images)} of {args.dataset_name or Path(abspath(args.data_dir)).name}, {args.resolution} px",
         "seed": str(args.seed),
-        "device": f"{accelerator.num_processes} x {device}, mixed precision {accelerator.mixed_precision}",
+        "device": used_device(setup.accelerator),
         "versions": ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
         "date": date.today().isoformat(),
     }
