@@ -94,6 +94,7 @@ from srl_utils.training.overfitting import OverfittingGuard
 from srl_utils.training.readback import Readback
 from srl_utils.training.resuming import (
     TRAINING_DATA,
+    TRAINING_IMAGES,
     Earlier,
     Inputs,
     Settings,
@@ -150,8 +151,8 @@ def main(args: argparse.Namespace) -> int:
         random_flip=args.random_flip,
         num_validation_images=args.num_validation_images,
     )
-    settings = settle_settings(args, accelerator, vae, data, earlier)
     plan = plan_steps(args, vae.config, accelerator, data, earlier)
+    settings = settle_settings(args, accelerator, vae, data, plan, earlier)
     if args.dry_run:
         accelerator.print(describe(args, accelerator, data, plan, earlier))
         return 0
@@ -222,14 +223,17 @@ def settle_settings(
     accelerator: Accelerator,
     vae: AutoencoderKL,
     data: TrainingData,
+    plan: Plan,
     earlier: Earlier | None,
 ) -> Settings:
     """Returns what the run is asked for, together with what a resume changes, which is printed."""
-    arguments = {**json_arguments(args), "num_processes": accelerator.num_processes}
+    arguments = {
+        **json_arguments(args), "num_processes": accelerator.num_processes, "execution": plan.execution.summary
+    }  # fmt: skip
     inputs = Inputs(digest(vae.state_dict().values()), digest([data.validation_images]), data.num_images)
     if earlier is None:
         return Settings(arguments, inputs)
-    settings = settle(Settings(arguments, inputs), earlier)
+    settings = settle(Settings(arguments, inputs), earlier, steps_left=plan.max_train_steps > earlier.step)
     for line in told(change for change in settings.changes if change.step == earlier.step):
         accelerator.print(f"changed by this command: {line}")
     return settings
@@ -547,13 +551,14 @@ def train(run: Run, interruption: Interruption) -> Stop | None:
         listener.validation = validate(run)
     clock = Clock(progress)
     while progress.step < run.plan.max_train_steps:
+        learning_rate = run.scheduler.get_last_lr()[0]
         try:
             values, bad_images = optimizer_step(run, batches, interrupted=interruption.signal is not None)
         except UserError as error:
             listener.drain()
             return stop_without_data(run, error)
         seconds, waited = clock.count_step(batches)
-        facts = StepFacts(progress.step, run.scheduler.get_last_lr()[0], seconds, waited, bad_images)
+        facts = StepFacts(progress.step, learning_rate, seconds, waited, bad_images)
         due = Due.after(run)
         stop = listener.push(facts, values, wait=any(due))
         if stop is not None:
@@ -861,7 +866,10 @@ def resume(run: Run, earlier: Earlier | None) -> None:
         return
     with own_hyperparameters(run.optimizer, run.scheduler):
         load_checkpoint(run.accelerator, earlier.checkpoint)
-    if any(change.name in TRAINING_DATA and change.step == earlier.step for change in run.settings.changes):
+    if any(
+        change.name in {*TRAINING_DATA, TRAINING_IMAGES} and change.step == earlier.step
+        for change in run.settings.changes
+    ):
         run.ledger.load_state_dict({**run.ledger.state_dict(), "read": 0, "bad_images": []})  # those of other images
     if run.accelerator.is_main_process and run.args.resume_from_checkpoint == "latest":  # else there is a later one
         run.checkpoints.tidy(earlier.checkpoint)
@@ -877,6 +885,11 @@ def begin_records(run: Run) -> int:
     here, named = run.args.output_dir.resolve(), run.args.resume_from_checkpoint
     elsewhere = named not in (None, "latest") and Path(named).exists() and Path(named).resolve().parent != here
     step = 0 if elsewhere else run.progress.step
+    if run.accelerator.is_main_process:
+        for place in run.checkpoints.set_aside(step):
+            print(
+                f"{place.name.removeprefix('abandoned-')} is later than step {step} and of no use to this run: now {place}"
+            )
     run.journal.begin(step)
     run.validation.begin(step)
     return step
@@ -907,7 +920,7 @@ def finish(run: Run) -> int:
     run.accelerator.end_training()
     run.accelerator.print(f"\n{table}\n{variants}\n{time_summary(run.progress)}")
     left_out = "; ".join(filter(None, [run.ledger.summary(), *run.data.passed_over]))
-    run.accelerator.print(f"Saved to {args.output_dir}. {left_out}")
+    run.accelerator.print(f"Saved to {args.output_dir}. {left_out}".rstrip())
     return publish_result(run)
 
 

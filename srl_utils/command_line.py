@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
-        if any(not word.strip() or EMPTY_VALUE.fullmatch(word) for word in words):
-            raise UserError(f"an empty argument: {' '.join(repr(word) for word in words)}")
+        for before, word in pairwise(["", *words]):
+            if EMPTY_VALUE.fullmatch(word) or not word.strip():  # the other words may hold a token
+                place = f" after {before}" if before.startswith("--") else ""
+                raise UserError(f"an empty argument: {word!r}{place}")
         self._given = {word.partition("=")[0] for word in words}
         return super().parse_known_args(words, namespace)
 

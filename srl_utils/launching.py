@@ -16,7 +16,8 @@ Environment = Mapping[str, str]
 
 TRUE, FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
 USE_CPU = "ACCELERATE_USE_CPU"
-SWITCHES = (USE_CPU, "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY")
+AFFINITY = "ACCELERATE_CPU_AFFINITY"
+SWITCHES = (USE_CPU, "ACCELERATE_DEBUG_MODE", AFFINITY)
 """Accelerate obeys these by itself."""
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -29,6 +30,9 @@ DEVICE = "ACCELERATE_TORCH_DEVICE"
 PRECISIONS = ("no", "fp16", "bf16")
 DYNAMO = "ACCELERATE_DYNAMO_"
 DYNAMO_SWITCHES = ("FULLGRAPH", "DYNAMIC", "REGIONAL_COMPILATION")
+RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers, mpirun among them, tell a process its number and that of all."""
 WITHOUT = "change it with `accelerate config`, or unset the variable"
 
 
@@ -117,7 +121,7 @@ def check_launch(environment: Environment) -> None:
         )
     for name in (*SWITCHES, *(f"{DYNAMO}USE_{name}" for name in DYNAMO_SWITCHES)):
         _is_on(environment, name)
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+    for name in (*RANKS, *SIZES, "RANK"):
         text = environment.get(name, "0").strip()
         if not text.removeprefix("-").isdecimal():
             raise UserError(_refusal(name, text, "a whole number"))
@@ -130,7 +134,8 @@ def joined_on_cpu(environment: Environment) -> bool:
 
     Accelerate has to be told, and then joins them by gloo. Otherwise each process would work alone.
     """
-    return not torch.accelerator.is_available() and "LOCAL_RANK" in environment
+    launched = any(name in environment for name in RANKS) or any(environment.get(name, "1") != "1" for name in SIZES)
+    return launched and not torch.accelerator.is_available()
 
 
 def launched_accelerator(
@@ -142,20 +147,36 @@ def launched_accelerator(
         precision: `no`, `fp16` or `bf16`; None means `no`, or what an earlier Accelerator of this process has.
         steps: forward and backward passes per update. The environment would override a plain argument.
         settings: further arguments of `Accelerator`.
+
+    Raises:
+        UserError: in one line, if accelerate cannot be set up as its environment asks.
     """
-    return Accelerator(
-        cpu=joined_on_cpu(environment),
-        mixed_precision=precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
-        dynamo_backend="no",
-        **settings,
-    )
+    try:
+        return Accelerator(
+            cpu=joined_on_cpu(environment),
+            mixed_precision=precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
+            dynamo_backend="no",
+            **settings,
+        )
+    except Exception as error:  # torch and accelerate raise many kinds on what they find in the environment
+        raise UserError(
+            f"accelerate cannot start as its environment asks: {one_line(str(error))}; start processes with `accelerate launch`, "
+            "or unset what another launcher has set"
+        ) from error
 
 
 def on_cpu(environment: Environment) -> bool:
     """Return whether accelerate is told to leave the GPU alone."""
     device = environment.get(DEVICE)
     return _is_on(environment, USE_CPU) if device is None else device.startswith("cpu")
+
+
+def note_on_compiling(environment: Environment) -> list[str]:
+    """Return a line that evaluations are not compiled, where accelerate is configured to compile."""
+    backend = environment.get(f"{DYNAMO}BACKEND", "no")
+    idle = backend.strip().lower() == "no"
+    return [] if idle else [f"{DYNAMO}BACKEND={one_line(backend)}: without effect, evaluations are not compiled"]
 
 
 def launch_notes(environment: Environment, args: argparse.Namespace) -> list[str]:
@@ -167,7 +188,13 @@ def launch_notes(environment: Environment, args: argparse.Namespace) -> list[str
             value = getattr(args, setting.flag)
             fate = "honoured" if _asks_for(setting, environment, value) else "overruled by the command line"
             notes.append(f"{setting.variable}={one_line(text)}: {fate}, {setting.flag} is {value}")
-    notes += [f"{name}={environment[name]}: honoured by accelerate" for name in SWITCHES if _is_on(environment, name)]
+    alone = not any(name in environment for name in RANKS)
+    for name in SWITCHES:
+        if _is_on(environment, name):
+            idle = alone and name == AFFINITY
+            notes.append(
+                f"{name}={environment[name]}: {'without effect on one process' if idle else 'honoured by accelerate'}"
+            )
     return notes + ([f"{DEVICE}={environment[DEVICE]}: honoured by accelerate"] if DEVICE in environment else [])
 
 

@@ -19,7 +19,7 @@ import train_srl_vae
 from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
 from srl_utils.evaluation import __main__ as evaluation
-from srl_utils.launching import launched_arguments, on_cpu
+from srl_utils.launching import launch_notes, launched_arguments, note_on_compiling, on_cpu
 
 STEPS, PRECISION, BACKEND = (
     f"ACCELERATE_{name}" for name in ("GRADIENT_ACCUMULATION_STEPS", "MIXED_PRECISION", "DYNAMO_BACKEND")
@@ -180,3 +180,40 @@ def test_a_run_told_to_stay_on_the_cpu_does() -> None:
     """Oracle: specification of accelerate's two variables, of which the device's name decides."""
     assert on_cpu({"ACCELERATE_USE_CPU": "true"}) and on_cpu({"ACCELERATE_TORCH_DEVICE": "cpu"})
     assert not on_cpu({}) and not on_cpu({"ACCELERATE_USE_CPU": "true", "ACCELERATE_TORCH_DEVICE": "cuda:0"})
+
+
+@ON_CPU
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LOCAL_RANK": "0"},
+        {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"},
+        {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "4"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+        {"ACCELERATE_USE_CPU": "true", "PMI_SIZE": "abc"},
+        {"ACCELERATE_FP8_BACKEND": "nonsense"},
+    ],
+    ids=" ".join,
+)
+def test_what_accelerate_cannot_start_with_is_one_line(
+    run: Run, flags: list[str], tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: exit code 2 and one line, of a launcher without an address for instance, before anything is written."""
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    code, printed = run(*flags)
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and "environment" in errors[0], printed
+    assert "Traceback" not in printed and not (tmp_path / "out").exists()
+
+
+def test_notes_say_what_is_without_effect() -> None:
+    """Oracle: accelerate's code, which pins processes to cores only where there are several."""
+    args = train_srl_vae.parse_args(["--train_data_dir", "photographs"], {})
+    affinity = "ACCELERATE_CPU_AFFINITY"
+    assert launch_notes({affinity: "1"}, args) == [f"{affinity}=1: without effect on one process"]
+    assert launch_notes({affinity: "1", "LOCAL_RANK": "0"}, args) == [f"{affinity}=1: honoured by accelerate"]
+    assert note_on_compiling({BACKEND: "inductor"}) == [
+        f"{BACKEND}=inductor: without effect, evaluations are not compiled"
+    ]
+    assert note_on_compiling({BACKEND: "NO"}) == note_on_compiling({}) == []

@@ -283,4 +283,5 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
         said = " ".join((error.server_message or "").split())
         return reason if said in reason else f"{reason} ({said})"
-    return reason if error.__cause__ is None else f"{reason} ({_reason(error.__cause__)})"
+    cause = "" if error.__cause__ is None else _reason(error.__cause__)
+    return reason if cause in reason else f"{reason} ({cause})"

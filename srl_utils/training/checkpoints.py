@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -172,6 +173,18 @@ class Checkpoints:
             self.tidy(final)
         accelerator.wait_for_everyone()
         return final
+
+    def set_aside(self, step: int) -> list[Path]:
+        """Rename the checkpoints after `step`, of a run that is rewound, and return them: `latest` would go on from them."""
+        later = [folder for folder in self.found() if step_of(folder) > step]
+        return [self._renamed(folder) for folder in later]
+
+    def _renamed(self, folder: Path) -> Path:
+        stem = f"abandoned-checkpoint-{step_of(folder)}"
+        names = chain([stem], (f"{stem}.{number}" for number in count(2)))
+        place = next(place for name in names if not (place := self.output_dir / name).exists())
+        os.replace(folder, place)
+        return place
 
     def tidy(self, newest: Path) -> None:
         """Leaves `newest` and the last others, and nothing that an interruption in the middle of a save has left."""

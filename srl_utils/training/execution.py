@@ -31,9 +31,14 @@ class Execution:
     def autocast_dtype(self) -> torch.dtype | None:
         return HALF_PRECISION.get(self.precision)
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """Return precision and compiling, such as `bf16, compiled`."""
         precision = "float32" if self.precision == "no" else self.precision
-        return f"{precision}, {'compiled' if self.torch_compile else 'not compiled'} ({self.reason})"
+        return f"{precision}, {'compiled' if self.torch_compile else 'not compiled'}"
+
+    def __str__(self) -> str:
+        return f"{self.summary} ({self.reason})"
 
 
 def check_execution(precision: str | None, torch_compile: bool | None, *, leave_gpu: bool = False) -> None:
@@ -47,10 +52,10 @@ def check_execution(precision: str | None, torch_compile: bool | None, *, leave_
     """
     on_gpu = torch.cuda.is_available() and not leave_gpu
     if precision == "fp16" and not on_gpu:
-        raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no")
+        raise UserError("fp16 needs a GPU; on the CPU give --mixed_precision bf16 or no")
     if torch_compile and not can_compile("cuda" if on_gpu else "cpu"):
         missing = "Triton" if on_gpu else "a C++ compiler (g++)"
-        raise UserError(f"--torch_compile needs {missing}; install it or drop the flag")
+        raise UserError(f"compiling needs {missing}; install it or give --no-torch_compile")
 
 
 def runs_in_fp16(precision: str | None, force_upcast: bool) -> bool:

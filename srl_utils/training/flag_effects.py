@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from os.path import isdir  # which, unlike pathlib's, says False of a name too long to be one
 
+import torch
+
 from srl_utils.command_line import Effects
 from srl_utils.images.sources import PHOTOGRAPHS
 
@@ -28,7 +30,9 @@ def training_effects(args: argparse.Namespace) -> Effects:
         "dataloader_num_workers": (
             not (args.streaming and args.dataloader_num_workers > 1), "a data set that is not streamed, beyond 1"
         ),
-        "pgd_steps": (not args.gaussian_noise, "an attack, which --gaussian_noise replaces", 0),
+        "pgd_steps": (
+            args.epsilon > 0 and not args.gaussian_noise, "an attack: --epsilon above 0, and no --gaussian_noise", 0
+        ),
         "pgd_step_size": attack,
         "no_pgd_random_start": attack,
         "lpips_net": (args.lpips_weight > 0, "a --lpips_weight above 0"),
@@ -36,6 +40,7 @@ def training_effects(args: argparse.Namespace) -> Effects:
         "lr_warmup_steps": (args.lr_scheduler != "constant", "a schedule with warm-up, such as constant_with_warmup", 0),
         "lr_num_cycles": (args.lr_scheduler == "cosine_with_restarts", "--lr_scheduler cosine_with_restarts"),
         "lr_power": (args.lr_scheduler == "polynomial", "--lr_scheduler polynomial"),
+        "allow_tf32": (torch.cuda.is_available(), "a CUDA GPU"),
         "logging_dir": (args.report_to in ("tensorboard", "all"), "--report_to tensorboard"),
         "tracker_project_name": (tracked, "a tracker, --report_to"),
         **{flag: (args.push_to_hub, "--push_to_hub") for flag in vars(args) if flag.startswith("hub_")},

@@ -22,9 +22,10 @@ FREE = frozenset({
     "cache_dir", "dataloader_num_workers", "max_bad_images", "recipe", "validation_steps", "dry_run",
     "gradient_checkpointing", "attack_batch_size", "output_dir", "checkpointing_steps", "checkpoints_total_limit",
     "save_variant", "resume_from_checkpoint", "logging_dir", "report_to", "tracker_project_name", "push_to_hub",
-    "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token",
+    "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token", "mixed_precision", "torch_compile",
 })  # fmt: skip
-"""Flags that leave the trained weights as they are. The recipe stands for other flags, which are compared one by one."""
+"""Flags that are not compared: they leave the trained weights as they are, or stand for others, which are. The recipe
+stands for flags, precision and compiling for the execution that comes of them."""
 REFUSED = frozenset({"seed", "use_ema", "use_8bit_adam"})
 """Flags whose state in the checkpoint has no meaning under another value."""
 BASE = frozenset({"pretrained_model_name_or_path", "subfolder", "revision", "variant"})
@@ -39,9 +40,13 @@ APPLIED = TRAINING_DATA | {
     "no_pgd_random_start", "lpips_weight", "lpips_net", "originality_weight", "originality_units", "sample_posterior",
     "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "learning_rate", "scale_lr",
     "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay",
-    "adam_epsilon", "max_grad_norm", "mixed_precision", "torch_compile", "allow_tf32",
+    "adam_epsilon", "max_grad_norm", "execution", "allow_tf32",
 }  # fmt: skip
-"""Flags whose new value holds from the resumed step on."""
+"""Flags whose new value holds from the resumed step on; the number of processes and the execution are no flags."""
+TRAINING_IMAGES = "training_images"
+"""Name of the change in the number of images that the same flags find."""
+WORDS = {"execution": "{}", TRAINING_IMAGES: "{} training images"}
+"""How the values of what is no flag of the training are told."""
 PLACES = frozenset({"pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir"})
 
 
@@ -134,8 +139,10 @@ def check_flags(arguments: Mapping[str, Any], earlier: Earlier) -> None:
         )
 
 
-def settle(current: Settings, earlier: Earlier) -> Settings:
+def settle(current: Settings, earlier: Earlier, *, steps_left: bool = True) -> Settings:
     """Return `current` with the history of the run: the changes before `earlier`, and those made now.
+
+    Where no steps are left, nothing can change.
 
     Raises:
         UserError: if the original VAE or the validation images are others than before.
@@ -143,11 +150,16 @@ def settle(current: Settings, earlier: Earlier) -> Settings:
     before = earlier.settings
     if before.inputs is not None:
         _check_inputs(current, before.inputs, earlier)
-    changes = [
-        Change(name, earlier.step, before.arguments[name], current.arguments[name])
-        for name in changed(before.arguments, current.arguments, APPLIED)
-    ]
-    return replace(current, changes=[*before.changes, *changes])
+    return replace(current, changes=[*before.changes, *(_changes(current, earlier) if steps_left else ())])
+
+
+def _changes(current: Settings, earlier: Earlier) -> Iterator[Change]:
+    before = earlier.settings
+    applied = APPLIED - {"num_train_epochs"} if current.arguments["max_train_steps"] else APPLIED
+    for name in changed(before.arguments, current.arguments, applied):
+        yield Change(name, earlier.step, before.arguments[name], current.arguments[name])
+    if before.inputs is not None and before.inputs.training_images != current.inputs.training_images:
+        yield Change(TRAINING_IMAGES, earlier.step, before.inputs.training_images, current.inputs.training_images)
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any], names: Iterable[str]) -> list[str]:
@@ -160,9 +172,9 @@ def told(changes: Iterable[Change]) -> list[str]:
     lines: dict[str, str] = {}
     for change in changes:
         before, after = shortened(change.before), shortened(change.after)
-        if before != after:
-            start = lines.get(change.name, worded(change.name, before))
-            lines[change.name] = f"{start} until step {change.step}, then {_value(after)}"
+        told = f"another {after}" if before == after else _value(after)
+        start = lines.get(change.name, worded(change.name, before))
+        lines[change.name] = f"{start} until step {change.step}, then {told}"
     return list(lines.values())
 
 
@@ -177,6 +189,8 @@ def shortened(value: Any) -> Any:
 
 def worded(name: str, value: Any) -> str:
     """Return the flag as it would be typed, or `no --name` where it would be left out."""
+    if name in WORDS:
+        return WORDS[name].format(_value(value))
     if value is None or value is False or value == []:
         return f"no --{name}"
     return f"--{name}" if value is True else f"--{name} {_value(value)}"
@@ -216,11 +230,15 @@ def _check_inputs(current: Settings, before: Inputs, earlier: Earlier) -> None:
     if now.validation == before.validation:
         return
     _refuse(earlier, current.arguments, TRAINING_DATA | VALIDATION_DATA)
-    if now.training_images != before.training_images:
+    if now.training_images != before.training_images and current.arguments["validation_data_dir"] is None:
         raise UserError(
             f"{earlier.checkpoint} was trained on {before.training_images} images, and there are {now.training_images} now, "
-            "so that other ones would be held out; restore the data, or choose another --output_dir"
+            "so that other images are held out; restore the data, or choose another --output_dir"
         )
+    raise UserError(
+        f"the validation images are others than those that {earlier.checkpoint} was measured on; restore them, or choose "
+        "another --output_dir"
+    )
 
 
 def _refuse(earlier: Earlier, arguments: Mapping[str, Any], names: Iterable[str]) -> None:

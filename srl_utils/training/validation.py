@@ -115,6 +115,8 @@ class Validation:
         if not any((row.vae, row.attack) == (self.current.name, self.strong_attack.name) for row in self.rows):
             return table
         share = won_back(self.rows, self.strong_attack.name, self.original.name, self.current.name)
+        if share is None:
+            return table
         return f"{table}\n\nOf the PSNR that {self.strong_attack.name} costs the original VAE, {share:.0%} is won back."
 
     def _everything(self) -> list[Perturbation]:

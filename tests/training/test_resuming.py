@@ -60,7 +60,7 @@ def test_every_flag_has_its_rule() -> None:
     """Oracle: the parser. Each flag is in exactly one of the classes, which hold nothing else but accelerate's flag."""
     classes = Counter(chain(FREE, REFUSED, BASE, VALIDATION_DATA, APPLIED))
     assert set(classes.values()) == {1} and TRAINING_DATA <= APPLIED
-    assert set(classes) == {*vars(train_srl_vae.parse_args([])), "num_processes"}
+    assert set(classes) == {*vars(train_srl_vae.parse_args([])), "num_processes", "execution"}
 
 
 def test_new_values_hold_from_the_resumed_step_on(run: Run, half: list[str], tmp_path: Path) -> None:
@@ -80,10 +80,10 @@ def test_new_values_hold_from_the_resumed_step_on(run: Run, half: list[str], tmp
 
 
 def test_the_schedule_gets_its_new_shape(run: Run, half: list[str], tmp_path: Path) -> None:
-    """Oracle: the formula of a linear schedule over 4 steps without warm-up, from step 2 on."""
+    """Oracle: the formula of a linear schedule over 4 steps without warm-up, at the steps 3 and 4."""
     code, printed = run(*half, "--lr_scheduler", "linear", "--lr_warmup_steps", "0")
     assert code == 0, printed
-    assert rates(tmp_path / "out") == pytest.approx([1e-3, 1e-3, 1e-3 * 1 / 4, 0])
+    assert rates(tmp_path / "out") == pytest.approx([1e-3, 1e-3, 1e-3 * 2 / 4, 1e-3 * 1 / 4])
     assert "--lr_scheduler constant until step 2, then linear" in printed
     assert "--max_train_steps 2 until step 2, then 4" in printed
 
@@ -288,11 +288,51 @@ def test_fewer_steps_than_were_made_are_refused(run: Run, half: list[str]) -> No
     assert code == 2 and "--max_train_steps" in printed
 
 
+def test_latest_follows_the_branch_that_was_worked_on_last(run: Run, half: list[str], tmp_path: Path) -> None:
+    """Oracle: the journal's steps and rates. A run that goes back to step 1 leaves step 2 behind, which stays in the folder."""
+    out = tmp_path / "out"
+    back = [*half, "--learning_rate", "5e-4", "--resume_from_checkpoint"]
+    code, printed = run(*back, "checkpoint-1", "--max_train_steps", "1")
+    assert code == 0, printed
+    assert "abandoned-checkpoint-2" in printed and (out / "abandoned-checkpoint-2/vae").is_dir()
+    code, printed = run(*back, "latest", "--max_train_steps", "3")
+    assert code == 0, printed
+    assert rates(out) == [1e-3, 5e-4, 5e-4]
+    assert "--learning_rate 0.001 until step 1, then 0.0005" in (out / "README.md").read_text()
+
+
+def test_other_validation_images_under_the_same_flags_are_refused(
+    run: Run, flags: list[str], photographs: Path, tmp_path: Path
+) -> None:
+    """Oracle: the pictures. Training images may become more, which is told; validation images must stay."""
+    training, validation = tmp_path / "training", tmp_path / "validation"
+    for folder in (training, validation):
+        shutil.copytree(photographs, folder)
+    split = flags.index("--validation_split")
+    command = [*flags[:split], *flags[split + 2 :], "--train_data_dir", training, "--validation_data_dir", validation]
+    assert run(*command, "--max_train_steps", "1", "--checkpointing_steps", "1")[0] == 0
+    shutil.copy(training / "00.png", training / "more.png")
+    command += ["--max_train_steps", "2", "--resume_from_checkpoint", "latest"]
+    code, printed = run(*command)
+    assert code == 0 and "24 training images until step 1, then 25" in printed, printed
+    for path in validation.rglob("*.png"):
+        shutil.copy(training / "02.png", path)
+    code, printed = run(*command, "--max_train_steps", "3")
+    assert code == 2 and "the validation images are others" in printed, printed
+
+
+def test_without_steps_left_nothing_changes(run: Run, half: list[str], tmp_path: Path) -> None:
+    """Oracle: the record of a command that makes no step."""
+    code, printed = run(*half, "--max_train_steps", "2", "--learning_rate", "5e-4")
+    assert code == 0, printed
+    assert json.loads((tmp_path / "out/training_args.json").read_text())["changes"] == []
+
+
 def test_a_dry_run_counts_the_images_of_both_parts(run: Run, half: list[str]) -> None:
-    """Oracle: two steps of 2 images each before, and two of 5 now."""
+    """Oracle: two steps of 4 images each before, and two of 5 now."""
     code, printed = run(*half, "--train_batch_size", "5", "--dry_run")
     assert code == 0, printed
-    assert "Run: 4 steps, 14 images" in printed
+    assert "Run: 4 steps, 18 images" in printed
 
 
 @pytest.mark.parametrize("record", ["training_args.json", None])
@@ -322,10 +362,13 @@ def test_a_history_is_one_line_a_flag_without_folders_of_this_machine() -> None:
         Change("learning_rate", 2, 1e-4, 5e-5), Change("train_data_dir", 2, "/home/me/a", "/home/me/b"),
         Change("learning_rate", 4, 5e-5, 1e-5), Change("train_data_dir", 4, "/home/me/b", "../other/b"),
         Change("random_flip", 4, False, True), Change("max_train_samples", 4, None, 8),
+        Change("execution", 4, "float32, not compiled", "bf16, compiled"), Change("dataset_name", 4, "/a/set", "/b/set"),
     ]  # fmt: skip
     assert told(changes) == [
         "--learning_rate 0.0001 until step 2, then 5e-05 until step 4, then 1e-05",
-        "--train_data_dir a until step 2, then b",
+        "--train_data_dir a until step 2, then b until step 4, then another b",
         "no --random_flip until step 4, then on",
         "no --max_train_samples until step 4, then 8",
+        "float32, not compiled until step 4, then bf16, compiled",
+        "--dataset_name set until step 4, then another set",
     ]

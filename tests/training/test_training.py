@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 import train_srl_vae
 from srl_utils.errors import UserError
+from srl_utils.evaluation.perturbations import Perturbation
+from srl_utils.evaluation.results import Row, Setting, to_row
 from srl_utils.hub.card import recorded_weights
 from srl_utils.hub.contents import contents
 from srl_utils.images.datasets import open_data
@@ -520,23 +522,23 @@ def test_results_under_other_conditions_are_measured_anew(tmp_path: Path) -> Non
     class Counting(Validation):
         measured = 0
 
-        def _measure(self, codec: object, perturbations: list) -> list[dict]:
+        def _measure(self, codec: object, perturbations: list[Perturbation]) -> list[Row]:
             self.measured += 1
-            n = len(self.images)
-            return [{"vae": "original", "attack": one.name, "epsilon": one.epsilon, "n": n} for one in perturbations]
+            settings = [Setting(one.name, one.objective, "adaptive", one.epsilon, "psnr") for one in perturbations]
+            return [to_row("original", setting, 20.0, n=len(self.images)) for setting in settings]
 
-    def judge(epsilon: float = 8 / 255, images: int = 3) -> int:
-        judge = Counting(
-            SimpleNamespace(is_main_process=True), original=SimpleNamespace(name="original"), current=None, loss=None,
-            images=torch.zeros(images, 3, 8, 8), epsilon=epsilon, output_dir=tmp_path, seed=0, batch_size=1,
+    def times_measured(epsilon: float = 8 / 255, images: int = 3) -> int:
+        validation = Counting(
+            SimpleNamespace(is_main_process=True), original=SimpleNamespace(name="original"), current=None,
+            images=torch.zeros(images, 3, 8, 8), perceptual=None, epsilon=epsilon, output_dir=tmp_path, seed=0, batch_size=1,
         )  # fmt: skip
         validation.measure_original(resumed=True)
-        assert {row["n"] for row in judge.rows} == {images}
-        return judge.measured
+        assert {row.n for row in validation.rows} == {images}
+        return validation.measured
 
-    assert [judge(), judge(), judge(epsilon=16 / 255), judge(epsilon=16 / 255), judge(epsilon=16 / 255, images=2)] == [
-        1, 0, 1, 0, 1
-    ]  # fmt: skip
+    larger = 16 / 255
+    assert [times_measured(), times_measured()] == [1, 0]
+    assert [times_measured(larger), times_measured(larger), times_measured(larger, images=2)] == [1, 0, 1]
 
 
 def test_what_is_published_names_no_folder_of_this_machine(photographs: Path, vae_folder: Path, tmp_path: Path) -> None:
@@ -609,3 +611,19 @@ def test_compiled_follows_eager(run: Run, flags: list[str], tmp_path: Path) -> N
     assert run(*flags, "--torch_compile", "--output_dir", tmp_path / "compiled")[0] == 0
     for eager, compiled in zip(steps(tmp_path / "out"), steps(tmp_path / "compiled"), strict=True):
         assert eager["loss"] == pytest.approx(compiled["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("noise", [[], ["--gaussian_noise", "8/255", "--pgd_steps", "0"]])
+def test_an_attack_without_a_budget(run: Run, flags: list[str], noise: list[str], tmp_path: Path) -> None:
+    """Oracle: the real command. An epsilon of 0 costs no PSNR, so that no share of it can be won back."""
+    position = flags.index("--pgd_steps")
+    code, printed = run(*flags[:position], *flags[position + 2 :], *noise, "--max_train_steps", "1", "--epsilon", "0")
+    assert code == 0, printed
+    assert "is won back" not in printed and (tmp_path / "out/README.md").exists()
+
+
+@pytest.mark.parametrize("empty", [["--hub_model_id="], ["--hub_model_id", ""]])
+def test_an_empty_argument_shows_no_other(run: Run, flags: list[str], empty: list[str]) -> None:
+    """Oracle: a search for a token that is given beside it."""
+    code, printed = run(*flags, "--push_to_hub", "--hub_token", "secret123", *empty)
+    assert code == 2 and "secret123" not in printed and "--hub_model_id" in printed

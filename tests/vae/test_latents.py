@@ -275,4 +275,6 @@ def test_a_codec_scales_for_a_pipeline() -> None:
     """Oracle: closed form. Stable Diffusion's denoiser sees the factor alone; without a pipeline the files decide."""
     codec, latents = codec_of(small_vae(**STATISTICS)), torch.ones(1, 4, 2, 2)
     torch.testing.assert_close(codec.scale(latents, build_pipeline("sd")), 0.5 * latents)
-    torch.testing.assert_close(codec.scale(latents, build_pipeline("sdxl")), codec.latent_scale.scale(latents))
+    torch.testing.assert_close(
+        codec.scale(latents, build_pipeline("sdxl")), LatentScale.of(codec.vae.config).scale(latents)
+    )

@@ -55,7 +55,7 @@ from srl_utils.images.decoding import UnreadableImage, decode_rgb
 from srl_utils.images.framing import centre_square, to_tensor
 from srl_utils.images.listing import few
 from srl_utils.images.sources import PHOTOGRAPHS, DataSource
-from srl_utils.launching import check_launch, launched_accelerator, launched_precision
+from srl_utils.launching import check_launch, launched_accelerator, launched_precision, note_on_compiling
 from srl_utils.metrics.features import (
     CLIP_MODEL,
     SET_METRICS,
@@ -114,7 +114,7 @@ def prepare(args: argparse.Namespace) -> Setup:
     """
     check_launch(os.environ)
     sources = vae_sources(args)
-    notes: list[str] = []
+    notes = note_on_compiling(os.environ)
     loaded = load_images(args, notes)
     accelerator = launched_accelerator(
         os.environ,
@@ -213,7 +213,7 @@ def run_study(
     for note in setup.notes:
         setup.accelerator.print(note)
     if args.dry_run:
-        setup.accelerator.print(describe(study))
+        setup.accelerator.print(f"Running on {used_device(setup.accelerator)}\n{describe(study)}")
         return 0
     with sole_run(args.output_dir, is_main_process=setup.accelerator.is_main_process):
         records = study.run()
@@ -564,17 +564,21 @@ def digest(content: bytes) -> str:
     return sha256(content).hexdigest()[:16]
 
 
-def settings(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
-    accelerator = setup.accelerator
+def used_device(accelerator: Accelerator) -> str:
+    """Return on what, and in which precision, an evaluation runs."""
     on_gpu = accelerator.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    return f"{accelerator.num_processes} x {device}, mixed precision {accelerator.mixed_precision}"
+
+
+def settings(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
     packages = ("torch", "diffusers", "torchmetrics", "accelerate")
     return {
         "command": shlex.join(["python", "-m", "srl_utils.evaluation", *args.arguments]),
         **setup.origins,
         "images": f"{len(setup.images)} of {args.dataset_name or Path(abspath(args.data_dir)).name}, {args.resolution} px",
         "seed": str(args.seed),
-        "device": f"{accelerator.num_processes} x {device}, mixed precision {accelerator.mixed_precision}",
+        "device": used_device(setup.accelerator),
         "versions": ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
         "date": date.today().isoformat(),
     }

@@ -30,11 +30,14 @@ def comparison_table(rows: Rows, vaes: Sequence[str]) -> str:
     return markdown_table(table)
 
 
-def won_back(rows: Rows, attack: str, original: str, robust: str) -> float:
-    """Share of the PSNR that `attack` costs the original VAE which the robust one has regained under it."""
+def won_back(rows: Rows, attack: str, original: str, robust: str) -> float | None:
+    """Return the share of the PSNR that `attack` costs the original VAE which the robust one has regained under it.
+
+    None where the attack costs nothing.
+    """
     value = {(row.vae, row.attack): row.value for row in rows if row.metric == "psnr"}
     lost = value[original, "clean"] - value[original, attack]
-    return (value[robust, attack] - value[original, attack]) / lost
+    return (value[robust, attack] - value[original, attack]) / lost if lost > 0 else None
 
 
 def _attack_title(cells: dict, attack: str) -> str:
