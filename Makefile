@@ -1,4 +1,4 @@
-# make setup | demo | paper | paper-quick | test | test-slow | faults | test-hub | miniature | clean
+# make setup | demo | paper | paper-quick | test | test-slow | faults | test-hub | docs | miniature | clean
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -15,7 +15,7 @@ DEMO := accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --num_p
 	--learning_rate 5e-4 --lpips_weight 0 \
 	--random_flip --no-torch_compile --num_validation_images 16 --validation_steps 300 --output_dir outputs/demo
 
-.PHONY: setup demo paper paper-quick test test-slow faults test-hub miniature clean
+.PHONY: setup demo paper paper-quick test test-slow faults test-hub docs miniature clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,15 @@ $(VENV)/.installed: requirements.txt
 $(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet -r requirements-test.txt
 	touch $@
+
+$(VENV)/.installed-docs: requirements-docs.txt $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet -r requirements-docs.txt
+	touch $@
+
+# The pages are in outputs/site. Warnings are errors; the variable hides an advertisement, which is none.
+docs: $(VENV)/.installed-docs
+	$(RUN) python -m docs.scripts.flags
+	$(RUN) NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
 demo: setup
 	$(RUN) $(DEMO)

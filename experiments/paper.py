@@ -37,7 +37,7 @@ MOST_PROCESSES = 8
 ORIGINAL, ROBUST = "original", "robust"
 
 # The method as in `make demo`, on scenes; alpha is in scaled units, where 0.03 is about the paper's 0.001 on SD's latents
-# and 0.3 its 0.01 (README, "The method's flags").
+# and 0.3 its 0.01 (docs/training.md, "Choose the originality weight").
 VARIANTS: dict[str, str] = {
     ROBUST: "--originality_weight 0.03",
     "alpha 0": "--originality_weight 0",

@@ -55,7 +55,9 @@ def swap_vae(
     Args:
         pipe: any pipeline with an `AutoencoderKL` as its `.vae`.
         vae: an `AutoencoderKL`, a folder, or a Hub id.
-        subfolder, revision, variant: of a folder or Hub id, as in `from_pretrained`.
+        subfolder: folder of the VAE inside `vae`, as in `from_pretrained`.
+        revision: branch, tag or commit of a Hub id.
+        variant: variant of the weight files, such as fp16.
         allow_mismatch: accept other scaling and shift factors; the newcomer's then hold. A VAE object that `pipe` had
             before is accepted in any case.
 
