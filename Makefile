@@ -25,7 +25,7 @@ $(VENV)/.installed: requirements.txt
 	$(VENV)/bin/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
+$(VENV)/.installed-test: requirements-test.txt $(wildcard requirements/*.txt) $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet -r requirements-test.txt
 	touch $@
 
@@ -44,6 +44,8 @@ demo: setup
 # One worker a core, each with one thread.
 test: $(VENV)/.installed-test
 	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) lint-imports --no-logo
 	$(RUN) python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: $(VENV)/.installed-test

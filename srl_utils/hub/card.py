@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from srl_utils.markdown import as_code, as_text
 if TYPE_CHECKING:
     from srl_utils.evaluation.results import Row
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
+TEMPLATE = "model_card.md"  # beside this file; in the repository a link to the one at the top level
 WEIGHTS_HEADING = "SHA-256 of the weights that this card describes"
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -75,7 +76,7 @@ def render_card(facts: CardFacts) -> str:
     )
     card = ModelCard.from_template(
         data,
-        template_path=str(TEMPLATE),
+        template_str=files("srl_utils.hub").joinpath(TEMPLATE).read_text(encoding="utf-8"),
         **{
             **asdict(facts),
             "name": as_text(Path(facts.model_id).name),
