@@ -29,8 +29,8 @@ $(VENV)/.installed-test: requirements-test.txt $(wildcard requirements/*.txt) $(
 	$(VENV)/bin/pip install --quiet -r requirements-test.txt
 	touch $@
 
-$(VENV)/.installed-docs: requirements-docs.txt $(VENV)/.installed
-	$(VENV)/bin/pip install --quiet -r requirements-docs.txt
+$(VENV)/.installed-docs: requirements/docs.txt $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet -r requirements/docs.txt
 	touch $@
 
 # The pages are in outputs/site. Warnings are errors; the variable hides an advertisement, which is none.
