@@ -13,12 +13,9 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
-from torch import Tensor
 from tqdm.auto import trange
 
 from benchmarks.textbook import TextbookStep
@@ -78,17 +75,7 @@ def build_step(settings: argparse.Namespace, device: str) -> TextbookStep:
     )
 
 
-class Trainee(Protocol):
-    """Whose call is an update on images `[N,3,H,W]` in [-1,1] from a start of the attack, and returns the loss."""
-
-    vae: AutoencoderKL
-    optimizer: torch.optim.Optimizer
-    parameters: list[torch.nn.Parameter]
-
-    def __call__(self, clean: Tensor, start: Tensor) -> Tensor: ...
-
-
-def train(settings: argparse.Namespace, step: Trainee, output_dir: Path) -> None:
+def train(settings: argparse.Namespace, step: TextbookStep, output_dir: Path) -> None:
     """Times each step with its wait for images and its end on the device, and none of the saving."""
     attack = PGDConfig(epsilon=settings.epsilon, random_start=not settings.no_pgd_random_start)
     scheduler = get_scheduler(
@@ -124,7 +111,7 @@ def open_batches(settings: argparse.Namespace) -> Iterator[Batch]:
     return training_batches(data, batch_size=settings.train_batch_size, num_workers=settings.dataloader_num_workers)
 
 
-def save(step: Trainee, checkpoint: Path, seconds: list[float]) -> None:
+def save(step: TextbookStep, checkpoint: Path, seconds: list[float]) -> None:
     """The VAE, and the times as `train_srl_vae.py` counts them."""
     save_autoencoder(step.vae, checkpoint / "vae")
     progress = {"seconds": sum(seconds), "first_steps": seconds[0]}

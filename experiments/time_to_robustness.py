@@ -282,13 +282,6 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--textbook", action="store_true", help="repeat the first training with the textbook's step as well")
     add("--seeds", nargs="+", type=non_negative_int, default=[0, 1, 2])
     add("--output_dir", type=Path, default=Path("outputs/time-to-robustness"))
-    add_judge_arguments(parser)
-    return parser.parse_args(arguments)
-
-
-def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `Judge` and `load_images` look at, but for the model and the output folder."""
-    add = parser.add_argument
     add("--dataset_name", default="scikit-image", help="whose held-out images judge")
     add("--data_dir", default=None, help="a folder of images that judge instead")
     add("--resolution", type=positive_int, default=64)
@@ -298,6 +291,7 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     add("--apgd_steps", type=positive_int, default=100)
     add("--apgd_restarts", type=positive_int, default=2)
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,15 @@
 
     python -m miniature.build vae
 
-Every sample is a function of (seed, number), so a run that is stopped and started again continues with the
-sample it would have seen next. The result in `miniature/weights/vae` is a `diffusers.AutoencoderKL` whose
-`scaling_factor` is measured, with `measured.json` and a README made from it.
+Every sample is a function of (seed, number), so a stopped run resumes with the same next sample. The result in
+`miniature/weights/vae` is a `diffusers.AutoencoderKL` with a measured `scaling_factor`, beside `measured.json` and a
+README made from it.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,29 +22,26 @@ from torch.utils.data import DataLoader, Dataset
 
 from miniature.measure import measure_scaling_factor, write_measurements
 from miniature.scenes import draw_dead_leaves, draw_scene
-from srl_utils.files import write_atomically
+from miniature.training import BETAS, Loop, cosine_schedule, descend
 from srl_utils.images.photographs import load_photographs
 from srl_utils.images.pixels import from_pil
 from srl_utils.vae.layers import with_compilable_layers
 
 SIZE = 64
-PHOTOGRAPH_SIDE = 512  # pixels, of the shorter side: crops of down to SIZE show them at their full resolution
-# Shares of a batch: photographs teach the statistics that are judged, dead leaves keep a network that sees
-# twelve photographs from learning them by heart, scenes are what the miniature diffusion model will draw.
+PHOTOGRAPH_SIDE = 512  # pixels of the shorter side; the smallest crops show photographs at full resolution
+# Shares of a batch. Photographs have the statistics that the measurements use, dead leaves prevent overfitting to
+# twelve photographs, and scenes are what the miniature diffusion model draws.
 SHARES = {"scene": 0.4, "dead leaves": 0.15, "photograph": 0.45}
-# Weak, so that latents keep the detail (and the weakness to attack) of full-size autoencoders.
+# Weak, so that latents keep the detail of full-size autoencoders, and their weakness to attacks.
 KL_WEIGHT = 1e-7
 ADVERSARIAL_WEIGHT = 0.05
-WARMUP_STEPS = 200
+ADVERSARIAL_BETAS = (0.5, 0.9)
 
 
 def build(args: argparse.Namespace) -> None:
+    """Train the autoencoder, measure it, and write it to `args.output_dir`."""
     torch.manual_seed(args.seed)
-    state = State.begin(args.device, args.architecture)
-    state_path = args.work_dir / "state.pt"
-    state.load(state_path)
-    train(args, state, state_path)
-    vae = state.vae.to(memory_format=torch.contiguous_format).eval()  # safetensors takes no other format
+    vae = train(args).to(memory_format=torch.contiguous_format).eval()  # safetensors takes no other format
     vae.register_to_config(scaling_factor=measure_scaling_factor(vae))
     vae.save_pretrained(args.output_dir)
     names = (
@@ -64,9 +57,9 @@ def build(args: argparse.Namespace) -> None:
     write_measurements(vae, args.output_dir, build={**settings, "torch_compile": args.torch_compile})
 
 
-# Both down-sample by 4, and groups of 4 to 8 channels are normalised together, as in the SD-VAE.
+# Both down-sample by 4 and normalise groups of 4 to 8 channels, as the SD-VAE does.
 ARCHITECTURES: dict[str, dict[str, object]] = {
-    # What ships. No attention, so that it serves any image size at a cost linear in the pixels.
+    # The shipped one. Without attention its cost is linear in the pixels.
     "small": {
         "block_out_channels": (32, 64, 64),
         "layers_per_block": 1,
@@ -74,7 +67,7 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
         "norm_num_groups": 8,
         "mid_block_add_attention": False,
     },
-    # Half the latents and a deeper network with attention, to see whether what holds for one holds for another.
+    # Half the latents and a deeper network with attention, to test whether results carry over.
     "attention": {
         "block_out_channels": (32, 64, 96),
         "layers_per_block": 2,
@@ -86,7 +79,7 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
 
 
 def build_autoencoder(architecture: str) -> AutoencoderKL:
-    """One of `ARCHITECTURES`, with random weights."""
+    """Return one of `ARCHITECTURES` with random weights."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -98,7 +91,7 @@ def build_autoencoder(architecture: str) -> AutoencoderKL:
 
 
 def patch_discriminator() -> nn.Sequential:
-    """Tells for each 38 px patch whether it is of an image or of a reconstruction (Isola et al., CVPR 2017)."""
+    """Return a network that tells images from reconstructions, patch by patch of 38 px (Isola et al., CVPR 2017)."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 4, stride=2, padding=1),
         nn.LeakyReLU(0.2),
@@ -115,100 +108,71 @@ def patch_discriminator() -> nn.Sequential:
 # --- training -------------------------------------------------------------------------------------------
 
 
-@dataclass
-class State:
-    """Everything that the next step depends on."""
+def train(args: argparse.Namespace) -> AutoencoderKL:
+    """Train the autoencoder for its pixels with a cosine schedule, then against the discriminator at a constant rate.
 
-    vae: AutoencoderKL
-    discriminator: nn.Sequential
-    optimizer: torch.optim.Optimizer
-    discriminator_optimizer: torch.optim.Optimizer
-    step: int = 0
-
-    @classmethod
-    def begin(cls, device: str, architecture: str) -> State:
-        vae = build_autoencoder(architecture).to(device, memory_format=torch.channels_last)
-        discriminator = patch_discriminator().to(device, memory_format=torch.channels_last)
-        return cls(
-            vae,
-            discriminator,
-            torch.optim.AdamW(vae.parameters()),
-            torch.optim.AdamW(discriminator.parameters(), lr=4e-4, betas=(0.5, 0.9)),
-        )
-
-    def save(self, path: Path) -> None:
-        state = {name: part.state_dict() for name, part in self._parts()} | {"step": self.step}
-        write_atomically(path, lambda aside: torch.save(state, aside))
-
-    def load(self, path: Path) -> None:
-        """Continues from `path` where it exists."""
-        if not path.exists():
-            return
-        state = torch.load(path, weights_only=True)
-        for name, part in self._parts():
-            part.load_state_dict(state[name])
-        self.step = state["step"]
-        print(f"continuing after step {self.step}")
-
-    def _parts(self) -> Iterator[tuple[str, nn.Module | torch.optim.Optimizer]]:
-        return ((name, part) for name, part in vars(self).items() if name != "step")
-
-
-def train(args: argparse.Namespace, state: State, state_path: Path) -> None:
-    """First for the pixels alone, annealed, then against the discriminator as well, at a constant rate.
-
-    That is how the autoencoders of latent diffusion models are trained (Rombach et al., CVPR 2022, section 3.1).
-    The pixel loss alone gives a smoother network, which hardly suffers from an attack.
+    Autoencoders of latent diffusion models are trained like this (Rombach et al., CVPR 2022, section 3.1). The pixel
+    loss alone gives a smoother network, which attacks hardly affect.
     """
+    vae = build_autoencoder(args.architecture).to(args.device, memory_format=torch.channels_last)
+    discriminator = patch_discriminator().to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=BETAS)
+    discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=4e-4, betas=ADVERSARIAL_BETAS)
+    schedule = cosine_schedule(optimizer, args.pixel_steps)
+    parts = {
+        "vae": vae,
+        "discriminator": discriminator,
+        "optimizer": optimizer,
+        "discriminator_optimizer": discriminator_optimizer,
+        "schedule": schedule,
+    }
+    loop = Loop(args.work_dir / "state.pt", parts, steps=total_steps(args), saving_steps=args.checkpointing_steps)
     vae_loss, discriminator_loss = autoencoder_loss, hinge_loss
     if args.torch_compile:
-        with_compilable_layers(state.vae)
+        with_compilable_layers(vae)
         vae_loss, discriminator_loss = torch.compile(autoencoder_loss), torch.compile(hinge_loss)
-    first_step, started = state.step, time.time()
-    for images, textured in sample_batches(args, first_step):
-        adversarial = state.step >= args.pixel_steps
-        state.optimizer.param_groups[0].update(schedule(args, state.step))
+    batches = sample_batches(args, loop.step)
+
+    def update(step: int) -> dict[str, Tensor]:
+        adversarial = step >= args.pixel_steps
+        images, textured = next(batches)
         images = images.to(args.device, memory_format=torch.channels_last)
         textured = textured.to(args.device, torch.float32)
-        generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + state.step)
-        noise = torch.randn(
-            (len(images), state.vae.config.latent_channels, SIZE // 4, SIZE // 4),
-            generator=generator,
-            device=args.device,
-        )
-        judge = state.discriminator.requires_grad_(False) if adversarial else None
-        with torch.autocast(images.device.type, torch.bfloat16):
-            loss, pixel_loss, reconstruction = vae_loss(state.vae, judge, images, textured, noise)
-        update(state.vae, state.optimizer, loss)
         if adversarial:
-            state.discriminator.requires_grad_(True)
+            optimizer.param_groups[0].update(lr=args.adversarial_learning_rate, betas=ADVERSARIAL_BETAS)
+        judge = discriminator.requires_grad_(False) if adversarial else None
+        noise = latent_noise(args, step, len(images))
+        with torch.autocast(images.device.type, torch.bfloat16):
+            loss, pixel_loss, reconstruction = vae_loss(vae, judge, images, textured, noise)
+        descend(vae, optimizer, loss)
+        if adversarial:
+            discriminator.requires_grad_(True)
             with torch.autocast(images.device.type, torch.bfloat16):
-                loss = discriminator_loss(state.discriminator, images, reconstruction.detach(), textured)
-            update(state.discriminator, state.discriminator_optimizer, loss)
-        state.step += 1
-        if state.step % 100 == 0:
-            seconds = (time.time() - started) / (state.step - first_step)
-            print(
-                f"step {state.step}: L1 {pixel_loss.item():.4f} loss {loss.item():.4f} {seconds:.3f} s/step", flush=True
-            )
-        if state.step % args.checkpointing_steps == 0 or state.step == total_steps(args):
-            state.save(state_path)
+                loss = discriminator_loss(discriminator, images, reconstruction.detach(), textured)
+            descend(discriminator, discriminator_optimizer, loss)
+        else:
+            schedule.step()
+        return {"L1": pixel_loss, "loss": loss}
+
+    loop.run(update)
+    return vae
 
 
-def update(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    loss.backward()
-    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+def latent_noise(args: argparse.Namespace, step: int, count: int) -> Tensor:
+    """Draw the noise `[count,C,h,w]` of a step's sampled latents."""
+    generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
+    channels = ARCHITECTURES[args.architecture]["latent_channels"]
+    return torch.randn((count, channels, SIZE // 4, SIZE // 4), generator=generator, device=args.device)
 
 
 def autoencoder_loss(
     vae: AutoencoderKL, discriminator: nn.Module | None, images: Tensor, textured: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L1 and KL divergence of reconstructions from sampled latents, and what gives them away to `discriminator`.
+    """Return the autoencoder's loss, its L1 term, and the reconstructions `[N,3,H,W]`.
 
-    Returns the loss, its L1 term, and the reconstructions `[N,3,H,W]`. Only samples that are `textured` (1, else 0)
-    are shown to the discriminator: flat scenes have nothing for it to judge.
+    The loss is the L1 distance of reconstructions from sampled latents, the KL divergence and, with a discriminator,
+    how well it detects the reconstructions. The discriminator's term counts images whose `textured` `[N]` is 1; flat
+    scenes, with 0, are left out.
     """
     posterior = vae.encode(images).latent_dist
     reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
@@ -221,20 +185,13 @@ def autoencoder_loss(
 
 
 def hinge_loss(discriminator: nn.Module, images: Tensor, reconstructions: Tensor, textured: Tensor) -> Tensor:
-    """Of the discriminator, on the samples that are `textured`."""
+    """Return the discriminator's hinge loss on the images whose `textured` `[N]` is 1."""
     errors = F.relu(1 - discriminator(images).float()) + F.relu(1 + discriminator(reconstructions).float())
     return (errors.mean(dim=(1, 2, 3)) * textured).mean()
 
 
-def schedule(args: argparse.Namespace, step: int) -> dict[str, object]:
-    """Settings of the autoencoder's AdamW: warm-up and a cosine to zero, then constant."""
-    if step >= args.pixel_steps:
-        return {"lr": args.adversarial_learning_rate, "betas": (0.5, 0.9)}
-    cosine = 0.5 * (1 + math.cos(math.pi * step / args.pixel_steps))
-    return {"lr": args.learning_rate * min((step + 1) / WARMUP_STEPS, cosine), "betas": (0.9, 0.99)}
-
-
 def total_steps(args: argparse.Namespace) -> int:
+    """Return the number of steps of both phases."""
     return args.pixel_steps + args.adversarial_steps
 
 
@@ -242,9 +199,9 @@ def total_steps(args: argparse.Namespace) -> int:
 
 
 class Mixture(Dataset):
-    """Sample `i` of the endless mixture: a function of (seed, i) alone.
+    """An endless mixture of training images. Sample i depends on (seed, i) alone.
 
-    An image `[3,SIZE,SIZE]` in [-1,1], and 0.0 for a scene or 1.0 for what has texture.
+    A sample is an image `[3,SIZE,SIZE]` in [-1,1] and a number: 0.0 for a scene, 1.0 for an image with texture.
     """
 
     def __init__(self, seed: int) -> None:
@@ -263,7 +220,7 @@ class Mixture(Dataset):
 
 
 def augmented_crop(rng: np.random.Generator, photograph: Image.Image) -> Image.Image:
-    """A crop at a random scale, turned, mirrored and recoloured: twelve photographs must go a long way."""
+    """Return a random crop of a photograph, rotated, mirrored and recoloured at random."""
     side = int(SIZE * (min(photograph.size) / SIZE) ** (rng.random() ** 1.5))
     left = int(rng.integers(0, photograph.width - side + 1))
     top = int(rng.integers(0, photograph.height - side + 1))
@@ -278,11 +235,13 @@ def augmented_crop(rng: np.random.Generator, photograph: Image.Image) -> Image.I
 
 
 def sample_batches(args: argparse.Namespace, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of the steps from `first_step`: images `[N,3,SIZE,SIZE]` and whether they have texture, `[N]`."""
     remaining = range(first_step * args.batch_size, total_steps(args) * args.batch_size)
     return iter(DataLoader(Mixture(args.seed), args.batch_size, sampler=remaining, num_workers=args.num_workers))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this training."""
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="small")
     parser.add_argument("--pixel_steps", type=int, default=5_000)
     parser.add_argument("--adversarial_steps", type=int, default=1_200)

@@ -1,9 +1,8 @@
-"""Trains the miniature world's networks, each resumable: its autoencoder, its CLIP, its classifier, its diffusion model.
+"""Train a network of the miniature world: its autoencoder, CLIP, classifier or diffusion model.
 
     python -m miniature.build vae | clip | classifier | diffusion              # make miniature: all of them
 
-Every batch is a function of (seed, step), so a run that is stopped and started again continues with what it would have
-seen next.
+Every batch is a function of (seed, step), so a stopped run resumes with the same next batch.
 """
 
 from __future__ import annotations
@@ -33,17 +32,19 @@ def main() -> None:
 
 
 def build_clip(args: argparse.Namespace) -> None:
+    """Train the CLIP and write it with its processor."""
     scenes = scenes_of(args)
     tokenizer = learn_tokenizer(scenes.captions, args.work_dir / "tokenizer")
     model = contrastive.train_clip(scenes, tokenizer, settings_of(args))
     model.save_pretrained(args.output_dir)
     processor = contrastive.build_processor(tokenizer)
     processor.save_pretrained(args.output_dir)
-    processor.image_processor.save_pretrained(args.output_dir)  # transformers 4 looks for a file of its own
+    processor.image_processor.save_pretrained(args.output_dir)  # transformers 4 needs this file too
     copy_vocabulary(args, args.output_dir)
 
 
 def build_classifier(args: argparse.Namespace) -> None:
+    """Train the classifier and write it with its processor."""
     vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False)
     model = classifier.train_classifier(scenes_of(args), vae, settings_of(args))
     model.save_pretrained(args.output_dir)
@@ -51,6 +52,7 @@ def build_classifier(args: argparse.Namespace) -> None:
 
 
 def build_diffusion(args: argparse.Namespace) -> None:
+    """Train the diffusion model and write it as a pipeline."""
     scenes = scenes_of(args)
     tokenizer = learn_tokenizer(scenes.captions, args.work_dir / "tokenizer")
     vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False)
@@ -59,16 +61,18 @@ def build_diffusion(args: argparse.Namespace) -> None:
 
 
 def copy_vocabulary(args: argparse.Namespace, folder: Path) -> None:
-    """The files that transformers 4 reads a CLIP tokenizer from; 5 writes another one."""
+    """Copy the files that transformers 4 loads a CLIP tokenizer from; transformers 5 writes another one."""
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(args.work_dir / "tokenizer" / name, folder)
 
 
 def scenes_of(args: argparse.Namespace) -> SceneSet:
+    """Return the training scenes."""
     return scene_set(args.work_dir, seed=args.seed, count=args.num_scenes)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
+    """Return the training's settings."""
     return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
 
 
@@ -83,7 +87,7 @@ def parse_args() -> argparse.Namespace:
         ("diffusion", build_diffusion, "sd", 25_000, 64, 1e-3),
     ):
         command = add_command(commands, name, build, output=output)
-        command.add_argument("--num_scenes", type=int, default=40_000, help="drawn once and kept in --work_dir")
+        command.add_argument("--num_scenes", type=int, default=40_000, help="drawn once and saved in --work_dir")
         command.add_argument("--steps", type=int, default=steps)
         command.add_argument("--batch_size", type=int, default=batch_size)
         command.add_argument("--learning_rate", type=float, default=learning_rate)
@@ -98,7 +102,7 @@ def add_command(
     command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.set_defaults(build=build)
     command.add_argument("--output_dir", type=Path, default=WEIGHTS / output)
-    command.add_argument("--work_dir", type=Path, default=Path("outputs/miniature"), help="state for resuming")
+    command.add_argument("--work_dir", type=Path, default=Path("outputs/miniature"), help="saved states, for resuming")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--torch_compile", action="store_true", help="needs a C++ compiler on the CPU")
     command.add_argument("--seed", type=int, default=0)

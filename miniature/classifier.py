@@ -1,7 +1,7 @@
-"""A small RegNet that names the colour and shape of a scene's object.
+"""A small RegNet that classifies the colour and shape of a scene's object.
 
-Its features serve for the Fréchet distance of scenes as Inception's do for photographs, and its answer as the judge of
-whether an image shows what it was asked for.
+Its features give the Fréchet distance of scenes, as Inception's do for photographs. Its answer tells whether an image
+shows its prompt.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from miniature.contrastive import HALVES
 from miniature.scene_set import LABELS, NO_LABEL, SIZE, SceneSet
-from miniature.training import Settings, Training
+from miniature.training import Settings, train
 from srl_utils.attacks.draws import image_generators
 from srl_utils.evaluation.tasks.finetuning import draw_numbers
 
 
 def build_classifier() -> RegNetForImageClassification:
+    """Return the classifier with random weights."""
     labels = dict(enumerate(LABELS))
-    # Small objects are a few pixels: the first stage keeps half the resolution.
+    # Small objects have a few pixels, so the first stage does not reduce the resolution.
     config = RegNetConfig(
         embedding_size=32, hidden_sizes=[48, 96, 192], depths=[1, 2, 2], groups_width=16, downsample_in_first_stage=False,
         id2label=labels, label2id={label: number for number, label in labels.items()},
@@ -34,11 +35,12 @@ def build_classifier() -> RegNetForImageClassification:
 
 
 def build_image_processor() -> ViTImageProcessor:
+    """Return the processor that resizes and normalises the classifier's images."""
     return ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=HALVES, image_std=HALVES)
 
 
 def train_classifier(scenes: SceneSet, vae: AutoencoderKL, settings: Settings) -> RegNetForImageClassification:
-    """Trains on the scenes of one object; what was trained before in the settings' `work_dir` is gone on with."""
+    """Train the classifier on scenes of one object. Training resumes from the state in `settings.work_dir`."""
     torch.manual_seed(settings.seed)
     network = build_classifier().to(settings.device, memory_format=torch.channels_last)
     vae = vae.to(settings.device, memory_format=torch.channels_last)
@@ -48,7 +50,9 @@ def train_classifier(scenes: SceneSet, vae: AutoencoderKL, settings: Settings) -
         reconstruct=settings.compiled(partial(reconstructed, vae)),
         scenes=scenes, single=(scenes.labels != NO_LABEL).nonzero().flatten(), settings=settings,
     )  # fmt: skip
-    trained = Training(network, loss, settings.work_dir / "classifier.pt", settings.steps, settings.learning_rate).run()
+    trained = train(
+        network, loss, settings.work_dir / "classifier.pt", steps=settings.steps, learning_rate=settings.learning_rate
+    )
     return trained.to(memory_format=torch.contiguous_format)  # safetensors takes no other format
 
 
@@ -62,7 +66,10 @@ def cross_entropy(
     single: Tensor,
     settings: Settings,
 ) -> Tensor:
-    """Of mirrored scenes, half of them as the VAE returns them: so the diffusion model's images will look."""
+    """Return the cross entropy on a step's scenes, mirrored at random, half of them reconstructed by the VAE.
+
+    Reconstructions look like the images of the diffusion model.
+    """
     numbers = single[draw_numbers(settings.seed, step, batch_size=settings.batch_size, out_of=len(single))]
     device = network.device
     pixels = mirrored(scenes.pixels(numbers), image_generators(settings.seed, [step])[0])
@@ -75,10 +82,11 @@ def cross_entropy(
 
 
 def mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of them."""
+    """Mirror each image `[N,3,H,W]` with a probability of one half."""
     chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     return torch.where(chosen, images.flip(3), images)
 
 
 def reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Return the reconstructions `[N,3,H,W]` of images."""
     return vae.decode(vae.encode(images).latent_dist.mean).sample

@@ -12,13 +12,20 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 
 from miniature.scene_set import SIZE, SceneSet
 from miniature.tokens import special_tokens
-from miniature.training import Settings, Training
+from miniature.training import Settings, train
 from srl_utils.evaluation.tasks.finetuning import draw_numbers
 
 HALVES = [0.5, 0.5, 0.5]
 
 
 def build_clip(vocabulary: int, tokens: int, special: dict[str, int]) -> CLIPModel:
+    """Return the CLIP with random weights.
+
+    Args:
+        vocabulary: number of tokens that the tokenizer knows.
+        tokens: length of the longest caption.
+        special: numbers of the special tokens, by their names in the configuration.
+    """
     shared = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
     return CLIPModel(
         CLIPConfig(
@@ -36,13 +43,14 @@ def build_clip(vocabulary: int, tokens: int, special: dict[str, int]) -> CLIPMod
 
 
 def build_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
+    """Return the processor of the CLIP's images and captions."""
     size = {"height": SIZE, "width": SIZE}
     images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=size, image_mean=HALVES, image_std=HALVES)
     return CLIPProcessor(images, tokenizer)
 
 
 def train_clip(scenes: SceneSet, tokenizer: CLIPTokenizer, settings: Settings) -> CLIPModel:
-    """Trains on the captioned scenes; what was trained before in the settings' `work_dir` is gone on with."""
+    """Train the CLIP on captioned scenes. Training resumes from the state in `settings.work_dir`."""
     torch.manual_seed(settings.seed)
     network = build_clip(len(tokenizer), tokenizer.model_max_length, special_tokens(tokenizer)).to(settings.device)
     encoded = tokenizer(scenes.captions, padding=True, return_tensors="pt")
@@ -51,7 +59,9 @@ def train_clip(scenes: SceneSet, tokenizer: CLIPTokenizer, settings: Settings) -
         predict=settings.compiled(CLIPModel.forward),
         scenes=scenes, tokens=encoded["input_ids"], mask=encoded["attention_mask"], settings=settings,
     )  # fmt: skip
-    return Training(network, loss, settings.work_dir / "clip.pt", settings.steps, settings.learning_rate).run()
+    return train(
+        network, loss, settings.work_dir / "clip.pt", steps=settings.steps, learning_rate=settings.learning_rate
+    )
 
 
 def contrastive_loss(
@@ -64,7 +74,7 @@ def contrastive_loss(
     mask: Tensor,
     settings: Settings,
 ) -> Tensor:
-    """Cross entropy of finding each image's caption in the batch, and each caption's image."""
+    """Return the cross entropy of finding each image's caption in a step's batch, and each caption's image."""
     numbers = draw_numbers(settings.seed, step, batch_size=settings.batch_size, out_of=len(scenes.captions))
     device = network.device
     return predict(

@@ -1,9 +1,9 @@
 """A miniature Stable Diffusion: a CLIP text encoder and a conditional UNet on the miniature VAE's latents.
 
-Everything is of the classes that the full-size model is made of, so that `StableDiffusionPipeline.from_pretrained`,
-image-to-image and inpainting load the result. It predicts v, as Stable Diffusion 2 does, and sees pure noise at the
-last timestep (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891): without
-that, images of one flat colour would all come out of a middling brightness.
+The parts are of the full-size model's classes, so the pipelines for text-to-image, image-to-image and inpainting load
+the result. The model predicts v, as Stable Diffusion 2 does, and sees pure noise at the last timestep (Lin et al.,
+"Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891). Otherwise images of one flat colour
+would all have a medium brightness.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from miniature.scene_set import SceneSet
 from miniature.tokens import special_tokens
-from miniature.training import Settings, Training
+from miniature.training import Settings, train
 from srl_utils.attacks.draws import image_generators
 from srl_utils.evaluation.tasks.finetuning import draw_numbers
 from srl_utils.files import write_atomically
 from srl_utils.vae.latents import LatentScale
 
 NO_PROMPT_SHARE = 0.1
-"""Of samples that are shown without their caption: what classifier-free guidance steers away from."""
+"""Share of samples that are trained without their caption, for classifier-free guidance."""
 TEXT_WIDTH = 128
 
 
@@ -56,24 +56,25 @@ class PromptedDenoiser(nn.Module):
             attention_head_dim=4,
             norm_num_groups=16,
         )
-        # The fused attention's backward pass took a third of a training step on the CPU, at 64 positions.
+        # On the CPU, the backward pass of fused attention took a third of a training step.
         self.unet.set_attn_processor(AttnProcessor())
         self.text_encoder.set_attn_implementation("eager")
 
     def forward(self, noised: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-        """v `[N,C,h,w]` of `noised` for captions `[N,L]`."""
+        """Return the predicted v `[N,C,h,w]` of `noised` for tokenized captions `[N,L]`."""
         words = self.text_encoder(tokens).last_hidden_state
         return self.unet(noised, timesteps, encoder_hidden_states=words).sample
 
 
 def build_scheduler() -> DDIMScheduler:
+    """Return the noise schedule of training and sampling."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=1,  # as the pipelines demand
+        steps_offset=1,  # the pipelines require it
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
@@ -83,7 +84,7 @@ def build_scheduler() -> DDIMScheduler:
 def build_pipeline(
     scenes: SceneSet, vae: AutoencoderKL, tokenizer: CLIPTokenizer, settings: Settings
 ) -> StableDiffusionPipeline:
-    """Trains on the captioned scenes; what was trained before in the settings' `work_dir` is gone on with."""
+    """Train the diffusion model on captioned scenes. Training resumes from the state in `settings.work_dir`."""
     torch.manual_seed(settings.seed)
     network = PromptedDenoiser(
         len(tokenizer), tokenizer.model_max_length, special_tokens(tokenizer), vae.config.latent_channels
@@ -97,13 +98,15 @@ def build_pipeline(
         tokens=tokenizer([*scenes.captions, ""], padding="max_length", return_tensors="pt")["input_ids"],
         settings=settings,
     )
-    trained = Training(network, loss, settings.work_dir / "diffusion.pt", settings.steps, settings.learning_rate).run()
+    trained = train(
+        network, loss, settings.work_dir / "diffusion.pt", steps=settings.steps, learning_rate=settings.learning_rate
+    )
     trained = trained.to(memory_format=torch.contiguous_format)  # safetensors takes no other format
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=trained.text_encoder,
         tokenizer=tokenizer,
-        unet=trained.unet.half(),  # half the size in the repository; diffusers loads it in float32
+        unet=trained.unet.half(),  # half the file size; diffusers loads it in float32
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -121,7 +124,7 @@ def velocity_loss(
     tokens: Tensor,
     settings: Settings,
 ) -> Tensor:
-    """Mean squared error of v (Salimans and Ho, arXiv 2202.00512) at timesteps and noise drawn for this step."""
+    """Return the mean squared error of v (Salimans and Ho, arXiv 2202.00512) at a step's random timesteps and noise."""
     device = next(network.parameters()).device
     numbers = draw_numbers(settings.seed, step, batch_size=settings.batch_size, out_of=len(latents))
     (generator,) = image_generators(settings.seed, [step])
@@ -137,7 +140,7 @@ def velocity_loss(
 
 @torch.no_grad()
 def scaled_latents(vae: AutoencoderKL, scenes: SceneSet, path: Path) -> Tensor:
-    """Posterior means `[N,C,h,w]` of all scenes at the UNet's scale, in half precision, kept at `path`."""
+    """Return the posterior means `[N,C,h,w]` of all scenes, scaled for the UNet, in float16; they are saved at `path`."""
     if not path.exists():
         batches = torch.arange(len(scenes.captions)).split(256)
         means = [vae.encode(scenes.pixels(batch).to(vae.device)).latent_dist.mean.half().cpu() for batch in batches]

@@ -1,8 +1,8 @@
-"""Draws captioned scenes into a folder, as the datasets library reads one: pictures and a `metadata.jsonl`.
+"""Draw captioned scenes into a folder that the datasets library reads: images and a `metadata.jsonl`.
 
     python -m miniature.draw --num_images 64 --output_dir outputs/scenes
 
-They are of another series than those that the miniature networks were trained on.
+The miniature's networks were trained on another series of scenes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/scenes"))
     parser.add_argument("--num_images", type=int, default=64)
-    parser.add_argument("--pair_share", type=float, default=0.0, help="of scenes with two objects")
+    parser.add_argument("--pair_share", type=float, default=0.0, help="share of scenes with two objects")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

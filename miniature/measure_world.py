@@ -1,6 +1,9 @@
-"""Measures the miniature's CLIP, classifier and diffusion model on scenes that none of them has seen.
+"""Measure the miniature's CLIP, classifier and diffusion model on unseen scenes.
 
-python -m miniature.measure_world                # writes miniature/weights/measured.json and README.md
+    python -m miniature.measure_world                # writes measured.json and the table in README.md
+
+The measurements are written into the weights' folder: `measured.json`, and the last part of `README.md`, from the line
+that names this command on. The rest of the README is left as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch.nn.functional import normalize
 
 from miniature.scene_set import SceneSet, scene_set
 from srl_utils.attacks.draws import image_generators
+from srl_utils.files import write_text_atomically
 from srl_utils.images.pixels import to_model_range
 from srl_utils.metrics.features import (
     ClipSimilarity,
@@ -30,6 +34,7 @@ BATCH = 64
 
 
 def main() -> None:
+    """Measure all networks and write the results."""
     args = parse_args()
     weights = args.weights
     classifier = load_image_classifier(str(weights / "classifier"))
@@ -45,13 +50,13 @@ def main() -> None:
         pipeline, classifier, single, fresh, steps=args.num_inference_steps, guidance=args.guidance_scale
     )
     settings = {name: getattr(args, name) for name in ("num_images", "num_inference_steps", "guidance_scale")}
-    (weights / "measured.json").write_text(json.dumps({**settings, **results}, indent=1) + "\n")
-    (weights / "README.md").write_text(README.format(**settings, **results))
+    write_text_atomically(weights / "measured.json", json.dumps({**settings, **results}, indent=1) + "\n")
+    write_table(weights / "README.md", {**settings, **results})
     print(json.dumps(results, indent=1))
 
 
 def measure_classifier(classifier: ImageClassifier, vae: AutoencoderKL, scenes: SceneSet) -> dict[str, float]:
-    """Share of scenes whose colour and shape it names, as they are drawn and as the VAE returns them."""
+    """Return the classifier's accuracy on drawn scenes and on their reconstructions by the VAE, each in [0,1]."""
     images = all_pixels(scenes)
     with torch.no_grad():
         reconstructions = torch.cat([vae(batch).sample for batch in images.split(BATCH)])
@@ -62,7 +67,7 @@ def measure_classifier(classifier: ImageClassifier, vae: AutoencoderKL, scenes: 
 
 
 def measure_clip(clip: ClipSimilarity, scenes: SceneSet) -> dict[str, float]:
-    """Share of scenes whose own caption is the nearest of all, and the other way round."""
+    """Return the share of scenes whose nearest caption is their own, and of captions whose nearest scene is theirs."""
     images = all_pixels(scenes)
     seen = normalize(clip.embed_images(images))
     read = normalize(clip.embed_texts(scenes.captions, images.device))
@@ -82,7 +87,16 @@ def measure_diffusion(
     steps: int,
     guidance: float,
 ) -> dict[str, float]:
-    """Share of images that show what their caption says, and FID on the classifier's features against fresh scenes."""
+    """Return the share of generated images that show their prompt, and two FIDs on the classifier's features.
+
+    Args:
+        pipeline: generates one image for each caption of `prompts`.
+        classifier: classifies the images and gives the features.
+        prompts: scenes whose captions are the prompts.
+        fresh: other scenes, against which both FIDs are measured: of generated images, and of the scenes of `prompts`.
+        steps: the sampler's steps.
+        guidance: weight of classifier-free guidance.
+    """
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for numbers in torch.arange(len(prompts.captions)).split(BATCH):
@@ -101,44 +115,45 @@ def measure_diffusion(
 
 
 def share_shown(classifier: ImageClassifier, images: Tensor, captions: list[str]) -> float:
+    """Return the share of images that the classifier labels as their captions do."""
     return classifier.shown(images, captions).mean().item()
 
 
 def all_pixels(scenes: SceneSet) -> Tensor:
+    """Return all scenes, `[N,3,H,W]` in [-1,1]."""
     return scenes.pixels(torch.arange(len(scenes.captions)))
 
 
-README = """# The miniature world's networks
-
-Everything here was trained by `make miniature` on this repository's own drawings; nothing was downloaded.
-The diffusion model's 25,000 steps were made in four runs, each with a cosine of its own over 5,500, 16,000 (left at
-13,250), 18,000 and 25,000 steps; the command goes through them in one.
-
-| folder | what it is | loads with |
-|---|---|---|
-| `vae` | the autoencoder; its own README has its figures | `AutoencoderKL.from_pretrained` |
-| `sd` | a text-to-image model on that autoencoder's latents: CLIP text encoder, UNet (float16), DDIM scheduler; v-prediction | `StableDiffusionPipeline.from_pretrained` |
-| `clip` | a CLIP of scenes and their captions | `CLIPModel.from_pretrained` |
-| `classifier` | a RegNet that names colour and shape of a scene's object | `AutoModelForImageClassification.from_pretrained` |
-
-Measured by `python -m miniature.measure_world` on {num_images} scenes of one object that none of them has seen:
+HEADING = "Measured by `python -m miniature.measure_world`"
+TABLE = (
+    HEADING
+    + """ on {num_images} unseen scenes of one object:
 
 | measure | value |
 |---|---|
 | classifier: colour and shape right, drawn scenes | {classifier_accuracy:.3f} |
-| classifier: the same, as the autoencoder returns them | {classifier_accuracy_reconstructed:.3f} |
+| classifier: the same, reconstructed scenes | {classifier_accuracy_reconstructed:.3f} |
 | CLIP: own caption nearest among {num_images} | {clip_image_to_text:.3f} |
 | CLIP: own scene nearest among {num_images} | {clip_text_to_image:.3f} |
-| generated at guidance {guidance_scale}, {num_inference_steps} steps: colour and shape as prompted, by the classifier | {shown:.3f} |
-| FID of generated images against as many fresh scenes, on the classifier's features | {fid:.2f} |
+| generated images: colour and shape as prompted, by the classifier | {shown:.3f} |
+| FID of generated images against as many fresh scenes | {fid:.2f} |
 | FID of drawn scenes against the same | {fid_of_drawn_scenes:.2f} |
+
+Images are generated with guidance {guidance_scale} and {num_inference_steps} steps. FIDs use the classifier's features.
 """
+)
+
+
+def write_table(readme: Path, measured: dict[str, float]) -> None:
+    """Replace the measurements at the end of `readme`, or begin it with them."""
+    above = readme.read_text(encoding="utf-8").partition(HEADING)[0] if readme.exists() else ""
+    write_text_atomically(readme, above + TABLE.format(**measured))
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=Path("miniature/weights"))
-    parser.add_argument("--work_dir", type=Path, default=Path("outputs/miniature"), help="keeps the drawn scenes")
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/miniature"), help="saved scenes")
     parser.add_argument("--num_images", type=int, default=512)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)

@@ -1,4 +1,4 @@
-"""A fixed set of captioned scenes, drawn once and kept, for trainings that see each of them many times."""
+"""A fixed set of captioned scenes, drawn once and saved, for trainings that see each scene many times."""
 
 from __future__ import annotations
 
@@ -17,29 +17,33 @@ from srl_utils.files import write_atomically, write_text_atomically
 
 SIZE = 64
 PAIR_SHARE = 0.2
-"""Of scenes with two objects: the rest say more about what a word looks like."""
+"""Share of scenes with two objects. Scenes with one object show better what a word looks like."""
 LABELS = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
-"""What a scene's object is called by its classifier: the last two words of its phrase."""
+"""The classifier's names for a scene's object: the last two words of its phrase."""
 NO_LABEL = -1
 
 
 @dataclass(frozen=True, eq=False)
 class SceneSet:
-    """Scenes with what is said of them."""
+    """Scenes with their captions.
+
+    Attributes:
+        images: `[N,3,SIZE,SIZE]`, uint8.
+        captions: one caption per scene.
+        labels: `[N]`, index into `LABELS` for one object, `NO_LABEL` for two.
+    """
 
     images: Tensor
-    """`[N,3,SIZE,SIZE]`, bytes."""
     captions: list[str]
     labels: Tensor
-    """`[N]`, index into `LABELS` for a single object, `NO_LABEL` for two."""
 
     def pixels(self, numbers: Tensor) -> Tensor:
-        """`[n,3,SIZE,SIZE]` in [-1,1]."""
+        """Return the scenes with these numbers `[n]`, as `[n,3,SIZE,SIZE]` in [-1,1]."""
         return self.images[numbers].float() / 127.5 - 1
 
 
 def scene_set(folder: Path, *, seed: int, count: int, pair_share: float = PAIR_SHARE) -> SceneSet:
-    """Scenes 0 to `count` of the series `seed`, read from `folder` where they are kept."""
+    """Return the first `count` scenes of the series `seed`, loaded from `folder` or drawn and saved there."""
     name = f"scenes-{seed}-{count}-{pair_share}"
     pixels, texts = folder / f"{name}.npy", folder / f"{name}.json"
     if not texts.exists():

@@ -1,4 +1,4 @@
-"""The tokenizer of the miniature world: CLIP's byte-pair encoding, learnt on the captions of scenes."""
+"""The tokenizer of the miniature world: CLIP's byte-pair encoding, learned from the captions of scenes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ VOCABULARY = 512
 
 
 def learn_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
-    """Every word of the captions becomes one token; words they lack are spelt in letters.
+    """Return a tokenizer with one token per word of the captions; other words are split into letters.
 
-    `folder` keeps the files, and what it holds is taken as it is: learnt again, letters would get other numbers, and
-    networks that were trained with the old ones would read something else.
+    The tokenizer is saved in `folder`. A saved one is loaded and not learned again: new token numbers would not fit
+    networks trained with the old ones.
     """
     if not (folder / "merges.txt").exists():
         _learn(captions, folder)
@@ -41,7 +41,7 @@ def _learn(captions: Iterable[str], folder: Path) -> None:
         show_progress=False,
     )
     letters = [character for character in string.printable if not character.isspace()]
-    # Each letter on its own, last in a word, and before another: all that an unknown word is spelt with.
+    # Each letter alone, at the end of a word, and before another letter: enough to spell any word.
     spelt = [f"{letter} {letter}{other}" for letter in letters for other in "ab"]
     tokenizer.train_from_iterator([*captions, *spelt], trainer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,5 +49,5 @@ def _learn(captions: Iterable[str], folder: Path) -> None:
 
 
 def special_tokens(tokenizer: CLIPTokenizer) -> dict[str, int]:
-    """As the configuration of a text model names them."""
+    """Return the numbers of the special tokens, by their names in a text model's configuration."""
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -1,9 +1,12 @@
-"""Projected gradient ascent in a ball around the clean image, over any objective; knows no VAE.
+"""Attacks by projected gradient ascent in a ball around the clean image: PGD and APGD.
 
-Sources: PGD, Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, which is the
-inner maximisation of SRL-VAE (arXiv 2504.17219, section on adversarial training); its momentum, Dong et al., "Boosting
-Adversarial Attacks with Momentum", CVPR 2018; APGD, Croce and Hein, "Reliable Evaluation of Adversarial Robustness with
-an Ensemble of Diverse Parameter-free Attacks", ICML 2020.
+    attacked = pgd(objective, clean, PGDConfig(epsilon=8 / 255))
+
+They maximise any objective of the image and need no VAE.
+
+Sources: PGD, Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, the inner
+maximisation of SRL-VAE (arXiv 2504.17219, section on adversarial training). APGD, Croce and Hein, "Reliable Evaluation
+of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks", ICML 2020.
 """
 
 from __future__ import annotations
@@ -19,62 +22,68 @@ from srl_utils.attacks.draws import Generators, draw, draw_normal, draw_uniform
 from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN, to_model_units
 
 Objective = Callable[[Tensor], Tensor]
-"""Images `[N,3,H,W]` in [-1,1] to one value per image, `[N]` float32, to be maximised.
+"""Maps images `[N,3,H,W]` in [-1,1] to one value per image, `[N]` float32, to be maximised.
 
-Value i may depend on image i only. It should be of the size of a mean over pixels: see `value_and_gradient`.
+Value i may depend on image i only. It should have the size of a mean over pixels; see `value_and_gradient`.
 """
 
 Norm = Literal["linf", "l2"]
 Schedule = Literal["constant", "linear"]
 LINEAR_END = 0.01
-"""What the linear schedule leaves of the step, as in PhotoGuard's code: s - (s - s/100) i/N at step i of N."""
+"""Share of the step size that the linear schedule ends at. Step i of N has the size s - (s - s/100) i/N, as in
+PhotoGuard's code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The images that an attack may show: a ball around the clean image, within [-1,1].
+    """The images that an attack may return: a ball around the clean image, clipped to [-1,1].
 
-    `epsilon` is in units of a [0,1] image: the largest change of a value (linf), or the Euclidean length of the
-    change of the whole image (l2).
+    Attributes:
+        epsilon: the ball's radius in units of a [0,1] image. The largest change of a value for `linf`, the Euclidean
+            length of the change of the whole image for `l2`.
+        norm: `linf` or `l2`.
 
     Raises:
-        ValueError: for a negative epsilon or a norm that is neither.
+        ValueError: if `epsilon` is negative or not a number, or if `norm` is unknown.
     """
 
     epsilon: float = 8 / 255
     norm: Norm = "linf"
 
     def __post_init__(self) -> None:
-        if not self.epsilon >= 0 or self.norm not in get_args(Norm):
-            raise ValueError(f"no ball has a radius of {self.epsilon} in the norm '{self.norm}'")
+        if not self.epsilon >= 0:
+            raise ValueError(f"epsilon must be at least 0, got {self.epsilon}")
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got '{self.norm}'")
 
     @property
     def radius(self) -> float:
+        """The radius between images in [-1,1]."""
         return to_model_units(self.epsilon)
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
-        """Images `[N,3,H,W]` brought into the ball and into [-1,1].
+        """Return images `[N,3,H,W]` moved into the ball around `clean` and clipped to [-1,1].
 
-        For linf the nearest images there are; for l2 those nearest in the ball and then clipped, which near the
-        range's border stay short of it, as in AutoAttack and foolbox.
+        For linf these are the nearest allowed images. For l2, images are first moved to the nearest point of the ball
+        and then clipped, as in AutoAttack and foolbox.
         """
         if self.norm == "linf":
             return torch.clamp(images, clean - self.radius, clean + self.radius).clamp_(PIXEL_MIN, PIXEL_MAX)
         change = images - clean
         shrink = (self.radius / lengths(change).clamp_min(1e-12)).clamp(max=1.0)
-        # Clipping to the range moves towards the clean image, and so not out of the ball.
+        # Clipping moves an image towards the clean one, so it stays in the ball.
         return (clean + shrink * change).clamp_(PIXEL_MIN, PIXEL_MAX)
 
-    def draw(self, clean: Tensor, generators: Generators | None) -> Tensor:
-        """Images drawn uniformly from the ball and clipped to [-1,1]; row i is drawn from `generators[i]`."""
+    def draw(self, clean: Tensor, generators: Generators | None = None) -> Tensor:
+        """Draw images `[N,3,H,W]` uniformly from the ball and clip them to [-1,1]; see `draws.draw` for `generators`."""
         if self.norm == "linf":
             return self.project(clean + draw_uniform(generators, like=clean) * self.radius, clean)
         direction = self.steepest(draw_normal(generators, like=clean))
         share = draw(torch.rand, (1, 1, 1), generators, like=clean) ** (1 / clean[0].numel())
         return self.project(clean + share * self.radius * direction, clean)
 
-    def draw_border(self, clean: Tensor, generators: Generators | None) -> Tensor:
-        """Noise scaled until it touches the ball's border (APGD's start), clipped to [-1,1]."""
+    def draw_border(self, clean: Tensor, generators: Generators | None = None) -> Tensor:
+        """Draw images `[N,3,H,W]` on the ball's border, as APGD starts, and clip them to [-1,1]."""
         if self.norm == "linf":
             noise = draw_uniform(generators, like=clean)
             direction = noise / noise.abs().amax(dim=(1, 2, 3), keepdim=True)
@@ -83,66 +92,75 @@ class Budget:
         return self.project(clean + self.radius * direction, clean)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The change of unit size along which the objective grows fastest; 0 where the gradient is."""
+        """Return the change of size 1 along which the objective grows fastest; 0 where the gradient is 0."""
         return gradient.sign() if self.norm == "linf" else gradient / lengths(gradient).clamp_min(1e-30)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PGDConfig(Budget):
-    """Budget and steps of the attack; `step_size` is in the units of `epsilon`.
+    """Budget and steps of PGD.
+
+    Attributes:
+        step_size: size of a step, in the units of `epsilon`.
+        num_steps: steps of one run.
+        random_start: start from a random image of the ball; False starts from the clean image.
+        num_restarts: independent runs. With more than one, each image gets its best iterate of all runs.
+        keep_best: return each image's best iterate instead of the last, at the cost of one more call of the objective
+            per run.
+        schedule: `constant`, or `linear` for steps that shrink to a hundredth.
 
     Raises:
-        ValueError: for an impossible budget, fewer than 0 steps or 1 restart, or an unknown schedule.
+        ValueError: if the budget is invalid (see `Budget`), if `num_steps` is negative, if `num_restarts` is below 1,
+            or if `schedule` is unknown.
     """
 
     step_size: float = 0.02
     num_steps: int = 10
     random_start: bool = True
     num_restarts: int = 1
-    """Independent runs; with more than one the best image of all of them is kept, for every sample."""
     keep_best: bool = False
-    """Return the best iterate rather than the last; costs one more evaluation of the objective per run."""
-    momentum: float = 0.0
-    """Share of the former direction that is kept, as in MI-FGSM; 0 is plain PGD."""
     schedule: Schedule = "constant"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_length(self.num_steps, self.num_restarts)
         if self.schedule not in get_args(Schedule):
-            raise ValueError(f"'{self.schedule}' is none of the schedules {', '.join(get_args(Schedule))}")
+            raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, got '{self.schedule}'")
 
-    def start(self, clean: Tensor, generators: Generators | None) -> Tensor:
+    def start(self, clean: Tensor, generators: Generators | None = None) -> Tensor:
+        """Return the images `[N,3,H,W]` that a run starts from; see `draws.draw` for `generators`."""
         return self.draw(clean, generators) if self.random_start else clean
 
     def step_at(self, step: int) -> float:
-        """The size of step number `step`, the first being 0."""
+        """Return the size of step number `step`, counted from 0."""
         if self.schedule == "constant":
             return self.step_size
         return self.step_size * (1 - (1 - LINEAR_END) * step / self.num_steps)
 
 
 def check_length(num_steps: int, num_restarts: int) -> None:
-    """Raises ValueError for fewer than 0 steps or 1 restart."""
-    if num_restarts < 1 or num_steps < 0:
-        raise ValueError(f"{num_restarts} restarts of {num_steps} steps make no attack")
+    """Raise a ValueError if `num_steps` is negative or `num_restarts` is below 1."""
+    if num_steps < 0:
+        raise ValueError(f"num_steps must be at least 0, got {num_steps}")
+    if num_restarts < 1:
+        raise ValueError(f"num_restarts must be at least 1, got {num_restarts}")
 
 
 def pgd(objective: Objective, clean: Tensor, config: PGDConfig, *, generators: Generators | None = None) -> Tensor:
-    """Images within the budget around `clean` that make `objective` large.
+    """Return images within the budget around `clean` that make `objective` large.
 
     Args:
-        objective: value per image, to be maximised (`negated` for one to be minimised).
+        objective: returns one value per image, to be maximised. Wrap it in `negated` to minimise.
         clean: `[N,3,H,W]` float in [-1,1].
-        config: budget, step, number of steps and restarts.
-        generators: one CPU generator per image for its random starts, so that an image's start does not
-            depend on the batch it stands in; needed where `config.random_start`.
+        config: budget, steps and restarts.
+        generators: one CPU generator per image for its random starts, which then do not depend on the batch. None
+            draws from PyTorch's global generator. Not used without a random start.
 
     Returns:
         `[N,3,H,W]`, detached, in [-1,1]. With 0 steps or an epsilon of 0, `clean` itself.
 
     Raises:
-        ValueError: if a random start is asked for without one generator per image.
+        ValueError: if the number of generators is not the number of images.
     """
     clean = clean.detach()
     if config.num_steps == 0 or config.epsilon == 0:
@@ -151,13 +169,11 @@ def pgd(objective: Objective, clean: Tensor, config: PGDConfig, *, generators: G
     best = BestIterate(clean)
     for _ in range(config.num_restarts):
         adversarial = config.start(clean, generators)
-        velocity = torch.zeros_like(clean)
         for step in range(config.num_steps):
             value, gradient = value_and_gradient(objective, adversarial)
             if track_best:
                 best.update(adversarial, value)
-            velocity = accumulate(velocity, gradient, config.momentum)
-            ascended = adversarial + to_model_units(config.step_at(step)) * config.steepest(velocity)
+            ascended = adversarial + to_model_units(config.step_at(step)) * config.steepest(gradient)
             adversarial = config.project(ascended, clean)
         if track_best:
             with torch.no_grad():
@@ -166,11 +182,11 @@ def pgd(objective: Objective, clean: Tensor, config: PGDConfig, *, generators: G
 
 
 def value_and_gradient(objective: Objective, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The objective `[N]` and its gradient `[N,3,H,W]` with respect to the images alone.
+    """Return the objective `[N]` and its scaled gradient `[N,3,H,W]` with respect to the images.
 
-    `torch.autograd.grad` leaves every parameter's `.grad` as it was. The sum is scaled by the number of
-    values in an image, because an objective that is a mean over pixels has gradients near 1e-7, which half
-    precision rounds to 0; the sign or the direction that the attack takes does not see the scale.
+    The gradient is multiplied by the number of values in an image. A mean over pixels has gradients near 1e-7, which
+    half precision rounds to 0. Attacks use the gradient's sign or direction, which the factor does not change.
+    No parameter's `.grad` is changed.
     """
     with torch.enable_grad():
         images = images.detach().requires_grad_(True)
@@ -179,33 +195,30 @@ def value_and_gradient(objective: Objective, images: Tensor) -> tuple[Tensor, Te
     return value.detach(), gradient
 
 
-def accumulate(velocity: Tensor, gradient: Tensor, momentum: float) -> Tensor:
-    """MI-FGSM's direction `[N,3,H,W]`: gradients scaled to a mean absolute value of 1, summed, the older weighing less."""
-    if momentum == 0:
-        return gradient
-    size = gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
-    return momentum * velocity + gradient / size
-
-
 def negated(objective: Objective) -> Objective:
-    """For attacks that minimise."""
+    """Return the objective with its sign flipped, for an attack that minimises it."""
     return lambda images: -objective(images)
 
 
 def lengths(changes: Tensor) -> Tensor:
-    """Euclidean length of each image's change, `[N,1,1,1]`."""
+    """Return the Euclidean length of each image's change `[N,C,H,W]`, as `[N,1,1,1]`."""
     return changes.flatten(1).norm(dim=1)[:, None, None, None]
 
 
 class BestIterate:
-    """For every image the one with the highest objective seen so far."""
+    """Keeps, for each image of a batch, the iterate with the highest objective so far.
+
+    Attributes:
+        images: the best iterates, `[N,3,H,W]`; at first, the clean images.
+        values: their objective, `[N]`; at first, minus infinity.
+    """
 
     def __init__(self, clean: Tensor) -> None:
         self.images = clean.clone()
         self.values = torch.full((len(clean),), -torch.inf, device=clean.device)
 
     def update(self, images: Tensor, values: Tensor) -> Tensor:
-        """Takes over what is better; returns where it was, `[N,1,1,1]` bool."""
+        """Keep the images that are better than the best so far; return which, `[N,1,1,1]` bool."""
         better = values.float() > self.values
         self.values = torch.where(better, values.float(), self.values)
         better = better[:, None, None, None]
@@ -215,7 +228,15 @@ class BestIterate:
 
 @dataclass(frozen=True, kw_only=True)
 class APGDConfig(Budget):
-    """Budget and length of APGD, which chooses its steps by itself; refuses what `PGDConfig` refuses."""
+    """Budget and length of APGD, which chooses its step sizes itself.
+
+    Attributes:
+        num_steps: steps of one run.
+        num_restarts: independent runs; each image gets its best iterate of all runs.
+
+    Raises:
+        ValueError: if the budget is invalid (see `Budget`), if `num_steps` is negative, or if `num_restarts` is below 1.
+    """
 
     num_steps: int = 100
     num_restarts: int = 1
@@ -225,17 +246,19 @@ class APGDConfig(Budget):
         check_length(self.num_steps, self.num_restarts)
 
 
-MOMENTUM = 0.75  # of APGD: share of the new direction
-PROGRESS_NEEDED = 0.75  # a step size is kept where more than this share of a window's steps raised the objective
+MOMENTUM = 0.75  # APGD's share of the new direction
+PROGRESS_NEEDED = 0.75  # APGD keeps a step size if more than this share of the steps raised the objective
 
 
-def apgd(objective: Objective, clean: Tensor, config: APGDConfig, *, generators: Generators | None) -> Tensor:
-    """Auto-PGD (Croce and Hein, ICML 2020, Algorithm 1): steps of 2 epsilon, halved for an image when it stalls.
+def apgd(objective: Objective, clean: Tensor, config: APGDConfig, *, generators: Generators | None = None) -> Tensor:
+    """Return images within the budget around `clean` that make `objective` large, found by Auto-PGD.
 
-    Arguments, result and errors are those of `pgd`; the start is always random, and the best iterate of all
-    restarts is returned. A restart takes `num_steps` + 1 gradients. Where the paper and its authors' code (AutoAttack)
-    differ (the checkpoints, exactly 75% of rises, the value above which the first step after a halving is a rise), this
-    follows the code.
+    A run starts from a random image on the ball's border with steps of 2 epsilon, and halves an image's step when it
+    stalls (Croce and Hein, ICML 2020, Algorithm 1). Each image gets its best iterate. A run takes `num_steps` + 1
+    gradients. Arguments, result and errors are those of `pgd`.
+
+    The paper and its authors' code (AutoAttack) differ in three details: the checkpoints, exactly 75% of rises, and
+    the value that the first step after a halving must exceed. This function follows the code.
     """
     clean = clean.detach()
     if config.num_steps == 0 or config.epsilon == 0:
@@ -273,10 +296,10 @@ def _apgd_run(objective: Objective, clean: Tensor, config: APGDConfig, generator
 
 
 def apgd_checkpoints(num_steps: int) -> list[int]:
-    """After how many steps the step size is looked at: gaps of 22% of the steps, shrinking by 3% to 6%.
+    """Return the numbers of steps after which APGD may halve a step size.
 
-    Each share is rounded down to whole steps, and at least 1, as in AutoAttack; the paper rounds the sums up instead,
-    which for 100 steps is the same.
+    The first gap is 22% of the steps; each next gap is 3% shorter, down to 6%. Each share is rounded down to whole
+    steps and is at least 1, as in AutoAttack. The paper rounds the sums up; for 100 steps both agree.
     """
     gap, least, shrink = (max(int(share * num_steps), 1) for share in (0.22, 0.06, 0.03))
     checkpoints, at = [], 0
@@ -288,7 +311,7 @@ def apgd_checkpoints(num_steps: int) -> list[int]:
 
 
 class Stall:
-    """For each image, whether its steps have become too long since the last checkpoint."""
+    """Decides for each image of a batch whether APGD halves its step at a checkpoint."""
 
     def __init__(self, number: int, device: torch.device) -> None:
         self.rises = torch.zeros(number, device=device)
@@ -297,11 +320,16 @@ class Stall:
         self.halved_before = torch.ones(number, dtype=torch.bool, device=device)
 
     def count(self, rose: Tensor) -> None:
+        """Count a step; `rose` `[N]` tells which images it gave a higher objective."""
         self.rises += rose
         self.steps += 1
 
     def check(self, best: Tensor) -> Tensor:
-        """`[N]` bool: too few steps that rose, or no better value than before although the step was kept."""
+        """Return which images need shorter steps, `[N]` bool, and begin to count anew.
+
+        An image needs them if too few steps raised its objective, or if its best value `best` `[N]` did not improve
+        since the last checkpoint, which kept the step.
+        """
         oscillates = self.rises <= PROGRESS_NEEDED * self.steps
         unchanged = ~self.halved_before & (best <= self.best_before)
         halve = oscillates | unchanged

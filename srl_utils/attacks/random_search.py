@@ -1,4 +1,4 @@
-"""An attack by random search, for objectives without a gradient or with one that misleads; knows no VAE.
+"""An attack by random search, for objectives without a gradient or with a misleading one.
 
 Source: Square attack, Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random
 search", ECCV 2020, the L-infinity version.
@@ -16,55 +16,64 @@ from srl_utils.attacks.draws import Generators, draw, draw_signs
 from srl_utils.attacks.gradient import BestIterate, Budget, Objective
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""After how many of 10000 queries the squares' share of the image is halved (paper, section on the L-infinity attack);
-for another number of queries they are scaled, as in the authors' code."""
+"""Queries, of 10000, after which the squares' share of the image is halved (paper, section on the L-infinity attack).
+For another number of queries they are scaled, as in the authors' code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SquareConfig(Budget):
-    """Budget and length of the Square attack; an l2 ball is refused."""
+    """Budget and length of the Square attack.
+
+    Attributes:
+        num_queries: calls of the objective, the start included.
+        initial_share: share of the image that the first square covers, in (0,1]. The paper takes 0.05 for ordinary
+            classifiers, AutoAttack 0.8 for robust ones. An error of the whole image needs large squares: on the
+            embedded autoencoder 0.8 reaches more than 0.3 and 0.05, with 100 and with 500 queries.
+
+    Raises:
+        ValueError: if the budget is invalid (see `Budget`) or not `linf`, if `num_queries` is negative, or if
+            `initial_share` is not in (0,1].
+    """
 
     num_queries: int = 5000
-    """Evaluations of the objective for every image, that of the start included."""
     initial_share: float = 0.8
-    """Of the image, in the first square; in (0,1].
-
-    The paper takes 0.05 for ordinary classifiers, whose decision a small square can change. 0.8 is what AutoAttack
-    takes for robust ones, and the choice for an error of a whole image, to which every part of it contributes: on the
-    embedded autoencoder it reaches more than 0.3 and 0.05 do, with 100 queries as with 500.
-    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.norm != "linf" or self.num_queries < 0 or not 0 < self.initial_share <= 1:
-            raise ValueError(f"{self} is none that the Square attack knows")
+        if self.norm != "linf":
+            raise ValueError(f"norm must be 'linf' for the Square attack, got '{self.norm}'")
+        if self.num_queries < 0:
+            raise ValueError(f"num_queries must be at least 0, got {self.num_queries}")
+        if not 0 < self.initial_share <= 1:
+            raise ValueError(f"initial_share must be above 0 and at most 1, got {self.initial_share}")
 
     def side_at(self, query: int, height: int, width: int) -> int:
-        """Side in pixels of the square of query number `query`, the first after the start being 0."""
+        """Return the side in pixels of the square of query number `query`, counted from 0 after the start."""
         passed = query * 10_000 // self.num_queries
         share = self.initial_share / 2 ** sum(passed > halving for halving in HALVINGS)
         return min(max(round(math.sqrt(share * height * width)), 1), height, width)
 
 
 def square_attack(
-    objective: Objective, clean: Tensor, config: SquareConfig, *, generators: Generators | None
+    objective: Objective, clean: Tensor, config: SquareConfig, *, generators: Generators | None = None
 ) -> Tensor:
-    """Images at the border of the ball around `clean` that make `objective` large, found without its gradient.
+    """Return images on the border of the ball around `clean` that make `objective` large, found without its gradient.
 
-    Starts from vertical stripes and sets one square after the other to one colour change at the border of the ball;
-    an image keeps a square that raises its value.
+    The attack starts from vertical stripes. Each query changes one square of the image by one colour on the ball's
+    border. An image keeps the square if its value rises.
 
     Args:
-        objective: value per image, to be maximised; called under `torch.no_grad`.
+        objective: returns one value per image, to be maximised; called under `torch.no_grad`.
         clean: `[N,3,H,W]` float in [-1,1].
         config: budget and number of queries.
-        generators: one CPU generator per image, so that what is tried on an image does not depend on its batch.
+        generators: one CPU generator per image, so that its squares do not depend on the batch. None draws from
+            PyTorch's global generator.
 
     Returns:
         `[N,3,H,W]`, in [-1,1]. With 0 queries or an epsilon of 0, `clean` itself.
 
     Raises:
-        ValueError: unless there is one generator per image.
+        ValueError: if the number of generators is not the number of images.
     """
     clean = clean.detach()
     if config.num_queries == 0 or config.epsilon == 0:
@@ -83,7 +92,7 @@ def square_attack(
 
 
 def draw_square(side: int, generators: Generators | None, *, like: Tensor) -> Tensor:
-    """`[N,1,H,W]` bool, true in one square of each image, which lies anywhere with even chances."""
+    """Draw one square of `side` pixels in each image, every place equally likely: `[N,1,H,W]` bool, True inside."""
     height, width = like.shape[2:]
     top, left = draw(torch.rand, (2, 1, 1), generators, like=like).split(1, dim=1)
     rows = torch.arange(height, device=like.device)[:, None] - (top * (height - side + 1)).floor()

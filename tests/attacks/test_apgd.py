@@ -40,16 +40,26 @@ def test_everything_shown_is_in_the_ball_and_in_the_range(config, place, images,
 @pytest.mark.parametrize("change", [{"epsilon": 0.0}, {"num_steps": 0}])
 def test_no_budget_or_no_step_is_the_identity(config, change, images) -> None:
     """Oracle: closed form, exact."""
-    assert torch.equal(apgd(wavy, images(2), replace(config, **change), generators=None), images(2))
+    assert torch.equal(apgd(wavy, images(2), replace(config, **change)), images(2))
 
 
 @NORMS
-@pytest.mark.parametrize("seeds", [None, (), (0,), (0, 1, 2)])
+@pytest.mark.parametrize("seeds", [(), (0,), (0, 1, 2)])
 def test_a_generator_per_image_is_needed(config, seeds, images, generators) -> None:
     """Oracle: specification."""
-    given = None if seeds is None else generators(*seeds)
     with pytest.raises(ValueError, match="one generator per image"):
-        apgd(wavy, images(2), config, generators=given)
+        apgd(wavy, images(2), config, generators=generators(*seeds))
+
+
+@NORMS
+def test_works_without_generators(config, images) -> None:
+    """Oracle: PyTorch's global generator given for each image; seeded alike the attacks agree, and otherwise differ."""
+    results = []
+    for seed, given in [(3, None), (3, [torch.default_generator] * 2), (4, None)]:
+        torch.manual_seed(seed)
+        results.append(apgd(wavy, images(2), config, generators=given))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
 
 
 @NORMS

@@ -219,9 +219,9 @@ def with_image_embeddings(pipe: DiffusionPipeline) -> None:
 @pytest.mark.parametrize(
     ("kind", "spoil", "pooled", "message"),
     [
-        ("flux", None, False, "denoiser of this FluxPipeline is no UNet"),
-        ("sd3", None, False, "is no UNet"),
-        ("sd inpaint", None, False, "takes 9 channels and gives 4"),
+        ("flux", None, False, "denoiser of this FluxPipeline is not a UNet"),
+        ("sd3", None, False, "is not a UNet"),
+        ("sd inpaint", None, False, "takes 9 channels and returns 4"),
         ("sd instruct", None, False, "takes 8 channels"),
         ("sd", of_other_prediction, False, "prediction type: sample"),
         ("sd", of_flow_matching, False, "FlowMatchEulerDiscreteScheduler"),
@@ -247,6 +247,16 @@ def test_refiner_is_refused() -> None:
     pipe.unet.register_to_config(projection_class_embeddings_input_dim=6 * WIDTH)
     with pytest.raises(UserError, match="width 48, not 56"):
         Denoiser.from_pipeline(pipe, draw_embeddings(pooled=True))
+
+
+def test_loss_without_generators_draws_from_the_global_one() -> None:
+    """Oracle: PyTorch's global generator given for each latent; exact."""
+    _, denoiser = build_denoiser("sd")
+    values = []
+    for given in (None, [torch.default_generator] * 2):
+        torch.manual_seed(3)
+        values.append(denoiser.loss(draw_latents(2), given))
+    assert torch.equal(*values)
 
 
 def test_draws_need_a_generator_for_each_image(generators) -> None:

@@ -17,25 +17,22 @@ from miniature.scenes import draw_scene
 from srl_utils.attacks.denoiser import Denoiser
 from srl_utils.attacks.gradient import PGDConfig, value_and_gradient
 from srl_utils.attacks.protections import (
-    EDIT,
-    FUSION_RATE,
     PROTECTIONS,
     GlazeConfig,
+    ProtectedBatch,
     Protection,
-    Task,
     Victim,
-    anchor_image,
-    averaged,
-    edit_distance,
     grey,
     mist_pattern,
     protect,
     style_transfer,
-    with_gradient,
 )
+from srl_utils.attacks.protections.losses import EDIT, FUSION_RATE, averaged, edit_distance, with_gradient
 from srl_utils.errors import UserError
 from srl_utils.images.pixels import from_pil
 from srl_utils.metrics.losses import PerceptualDistance
+from srl_utils.vae.codec import AnyDecoder, AnyEncoder, Codec
+from srl_utils.vae.latents import LatentScale
 from srl_utils.vae.networks import LatentDecoder, LatentEncoder, Moments, split_moments
 
 FACTOR, SHIFT = 0.5, 0.25  # as VAEs with a shift have it
@@ -105,7 +102,7 @@ def loss_of(name: str, victim: Victim, clean: Tensor, target: Tensor, seeds: lis
     protection = preset(name)
     goal = target.expand_as(clean) if protection.has_target else None
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return protection.loss(Task(victim=victim, clean=clean, target=goal, generators=generators))
+    return protection.loss(ProtectedBatch(victim=victim, clean=clean, target=goal, generators=generators))
 
 
 def progress(name: str, victim: Victim, clean: Tensor, protected: Tensor, target: Tensor) -> Tensor:
@@ -124,7 +121,7 @@ def test_settings_are_the_authors(name) -> None:
     """Oracle: the numbers of the files that the losses' docstrings name, in the units that stand there; exact."""
     unit, norm, epsilon, step, steps, random_start, schedule, minimise, prompt = SETTINGS[name]
     protection = PROTECTIONS[name]
-    assert protection.name == name and protection.source
+    assert protection.name == name
     assert protection.config == PGDConfig(
         epsilon=unit * epsilon,
         norm=norm,
@@ -268,7 +265,7 @@ def test_missing_target_is_named(name, victim, images, generators) -> None:
 @pytest.mark.parametrize("shape", [(1, 8), (3, 16)])
 def test_target_that_does_not_fit_is_refused(shape, victim, images, generators) -> None:
     """Oracle: specification; a target is one image or as many as there are, of their size."""
-    with pytest.raises(UserError, match="does not go with images"):
+    with pytest.raises(UserError, match="does not fit images"):
         protect(PROTECTIONS["nightshade"], victim, images(2), generators=generators(1, 2), target=images(*shape))
 
 
@@ -360,8 +357,8 @@ def test_fused_is_textural_less_ten_thousand_times_semantic(victim, images) -> N
     """Oracle: the two losses themselves, one after the other on the same generators."""
     clean, target = images(2), images(1, seed=9)
     generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
-    task = Task(victim=victim, clean=clean, target=target.expand_as(clean), generators=generators)
-    near, denoised = (PROTECTIONS[name].loss(task)(clean) for name in ("mist-textural", "mist-semantic"))
+    batch = ProtectedBatch(victim=victim, clean=clean, target=target.expand_as(clean), generators=generators)
+    near, denoised = (PROTECTIONS[name].loss(batch)(clean) for name in ("mist-textural", "mist-semantic"))
     value = loss_of("mist-fused", victim, clean, target, [4, 5])(clean)
     torch.testing.assert_close(value, near - 10_000 * denoised, rtol=1e-5, atol=0)
 
@@ -381,8 +378,8 @@ def test_edit_distance_is_that_of_the_decoded_edit(victim, images, generators) -
     expected = torch.stack(values).mean()
     (wanted,) = torch.autograd.grad(expected, single)
     loss = PROTECTIONS["photoguard-diffusion"].loss
-    task = Task(victim=victim, clean=clean, target=target, generators=generators(4))
-    value, gradient = value_and_gradient(loss.func(task, repetitions=2), clean)
+    batch = ProtectedBatch(victim=victim, clean=clean, target=target, generators=generators(4))
+    value, gradient = value_and_gradient(loss.func(batch, repetitions=2), clean)
     torch.testing.assert_close(value, expected[None], rtol=1e-4, atol=0)
     scale = wanted.abs().max().item()
     assert scale > 0
@@ -500,6 +497,37 @@ def test_glaze_knows_tiny_gradients_from_none(perceptual, images, generators) ->
     torch.testing.assert_close(protected, expected, rtol=0, atol=1e-5)
 
 
+def test_a_victim_of_a_codec_has_its_parts(tiny_vae, denoiser, perceptual, images) -> None:
+    """Oracle: diffusers, the posterior and the decoder of the VAE itself, and its configuration's factor; exact."""
+    codec = Codec("tiny", AnyEncoder(tiny_vae), AnyDecoder(tiny_vae), latent_scale=LatentScale.of(tiny_vae.config))
+    victim = Victim.of(codec, denoiser=denoiser, perceptual=perceptual)
+    moments, posterior = victim.encode(images(2)), tiny_vae.encode(images(2)).latent_dist
+    assert torch.equal(moments.mean, posterior.mean) and torch.equal(moments.variance, posterior.var)
+    assert torch.equal(victim.decode(moments.mean), tiny_vae.decode(posterior.mean).sample)
+    assert torch.equal(victim.scale(moments.mean), posterior.mean * tiny_vae.config.scaling_factor)
+    assert victim.denoiser is denoiser and victim.perceptual is perceptual
+
+
+def test_a_victim_scales_for_its_pipeline(tiny_vae, images) -> None:
+    """Oracle: specification. Stable Diffusion ignores a VAE's shift, which its configuration alone would apply."""
+    tiny_vae.register_to_config(scaling_factor=FACTOR, shift_factor=SHIFT)
+    codec = Codec("tiny", AnyEncoder(tiny_vae), AnyDecoder(tiny_vae), latent_scale=LatentScale.of(tiny_vae.config))
+    latents = images(2)
+    assert torch.equal(Victim.of(codec).scale(latents), FACTOR * (latents - SHIFT))
+    assert torch.equal(Victim.of(codec, build_pipeline("sd")).scale(latents), FACTOR * latents)
+
+
+@pytest.mark.parametrize("name", ["mist-textural", "advdm", "sds", "glaze", "photoguard-diffusion-linf"])
+def test_without_generators_the_global_one_is_drawn_from(name, victim, images) -> None:
+    """Oracle: specification; `torch.manual_seed` makes the result reproducible, and each image has draws of its own."""
+    clean, results = images(1, limit=0.5).expand(2, -1, -1, -1), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(protect(preset(name), victim, clean, num_steps=1, target=images(1, seed=9)))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert not torch.equal(*results[0])
+
+
 def test_unscale_undoes_scale(victim, images) -> None:
     """Oracle: round trip, for a factor and shift, and for ones of each channel; float32 rounding."""
     factor, shift = torch.tensor([0.5, 2.0, 3.0])[:, None, None], torch.tensor([0.1, -4.0, 0.0])[:, None, None]
@@ -521,23 +549,6 @@ def test_mist_pattern_is_a_tiled_picture_of_high_contrast(height, width) -> None
     assert 0.1 < white < 0.5
     big = mist_pattern(1440, 1440)
     assert torch.equal(big, big.roll(480, dims=3)) and torch.equal(big, big.roll(180, dims=2))
-
-
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_anchor_image_is_the_pipelines_picture(kind, tmp_path) -> None:
-    """Oracle: the pipeline called by hand with Nightshade's prompt, seed and guidance, as a PIL picture in 8 bits."""
-    pipe = add_text_encoders(build_pipeline(kind), tmp_path)
-    anchor = anchor_image(pipe, "cat", SIZE, SIZE, num_steps=2)
-    drawn = pipe(
-        "A photo of a cat",
-        height=SIZE,
-        width=SIZE,
-        guidance_scale=7.5,
-        num_inference_steps=2,
-        generator=torch.Generator().manual_seed(123),
-    ).images[0]
-    assert anchor.shape == (1, 3, SIZE, SIZE)
-    torch.testing.assert_close(anchor[0], from_pil(drawn), rtol=0, atol=1.01 / 255)
 
 
 def test_style_transfer_is_the_pipelines_picture(tmp_path, images, generators) -> None:

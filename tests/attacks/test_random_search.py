@@ -40,7 +40,7 @@ def test_everything_shown_lies_at_the_border_of_the_ball(place, images, generato
 def test_no_budget_or_no_query_is_the_identity(change, images) -> None:
     """Oracle: closed form, exact."""
     config = SquareConfig(**{"epsilon": EPSILON, "num_queries": 30, **change})
-    assert torch.equal(square_attack(wavy, images(2), config, generators=None), images(2))
+    assert torch.equal(square_attack(wavy, images(2), config), images(2))
 
 
 def test_start_is_vertical_stripes(generators) -> None:
@@ -192,20 +192,36 @@ def test_arguments_are_not_changed(images, generators) -> None:
     assert torch.equal(clean, images(2))
 
 
-@pytest.mark.parametrize("seeds", [None, (), (0,), (0, 1, 2)])
+@pytest.mark.parametrize("seeds", [(), (0,), (0, 1, 2)])
 def test_a_generator_per_image_is_needed(seeds, images, generators) -> None:
     """Oracle: specification."""
-    given = None if seeds is None else generators(*seeds)
     with pytest.raises(ValueError, match="one generator per image"):
-        square_attack(wavy, images(2), CONFIG, generators=given)
+        square_attack(wavy, images(2), CONFIG, generators=generators(*seeds))
+
+
+def test_works_without_generators(images) -> None:
+    """Oracle: PyTorch's global generator given for each image; seeded alike the attacks agree, and otherwise differ."""
+    results = []
+    for seed, given in [(3, None), (3, [torch.default_generator] * 2), (4, None)]:
+        torch.manual_seed(seed)
+        results.append(square_attack(wavy, images(2), CONFIG, generators=given))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize(
-    "change", [{"norm": "l2"}, {"num_queries": -1}, {"initial_share": 0.0}, {"initial_share": 1.1}, {"epsilon": -1}]
+    ("change", "message"),
+    [
+        ({"norm": "l2"}, "norm must be 'linf' for the Square attack, got 'l2'"),
+        ({"num_queries": -1}, "num_queries must be at least 0, got -1"),
+        ({"initial_share": 0.0}, "initial_share must be above 0 and at most 1, got 0.0"),
+        ({"initial_share": 1.1}, "initial_share must be above 0 and at most 1, got 1.1"),
+        ({"epsilon": -1}, "epsilon must be at least 0, got -1"),
+    ],
 )
-def test_impossible_settings_are_refused(change) -> None:
-    """Oracle: specification."""
-    with pytest.raises(ValueError, match=r"no ball|none that the Square attack knows"):
+def test_impossible_settings_are_refused(change, message) -> None:
+    """Oracle: specification; the message names the parameter and its value."""
+    with pytest.raises(ValueError, match=message):
         SquareConfig(**change)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from miniature import classifier, contrastive, diffusion
+from miniature import autoencoder, classifier, contrastive, diffusion
 from miniature.scene_set import LABELS, NO_LABEL, scene_set
 from miniature.scenes import draw_scene
 from miniature.tokens import MAX_TOKENS, learn_tokenizer
-from miniature.training import Settings, Training
+from miniature.training import WARMUP_STEPS, Settings, cosine_schedule, train
 from srl_utils.evaluation.tasks.finetuning import draw_numbers
 from srl_utils.images.pixels import from_pil
 
@@ -42,7 +43,7 @@ def loss(module: nn.Module, step: int) -> Tensor:
 
 def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
     """Oracle: invariance, an undisturbed run, to the last bit of weights and statistics."""
-    whole = Training(network(), loss, tmp_path / "whole.pt", 6, 1e-2).run()
+    whole = train(network(), loss, tmp_path / "whole.pt", steps=6, learning_rate=1e-2)
 
     def stopping(module: nn.Module, step: int) -> Tensor:
         if step == 3:
@@ -50,11 +51,48 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
         return loss(module, step)
 
     with pytest.raises(KeyboardInterrupt):
-        Training(network(), stopping, tmp_path / "parts.pt", 6, 1e-2, saving_steps=2).run()
-    resumed = Training(network(), loss, tmp_path / "parts.pt", 6, 1e-2, saving_steps=2).run()
+        train(network(), stopping, tmp_path / "parts.pt", steps=6, learning_rate=1e-2, saving_steps=2)
+    resumed = train(network(), loss, tmp_path / "parts.pt", steps=6, learning_rate=1e-2, saving_steps=2)
+    assert not torch.equal(whole[0].weight, network()[0].weight)
     assert all(
         torch.equal(*pair) for pair in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
+
+
+def test_schedule_warms_up_and_ends_at_zero() -> None:
+    """Oracle: closed form, a line up to the peak and half a cosine from there to zero."""
+    optimizer = torch.optim.SGD(network().parameters(), lr=2.0)
+    schedule, rates = cosine_schedule(optimizer, WARMUP_STEPS + 100), []
+    for _ in range(WARMUP_STEPS + 101):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    picked = [rates[step] for step in (0, WARMUP_STEPS // 2, WARMUP_STEPS, WARMUP_STEPS + 50, WARMUP_STEPS + 100)]
+    assert picked == pytest.approx([0.0, 1.0, 2.0, 1.0, 0.0], abs=1e-12)
+
+
+def test_autoencoder_s_training_resumes_in_either_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: invariance, an undisturbed run of two steps for the pixels and two against the discriminator, exact."""
+    monkeypatch.setattr(autoencoder, "PHOTOGRAPH_SIDE", 64)
+    monkeypatch.setattr(autoencoder, "SIZE", 16)
+
+    def run(work_dir: Path, *, adversarial_steps: int = 2) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        args = Namespace(
+            architecture="small", pixel_steps=2, adversarial_steps=adversarial_steps, batch_size=4, learning_rate=1e-2,
+            adversarial_learning_rate=1e-3, checkpointing_steps=1, num_workers=0, seed=0, device="cpu",
+            torch_compile=False, work_dir=work_dir,
+        )  # fmt: skip
+        return autoencoder.train(args).state_dict()
+
+    whole = run(tmp_path / "whole")
+    for adversarial_steps in (-1, 1):
+        run(tmp_path / "parts", adversarial_steps=adversarial_steps)
+    resumed = run(tmp_path / "parts")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    state = torch.load(tmp_path / "parts/state.pt", weights_only=True)
+    (group,) = state["optimizer"]["param_groups"]
+    assert (state["step"], group["lr"], tuple(group["betas"])) == (4, 1e-3, (0.5, 0.9))
 
 
 def test_every_sample_is_seen_once_an_epoch() -> None:
