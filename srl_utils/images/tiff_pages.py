@@ -43,7 +43,8 @@ class TiffPages(Image.Image):
         if not 0 <= frame < self.n_frames:
             raise EOFError("no more pages in TIFF file")
         page = self._file.pages[frame].aspage()
-        samples, alpha = _planes(page)
+        self.declared = Declared.of_tiff({tag.code: tag.value for tag in page.tags})
+        samples, alpha = _planes(page, self.declared)
         picture = _merged(samples, alpha, page)
         self.im, self._mode, self._size = picture.im, picture.mode, picture.size
         self.info = {"icc_profile": page.tags.valueof(ICC_PROFILE), "exif": _kept(page).tobytes()}
@@ -73,11 +74,10 @@ def is_deep(tags: Mapping[int, object]) -> bool:
     return int(tags.get(SAMPLES_PER_PIXEL, len(bits))) > 1 and bits.max() > 8
 
 
-def _planes(page: tifffile.TiffPage) -> tuple[np.ndarray, np.ndarray | None]:
+def _planes(page: tifffile.TiffPage, declared: Declared) -> tuple[np.ndarray, np.ndarray | None]:
     """Colours `[H,W,C]` and alpha `[H,W]`, both of 16 bits."""
     _check(page)
     values = _samples(page)
-    declared = Declared.of_tiff({tag.code: tag.value for tag in page.tags})
     if page.photometric == PALETTE:
         return np.moveaxis(page.colormap, 0, -1)[values[..., 0]], None
     unit = unit_values(values[..., : COLOUR_SAMPLES[page.photometric]], declared)
