@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html import unescape
 from html.parser import HTMLParser
@@ -26,7 +26,16 @@ from srl_utils.evaluation.report.document import Findings, write_report
 from srl_utils.evaluation.report.figures import COLOURS, draw_figures, safe_name
 from srl_utils.evaluation.report.grids import extremes_picture
 from srl_utils.evaluation.report.tables import METRIC_TITLES
-from srl_utils.evaluation.results import Difference, Record, Setting, differences_to, paired_difference, to_rows
+from srl_utils.evaluation.results import (
+    Difference,
+    Record,
+    Row,
+    Setting,
+    differences_to,
+    paired_difference,
+    to_row,
+    to_rows,
+)
 from srl_utils.evaluation.sanity import Check
 
 EPSILONS = (4 / 255, 8 / 255)
@@ -45,9 +54,9 @@ def example_records(
 ) -> list[Record]:
     """Of three images, made up; no figure is drawn of SSIM alone, which saves time where none is looked at."""
     values = ((30 - (7 * number % 101) / 8) for number in itertools.count())
-    settings = [("clean", "none", 0.0), *itertools.product(attacks, ("transfer", "adaptive"), EPSILONS)]
+    settings = [("clean", None, "none", 0.0), *itertools.product(attacks, ["mse"], ("transfer", "adaptive"), EPSILONS)]
     return [
-        Record(vae, *setting, metric, index, next(values) / (1 if metric == "psnr" else 32))
+        Record(vae, Setting(*setting, metric), index, next(values) / (1 if metric == "psnr" else 32))
         for vae, setting, metric, index in itertools.product(vaes, settings, metrics, range(3))
     ]
 
@@ -65,8 +74,8 @@ def example_findings(records: Sequence[Record] | None = None, **changes: Any) ->
 
 def with_rfid(findings: Findings) -> Findings:
     """A row without interval and without records, for each VAE."""
-    clean = [row for row in findings.rows if (row["attack"], row["metric"]) == ("clean", "ssim")]
-    rfid = [{**row, "metric": "rfid", "value": 2.0 + place**2, "ci95": None} for place, row in enumerate(clean)]
+    clean = [row for row in findings.rows if (row.attack, row.metric) == ("clean", "ssim")]
+    rfid = [replace(row, metric="rfid", value=2.0 + place**2, ci95=None) for place, row in enumerate(clean)]
     return replace(findings, rows=[*findings.rows, *rfid])
 
 
@@ -143,19 +152,16 @@ def numbers_in(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"[-+]?\d+\.\d+", text)]
 
 
-def line_key(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    epsilon = {0.0: "0", 4 / 255: "4/255", 8 / 255: "8/255"}[row["epsilon"]]
-    return row["attack"], epsilon, METRIC_TITLES[row["metric"]]
+def line_key(row: Row) -> tuple[str, str, str]:
+    epsilon = {0.0: "0", 4 / 255: "4/255", 8 / 255: "8/255"}[row.epsilon]
+    return row.attack, epsilon, METRIC_TITLES[row.metric]
 
 
-def mean_difference(findings: Findings, row: Mapping[str, Any]) -> float:
-    same = ("attack", "threat_model", "epsilon", "metric")
+def mean_difference(findings: Findings, row: Row) -> float:
     (baseline,) = [
-        other["value"]
-        for other in findings.rows
-        if other["vae"] == findings.baseline and all(other[key] == row[key] for key in same)
+        other.value for other in findings.rows if other.vae == findings.baseline and other.setting == row.setting
     ]
-    return row["value"] - baseline
+    return row.value - baseline
 
 
 @pytest.fixture
@@ -194,15 +200,15 @@ def test_difference_does_not_see_how_images_differ() -> None:
 
 
 def test_differences_keep_settings_apart() -> None:
-    """Oracle: closed form; threat model, epsilon, metric and attack all tell values apart, the baseline has none."""
+    """Oracle: closed form; objective, threat model, epsilon, metric and attack all tell values apart, the baseline has none."""
     settings = [
-        Setting("pgd", "adaptive", 4 / 255, "psnr"), Setting("pgd", "adaptive", 8 / 255, "psnr"),
-        Setting("pgd", "transfer", 8 / 255, "psnr"), Setting("pgd", "transfer", 8 / 255, "ssim"),
-        Setting("fgsm", "transfer", 8 / 255, "ssim"),
+        Setting("pgd", "mse", "adaptive", 4 / 255, "psnr"), Setting("pgd", "mse", "adaptive", 8 / 255, "psnr"),
+        Setting("pgd", "mse", "transfer", 8 / 255, "psnr"), Setting("pgd", "mse", "transfer", 8 / 255, "ssim"),
+        Setting("fgsm", "mse", "transfer", 8 / 255, "ssim"), Setting("pgd", "other", "adaptive", 4 / 255, "psnr"),
     ]  # fmt: skip
-    records = [Record("a", *setting, 0, 1.0) for setting in settings]
-    records += [Record("b", *setting, 0, 2.0 + place) for place, setting in enumerate(settings)]
-    records.append(Record("b", "square", "adaptive", 8 / 255, "psnr", 0, 5.0))
+    records = [Record("a", setting, 0, 1.0) for setting in settings]
+    records += [Record("b", setting, 0, 2.0 + place) for place, setting in enumerate(settings)]
+    records.append(Record("b", Setting("square", "mse", "adaptive", 8 / 255, "psnr"), 0, 5.0))
     found = differences_to("a", records)
     assert {key: difference.value for key, difference in found.items()} == {
         ("b", setting): 1.0 + place for place, setting in enumerate(settings)
@@ -215,8 +221,8 @@ def test_differences_keep_settings_apart() -> None:
 def test_results_are_the_rows(complete) -> None:
     """Oracle: round trip, exact, through the rows with and without an interval."""
     findings, folder, _ = complete
-    assert json.loads((folder / "results.json").read_text()) == findings.rows
-    assert {row["ci95"] is None for row in findings.rows} == {True, False}
+    assert list(map(Row.from_json, json.loads((folder / "results.json").read_text()))) == findings.rows
+    assert {row.ci95 is None for row in findings.rows} == {True, False}
 
 
 def test_values_of_images_can_be_read_back(tmp_path: Path) -> None:
@@ -225,8 +231,12 @@ def test_values_of_images_can_be_read_back(tmp_path: Path) -> None:
     write_report(example_findings(records), tmp_path)
     with (tmp_path / "per_image.csv").open(newline="") as file:
         title, *lines = csv.reader(file)
-    assert title == list(Record._fields)
-    assert [Record(*line[:3], float(line[3]), line[4], int(line[5]), float(line[6])) for line in lines] == records
+    assert title == ["vae", *Setting._fields, "index", "value"]
+    read = [
+        Record(vae, Setting(attack, objective or None, threat, float(epsilon), metric), int(index), float(value))
+        for vae, attack, objective, threat, epsilon, metric, index, value in lines
+    ]
+    assert read == records
 
 
 def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
@@ -264,15 +274,15 @@ def test_markdown_tables_say_what_the_rows_say(complete) -> None:
     for threat_model, (titles, _, *lines) in sections.items():
         assert titles[:3] == ["images", "epsilon", "metric"]
         cells = {tuple(line[:3]): dict(zip(titles[3:], line[3:], strict=True)) for line in lines}
-        rows = [row for row in findings.rows if row["threat_model"] == threat_model]
+        rows = [row for row in findings.rows if row.threat_model == threat_model]
         assert len(cells) == len(lines) == len(rows) / len(VAES)
         for row in rows:
-            line, half_a_digit = cells[line_key(row)], 0.5001 * 10.0 ** -DECIMALS[METRIC_TITLES[row["metric"]]]
-            assert numbers_in(line[row["vae"]]) == pytest.approx([row["value"], *(row["ci95"] or [])], abs=half_a_digit)
-            if row["vae"] != "original":
-                mean, *interval = numbers_in(line[f"{row['vae']} - original"])
+            line, half_a_digit = cells[line_key(row)], 0.5001 * 10.0 ** -DECIMALS[METRIC_TITLES[row.metric]]
+            assert numbers_in(line[row.vae]) == pytest.approx([row.value, *(row.ci95 or [])], abs=half_a_digit)
+            if row.vae != "original":
+                mean, *interval = numbers_in(line[f"{row.vae} - original"])
                 assert mean == pytest.approx(mean_difference(findings, row), abs=half_a_digit)
-                assert len(interval) == (0 if row["ci95"] is None else 2)
+                assert len(interval) == (0 if row.ci95 is None else 2)
             seen += 1
     assert seen == len(findings.rows)
 
@@ -290,13 +300,13 @@ def test_html_cells_carry_the_exact_values(complete) -> None:
             for name, cell in zip(names[3:], cells, strict=True):
                 target = differences if " - " in name else found
                 target[(name, *setting, metric.attributes["data-value"])] = float(cell.attributes["data-value"])
-    keys = [(row["attack"], row["threat_model"], row["epsilon"], METRIC_TITLES[row["metric"]]) for row in findings.rows]
-    assert found == {(row["vae"], *key): row["value"] for row, key in zip(findings.rows, keys, strict=True)}
+    keys = [(row.attack, row.threat_model, row.epsilon, METRIC_TITLES[row.metric]) for row in findings.rows]
+    assert found == {(row.vae, *key): row.value for row, key in zip(findings.rows, keys, strict=True)}
     assert differences == {
         # A mean of differences and a difference of means are rounded at different places.
-        (f"{row['vae']} - original", *key): pytest.approx(mean_difference(findings, row), rel=1e-9, abs=1e-9)
+        (f"{row.vae} - original", *key): pytest.approx(mean_difference(findings, row), rel=1e-9, abs=1e-9)
         for row, key in zip(findings.rows, keys, strict=True)
-        if row["vae"] != "original"
+        if row.vae != "original"
     }
 
 
@@ -317,8 +327,9 @@ def test_html_cells_carry_the_exact_values(complete) -> None:
 def test_better_is_marked_by_metric_and_interval(metric, gains, verdict, tmp_path: Path) -> None:
     """Oracle: specification. PSNR and SSIM are better when higher, the others when lower; where all images move one
     way the interval excludes 0, where one moves the other way a resample of it alone puts 0 inside."""
-    records = [Record("a", "clean", "none", 0.0, metric, index, 0.5) for index in range(3)]
-    records += [Record("b", "clean", "none", 0.0, metric, index, 0.5 + gain) for index, gain in enumerate(gains)]
+    clean = Setting("clean", None, "none", 0.0, metric)
+    records = [Record("a", clean, index, 0.5) for index in range(3)]
+    records += [Record("b", clean, index, 0.5 + gain) for index, gain in enumerate(gains)]
     page = written_page(example_findings(records), tmp_path)
     (_, line), *_ = page.tables()
     assert line[-1].attributes["class"].split() == ["number", *verdict.split()]
@@ -342,7 +353,7 @@ def test_rfid_is_better_when_lower_and_never_certain(tmp_path: Path) -> None:
 def test_a_value_that_is_missing_leaves_its_cells_empty(tmp_path: Path) -> None:
     """Oracle: specification; a VAE that was not measured under an attack has neither value nor difference there."""
     records = example_records(metrics=["ssim"])
-    records = [record for record in records if (record.vae, record.attack) != ("robust", "fgsm")]
+    records = [record for record in records if (record.vae, record.setting.attack) != ("robust", "fgsm")]
     page = written_page(example_findings(records), tmp_path)
     titles, *lines = page.tables()[2]
     robust = [place for place, title in enumerate(titles) if title.text.startswith("robust")]
@@ -581,14 +592,12 @@ def test_html_can_be_used_with_the_keyboard(complete) -> None:
 # --- figures ----------------------------------------------------------------------------------------------
 
 
-def example_row(vae: str, attack: str, epsilon: float, value: float, threat_model: str = "adaptive") -> dict:
-    return {
-        "vae": vae, "attack": attack, "threat_model": threat_model if epsilon else "none", "epsilon": epsilon,
-        "metric": "psnr", "value": value, "ci95": [value, value], "n": 3,
-    }  # fmt: skip
+def example_row(vae: str, attack: str, epsilon: float, value: float, threat_model: str = "adaptive") -> Row:
+    done = ("mse", threat_model, epsilon) if epsilon else (None, "none", 0.0)
+    return to_row(vae, Setting(attack, *done, "psnr"), value, n=3, ci95=(value, value))
 
 
-def psnr_rows(vaes: Sequence[str], attacks: Sequence[str]) -> list[dict[str, Any]]:
+def psnr_rows(vaes: Sequence[str], attacks: Sequence[str]) -> list[Row]:
     return to_rows(example_records(vaes, attacks, metrics=["psnr"]))
 
 
@@ -631,7 +640,7 @@ def test_figures_have_room_for_every_attack(tmp_path: Path) -> None:
     sizes = {}
     for count in (1, 20):
         rows = psnr_rows(VAES, [f"attack-{number}" for number in range(count)])
-        rows = [row for row in rows if row["threat_model"] != "transfer"]
+        rows = [row for row in rows if row.threat_model != "transfer"]
         figures = draw_figures(rows, VAES, tmp_path / str(count))
         sizes[count] = {title: Image.open(path).size for title, path in figures.items()}
     for title in ("PSNR, adaptive attacks at epsilon 8/255", "PSNR against epsilon, adaptive attacks"):
@@ -643,7 +652,7 @@ def test_figures_have_room_for_every_attack(tmp_path: Path) -> None:
 def test_figures_follow_the_data(tmp_path: Path) -> None:
     """Oracle: the same rows give the same bytes; other values change the figures of their threat model alone."""
     rows = psnr_rows(VAES, ["pgd"])
-    moved = [{**row, "value": row["value"] - 2 * (row["threat_model"] == "adaptive")} for row in rows]
+    moved = [replace(row, value=row.value - 2 * (row.threat_model == "adaptive")) for row in rows]
     first, same, other = (
         {title: path.read_bytes() for title, path in draw_figures(rows, VAES, tmp_path / name).items()}
         for name, rows in (("first", rows), ("same", rows), ("other", moved))
@@ -656,7 +665,7 @@ def test_figures_follow_the_data(tmp_path: Path) -> None:
 
 def test_one_epsilon_needs_no_curve(tmp_path: Path) -> None:
     """Oracle: specification; no figure, no file and no mention of PSNR against epsilon, bars as ever."""
-    records = [record for record in example_records(metrics=["psnr"]) if record.epsilon in (0.0, 8 / 255)]
+    records = [record for record in example_records(metrics=["psnr"]) if record.setting.epsilon in (0.0, 8 / 255)]
     write_report(example_findings(records), tmp_path)
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "psnr-by-attack-none.png", "psnr-by-attack-transfer.png", "psnr-by-attack-adaptive.png"

@@ -26,18 +26,18 @@ from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
 from srl_utils.evaluation import __main__ as command
 from srl_utils.evaluation.catalogue import PRESETS, Supplies, select
+from srl_utils.evaluation.cells import measure
 from srl_utils.evaluation.cli import common, reconstruction
 from srl_utils.evaluation.cli.common import strangers_to
 from srl_utils.evaluation.metering import Meter
 from srl_utils.evaluation.perturbations import CLEAN, noise, on_reconstruction
 from srl_utils.evaluation.report.extremes import strongest_cell
-from srl_utils.evaluation.results import Record
+from srl_utils.evaluation.results import Record, Setting
 from srl_utils.evaluation.sanity import Depth, check_robustness
 from srl_utils.evaluation.study import Job, Study
 from srl_utils.evaluation.tasks.base import Metrics, Reconstruction
 from srl_utils.images.pixels import to_pil
 from srl_utils.metrics.losses import ReconstructionLoss
-from srl_utils.training.validation import evaluate
 from srl_utils.vae.codec import Codec
 
 EPSILON = 8 / 255
@@ -72,22 +72,20 @@ def study(tiny_vae, other_tiny_vae, images, tmp_path: Path) -> Study:
 # --- study ----------------------------------------------------------------------------------------------
 
 
-def test_adaptive_values_are_those_of_evaluate(study) -> None:
-    """Oracle: `evaluate`, which attacks the judged VAE itself, image by image and for another batch size."""
+def test_adaptive_values_are_those_of_measure(study) -> None:
+    """Oracle: `measure`, which keeps nothing and attacks each VAE itself, with another batch size."""
     records = study.run()
     robust = study.codecs[1]
     perturbations = [item for item in study.perturbations if item.name != "clean"]
-    expected = evaluate(
-        robust, study.images, perturbations, ReconstructionLoss(), indices=range(5), seed=0, batch_size=5
-    )
-    found = {record[:6]: record.value for record in records}
+    expected = measure([robust], perturbations, study.task, study.images, numbers=range(5), seed=0, batch_size=5)
+    found = {record[:-1]: record.value for record in records}
     for record in expected:
-        assert found[record[:6]] == pytest.approx(record.value, abs=1e-3)
+        assert found[record[:-1]] == pytest.approx(record.value, abs=1e-3)
 
 
 def test_transfer_shows_everyone_what_was_made_on_the_baseline(study) -> None:
     """Oracle: for the baseline both threat models are the same; the other VAE is shown the baseline's images."""
-    values = {record[:6]: record.value for record in study.run()}
+    values = {record[:-1]: record.value for record in study.run()}
     attack = next(item for item in study.perturbations if item.name == "pgd-2")
     for index in range(5):
         key = ("original", "pgd-2", "{}", attack.epsilon, "psnr", index)
@@ -137,7 +135,7 @@ def test_cells_of_like_names_stay_apart(study, tiny_vae, other_tiny_vae, tmp_pat
                 output_dir=tmp_path / f"alone-{place}-{perturbation.epsilon!r}",
             ).run()  # fmt: skip
             wanted = (judged.name, perturbation.epsilon)
-            assert [record for record in mixed if (record.vae, record.epsilon) == wanted] == [
+            assert [record for record in mixed if (record.vae, record.setting.epsilon) == wanted] == [
                 record for record in alone if record.vae == judged.name
             ]
 
@@ -185,8 +183,8 @@ def test_an_attack_that_meets_values_that_are_not_finite_ends_the_study(study) -
 
 def test_drift_of_the_baseline_is_zero(study) -> None:
     """Oracle: closed form; no other cell than the clean one has a drift."""
-    drifts = [record for record in study.run() if record.metric == "drift"]
-    assert {record.attack for record in drifts} == {"clean"}
+    drifts = [record for record in study.run() if record.setting.metric == "drift"]
+    assert {record.setting.attack for record in drifts} == {"clean"}
     assert all((record.value == 0) == (record.vae == "original") for record in drifts)
 
 
@@ -316,7 +314,7 @@ def test_the_strongest_attack_at_the_middle_budget_is_shown(study, epsilons, cho
         replace(study.perturbations[2], name=f"attack {n}", epsilon=epsilon) for n, epsilon in enumerate(epsilons)
     ]
     records = [
-        Record("original", attack.name, threat_model, attack.epsilon, "psnr", 0, 20.0 - number)
+        Record("original", Setting(attack.name, attack.objective, threat_model, attack.epsilon, "psnr"), 0, 20.0 - number)
         for number, attack in enumerate(attacks) for threat_model in ("transfer", "adaptive")
     ]  # fmt: skip
     cell = strongest_cell(replace(study, perturbations=attacks), records, study.baseline)

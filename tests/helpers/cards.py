@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from srl_utils.evaluation.report.tables import comparison_table
+from srl_utils.evaluation.results import Row, Setting, to_row
 from srl_utils.hub.card import CardFacts
 
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"
@@ -15,14 +15,17 @@ HEADINGS = ["Results", "How to use it", "What it protects against, and what not"
 COMMAND = "accelerate launch train_srl_vae.py --output_dir 'my vae' --epsilon 0.03"
 
 
-def rows(vae: str, attacks: tuple[str, ...] = tuple(ATTACKS), *, shift: float = 0.0) -> list[dict[str, Any]]:
+def setting(attack: str, metric: str) -> Setting:
+    """What was measured under an attack of `ATTACKS`."""
+    adversarial = attack.startswith("pgd")
+    return Setting(attack, *(("mse", "adaptive") if adversarial else (None, "none")), ATTACKS[attack], metric)
+
+
+def rows(vae: str, attacks: tuple[str, ...] = tuple(ATTACKS), *, shift: float = 0.0) -> list[Row]:
     """PSNR and SSIM of a VAE under each attack; no two values are alike, nor are two gains."""
     gains = [shift * (1 + number / 3) for number in range(len(attacks))]
     return [
-        {
-            "vae": vae, "attack": attack, "threat_model": "Linf" if ATTACKS[attack] else "none",
-            "epsilon": ATTACKS[attack], "metric": metric, "value": value, "ci95": [0.97 * value, 1.02 * value], "n": 16,
-        }
+        to_row(vae, setting(attack, metric), value, n=16, ci95=(0.97 * value, 1.02 * value))
         for number, (attack, gain) in enumerate(zip(attacks, gains, strict=True))
         for metric, value in (("psnr", 30.123456 - 3.3 * number + gain), ("ssim", 0.876543 - 0.1 * number + gain / 99))
     ]  # fmt: skip
@@ -37,7 +40,7 @@ MINIMAL = CardFacts(
 )  # fmt: skip
 
 
-def with_results(facts: CardFacts, results: list[dict[str, Any]]) -> CardFacts:
+def with_results(facts: CardFacts, results: list[Row]) -> CardFacts:
     return replace(facts, results=results, results_table=comparison_table(results, (ORIGINAL, FINE_TUNED)))
 
 

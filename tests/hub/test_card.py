@@ -151,8 +151,8 @@ def test_the_weights_of_a_card_can_be_read_back(weights: dict[str, str]) -> None
 
 def claims(results: list[dict[str, Any]]) -> set[str]:
     """Every number that these rows entitle a card to: values, bounds, and changes against the original."""
-    bounds = [value for row in results for value in (row["value"], *row["ci95"])]
-    psnr = {(row["vae"], row["attack"]): row["value"] for row in results if row["metric"] == "psnr"}
+    bounds = [value for row in results for value in (row.value, *row.ci95)]
+    psnr = {(row.vae, row.attack): row.value for row in results if row.metric == "psnr"}
     pairs = [(ORIGINAL, FINE_TUNED, attack) for attack in ATTACKS] + [(FINE_TUNED, "fine-tuned-fp16", "clean")]
     changes = [
         psnr[new, attack] - psnr[old, attack]
@@ -165,9 +165,9 @@ def claims(results: list[dict[str, Any]]) -> set[str]:
 @pytest.mark.parametrize("missing", [None, *((vae, attack) for vae in (ORIGINAL, FINE_TUNED) for attack in ATTACKS)])
 def test_every_number_has_its_row(missing: tuple[str, str] | None) -> None:
     """Oracle: the rows. Without those of a VAE under one attack, nothing that rests on them is said."""
-    results = [row for row in RESULTS if (row["vae"], row["attack"]) != missing]
+    results = [row for row in RESULTS if (row.vae, row.attack) != missing]
     if missing == (FINE_TUNED, "clean"):
-        results = [row for row in results if row["vae"] != "fine-tuned-fp16"]  # always measured after the full weights
+        results = [row for row in results if row.vae != "fine-tuned-fp16"]  # always measured after the full weights
     parts = sections(render_card(with_results(FULL, results)))
     said = set(
         re.findall(r"\d+\.\d{2,}", prose("".join(body for title, body in parts.items() if title in HEADINGS[:3])))
@@ -215,9 +215,7 @@ def test_the_model_index_is_the_rows() -> None:
     data = ModelCard(render_card(FULL)).data
     read = {(one.dataset_config, one.metric_type, one.metric_value) for one in data.eval_results}
     configurations = {name: f"{name}, epsilon 8/255" if epsilon else name for name, epsilon in ATTACKS.items()}
-    expected = {
-        (configurations[row["attack"]], row["metric"], round(row["value"], 4)) for row in rows(FINE_TUNED, shift=1.2345)
-    }
+    expected = {(configurations[row.attack], row.metric, round(row.value, 4)) for row in rows(FINE_TUNED, shift=1.2345)}
     assert read == expected
     assert len(data.eval_results) == len(expected)
     (model,) = data.to_dict()["model-index"]
