@@ -14,6 +14,7 @@ from torch import Tensor
 from srl_utils.evaluation.report.caveats import Caveat, caveat_of_precision, caveats_of_metrics, caveats_of_prompts
 from srl_utils.evaluation.tasks.base import Metrics
 from srl_utils.metrics.features import load_clip_similarity
+from srl_utils.metrics.losses import LPIPS_METRICS
 
 WIDTH, CLASSES = 64, 10
 
@@ -53,11 +54,11 @@ def test_sets_of_few_images(n: int, singular: bool, noisy: bool, biased: bool, i
 
 def test_only_what_is_measured_has_a_caveat(images) -> None:
     """Oracle: specification; at 16 px SSIM has 6 x 6 places and LPIPS less than its patches, at 64 px neither."""
-    small = caveats_of_metrics(Metrics(names=("ssim", "lpips")), images(1, 16), n=50)
-    assert [caveat.metrics for caveat in small] == [("lpips",), ("ssim",)]
+    small = caveats_of_metrics(Metrics(names=("ssim", "lpips-alex")), images(1, 16), n=50)
+    assert [caveat.metrics for caveat in small] == [tuple(LPIPS_METRICS), ("ssim",)]
     assert "6 x 6 places" in small[1].text
     assert caveats_of_metrics(Metrics(names=("psnr",)), images(1, 16), n=50) == []
-    assert caveats_of_metrics(Metrics(names=("ssim", "lpips")), images(1, 64), n=50) == []
+    assert caveats_of_metrics(Metrics(names=("ssim", "lpips-alex")), images(1, 64), n=50) == []
     assert caveat_of_precision("no") == [] and "bf16" in caveat_of_precision("bf16")[0].text
 
 

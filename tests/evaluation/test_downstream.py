@@ -39,7 +39,7 @@ from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
 from srl_utils.evaluation.tasks.generation import largest_difference
 from srl_utils.evaluation.tasks.poisoning import divide, poisonings
 from srl_utils.images.pixels import to_model_range, to_pil, to_unit_range
-from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.metrics.losses import PerceptualDistance
 from srl_utils.vae.codec import Codec, load_codec
 from srl_utils.vae.loading import AutoencoderSource
 
@@ -134,7 +134,7 @@ def test_glaze_heads_for_what_the_pipeline_draws(pipe, codec, images, random_lpi
 
     def glazed(generators: list[torch.Generator], **further) -> Tensor:
         (glaze,) = select(["glaze"], [8 / 255], replace(supplies, **further)).perturbations
-        return glaze.apply(codec, ReconstructionLoss(), shown, generators)
+        return glaze.apply(codec, shown, generators)
 
     generators = image_generators(0, [0, 1])
     target = style_transfer(painter, shown, generators=generators)

@@ -317,8 +317,8 @@ def test_html_cells_carry_the_exact_values(complete) -> None:
         ("psnr", (-1.0, -2.0, -3.0), "worse certain"),
         ("ssim", (0.1, 0.2, 0.3), "better certain"),
         ("ssim", (-0.1, 0.2, 0.3), "better"),
-        ("lpips", (-0.1, -0.2, -0.3), "better certain"),
-        ("lpips", (0.1, 0.2, 0.3), "worse certain"),
+        ("lpips-vgg", (-0.1, -0.2, -0.3), "better certain"),
+        ("lpips-vgg", (0.1, 0.2, 0.3), "worse certain"),
         ("drift", (0.1, 0.2, 0.3), "worse certain"),
         ("drift", (0.1, -0.1, 0.3), "worse"),
         ("psnr", (0.0, 0.0, 0.0), ""),
@@ -338,11 +338,8 @@ def test_better_is_marked_by_metric_and_interval(metric, gains, verdict, tmp_pat
 
 def test_rfid_is_better_when_lower_and_never_certain(tmp_path: Path) -> None:
     """Oracle: specification; without values per image there is no interval that could exclude 0."""
-    rows = [
-        {"vae": vae, "attack": "clean", "threat_model": "none", "epsilon": 0.0, "metric": "rfid", "value": value,
-         "ci95": None, "n": 3}
-        for vae, value in (("a", 3.0), ("b", 1.5))
-    ]  # fmt: skip
+    setting = Setting("clean", None, "none", 0.0, "rfid")
+    rows = [to_row(vae, setting, value, n=3) for vae, value in (("a", 3.0), ("b", 1.5))]
     findings = replace(example_findings(), baseline="a", vaes=["a", "b"], rows=rows, records=[])
     (_, line), *_ = written_page(findings, tmp_path).tables()
     assert line[-1].attributes["class"] == "number better"

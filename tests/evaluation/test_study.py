@@ -37,7 +37,6 @@ from srl_utils.evaluation.sanity import Depth, check_robustness
 from srl_utils.evaluation.study import Job, Study
 from srl_utils.evaluation.tasks.base import Metrics, Reconstruction
 from srl_utils.images.pixels import to_pil
-from srl_utils.metrics.losses import ReconstructionLoss
 from srl_utils.vae.codec import Codec
 
 EPSILON = 8 / 255
@@ -88,11 +87,17 @@ def test_transfer_shows_everyone_what_was_made_on_the_baseline(study) -> None:
     values = {record[:-1]: record.value for record in study.run()}
     attack = next(item for item in study.perturbations if item.name == "pgd-2")
     for index in range(5):
-        key = ("original", "pgd-2", "{}", attack.epsilon, "psnr", index)
-        transfer, adaptive = (values[(*key[:2], model, *key[3:])] for model in ("transfer", "adaptive"))
+        transfer, adaptive = (
+            values["original", Setting("pgd-2", "mse", model, attack.epsilon, "psnr"), index]
+            for model in ("transfer", "adaptive")
+        )
         assert transfer == adaptive
-    transferred = [value for key, value in values.items() if key[:3] == ("robust", "pgd-2", "transfer")]
-    adapted = [value for key, value in values.items() if key[:3] == ("robust", "pgd-2", "adaptive")]
+    transferred = [
+        value for key, value in values.items() if (key[0], *key[1][:3]) == ("robust", "pgd-2", "mse", "transfer")
+    ]
+    adapted = [
+        value for key, value in values.items() if (key[0], *key[1][:3]) == ("robust", "pgd-2", "mse", "adaptive")
+    ]
     assert len(transferred) == len(adapted) and transferred != adapted
 
 
@@ -223,7 +228,7 @@ def test_the_bar_moves_evenly_through_an_attack(attack: str, passes: int, study)
         bar.update = lambda amount: steps.append(amount) or monkeyed(amount)
         meter, clean = Meter(bar), study.images[:2]
         with meter.stage("attack", 2 * passes):
-            perturbation.apply(meter.watched(study.baseline), ReconstructionLoss(), clean, image_generators(0, [0, 1]))
+            perturbation.apply(meter.watched(study.baseline), clean, image_generators(0, [0, 1]))
         assert bar.n == 2 * passes and sum(steps) == 2 * passes
         assert max(steps) <= 2 * passes / 5 and len([step for step in steps if step]) > 8
 

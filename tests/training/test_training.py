@@ -159,7 +159,7 @@ def test_lpips_reaches_attack_and_loss(
         expected = row["mse"] + 0.5 * row["lpips"] + 0.01 * row["originality"]
         assert row["loss"] == pytest.approx(expected, rel=1e-4)
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {"lpips"} <= {row["metric"] for row in rows}
+    assert {"lpips-vgg"} <= {row["metric"] for row in rows}
 
 
 def test_without_lpips_nothing_is_loaded(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
