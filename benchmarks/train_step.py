@@ -31,6 +31,7 @@ from benchmarks.textbook import TextbookStep
 from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.command_line import Parser, exit_code, non_negative_float, non_negative_int, pixel_distance, positive_int
+from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
 from srl_utils.training.arithmetic import step_arithmetic
 from srl_utils.training.execution import can_compile, choose_execution
@@ -271,10 +272,7 @@ def summarise(args: argparse.Namespace, vae: AutoencoderKL, timings: dict[str, T
 def table(report: dict[str, object]) -> str:
     """Return the report as text with a Markdown table."""
     names = list(report["steps"][OURS])
-    lines = [f"{report['device']}, {report['versions']}", f"{report['recipe']}", ""]
-    lines += [f"| {'':<10} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for name, values in report["steps"].items():
-        lines.append(f"| {name:<10} | " + " | ".join(f"{values[column]:.3f}" for column in names) + " |")
+    rows = [[name, *(f"{values[column]:.3f}" for column in names)] for name, values in report["steps"].items()]
     peaks = "; ".join(
         f"{dtype} {', '.join(f'{kind} {value:.2f}' for kind, value in values.items())}"
         for dtype, values in report["peak TFLOP/s"].items()
@@ -282,7 +280,10 @@ def table(report: dict[str, object]) -> str:
     share = report["steps"][OURS]["TFLOP/s"] / report["peak TFLOP/s"]["bfloat16"]["matmul"]
     return "\n".join(
         [
-            *lines,
+            f"{report['device']}, {report['versions']}",
+            f"{report['recipe']}",
+            "",
+            markdown_table([["step", *names], *rows]),
             "",
             f"Ours is {report['ratio']:.2f} times as fast (median of the steps' ratios).",
             f"A step is {report['TFLOP per step']:.4f} TFLOP. Peak TFLOP/s measured here: {peaks}.",
