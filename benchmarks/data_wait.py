@@ -1,9 +1,9 @@
-"""The share of a training's time that goes into waiting for images, for loaders and devices of several speeds.
+"""Measure the share of a training's time spent waiting for images, for several loaders and device speeds.
 
     python -m benchmarks.data_wait --figure benchmarks/data-wait.png
 
-The device is played by a pause as long as its step takes: it needs no cores, as a GPU does. Of a real training, `data_wait`
-in `metrics.jsonl` tells the same share.
+A pause stands for the device's step: like a GPU, it needs no CPU cores. In a real training, `data_wait` in
+`metrics.jsonl` is the same share.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from srl_utils.images.loading import Batch, training_batches
 from srl_utils.images.photographs import load_photographs
 from srl_utils.images.sources import DataSource
 
-FULL_SIZE = 10_000  # pixels, more than any of the photographs has
-FIRST_BATCHES = 4  # before the loader has filled what it keeps ready
+FULL_SIZE = 10_000  # pixels; no photograph is larger
+FIRST_BATCHES = 4  # not measured: the loader's queue is still filling
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     args = parse_args(arguments)
     with TemporaryDirectory() as folder:
         if args.train_data_dir is None:
@@ -45,14 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_photographs(folder: Path) -> str:
-    """scikit-image's training photographs as JPEG files of their full size."""
+    """Write scikit-image's training photographs as JPEG files of their full size; return the folder."""
     for index, photograph in enumerate(load_photographs("train", short_side=FULL_SIZE)):
         photograph.save(folder / f"{index:02d}.jpg", quality=92)
     return str(folder)
 
 
 def share_of_waiting(args: argparse.Namespace, workers: int, speed: int) -> float:
-    """For a device that takes `speed` images a second when it has them."""
+    """Return the share of time spent waiting, in [0,1], for a device that takes `speed` images per second."""
     batches, step_seconds = open_batches(args, workers), args.batch_size / speed
     for _ in islice(batches, FIRST_BATCHES):
         time.sleep(step_seconds)
@@ -66,6 +67,7 @@ def share_of_waiting(args: argparse.Namespace, workers: int, speed: int) -> floa
 
 
 def open_batches(args: argparse.Namespace, workers: int) -> Iterator[Batch]:
+    """Return the batches of a training with this number of loader processes."""
     data = open_data(
         DataSource(train_data_dir=args.train_data_dir),
         resolution=args.resolution,
@@ -78,10 +80,12 @@ def open_batches(args: argparse.Namespace, workers: int) -> Iterator[Batch]:
 
 
 def name_of(workers: int) -> str:
+    """Return the loader's name in the report."""
     return f"{workers} worker{'s' * (workers > 1)}" if workers else "the training's own thread"
 
 
 def draw(speeds: Sequence[int], shares: dict[int, list[float]]) -> Figure:
+    """Plot the shares against the device's speed, one line per loader."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for workers, row in shares.items():
@@ -107,7 +111,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         "--workers", nargs="+", type=non_negative_int, default=[0, 1, 2], help="--dataloader_num_workers of each loader"
     )
     add("--images_per_second", nargs="+", type=positive_int, default=[10, 20, 40, 80, 160, 320])
-    add("--steps", type=positive_int, default=16, help="measured of each")
+    add("--steps", type=positive_int, default=16, help="measured steps of each combination")
     return parser.parse_args(arguments)
 
 

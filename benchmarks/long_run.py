@@ -1,8 +1,10 @@
-"""python -m benchmarks.long_run --output_dir outputs/long-run --figure docs/long-run.png
+"""Watch a long training for growing memory, open files and time per step.
 
-Trains a tiny VAE for 3,000 steps with workers, validation and checkpoints, and watches the process from outside:
-resident memory of it and its workers, their open file handles, and the processor time that a step takes. That, unlike the
-clock, does not depend on what else the machine does. Prints what grew.
+    python -m benchmarks.long_run --output_dir outputs/long-run --figure docs/long-run.png
+
+The command trains a tiny VAE for 3,000 steps with workers, validation and checkpoints, and watches from outside: resident
+memory and open file handles of the process and its workers, and the processor time per step. Unlike wall-clock time,
+processor time does not depend on the machine's other work. It prints the growth of each.
 """
 
 from __future__ import annotations
@@ -28,23 +30,28 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[1]
-INTERVAL = 1.0  # seconds between two looks
+INTERVAL = 1.0  # seconds between two samples
 TENTHS = 10
 
 
 class Look(NamedTuple):
-    """What was seen at one moment, of the process and its workers together."""
+    """A sample of the training's resources.
+
+    Attributes:
+        step: number of training steps so far.
+        memory: resident memory of the process and its workers, MiB.
+        handles: open files, sockets and pipes of the process and its workers.
+        processor: processor time of the process since its start, seconds.
+    """
 
     step: int
     memory: float
-    """MiB resident."""
     handles: int
-    """Open files, sockets and pipes."""
     processor: float
-    """Seconds of processor time since the start, of the process alone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--figure", type=Path, required=True)
@@ -59,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(folder: Path) -> list[str]:
-    """The flags that name a VAE of two blocks and 64 pictures of 40 px, both made here."""
+    """Make a VAE of two blocks and 64 images of 40 px in `folder`; return the flags that name them."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, **blocks).save_pretrained(
@@ -74,6 +81,7 @@ def prepare(folder: Path) -> list[str]:
 
 
 def training(flags: list[str], out: Path, steps: int) -> psutil.Popen:
+    """Start the training."""
     return psutil.Popen(
         [
             sys.executable, "train_srl_vae.py", *flags, "--resolution", "16", "--train_batch_size", "4", "--pgd_steps", "2",
@@ -88,7 +96,7 @@ def training(flags: list[str], out: Path, steps: int) -> psutil.Popen:
 
 
 def watch(process: psutil.Popen, journal: Path) -> list[Look]:
-    """One look a second from the first step to the last; what follows is the judgement of the result."""
+    """Return one sample per second from the first step to the last, without the evaluation after it."""
     looks = []
     while process.poll() is None:
         time.sleep(INTERVAL)
@@ -98,30 +106,33 @@ def watch(process: psutil.Popen, journal: Path) -> list[Look]:
             memory = sum(member.memory_info().rss for member in family) / 2**20
             handles = sum(member.num_fds() for member in family)
             times = process.cpu_times()
-        except psutil.NoSuchProcess:  # a worker, or all, ended between two questions
+        except psutil.NoSuchProcess:  # a process ended between two questions
             continue
         if step:
             looks.append(Look(step, memory, handles, times.user + times.system))
     if process.returncode:
-        raise SystemExit(f"the training ended with {process.returncode}")
+        raise SystemExit(f"the training failed with exit code {process.returncode}")
     return [look for look in looks if look.step < looks[-1].step]
 
 
 def steps_in(journal: Path) -> int:
-    """The last step that the journal tells of."""
+    """Return the last step in the journal."""
     lines = journal.read_text().splitlines() if journal.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
 def costs(looks: Sequence[Look]) -> np.ndarray:
-    """Milliseconds of processor time per step, validation and checkpoints included, in each tenth of the run: `[10]`."""
+    """Return the processor time per step in each tenth of the run, `[10]` milliseconds.
+
+    It includes validation and checkpoints.
+    """
     steps, seconds = np.array([(look.step, look.processor) for look in looks], dtype=float).T
     edges = np.interp(np.linspace(steps[0], steps[-1], TENTHS + 1), steps, seconds)
     return np.diff(edges) / ((steps[-1] - steps[0]) / TENTHS) * 1000
 
 
 def summary(looks: Sequence[Look]) -> str:
-    """The second tenth of the run against the last: in the first, libraries are still setting themselves up."""
+    """Compare the second tenth of the run with the last; in the first, libraries are still starting."""
     parts = np.array_split(np.array(looks, dtype=float), TENTHS)
     (_, memory, handles, _), (_, memory_end, handles_end, _) = (
         np.median(part, axis=0) for part in (parts[1], parts[-1])
@@ -134,15 +145,16 @@ def summary(looks: Sequence[Look]) -> str:
 
 
 def pace(journal: Path) -> str:
-    """The same of the steps a second, by the clock of the training itself."""
+    """Compare the steps per second of the second and the last tenth, by the training's own times."""
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
-    # Every step is of 4 images.
+    # A step has 4 images.
     seconds = np.array([4 / row["images_per_second"] for row in rows if "images_per_second" in row])
     tenths = [len(part) / part.sum() for part in np.array_split(seconds, TENTHS)]
     return f"steps a second {tenths[1]:.1f} -> {tenths[-1]:.1f} ({tenths[-1] / tenths[1] - 1:+.1%})"
 
 
 def draw(looks: Sequence[Look], path: Path) -> None:
+    """Plot memory, file handles and processor time against the step."""
     steps, memory, handles, _ = np.array(looks, dtype=float).T
     figure, axes = plt.subplots(3, 1, figsize=(7, 6), sharex=True, layout="constrained")
     axes[0].plot(steps, memory)

@@ -1,9 +1,9 @@
-"""Peak memory of a training step, counted tensor by tensor on shapes alone: no GPU, no weights, no arithmetic.
+"""Count the peak memory of a training step from tensor shapes alone, without a GPU, weights or arithmetic.
 
     python -m benchmarks.memory --model sd --resolution 512 --batch_sizes 1 2 4 8
 
-What is counted are the bytes of all tensors that are alive at once, in the precisions that autocast gives them on a GPU,
-without torch.compile (which fuses, and so needs less). Work space of convolutions and fragmentation come on top.
+The count is of the bytes of all tensors that are alive at the same time, in the precisions that autocast gives them on a
+GPU, without torch.compile (which needs less). The work space of convolutions and fragmentation come on top.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from srl_utils.training.step import Step, build_networks
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make and that are still referred to, and their peak."""
+    """Counts the bytes of all live storages that operations have made: `now` and at the `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def add(self, tensors: Iterable[Tensor]) -> None:
-        """Counts the storages of `tensors`, each once."""
+        """Count the storages of `tensors`, each once."""
         for tensor in tensors:
             self._add(tensor.untyped_storage())
 
@@ -63,6 +63,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     args = parse_args(arguments)
     table = [["batch size", "plain", "--attack_batch_size 1", "--gradient_checkpointing", "both"]]
     for batch_size in args.batch_sizes:
@@ -77,13 +78,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def step_bytes(args: argparse.Namespace, batch_size: int, *, checkpointing: bool, attack_batch_size: int | None) -> int:
-    """The peak of a whole update in bf16, weights, gradients and AdamW's moments included."""
+    """Return the peak bytes of a whole update in bf16, with weights, gradients and AdamW's moments."""
     vae = AutoencoderKL(**SHAPES[args.model])
     if checkpointing:
         vae.enable_gradient_checkpointing()
     loss = ReconstructionLoss(random_perceptual_distance() if args.lpips_weight else None, weight=args.lpips_weight)
     networks = build_networks(vae, loss, autocast_dtype=torch.bfloat16)
-    # One attack step has the memory of ten.
+    # One attack step needs as much memory as ten.
     step = Step(networks=networks, attack=PGDConfig(num_steps=1), attack_batch_size=attack_batch_size)
     shapes = FakeTensorMode()
     with FakeCopyMode(shapes):
@@ -95,7 +96,7 @@ def step_bytes(args: argparse.Namespace, batch_size: int, *, checkpointing: bool
             live.add(module.parameters())
         optimizer = torch.optim.AdamW(networks.encoder.parameters(), fused=True)
         images = torch.rand(batch_size, 3, args.resolution, args.resolution)
-        for _ in range(2):  # the moments come with the first update
+        for _ in range(2):  # the first update makes AdamW's moments
             value, _ = step.loss(images, image_generators(0, range(batch_size)))
             value.backward()
             optimizer.step()
@@ -104,11 +105,12 @@ def step_bytes(args: argparse.Namespace, batch_size: int, *, checkpointing: bool
 
 
 def random_perceptual_distance() -> PerceptualDistance:
+    """Return LPIPS with random weights."""
     return PerceptualDistance(lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False))
 
 
 def normalise_in_float32(*networks: nn.Module) -> None:
-    """Group normalisation as autocast runs it on a GPU, in float32; on the CPU it would stay in bf16."""
+    """Make group normalisation run in float32, as autocast does on a GPU; on the CPU it stays in bf16."""
     for network in networks:
         for layer in network.modules():
             if isinstance(layer, nn.GroupNorm):

@@ -1,8 +1,9 @@
-"""python -m benchmarks.shared_machine --output_dir outputs/shared-machine
+"""Time the demo's training on CPU cores in three layouts, on an idle machine and beside a busy process.
 
-Times the demo's training on CPU cores as one process with a thread for each core, as one process with one thread, and as
-one process of one thread for each core: on an idle machine and beside a busy process. The layouts take turns, so that
-what else the machine does meets all of them. Prints the images per second of each.
+    python -m benchmarks.shared_machine --output_dir outputs/shared-machine
+
+The layouts are one process with a thread per core, one process with one thread, and one process of one thread per core.
+They take turns, so the machine's other work affects all of them. The command prints the images per second of each.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Layout(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--cores", type=int, default=2, help="a divisor of the 8 images of a step")

@@ -1,7 +1,7 @@
-"""One SRL-VAE step (arXiv 2504.17219) as a reader of the paper would write it: plain, in float32, with no care for speed.
+"""One SRL-VAE step (arXiv 2504.17219) as the paper describes it, in float32 and not optimised for speed.
 
-It imports nothing of this project, so that it can be held against `srl_utils.training.step`: for its results by a test, for its
-time by `benchmarks/train_step.py`.
+It imports nothing from this project. A test compares its results with those of `srl_utils.training.step`, and
+`benchmarks/train_step.py` compares the times.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ class TextbookStep:
     """Trains the encoder of `vae`, in place.
 
     Args:
-        vae: in float32.
-        perceptual: LPIPS as its package computes it, or None.
-        epsilon, step_size: of the attack, for images in [-1,1].
-        num_steps: of the attack.
-        lpips_weight, originality_weight: lambda and alpha of the paper.
-        learning_rate: of AdamW.
+        vae: the VAE, in float32.
+        perceptual: LPIPS of the package `lpips`, or None.
+        epsilon: budget of the attack, for images in [-1,1].
+        step_size: step of the attack, for images in [-1,1].
+        num_steps: steps of the attack.
+        lpips_weight: lambda of the paper.
+        originality_weight: alpha of the paper.
+        learning_rate: AdamW's.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class TextbookStep:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate)
 
     def __call__(self, clean: Tensor, start: Tensor) -> Tensor:
-        """One update on images `[N,3,H,W]` in [-1,1]; `start` is where the attack begins. Returns the loss."""
+        """Make one update on images `[N,3,H,W]` in [-1,1], with an attack from `start`; return the loss."""
         adversarial = self.attack(clean, start)
         robust = self.reconstruction_loss(adversarial, clean)
         posterior = self.vae.encode(clean).latent_dist
@@ -62,6 +64,7 @@ class TextbookStep:
         return loss.detach()
 
     def attack(self, clean: Tensor, start: Tensor) -> Tensor:
+        """Return the attacked images `[N,3,H,W]`."""
         adversarial = start
         for _ in range(self.num_steps):
             adversarial = adversarial.detach().requires_grad_(True)
@@ -71,6 +74,7 @@ class TextbookStep:
         return adversarial.detach()
 
     def reconstruction_loss(self, images: Tensor, clean: Tensor) -> Tensor:
+        """Return the loss of the reconstructions of `images` against `clean`, a mean over the batch."""
         reconstruction = self.vae.decode(self.vae.encode(images).latent_dist.mean).sample
         loss = F.mse_loss(reconstruction, clean)
         if self.perceptual is not None:

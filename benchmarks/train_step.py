@@ -1,9 +1,9 @@
-"""The time of one training step, ours against the textbook's, alternated in one run.
+"""Compare the times of one training step, ours and the textbook's, alternated in one run.
 
     python -m benchmarks.train_step                                    # the miniature VAE on this machine
     python -m benchmarks.train_step --model sd --resolution 256 --batch_size 8 --device cuda
 
-Both run the same recipe on the same images. The full-size shapes have random weights: their time is that of real ones.
+Both run the same recipe on the same images. The full-size shapes have random weights, which do not change the time.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from benchmarks.textbook import TextbookStep
 from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.command_line import Parser, exit_code, non_negative_float, non_negative_int, pixel_distance, positive_int
+from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
 from srl_utils.training.arithmetic import step_arithmetic
 from srl_utils.training.execution import can_compile, choose_execution
@@ -47,7 +48,7 @@ FULL_SIZE = {
     "latent_channels": 4,
     "norm_num_groups": 32,
 }
-"""Of the VAE of Stable Diffusion 1 and 2; SDXL's has the same shape and another scale of its latents."""
+"""Shape of the VAE of Stable Diffusion 1 and 2. SDXL's differs in the scale of its latents only."""
 SHAPES = {
     "sd": {**FULL_SIZE, "sample_size": 512, "scaling_factor": 0.18215},
     "sdxl": {**FULL_SIZE, "sample_size": 1024, "scaling_factor": 0.13025},
@@ -55,12 +56,12 @@ SHAPES = {
 TEXTBOOK, OURS = "textbook", "ours"
 MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 CONV_SIDE = {"cuda": (16, 256, 128), "cpu": (8, 64, 64)}
-"""Batch, channels and side of the convolution whose speed is measured."""
+"""Batch size, channels and side of the convolution whose speed is measured."""
 
 
 @dataclass
 class Timings:
-    """Of one kind of step."""
+    """Measurements of one kind of step: the first step's and the other steps' seconds, and the peak memory."""
 
     warm_up: float = 0.0
     seconds: list[float] = field(default_factory=list)
@@ -68,6 +69,7 @@ class Timings:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     args = parse_args(arguments)
     device = torch.device(args.device)
     vae = build_vae(args)
@@ -88,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_vae(args: argparse.Namespace) -> AutoencoderKL:
-    """The shipped miniature, or a full-size shape with random weights."""
+    """Return the shipped miniature, or a full-size shape with random weights."""
     if args.model in SHAPES:
         torch.manual_seed(args.seed)
         return AutoencoderKL(**SHAPES[args.model]).to(args.device)
@@ -96,23 +98,25 @@ def build_vae(args: argparse.Namespace) -> AutoencoderKL:
 
 
 def draw_images(args: argparse.Namespace) -> Tensor:
-    """Smooth random images `[N,3,R,R]` in [-1,1]; what they show does not matter for the time."""
+    """Draw smooth random images `[N,3,R,R]` in [-1,1]; the time does not depend on their content."""
     noise = torch.randn(args.batch_size, 3, 8, 8, generator=torch.Generator().manual_seed(args.seed))
     return nn.functional.interpolate(noise, size=args.resolution, mode="bicubic").clamp(-1, 1).to(args.device)
 
 
 def build_lpips(args: argparse.Namespace) -> lpips.LPIPS | None:
-    """The real shape with random weights, which need no download."""
+    """Return LPIPS with random weights, which need no download; None without an LPIPS term."""
     if args.lpips_weight == 0:
         return None
     return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).to(args.device)
 
 
 def attack_of(args: argparse.Namespace) -> PGDConfig:
+    """Return the attack of both steps."""
     return PGDConfig(epsilon=args.epsilon, step_size=args.pgd_step_size, num_steps=args.pgd_steps)
 
 
 def textbook_step(args: argparse.Namespace, vae: AutoencoderKL) -> Callable[[], Tensor]:
+    """Return the textbook's step."""
     attack, clean = attack_of(args), draw_images(args)
     step = TextbookStep(
         copy.deepcopy(vae),
@@ -126,7 +130,7 @@ def textbook_step(args: argparse.Namespace, vae: AutoencoderKL) -> Callable[[], 
 
 
 def our_step(args: argparse.Namespace, vae: AutoencoderKL) -> Callable[[], Tensor]:
-    """As `train_srl_vae.py` makes it, with what it would choose for a long run on this device."""
+    """Return the step of `train_srl_vae.py`, with its defaults for a long run on this device."""
     network = build_lpips(args)
     loss = ReconstructionLoss(PerceptualDistance(network) if network else None, weight=args.lpips_weight)
     execution = choose_execution(
@@ -161,6 +165,7 @@ def our_step(args: argparse.Namespace, vae: AutoencoderKL) -> Callable[[], Tenso
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that `work` takes, its work on the device included."""
     synchronize(device)
     started = time.perf_counter()
     work()
@@ -169,13 +174,14 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for the device's work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 @contextmanager
 def measured(device: torch.device, timings: Timings) -> Iterator[None]:
-    """Notes the most memory used within: of the GPU's allocator, or what the process grew by."""
+    """Record the peak memory used within: the GPU allocator's, or the growth of the process on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         yield
@@ -200,7 +206,7 @@ def measured(device: torch.device, timings: Timings) -> Iterator[None]:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Operations per second that a square matrix product and a 3x3 convolution reach on this machine now."""
+    """Return the operations per second of a square matrix product and of a 3x3 convolution on this machine."""
     side = MATMUL_SIDE[device.type]
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     batch, channels, width = CONV_SIDE[device.type]
@@ -219,6 +225,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, *, repeats: int = 20) -> float:
+    """Return the least seconds that `work` takes."""
     return min(seconds_of(work, device) for _ in range(repeats + 3))
 
 
@@ -226,6 +233,7 @@ def best_seconds(work: Callable[[], object], device: torch.device, *, repeats: i
 
 
 def summarise(args: argparse.Namespace, vae: AutoencoderKL, timings: dict[str, Timings]) -> dict[str, object]:
+    """Return the report's figures by name."""
     device = torch.device(args.device)
     arithmetic = step_arithmetic(
         dict(vae.config),
@@ -262,11 +270,9 @@ def summarise(args: argparse.Namespace, vae: AutoencoderKL, timings: dict[str, T
 
 
 def table(report: dict[str, object]) -> str:
+    """Return the report as text with a Markdown table."""
     names = list(report["steps"][OURS])
-    lines = [f"{report['device']}, {report['versions']}", f"{report['recipe']}", ""]
-    lines += [f"| {'':<10} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for name, values in report["steps"].items():
-        lines.append(f"| {name:<10} | " + " | ".join(f"{values[column]:.3f}" for column in names) + " |")
+    rows = [[name, *(f"{values[column]:.3f}" for column in names)] for name, values in report["steps"].items()]
     peaks = "; ".join(
         f"{dtype} {', '.join(f'{kind} {value:.2f}' for kind, value in values.items())}"
         for dtype, values in report["peak TFLOP/s"].items()
@@ -274,9 +280,12 @@ def table(report: dict[str, object]) -> str:
     share = report["steps"][OURS]["TFLOP/s"] / report["peak TFLOP/s"]["bfloat16"]["matmul"]
     return "\n".join(
         [
-            *lines,
+            f"{report['device']}, {report['versions']}",
+            f"{report['recipe']}",
             "",
-            f"Ours is {report['ratio']:.2f} times as fast (median of the ratios, step by step).",
+            markdown_table([["step", *names], *rows]),
+            "",
+            f"Ours is {report['ratio']:.2f} times as fast (median of the steps' ratios).",
             f"A step is {report['TFLOP per step']:.4f} TFLOP. Peak TFLOP/s measured here: {peaks}.",
             f"Ours reaches {share:.0%} of the bfloat16 matrix product's.",
         ]
@@ -292,10 +301,15 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--pgd_steps", type=non_negative_int, default=10)
     add("--epsilon", type=pixel_distance, default=8 / 255)
     add("--pgd_step_size", type=pixel_distance, default=0.02)
-    add("--lpips_weight", type=non_negative_float, default=0.0, help="above 0: with LPIPS-VGG, of random weights")
+    add("--lpips_weight", type=non_negative_float, default=0.0, help="above 0: with LPIPS-VGG with random weights")
     add("--attack_batch_size", type=positive_int, default=None)
-    add("--mixed_precision", choices=("no", "bf16"), default=None, help="ours; default: what suits the device")
-    add("--torch_compile", action=argparse.BooleanOptionalAction, default=None, help="ours; default: where it can be")
+    add("--mixed_precision", choices=("no", "bf16"), default=None, help="of our step; default: chosen for the device")
+    add(
+        "--torch_compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="of our step; default: on if possible",
+    )
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--repeats", type=positive_int, default=10)
     add("--seed", type=non_negative_int, default=0)

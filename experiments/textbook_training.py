@@ -1,9 +1,9 @@
-"""Repeats a finished run of train_srl_vae.py with the textbook's step, to see what it takes as a whole.
+"""Repeat a finished run of train_srl_vae.py with the textbook's step, to compare the times of whole trainings.
 
     python -m experiments.textbook_training --like outputs/paper --output_dir outputs/textbook
 
-From the same VAE, on the same images, from the same starts of the attack, with the same learning rates and number of steps.
-It keeps checkpoints as far as `experiments/time_to_robustness.py` reads them, and cannot be resumed.
+VAE, images, starts of the attack, learning rates and number of steps are those of the run. Checkpoints have the parts
+that `experiments/time_to_robustness.py` reads; the training cannot be resumed.
 """
 
 from __future__ import annotations
@@ -44,22 +44,25 @@ FIXED = {
     "adam_epsilon": 1e-8,
     "max_grad_norm": 1.0,
 }
-"""What the textbook's step has no choice of."""
+"""Settings that the textbook's step supports, with their only values."""
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     args = parse_args(arguments)
     settings = argparse.Namespace(**json.loads((args.like / "training_args.json").read_text())["arguments"])
     for name, value in FIXED.items():
         if getattr(settings, name) != value:
             raise UserError(
-                f"{args.like} has --{name} {getattr(settings, name)}; the textbook's step knows {value} alone"
+                f"{args.like} was trained with --{name} {getattr(settings, name)}; "
+                f"the textbook's step supports only {value}"
             )
     train(settings, build_step(settings, args.device), args.output_dir)
     return 0
 
 
 def build_step(settings: argparse.Namespace, device: str) -> TextbookStep:
+    """Return the textbook's step with the settings of a run of train_srl_vae.py."""
     names = AutoencoderSource.__dataclass_fields__
     vae = load_autoencoder(AutoencoderSource(**{name: getattr(settings, name) for name in names})).to(device)
     perceptual = load_perceptual_distance(settings.lpips_net).network.to(device) if settings.lpips_weight else None
@@ -76,7 +79,7 @@ def build_step(settings: argparse.Namespace, device: str) -> TextbookStep:
 
 
 def train(settings: argparse.Namespace, step: TextbookStep, output_dir: Path) -> None:
-    """Times each step with its wait for images and its end on the device, and none of the saving."""
+    """Train with `step`, writing checkpoints. A step's time includes its wait for images, but not the saving."""
     attack = PGDConfig(epsilon=settings.epsilon, random_start=not settings.no_pgd_random_start)
     scheduler = get_scheduler(
         settings.lr_scheduler,
@@ -100,6 +103,7 @@ def train(settings: argparse.Namespace, step: TextbookStep, output_dir: Path) ->
 
 
 def open_batches(settings: argparse.Namespace) -> Iterator[Batch]:
+    """Return the batches of a run of train_srl_vae.py."""
     data = open_data(
         DataSource.from_flags(settings),
         resolution=settings.resolution,
@@ -112,7 +116,7 @@ def open_batches(settings: argparse.Namespace) -> Iterator[Batch]:
 
 
 def save(step: TextbookStep, checkpoint: Path, seconds: list[float]) -> None:
-    """The VAE, and the times as `train_srl_vae.py` counts them."""
+    """Write the VAE, and the times as `train_srl_vae.py` counts them."""
     save_autoencoder(step.vae, checkpoint / "vae")
     progress = {"seconds": sum(seconds), "first_steps": seconds[0]}
     write_text_atomically(checkpoint / STATE_FILE, json.dumps({"progress": progress}))

@@ -1,12 +1,13 @@
-"""How soon trainings from the same start become robust, in seconds of training.
+"""Measure how soon trainings of the same VAE become robust, in seconds of training.
 
     python -m experiments.time_to_robustness --train_flags "--dataset_name scikit-image ..." \\
         --arms paper="--recipe paper --max_train_steps 120" fast="--recipe fast --max_train_steps 200" --textbook --seeds 0 1 2
 
-Every arm is a run of `train_srl_vae.py` with its own flags, and keeps checkpoints. The VAE in each checkpoint is judged on
-held-out photographs: as they are, and under APGD made on that very VAE. The first arm's last checkpoint sets the mark for each seed;
-the report says when each arm reaches it, and what its clean images and latents are like by then. Finished trainings and
-judgements are kept, so the same command goes on after an interruption. Warm-ups are told apart.
+Every arm is a run of `train_srl_vae.py` with its own flags. The VAE of each of its checkpoints is measured on held-out
+photographs: on clean ones, and under APGD on that VAE. For each seed, the attacked PSNR of the first arm's last
+checkpoint is the mark. The report has the time at which each arm reaches the mark, and its clean PSNR and latent drift
+then. Warm-ups are reported separately. Finished trainings and measurements are kept, so the command can be interrupted
+and repeated.
 """
 
 from __future__ import annotations
@@ -56,7 +57,16 @@ MEASURES = ("clean", "attacked", "drift")
 
 @dataclass(frozen=True)
 class Point:
-    """A checkpoint: how long the training had run, without the warm-up of its first step, and what it had reached."""
+    """The measurements of a checkpoint.
+
+    Attributes:
+        step: number of training steps.
+        seconds: training time without the first step.
+        warm_up: time of the first step, in seconds.
+        clean: PSNR of clean images, dB.
+        attacked: PSNR under the attack, dB.
+        drift: latent drift.
+    """
 
     step: int
     seconds: float
@@ -67,20 +77,20 @@ class Point:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     args = parse_args(arguments)
-    images = load_images(args)
-    judge = Judge(args, images)
+    evaluator = CheckpointEvaluator(args, load_images(args))
     arms = dict(arm.split("=", 1) for arm in args.arms)
     curves: dict[str, dict[int, list[Point]]] = {name: {} for name in [*arms, *([TEXTBOOK] if args.textbook else [])]}
     for seed in args.seeds:
         folders = {name: args.output_dir / f"{name}-seed{seed}" for name in curves}
-        for name, flags in arms.items():  # alternated, so that a machine that slows down slows all of them
+        for name, flags in arms.items():  # alternated, so that a slower hour of the machine slows all arms
             train(args, folders[name], flags, seed)
         if args.textbook:
             train_textbook(args, folders[TEXTBOOK], like=folders[next(iter(arms))])
         for name, folder in folders.items():
-            curves[name][seed] = judge.curve(folder)
-    start = judge.original()
+            curves[name][seed] = evaluator.curve(folder)
+    start = evaluator.original()
     report = describe(args, arms, start, curves)
     write_text_atomically(args.output_dir / "report.md", report)
     draw(curves, start).savefig(args.output_dir / "time-to-robustness.png", dpi=120)
@@ -89,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace, folder: Path, flags: str, seed: int) -> None:
-    """Runs or finishes a training; its own validation is kept short, since it is not what judges here."""
+    """Run a training or finish it, with a minimal validation of its own."""
     run_to_the_end(folder, [
         SCRIPT, "--pretrained_model_name_or_path", args.model, *shlex.split(args.train_flags),
         "--validation_steps", "100000", "--num_validation_images", "1", "--report_to", "none",
@@ -98,14 +108,14 @@ def train(args: argparse.Namespace, folder: Path, flags: str, seed: int) -> None
 
 
 def train_textbook(args: argparse.Namespace, folder: Path, like: Path) -> None:
-    """Repeats the training in `like` with the textbook's step."""
+    """Repeat the training in `like` with the textbook's step."""
     run_to_the_end(
         folder, ["-m", "experiments.textbook_training", "--like", like, "--output_dir", folder, "--device", args.device]
     )
 
 
 def run_to_the_end(folder: Path, command: list[object]) -> None:
-    """Runs Python with the words of `command`, unless the VAE that it makes in `folder` is there."""
+    """Run Python with the arguments `command`, unless the VAE that it writes into `folder` exists."""
     if (folder / WEIGHTS_NAME).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,25 +125,26 @@ def run_to_the_end(folder: Path, command: list[object]) -> None:
         )
 
 
-# --- judging --------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------------
 
 
-class Judge:
-    """Judges checkpoints with one compiled network, into which their weights are loaded."""
+class CheckpointEvaluator:
+    """Measures checkpoints with one compiled network, into which it loads their weights."""
 
     def __init__(self, args: argparse.Namespace, images: Tensor) -> None:
         self.args, self.images = args, images
         vae = load_autoencoder(AutoencoderSource(pretrained_model_name_or_path=args.model)).to(args.device)
-        # In float32: what is judged is the VAE, whatever it was trained in.
+        # In float32, whatever the training's precision.
         self.networks: Networks = build_networks(vae, ReconstructionLoss(), torch_compile=can_compile(args.device))
         self.reference = Codec("original", vae, self.networks.reference, self.networks.decoder)
         self.attack = strongest(args)
 
     def original(self) -> Point:
-        """Where all arms start."""
+        """Return the measurements of the VAE that all arms start from."""
         return self._cached(self.args.output_dir / "original.json", self.reference, step=0, seconds=0.0, warm_up=0.0)
 
     def curve(self, folder: Path) -> list[Point]:
+        """Return the measurements of the checkpoints in `folder`, in order."""
         return [self._point(folder, checkpoint) for checkpoint in Checkpoints(folder).found()]
 
     def _point(self, folder: Path, checkpoint: Path) -> Point:
@@ -149,10 +160,10 @@ class Judge:
 
     def _cached(self, path: Path, codec: Codec, **facts: float) -> Point:
         if not path.exists():
-            write_text_atomically(path, json.dumps({**facts, **self._judge(codec)}))
+            write_text_atomically(path, json.dumps({**facts, **self._measure(codec)}))
         return Point(**json.loads(path.read_text()))
 
-    def _judge(self, codec: Codec) -> dict[str, float]:
+    def _measure(self, codec: Codec) -> dict[str, float]:
         metrics = Metrics(names=["psnr", DRIFT])
         task = Reconstruction(metrics=metrics, baseline=self.reference, images=self.images)
         records = measure(
@@ -167,21 +178,23 @@ class Judge:
 
 
 def strongest(args: argparse.Namespace) -> Perturbation:
+    """Return the attack."""
     name = f"apgd-{args.apgd_steps}x{args.apgd_restarts}"
     return select([name], [args.epsilon], Supplies()).perturbations[0]
 
 
 def load_images(args: argparse.Namespace) -> Tensor:
+    """Return the held-out images, `[N,3,R,R]` in [-1,1]."""
     name = args.dataset_name if args.data_dir is None else None
     source = DataSource(dataset_name=name, validation_data_dir=args.data_dir)
     return load_validation_images(source, num_images=args.num_images, resolution=args.resolution, seed=0).images
 
 
-# --- what is said of the curves -------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------------
 
 
 def reach(curve: Sequence[Point], start: Point, mark: float) -> Point | None:
-    """Where `curve` first has an attacked PSNR of `mark`, between two checkpoints by linear interpolation."""
+    """Return the point where `curve` first reaches an attacked PSNR of `mark`, by linear interpolation; None if never."""
     if start.attacked >= mark:
         return start
     before = start
@@ -200,6 +213,7 @@ def reach(curve: Sequence[Point], start: Point, mark: float) -> Point | None:
 def describe(
     args: argparse.Namespace, arms: dict[str, str], start: Point, curves: dict[str, dict[int, list[Point]]]
 ) -> str:
+    """Return the report as Markdown."""
     first = next(iter(curves))
     marks = {seed: curve[-1].attacked for seed, curve in curves[first].items()}
     lines = [
@@ -207,8 +221,8 @@ def describe(
         f"{date.today().isoformat()}; {len(args.seeds)} seeds; attack {strongest(args).name} at "
         f"{255 * args.epsilon:.3g}/255 on {args.num_images} held-out images.",
         f"Before training: clean {start.clean:.2f} dB, attacked {start.attacked:.2f} dB.",
-        f"The mark is what '{first}' has reached in the end with the same seed: attacked {fmean(marks.values()):.2f} dB in "
-        "the mean.",
+        f"The mark is the attacked PSNR of '{first}' at the end of its training with the same seed, "
+        f"{fmean(marks.values()):.2f} dB in the mean.",
         "",
         markdown_table([COLUMNS, *table_rows(curves, start, marks)]),
         "",
@@ -219,6 +233,7 @@ def describe(
 
 
 def table_rows(curves: dict[str, dict[int, list[Point]]], start: Point, marks: dict[int, float]) -> Iterator[list[str]]:
+    """Yield the table's rows, one per arm."""
     reference: list[float] = []
     for name, by_seed in curves.items():
         reached = [reach(curve, start, marks[seed]) for seed, curve in by_seed.items()]
@@ -246,14 +261,14 @@ def table_rows(curves: dict[str, dict[int, list[Point]]], start: Point, marks: d
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean over seeds, and the standard deviation of one seed."""
+    """Return the mean over seeds and the standard deviation of one seed, as text."""
     if len(values) < 2:
         return f"{fmean(values):.{digits}f}"
     return f"{fmean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def draw(curves: dict[str, dict[int, list[Point]]], start: Point) -> Figure:
-    """Attacked PSNR, clean PSNR and drift against seconds of training, a line per seed."""
+    """Plot attacked PSNR, clean PSNR and drift against seconds of training, one line per seed."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     titles = {"attacked": "PSNR under APGD (dB)", "clean": "PSNR of clean images (dB)", "drift": "latent drift"}
     for axes, (name_of_value, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
@@ -274,16 +289,14 @@ def draw(curves: dict[str, dict[int, list[Point]]], start: Point) -> Figure:
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m experiments.time_to_robustness", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", default="miniature/weights/vae", help="where all trainings start")
+    add("--model", default="miniature/weights/vae", help="the VAE that all trainings start from")
     add("--train_flags", required=True, help="flags of train_srl_vae.py that all arms share")
-    add(
-        "--arms", nargs="+", required=True, metavar='NAME="FLAGS"', help="trainings; the first one's result is the mark"
-    )
+    add("--arms", nargs="+", required=True, metavar='NAME="FLAGS"', help="trainings; the first one sets the mark")
     add("--textbook", action="store_true", help="repeat the first training with the textbook's step as well")
     add("--seeds", nargs="+", type=non_negative_int, default=[0, 1, 2])
     add("--output_dir", type=Path, default=Path("outputs/time-to-robustness"))
-    add("--dataset_name", default="scikit-image", help="whose held-out images judge")
-    add("--data_dir", default=None, help="a folder of images that judge instead")
+    add("--dataset_name", default="scikit-image", help="its held-out images are measured on")
+    add("--data_dir", default=None, help="a folder of images to measure on instead")
     add("--resolution", type=positive_int, default=64)
     add("--num_images", type=positive_int, default=32)
     add("--judge_batch_size", type=positive_int, default=16)

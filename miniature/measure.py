@@ -1,7 +1,7 @@
-"""Measures a miniature autoencoder: reconstruction of unseen images, its weakness, the scale of its latents.
+"""Measure a miniature autoencoder: its reconstruction of unseen images, clean and attacked, and its latents' scale.
 
 python -m miniature.measure                              # the shipped weights, on embedded images
-python -m miniature.measure --photographs FOLDER         # and on 64 px centre crops of your photographs
+python -m miniature.measure --photographs FOLDER         # also on 64 px centre crops of your photographs
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NUM_IMAGES = 32
 
 
 def measure_scaling_factor(vae: AutoencoderKL) -> float:
-    """1 / standard deviation of the latents of scenes, dead leaves and training photographs."""
+    """Return 1 / standard deviation of the latents of scenes, dead leaves and training photographs."""
     images = torch.cat([scenes(UNSEEN_SEED, 128), dead_leaves(UNSEEN_SEED, 128), tiles("train", limit=128)]).to(
         vae.device
     )
@@ -44,7 +44,12 @@ def measure_scaling_factor(vae: AutoencoderKL) -> float:
 
 
 def measure(vae: AutoencoderKL, extra: dict[str, Tensor] | None = None) -> dict[str, list[Row]]:
-    """Rows (the project's format) for each set of unseen images, clean and under the strong attack."""
+    """Return the result rows of each set of unseen images: clean, with noise, and under the strong attack.
+
+    Args:
+        vae: the autoencoder.
+        extra: more sets of images `[N,3,H,W]` in [-1,1], by name.
+    """
     codec = Codec.of(vae, "miniature")
     sets = {
         "held-out scikit-image photographs": tiles("validation", limit=NUM_IMAGES),
@@ -70,7 +75,7 @@ def reconstruction(codec: Codec, images: Tensor) -> Reconstruction:
 
 
 def write_measurements(vae: AutoencoderKL, folder: Path, *, build: dict[str, object]) -> None:
-    """Writes `measured.json` and a README that shows it into the weights' folder."""
+    """Write `measured.json` and a README with its table into the weights' folder; `build` are the build's settings."""
     results = measure(vae)
     content = {
         "build": build,
@@ -90,7 +95,7 @@ def write_measurements(vae: AutoencoderKL, folder: Path, *, build: dict[str, obj
 
 
 def table(results: dict[str, list[Row]]) -> str:
-    """PSNR in dB as a Markdown table, one line per set of images."""
+    """Return the PSNR in dB as a Markdown table with one line per set of images."""
     attacks = list(dict.fromkeys(row.attack for rows in results.values() for row in rows))
     lines = [["images (64 px)", *attacks]]
     for name, rows in results.items():
@@ -101,38 +106,42 @@ def table(results: dict[str, list[Row]]) -> str:
 
 README = """# The miniature autoencoder
 
-A `diffusers.AutoencoderKL` of {parameters} million parameters for 64 px images (any multiple of 4 works), trained
-by `make miniature` on drawn scenes, dead leaves and augmented crops of scikit-image's training photographs
-(`srl_utils/images/photographs.py` lists them), first for the pixels alone and then against a patch discriminator as
-well: {build}. No other photograph was used. Compiled code and another number of threads
-round differently, so building it again gives an autoencoder like this one and not the same bits.
+A `diffusers.AutoencoderKL` of {parameters} million parameters for images of 64 px (or another multiple of 4).
+
+`make miniature` trained it on drawn scenes, dead leaves and augmented crops of scikit-image's training photographs, and
+on no other photographs; `srl_utils/images/photographs.py` lists them. It was trained for the pixels alone, then against
+a patch discriminator too. Settings: {build}.
+
+Another build gives a similar autoencoder with other bits: compiled code and another number of threads round differently.
 
 `scaling_factor` {scaling_factor} is the measured 1 / standard deviation of its latents.
 
-PSNR in dB on images it has not seen, from `python -m miniature.measure`; the attack is PGD on the mean squared
-error with 50 steps and 2 restarts, epsilon 8/255, and the noise has standard deviation 8/255:
+The table has the PSNR in dB on unseen images, by `python -m miniature.measure`. The attack is PGD on the mean squared
+error with 50 steps, 2 restarts and epsilon 8/255. The noise has standard deviation 8/255.
 
 {table}
 """
 
 
 def scenes(seed: int, count: int) -> Tensor:
+    """Draw the first `count` scenes of a series, `[N,3,SIZE,SIZE]` in [-1,1]."""
     return _stack(draw_scene(seed, index, size=SIZE).image for index in range(count))
 
 
 def dead_leaves(seed: int, count: int) -> Tensor:
+    """Draw the first `count` dead-leaves images of a series, `[N,3,SIZE,SIZE]` in [-1,1]."""
     return _stack(draw_dead_leaves(seed, index, size=SIZE) for index in range(count))
 
 
 def tiles(split: str, *, limit: int) -> Tensor:
-    """`limit` tiles spread evenly over the photographs of `split`."""
+    """Return `limit` tiles, spread evenly over the photographs of `split`, `[N,3,SIZE,SIZE]` in [-1,1]."""
     everything = photograph_tiles(split, side=SIZE)
     picks = torch.linspace(0, len(everything) - 1, min(limit, len(everything))).long()
     return _stack(everything[pick] for pick in picks)
 
 
 def center_crops(folder: Path, *, limit: int) -> Tensor:
-    """The central 64 px, at full resolution, of the first `limit` images of `folder`."""
+    """Return the central 64 px, at full resolution, of the first `limit` images of `folder`, `[N,3,SIZE,SIZE]`."""
     crops = []
     for path in sorted(folder.iterdir())[:limit]:
         image = decode_rgb(path)

@@ -1,10 +1,9 @@
 """Endless synthetic images drawn from a seed: captioned scenes and dead leaves.
 
-`draw_scene` composes one or two objects on a background and says in words what it drew, so a caption is
-true by construction. `draw_dead_leaves` draws the classical occlusion model of natural image statistics:
-opaque leaves whose radii follow a power law, which gives photograph-like edges and a 1/f spectrum
-(Lee, Mumford, Huang, "Occlusion Models for Natural Images", IJCV 2001; as training data for networks that
-see photographs: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021).
+`draw_scene` draws one or two objects on a background with a caption that describes them. `draw_dead_leaves` draws the
+classical occlusion model of natural images: opaque leaves whose radii follow a power law, with the edges and the 1/f
+spectrum of photographs (Lee, Mumford, Huang, "Occlusion Models for Natural Images", IJCV 2001; as training data for
+networks that see photographs: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021).
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ SUPERSAMPLING = 4  # drawn this much larger, then averaged: anti-aliased edges
 
 @dataclass(frozen=True, kw_only=True)
 class SceneObject:
-    """One drawn object; `center` and `radius` are fractions of the image side, y pointing down."""
+    """One drawn object. `center` (x, y) and `radius` are fractions of the image's side; y points down."""
 
     shape: str
     color: str
@@ -51,24 +50,29 @@ class SceneObject:
 
     @property
     def phrase(self) -> str:
+        """The object in words, as in the caption."""
         texture = "" if self.texture == "plain" else f" {self.texture}"
         return f"a {self.size}{texture} {self.color} {self.shape}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A drawn image with what it truly shows."""
+    """A drawn image with its contents: one or two objects, and the kind and colour of the background."""
 
     image: Image.Image
     caption: str
     objects: tuple[SceneObject, ...]
-    background: tuple[str, str]  # (kind, colour)
+    background: tuple[str, str]
 
 
 def draw_scene(seed: int, index: int = 0, *, size: int = 64, pair_share: float = 0.5) -> Scene:
-    """Scene number `index` of the endless series `seed`: an RGB image of `size` x `size` and its caption.
+    """Draw scene number `index` of the endless series `seed`.
 
-    `pair_share` is the probability of two objects instead of one.
+    Args:
+        seed: the series.
+        index: number of the scene.
+        size: side of the RGB image in pixels.
+        pair_share: probability of two objects instead of one.
     """
     rng = np.random.default_rng((seed, index, 0))
     background = (str(rng.choice(BACKGROUNDS)), str(rng.choice(list(COLORS))))
@@ -81,10 +85,10 @@ def draw_scene(seed: int, index: int = 0, *, size: int = 64, pair_share: float =
 
 
 def draw_dead_leaves(seed: int, index: int = 0, *, size: int = 64) -> Image.Image:
-    """Dead-leaves image number `index` of the series `seed`: RGB, `size` x `size`, no caption.
+    """Draw dead-leaves image number `index` of the endless series `seed`: RGB, `size` x `size` pixels.
 
-    Radii r have density proportional to r^-3 up to 3/5 of the side, the exponent that makes the image
-    statistics scale invariant; every leaf has its own colour, shading and texture.
+    The density of radii r is proportional to r^-3, up to 3/5 of the side. This exponent makes the image's statistics
+    scale invariant. Every leaf has its own colour, shading and texture.
     """
     rng = np.random.default_rng((seed, index, 1))
     side = 2 * size
@@ -100,7 +104,7 @@ def draw_dead_leaves(seed: int, index: int = 0, *, size: int = 64) -> Image.Imag
 def _arrange(
     rng: np.random.Generator, *, background_color: str, pair_share: float
 ) -> tuple[tuple[SceneObject, ...], str | None]:
-    """One object anywhere, or two that truly stand in the returned relation and do not touch."""
+    """Return one object, or two objects that do not touch, and their relation."""
     free_colors = [name for name in COLORS if name != background_color]
     count = 1 + int(rng.random() < pair_share)
     colors = rng.choice(free_colors, size=count, replace=False)
@@ -125,14 +129,14 @@ def _single_center(rng: np.random.Generator, radius: float) -> list[tuple[float,
 
 
 def _pair_centers(rng: np.random.Generator, radii: list[float], relation: str) -> list[tuple[float, float]]:
-    """Centres along one axis with a gap between the objects; the other axis is free but nearly level."""
+    """Return the centres of two objects with a gap between them along one axis, and nearly level on the other."""
     gap = rng.uniform(0.0, 0.96 - 2 * sum(radii)) / 2
     first = rng.uniform(0.02 + radii[0], 0.98 - 2 * radii[1] - gap - radii[0])
     second = first + radii[0] + gap + radii[1]
     level = rng.uniform(0.02 + max(radii), 0.98 - max(radii))
     levels = np.clip(level + rng.uniform(-0.06, 0.06, size=2), max(radii) + 0.02, 0.98 - max(radii))
     along = [first, second]
-    if relation in ("right of", "below"):  # the first object named stands at the far end
+    if relation in ("right of", "below"):  # the first object in the caption is at the far end
         along = [1 - first, 1 - second]
     if relation in ("left of", "right of"):
         return [(along[0], levels[0]), (along[1], levels[1])]
@@ -165,7 +169,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, item: SceneObject) -> n
     _draw_shape(ImageDraw.Draw(mask), item, side, rng.uniform(-0.2, 0.2))
     coverage = np.asarray(mask, dtype=np.float32)[..., None] / 255.0
     color = _jittered_color(rng, item.color)
-    # Towards black for bright colours and towards white for dark ones, so that a pattern always shows.
+    # Darker than bright colours and brighter than dark ones, so that a pattern is always visible.
     contrast = color * 0.55 if color.mean() > 0.35 else color + (1 - color) * 0.45
     pattern = _pattern(rng, item.texture, side, item.radius)[..., None]
     shading = 0.05 * _ramp(side, rng.uniform(0, 2 * np.pi))[..., None]
@@ -186,7 +190,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, tilt: f
 
 
 def _polygon(shape: str, x: float, y: float, radius: float, tilt: float) -> list[tuple[float, float]]:
-    """Corners of a shape inscribed in the circle of `radius` around (x, y), first corner on top."""
+    """Return the corners of a shape inscribed in the circle of `radius` around (x, y), the top one first."""
     corners = {"square": 4, "triangle": 3, "diamond": 4, "star": 10, "cross": 12, "hexagon": 6}[shape]
     angles = np.arange(corners) * 2 * np.pi / corners - np.pi / 2
     radii = np.full(corners, radius)
@@ -205,7 +209,7 @@ def _polygon(shape: str, x: float, y: float, radius: float, tilt: float) -> list
 
 
 def _pattern(rng: np.random.Generator, texture: str, side: int, radius: float) -> np.ndarray:
-    """Weight of the second colour at each pixel, `[side, side]` in {0, 1}."""
+    """Return the weight of the second colour at each pixel, `[side, side]` in {0, 1}."""
     if texture == "plain":
         return np.zeros((side, side), dtype=np.float32)
     period = max(0.09, radius * 0.55)
@@ -228,9 +232,9 @@ def _jittered_color(rng: np.random.Generator, name: str) -> np.ndarray:
 
 
 def _leaf_labels(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Number of the topmost leaf at each pixel, `[side, side]`; 0 where none covers it."""
+    """Return the number of the topmost leaf at each pixel, `[side, side]`; 0 without a leaf."""
     low, high = rng.uniform(0.02, 0.1) * side, 0.6 * side
-    # Enough leaves to cover the image three times: a disc's mean area is 2 pi low^2 log(high / low).
+    # Enough leaves to cover the image three times; a disc's mean area is 2 pi low^2 log(high / low).
     leaves = min(int(3 * side**2 / (0.7 * 2 * np.pi * low**2 * np.log(high / low))), 700)
     uniform = rng.random(leaves)
     # Inverse of the distribution function of a density proportional to r^-3.
@@ -252,7 +256,7 @@ def _leaf_labels(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _shade_leaves(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
-    """Colour, linear shading and texture of every leaf: `[side, side, 3]`, about [0, 1]."""
+    """Return the image of the leaves with colour, linear shading and texture, `[side, side, 3]`, about [0, 1]."""
     side, count = labels.shape[0], labels.max() + 1
     rows, columns = _grid(side)
     colors = _leaf_colors(rng, count)
@@ -275,7 +279,7 @@ def _shade_leaves(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
 
 
 def _leaf_colors(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Colours scattered around one palette: photographs vary in brightness more than in hue."""
+    """Draw the leaves' colours around one palette, with more variation in brightness than in hue, as in photographs."""
     tones = int(rng.integers(2, 6))
     palette = rng.uniform(0.1, 0.9, size=(tones, 1)) + rng.normal(0, 0.12, size=(tones, 3))
     mean = palette[rng.integers(0, len(palette), size=count)]
@@ -291,25 +295,25 @@ def _leaf_colors(rng: np.random.Generator, count: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column coordinate of each pixel as fractions of the side."""
+    """Return the row and column coordinates of the pixels as fractions of the side."""
     axis = (np.arange(side, dtype=np.float32) + 0.5) / side
     return axis[:, None], axis[None, :]
 
 
 def _ramp(side: int, angle: float) -> np.ndarray:
-    """A linear field from about -1 to 1 along `angle`."""
+    """Return a linear field from about -1 to 1 along `angle`, `[side, side]`."""
     rows, columns = _grid(side)
     return 2 * ((columns - 0.5) * np.float32(np.cos(angle)) + (rows - 0.5) * np.float32(np.sin(angle)))
 
 
 def _smooth_noise(rng: np.random.Generator, side: int, *, cells: int) -> np.ndarray:
-    """Noise of one scale: `cells` random values along the side, interpolated bicubically."""
+    """Return noise of one scale, `[side, side]`: `cells` random values along the side, interpolated bicubically."""
     coarse = rng.standard_normal((cells, cells)).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
 
 
 def _power_law_noise(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Noise with an amplitude spectrum of 1/f and unit variance."""
+    """Return noise with an amplitude spectrum of 1/f and variance 1, `[side, side]`."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
     frequency[0, 0] = np.inf
     phases = np.exp(2j * np.pi * rng.random(frequency.shape))

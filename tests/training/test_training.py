@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import train_srl_vae
 from srl_utils.errors import UserError
+from srl_utils.evaluation.__main__ import main as evaluate
 from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.evaluation.results import Row, Setting, to_row
 from srl_utils.hub.card import recorded_weights
@@ -627,3 +628,27 @@ def test_an_empty_argument_shows_no_other(run: Run, flags: list[str], empty: lis
     """Oracle: a search for a token that is given beside it."""
     code, printed = run(*flags, "--push_to_hub", "--hub_token", "secret123", *empty)
     assert code == 2 and "secret123" not in printed and "--hub_model_id" in printed
+
+
+def test_the_evaluation_finds_the_numbers_of_the_validation(
+    run: Run, flags: list[str], photographs: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    """Oracle: the two commands on the same VAEs and images. What has the same name has the same value, to the last digit."""
+    split = flags.index("--validation_split")
+    code, printed = run(
+        *flags[:split], *flags[split + 2 :], "--validation_data_dir", photographs, "--max_train_steps", "1"
+    )
+    assert code == 0, printed
+    attacks = ["clean", "noise", "pgd-10", "pgd-50x2"]
+    words = [
+        "reconstruction", "--baseline", vae_folder, "--vae", f"fine-tuned={tmp_path / 'out'}", "--data_dir", photographs,
+        "--resolution", 16, "--num_images", 3, "--batch_size", 4, "--attacks", *attacks, "--epsilons", "8/255",
+        "--threat_models", "adaptive", "--metrics", "psnr", "ssim", "drift", "--no_checks", "--mixed_precision", "no",
+        "--output_dir", tmp_path / "evaluation",
+    ]  # fmt: skip
+    assert evaluate([str(word) for word in words]) == 0
+    validated, evaluated = (
+        {(row.vae, row.setting): row for row in map(Row.from_json, json.loads((folder / "results.json").read_text()))}
+        for folder in (tmp_path / "out", tmp_path / "evaluation")
+    )
+    assert len(validated) == 2 * (4 * 2 + 1) and validated == evaluated
