@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 
@@ -64,6 +64,7 @@ def render_card(facts: CardFacts) -> str:
     on_hub = not Path(facts.base_model).exists()
     base_name = as_text(facts.base_model) if on_hub else as_code(Path(facts.base_model).resolve().name)
     judged = [row for row in facts.results if row.vae == facts.judged_vae]
+    licence: dict[str, Any] = dict(facts.base_license)
     data = ModelCardData(
         library_name="diffusers",
         base_model=facts.base_model if on_hub else None,
@@ -72,7 +73,7 @@ def render_card(facts: CardFacts) -> str:
         tags=["srl-vae", "autoencoder", "vae", "adversarial-robustness"],
         model_name=Path(facts.model_id).name if judged else None,  # of the model-index
         eval_results=[_eval_result(row, facts) for row in judged] or None,
-        **facts.base_license,
+        **licence,
     )
     card = ModelCard.from_template(
         data,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -241,7 +241,7 @@ class Publisher:
     def _snapshot(self) -> Path:
         return self.output_dir / ".snapshot"
 
-    def _start(self, folder: Path, commit_message: str, *, output: object) -> subprocess.Popen:
+    def _start(self, folder: Path, commit_message: str, *, output: IO[str] | None) -> subprocess.Popen:
         command = push_command(folder, self.repo_id, private=self.private)
         root = Path(__file__).resolve().parents[2]
         paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -260,7 +260,7 @@ class Publisher:
 def _limit_requests() -> None:
     """From now on no request of this process waits for a silent server for longer than `REQUEST_TIMEOUT`."""
 
-    def client() -> object:
+    def client() -> Any:
         limited = default_client_factory()
         limited.timeout = REQUEST_TIMEOUT
         return limited

@@ -19,7 +19,7 @@ from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.images.decoding import UnreadableImage, open_picture
 from srl_utils.images.listing import PassedOver, list_pictures
 from srl_utils.pipelines.files import check_size, check_writable, fitting_target, sanitize_file
-from srl_utils.pipelines.formats import format_of, writable_suffixes
+from srl_utils.pipelines.formats import format_of, format_to_write
 from srl_utils.pipelines.sanitizing import TILE_ABOVE
 from srl_utils.pipelines.swapping import resolve_vae
 from srl_utils.resources import failed_write
@@ -105,7 +105,8 @@ def reason_of(error: UnreadableImage) -> str:
 
 def unlike(outcome: Outcome, target: Path) -> Path:
     """`target`, or a numbered name beside it if this run has written there: some disks take `a.jpg` for `A.JPG`."""
-    for number in count(2):
+    number = 2
+    while True:
         try:
             found = os.lstat(target)
         except FileNotFoundError:
@@ -113,6 +114,7 @@ def unlike(outcome: Outcome, target: Path) -> Path:
         if (found.st_dev, found.st_ino) not in outcome.files:
             return target
         target = target.with_name(f"{target.stem}-{number}{target.suffix}")
+        number += 1
 
 
 def check_before(source: Path, target: Path, args: argparse.Namespace) -> None:
@@ -124,7 +126,7 @@ def check_before(source: Path, target: Path, args: argparse.Namespace) -> None:
     try:
         with open_picture(source, max_pixels=args.max_pixels) as image:
             if not args.output.is_dir():
-                check_size(image, format_of(target))
+                check_size(image, format_to_write(target))
     except UnreadableImage as error:
         raise UserError(
             f"nothing was written: none of 1 images can be read, the first is {source} ({reason_of(error)})"
@@ -144,8 +146,7 @@ def plan(source: Path, target: Path) -> tuple[list[tuple[Path, Path]], PassedOve
     if source.resolve() == target.resolve() or (target.exists() and source.samefile(target)):
         raise UserError(f"{target} is the input; give the result a place of its own")
     if source.is_file():
-        if format_of(target) is None:
-            raise UserError(f"{target} must end in one of {', '.join(writable_suffixes())}")
+        format_to_write(target)
         return [(source, target)], PassedOver()
     if target.is_file():
         raise UserError(f"{target} is a file; {source} is a folder and needs a folder to write to")

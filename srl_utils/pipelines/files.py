@@ -12,7 +12,18 @@ from PIL import Image
 
 from srl_utils.errors import UserError
 from srl_utils.images.decoding import UnreadableImage, open_picture
-from srl_utils.pipelines.formats import ANIMATION, FULLY, PAGES, PARTLY, Film, Format, format_of, losses, write_film
+from srl_utils.pipelines.formats import (
+    ANIMATION,
+    FULLY,
+    PAGES,
+    PARTLY,
+    Film,
+    Format,
+    format_of,
+    format_to_write,
+    losses,
+    write_film,
+)
 from srl_utils.pipelines.metadata import read_metadata
 from srl_utils.pipelines.sanitizing import purify_frame
 
@@ -46,10 +57,10 @@ def sanitize_file(
 
     Raises:
         UnreadableImage: if the picture or one of its frames cannot be read.
-        UserError: if the target's format cannot hold the picture; nothing has been computed then.
+        UserError: if the target's format cannot hold the picture, or is not written; nothing has been computed then.
         OSError: if there is no writing at `target`.
     """
-    form = format_of(target)
+    form = format_to_write(target)
     with open_picture(source, max_pixels=max_pixels) as image:
         check_size(image, form)
         count, sequence = _count_frames(image), SEQUENCES.get(image.format or "", "")

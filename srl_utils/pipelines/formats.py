@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from srl_utils.errors import UserError
 from srl_utils.files import write_atomically
 from srl_utils.pipelines.metadata import Metadata, save_options
 
@@ -72,6 +73,18 @@ def format_of(path: Path) -> Format | None:
     """Return the format that the suffix of `path` names, or None if pictures are not written in it."""
     Image.init()
     return FORMATS.get(Image.registered_extensions().get(path.suffix.lower(), ""))
+
+
+def format_to_write(path: Path) -> Format:
+    """Return the format that the suffix of `path` names.
+
+    Raises:
+        UserError: if pictures are not written in it.
+    """
+    form = format_of(path)
+    if form is None:
+        raise UserError(f"{path} must end in one of {', '.join(writable_suffixes())}")
+    return form
 
 
 def writable_suffixes() -> list[str]:
@@ -149,10 +162,11 @@ def _sequence_options(film: Film, frames: Sequence[Image.Image], form: Format) -
     options: dict[str, object] = {"save_all": True, "append_images": frames[1:]}
     if form.sequence == PAGES:
         return options
-    options["duration"] = [round(duration) for duration in film.durations]
+    durations = [round(duration) for duration in film.durations]
+    options["duration"] = durations
     if form.name == "GIF":
         options |= {"disposal": CLEAR if "transparency" in frames[0].info else 1, "optimize": False}
         return options if film.loop is None else {**options, "loop": film.loop}
     if form.name == "PNG" and film.still_first:
-        options |= {"default_image": True, "duration": options["duration"][1:]}
+        options |= {"default_image": True, "duration": durations[1:]}
     return {**options, "loop": 1 if film.loop is None else film.loop}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 
-from PIL import ExifTags, Image, ImageCms, IptcImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageFile, IptcImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 ORIENTATION, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, INCHES = 0x0112, 0x011A, 0x011B, 0x0128, 2
@@ -193,7 +193,7 @@ def _more_texts(image: Image.Image, texts: dict[str, str], iptc: bytes) -> dict[
     """By EXIF tag, what a PNG's texts or IPTC say: formats without these hold EXIF."""
     found = {tag: texts[key] for key, tag in reversed(PNG_TEXTS.items()) if key in texts}
     try:
-        records = IptcImagePlugin.getiptcinfo(image) if iptc else None
+        records = IptcImagePlugin.getiptcinfo(image) if iptc and isinstance(image, ImageFile.ImageFile) else None
     except Exception:
         records = None
     for key, tag in IPTC_TEXTS.items():

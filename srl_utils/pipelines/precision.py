@@ -123,7 +123,7 @@ def _upcasts(pipe: DiffusionPipeline, vae: AutoencoderKL) -> bool:
     """Whether `pipe` computes `vae` in float32: only those of the SDXL family look at `force_upcast`, and in fp16 only."""
     if vae.dtype != torch.float16 or not vae.config.force_upcast:
         return False
-    return looks_at(type(pipe), "force_upcast")
+    return looks_at(pipe.__class__, "force_upcast")
 
 
 def _name(dtype: torch.dtype) -> str:

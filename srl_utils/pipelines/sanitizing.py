@@ -53,7 +53,8 @@ def sanitize(
     """
     model = resolve_vae(vae, **loading)
     if isinstance(images, (list, tuple)):
-        return [sanitize(image, model, tile_above=tile_above) for image in images]
+        each: Any = [sanitize(image, model, tile_above=tile_above) for image in images]
+        return each
     if isinstance(images, Image.Image):
         return _sanitize_picture(images, model, tile_above)
     if isinstance(images, np.ndarray):
@@ -91,7 +92,7 @@ def spread_colours(colour: Image.Image, alpha: Image.Image) -> Image.Image:
         colour: RGB.
         alpha: mode L, of the same size.
     """
-    if alpha.getextrema()[0] > 0 or max(colour.size) == 1:
+    if alpha.histogram()[0] == 0 or max(colour.size) == 1:
         return colour
     coarse = colour.copy()
     coarse.putalpha(alpha)

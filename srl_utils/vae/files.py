@@ -10,6 +10,7 @@ import inspect
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def _check_statistics(config: dict[str, Any], name: str) -> None:
                 f"the configuration of '{name}' cannot be: its {key} is {_short(values)}; give a list of "
                 f"{config['latent_channels']} numbers, one for each latent channel"
             )
-    deviations = statistics["latents_std"]
+    deviations = config["latents_std"]
     if not min(deviations) > 0:
         raise UserError(f"the configuration of '{name}' cannot be: its latents_std is {_short(deviations)}")
 
@@ -93,10 +94,11 @@ def _possible(value: object, default: object, largest: int) -> bool:
     if isinstance(default, float):
         return isinstance(value, (int, float)) and math.isfinite(value)
     if isinstance(default, (tuple, list)):
-        fits = isinstance(value, (tuple, list)) and 1 <= len(value) <= LARGEST_DEPTH
-        return fits and all(_possible(entry, default[0], largest) for entry in value)
+        if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= LARGEST_DEPTH:
+            return False
+        return all(_possible(entry, default[0], largest) for entry in value)
     if default is None:  # what a VAE may do without are numbers and lists of numbers
-        entries = value if isinstance(value, (tuple, list)) else [value]
+        entries: Sequence[object] = value if isinstance(value, (tuple, list)) else [value]
         return value is None or all(_possible(entry, 0.0, largest) for entry in entries)
     return isinstance(value, type(default))
 

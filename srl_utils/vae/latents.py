@@ -46,7 +46,7 @@ class LatentScale:
         are without effect, and where both are given they take the place of `shift_factor`.
         """
         if pipe is not None:
-            ignored = {name for name in IGNORED_BY_SOME if not looks_at(type(pipe), name)}
+            ignored = {name for name in IGNORED_BY_SOME if not looks_at(pipe.__class__, name)}
             config = {name: value for name, value in config.items() if name not in ignored}
         factor = config.get("scaling_factor") or 1.0
         mean, deviation = config.get("latents_mean"), config.get("latents_std")

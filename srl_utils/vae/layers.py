@@ -45,7 +45,7 @@ def merged(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
         # Transposed convolutions have their kernels turned round, and the channels that come in first.
         kernels = convolution.weight.flip(2, 3).transpose(0, 1)
         twin.weight.copy_(4 * nn.functional.avg_pool2d(kernels, 2, stride=1, padding=1))
-        if convolution.bias is not None:
+        if twin.bias is not None and convolution.bias is not None:
             twin.bias.copy_(convolution.bias)
     return twin.to(memory_format=torch.channels_last).requires_grad_(False)
 
@@ -58,13 +58,15 @@ class ChannelwiseGroupNorm(nn.GroupNorm):
     mean and variance at hand, and the loops run over vectors.
     """
 
+    average: Tensor
+    """`[C,C]`: takes a value per channel to its mean over the channel's group."""
+
     def __init__(self, layer: nn.GroupNorm) -> None:
         super().__init__(layer.num_groups, layer.num_channels, layer.eps, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         size = layer.num_channels // layer.num_groups
         average = torch.eye(layer.num_groups).kron(torch.full((size, size), 1 / size))
         self.register_buffer("average", average.to(layer.weight), persistent=False)
-        """`[C,C]`: takes a value per channel to its mean over the channel's group."""
 
     def forward(self, features: Tensor) -> Tensor:
         """`[N,C,...]`, of any precision; computed in `full_precision`, as autocast would."""

@@ -49,10 +49,10 @@ def read_config(source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]
         hint = "" if source.subfolder else " (for the VAE of a whole pipeline add --subfolder vae)"
-        kind = UnusableFile if Path(name, source.subfolder or "", CONFIG_NAME).exists() else MissingFile
+        fault = UnusableFile if Path(name, source.subfolder or "", CONFIG_NAME).exists() else MissingFile
         if not Path(name).exists():
             hint += "; there is no such folder here, and no such model was read from the Hub"
-        raise kind(f"no VAE configuration at '{name}': {reason}{hint}") from None
+        raise fault(f"no VAE configuration at '{name}': {reason}{hint}") from None
     said = config.get("_class_name", "configuration of no known class") if isinstance(config, dict) else "list"
     kind = next((known for known in kinds if known.__name__ == said), None)
     if kind is None:
