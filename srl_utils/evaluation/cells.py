@@ -23,6 +23,7 @@ from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT, TRANSFER, Pe
 from srl_utils.evaluation.results import Record, to_records
 from srl_utils.evaluation.tasks.base import Cell, Task
 from srl_utils.vae.codec import Codec
+from srl_utils.vae.networks import frozen
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def compute(job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter) ->
         raise _not_finite(job, cell.source, numbers)
     for codec, variant in product(cell.judged, task.variants):
         meter.say(f"{codec.name} judged, {attempted(cell.title, variant)}: {images_of(numbers, len(images))}")
-        with torch.no_grad():
+        # Kernels are chosen by whether weights require gradients: a VAE in training has to be measured as it will be used.
+        with torch.no_grad(), frozen(codec.encoder):
             outcome = task.attempt(cell, codec, shown, numbers, variant)
             _check_finite(outcome, job, codec)
             values = task.measure(cell, codec, outcome, numbers, variant)
