@@ -175,11 +175,17 @@ def _rows(path: Path) -> Iterable[Row]:
 def _json_rows(content: bytes) -> Iterator[Row]:
     """Read JSON objects one after the other, whatever is between them: lines may end in any way."""
     text, decoder = decode_text(content), json.JSONDecoder(strict=False)
-    place = SPACE.match(text).end()
+    place = _after_space(text, 0)
     while place < len(text):
         row, end = decoder.raw_decode(text, place)
         yield row
-        place = SPACE.match(text, end).end()
+        place = _after_space(text, end)
+
+
+def _after_space(text: str, start: int) -> int:
+    """Return the place of the first character from `start` on that is not in `SPACE`."""
+    space = SPACE.match(text, start)
+    return start if space is None else space.end()
 
 
 def _csv_rows(content: bytes) -> Iterator[Row]:

@@ -170,8 +170,10 @@ def open_data(
     _check_readable(training)
     validation_images = _decode_evenly(validation, num_validation_images, resolution).images
     # The last part of a path: the description is published with the model.
-    place = source.dataset_name or source.train_data_dir
+    place = str(source.dataset_name or source.train_data_dir)
     place = Path(place).resolve().name if Path(place).exists() else place
+    samples: TrainingSamples | StreamSamples
+    num_images: int | None
     if isinstance(training, StreamImages):
         samples, num_images, amount = StreamSamples(images=training, framing=framing), None, "a stream of"
     else:
@@ -198,7 +200,8 @@ def load_validation_images(source: DataSource, *, num_images: int, resolution: i
         UserError: if there are no validation images or none of them can be used.
     """
     validation, passed_over = open_validation(source, resolution, seed)
-    wanted, without = source.caption_column is not None, []
+    wanted = source.caption_column is not None
+    without: list[str] = []
     if wanted and not isinstance(validation, StreamImages):
         validation, without = captioned(validation)
         if without and not validation:

@@ -15,7 +15,8 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from srl_utils.images import iso_boxes, png_chunks, tiff_pages
 from srl_utils.images.colours import as_rgb, profile_of
@@ -101,6 +102,7 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         deep = pages or any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
         image.load()
         upright, low = _upright(image), image.info.get(LOW_BYTES)
+        colour: Image.Image | np.ndarray
         if isinstance(low, Image.Image) and _needs_low_bytes(image):
             colour, alpha = _join(upright, _upright(low))
         else:
@@ -213,7 +215,7 @@ def _open_png(data: bytes) -> Image.Image:
     readable, info = png_chunks.readable_png(data)
     image = Image.open(io.BytesIO(readable), formats=["PNG"])
     image.info.update(info)
-    if png_chunks.is_deep(data) and not image.is_animated:
+    if png_chunks.is_deep(data) and not getattr(image, "is_animated", False):
         image.info[LOW_BYTES] = low = Image.open(io.BytesIO(readable), formats=["PNG"])
         # In the opposite byte order Pillow keeps the other byte.
         low.tile = [_told(tile, f"{low.mode};16L") for tile in low.tile]
@@ -226,7 +228,7 @@ def _open_tiff(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=["TIFF"])
     except UnidentifiedImageError:
         return tiff_pages.TiffPages(data)
-    if tiff_pages.misread_by_pillow(image.tag_v2):
+    if not isinstance(image, TiffImageFile) or tiff_pages.misread_by_pillow(image.tag_v2):
         return tiff_pages.TiffPages(data)
     if tiff_pages.is_deep(image.tag_v2):  # Pillow drops the low bytes
         with suppress(Exception):  # compressed in a way that tifffile does not know
@@ -258,12 +260,14 @@ def foreign_format(head: bytes) -> str | None:
 
 def _expect_native_bytes(image: Image.Image) -> None:
     """Correct what Pillow tells its decoder of compressed big-endian TIFF: libtiff has swapped the bytes by then."""
-    tiles = getattr(image, "tile", [])
+    if not isinstance(image, ImageFile.ImageFile):
+        return
+    tiles: list[Any] = list(image.tile)
     if tiles and tiles[0][0] == "libtiff":
         image.tile = [_told(tile, (NATIVE.get(tile[3][0], tile[3][0]), *tile[3][1:])) for tile in tiles]
 
 
-def _told(tile: tuple[Any, ...], arguments: object) -> tuple[Any, ...]:
+def _told(tile: tuple[Any, ...], arguments: object) -> Any:
     """A tile of an image, whose decoder is told something else. Older releases of Pillow have plain tuples."""
     return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
@@ -325,14 +329,14 @@ def _refuse_dim(colour: Image.Image | np.ndarray, deep: bool, declared: Declared
     if isinstance(colour, np.ndarray):
         dim = 0 < colour.max() <= TWELVE_BITS
     else:  # the high bytes
-        dim = deep and 0 < max(high for _, high in colour.convert("RGB").getextrema()) <= TWELVE_BITS >> 8
+        dim = deep and 0 < np.asarray(colour.convert("RGB")).max() <= TWELVE_BITS >> 8
     if dim:
         raise AmbiguousRange("has 16 bits, but no value above 4095, as files of 12 bits have; convert it to 8 bits")
 
 
 def _needs_low_bytes(image: Image.Image) -> bool:
     """Whether the high bytes of RGB(A) are not enough: for exact colours, or as all of them are 0."""
-    return bool(NEEDS_ALL_BITS & image.info.keys()) or not any(high for _, high in image.getextrema()[:3])
+    return bool(NEEDS_ALL_BITS & image.info.keys()) or not np.asarray(image)[..., :3].any()
 
 
 def _join(high: Image.Image, low: Image.Image) -> tuple[np.ndarray, Image.Image | None]:

@@ -108,8 +108,8 @@ def random_box(width: int, height: int, *, rng: np.random.Generator) -> Box:
         ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
         box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
-            left, top = rng.integers(width - box_width + 1), rng.integers(height - box_height + 1)
-            return (left, top, left + box_width, top + box_height)
+            x, y = int(rng.integers(width - box_width + 1)), int(rng.integers(height - box_height + 1))
+            return (x, y, x + box_width, y + box_height)
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return (left, top, left + side, top + side)

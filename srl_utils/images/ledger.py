@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 from srl_utils.errors import UserError
 from srl_utils.images.loading import Batch
@@ -66,11 +67,11 @@ class ImageLedger:
             parts.append(f"images smaller than the resolution were scaled up {self.upscaled} times")
         return "; ".join(parts)
 
-    def state_dict(self) -> dict[str, int | list[str]]:
+    def state_dict(self) -> dict[str, Any]:
         """The counts as JSON values."""
         return {"read": self.read, "upscaled": self.upscaled, "bad_images": list(self.bad_images)}
 
-    def load_state_dict(self, state: Mapping[str, int | list[str]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from the counts of `state_dict`."""
         self.read, self.upscaled = state["read"], state["upscaled"]
         self.bad_images = dict.fromkeys(state["bad_images"])

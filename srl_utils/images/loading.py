@@ -9,11 +9,11 @@ import signal
 import threading
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, TimeoutError
 from dataclasses import replace
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,11 +61,11 @@ def training_batches(
     positions = BatchPositions(batch_size=batch_size, rank=rank, world_size=world_size, first_position=first_position)
     if isinstance(data.samples, StreamSamples):
         # A second worker would read the same stream again.
-        layout = {"dataset": replace(data.samples, positions=positions), "batch_size": batch_size}
+        layout: dict[str, Any] = {"dataset": replace(data.samples, positions=positions), "batch_size": batch_size}
         num_workers = min(num_workers, 1)
     else:
         layout = {"dataset": data.samples, "batch_sampler": positions}
-    loader = DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         **layout,
         num_workers=num_workers,
         timeout=LONGEST_STALL if num_workers else 0,
@@ -97,7 +97,7 @@ def _ignore_interrupt(worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _without_worker_traceback(loader: DataLoader) -> Iterator[Batch]:
+def _without_worker_traceback(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
     try:
         yield from loader
     except Exception as error:
@@ -149,7 +149,7 @@ def _made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
         thread.join(LONGEST_LAST_BATCH)
 
 
-def _end_workers(batches: weakref.ref[Iterator[Batch]]) -> None:
+def _end_workers(batches: weakref.ref[Generator[Batch, None, None]]) -> None:
     """At exit multiprocessing sends SIGTERM to its children and waits for them; these workers ignore it."""
     if (generator := batches()) is not None:
         generator.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def _is_full_scale(highest: float) -> bool:
 
 def _number(value: object) -> float | None:
     """The first number of a tag's value."""
-    first = value[0] if isinstance(value, (tuple, list)) and value else value
+    first: Any = value[0] if isinstance(value, (tuple, list)) and value else value
     try:
         return float(first)
     except (TypeError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -68,7 +69,7 @@ def misread_by_pillow(tags: Mapping[int, object]) -> bool:
     return is_deep(tags) and (declares_white or (uncompressed and tags.get(PLANAR) == SEPARATE_PLANES))
 
 
-def is_deep(tags: Mapping[int, object]) -> bool:
+def is_deep(tags: Mapping[int, Any]) -> bool:
     """Return whether the pixels of a file with these tags have several samples of more than 8 bits."""
     bits = np.atleast_1d(tags.get(BITS_PER_SAMPLE, 1))
     return int(tags.get(SAMPLES_PER_PIXEL, len(bits))) > 1 and bits.max() > 8
@@ -79,7 +80,7 @@ def _planes(page: tifffile.TiffPage, declared: Declared) -> tuple[np.ndarray, np
     _check(page)
     values = _samples(page)
     if page.photometric == PALETTE:
-        return np.moveaxis(page.colormap, 0, -1)[values[..., 0]], None
+        return np.moveaxis(np.asarray(page.colormap), 0, -1)[values[..., 0]], None
     unit = unit_values(values[..., : COLOUR_SAMPLES[page.photometric]], declared)
     alpha = _alpha(page, values, declared._replace(inverted=False))
     if alpha is not None and PREMULTIPLIED in page.extrasamples:
@@ -147,7 +148,7 @@ def _unpacked(page: tifffile.TiffPage, planar: bool) -> np.ndarray:
         raise ValueError(f"TIFF with {page.bitspersample} bits per sample in tiles or with a predictor")
     file = page.parent.filehandle
     segments = [file.read_array(np.uint8, count, offset).tobytes() for offset, count in _segments(page)]
-    packed = b"".join(decompress(segment) if decompress else segment for segment in segments)
+    packed = b"".join(segments if page.compression == UNCOMPRESSED else map(decompress, segments))
     planes, samples = (page.samplesperpixel, 1) if planar else (1, page.samplesperpixel)
     row = page.imagewidth * samples * page.bitspersample
     rows = np.frombuffer(packed, np.uint8)[: planes * page.imagelength * -(-row // 8)].reshape(-1, -(-row // 8))

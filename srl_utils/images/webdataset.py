@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import datasets
 from datasets.utils.file_utils import xopen
@@ -41,9 +41,11 @@ TEXT_SUFFIXES = frozenset({".txt", ".caption", ".text", ".json", ".cls"})
 TAR_END = 1024  # bytes
 ENOUGH = 100  # images that show what samples hold
 LONGEST_TEXT = 2**20  # bytes
+Opener = Callable[..., Any]
+"""Unpacks a path or an opened file."""
 ANY_PICTURE = "image"
 """The default name of the column of images."""
-COMPRESSED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+COMPRESSED: dict[bytes, Opener] = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 BROKEN = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 NO_PICTURE = "samples without a picture"
 OTHER_PICTURE = "another picture of the sample is used"
@@ -291,7 +293,7 @@ def unpacked(tar: str, cache_dir: str | None) -> str:
     return str(target)
 
 
-def _opener(file: BinaryIO) -> Callable[[BinaryIO], BinaryIO] | None:
+def _opener(file: IO[bytes]) -> Opener | None:
     """Return what unpacks a file, which is left at its beginning; None if it is not compressed."""
     head = file.read(tarfile.BLOCKSIZE)
     file.seek(0)
@@ -327,7 +329,7 @@ def _members_at(place: str, tar: str, reader: SampleReader) -> Iterator[Member]:
     with open(place, "rb") as file, _ending_early(tar):
         for archive, info in _infos(file, "r:", tar):
             wanted = reader.bytes_wanted(info)
-            content = archive.extractfile(info).read(wanted) if wanted else b""
+            content = _content(archive, info).read(wanted) if wanted else b""
             yield Member(_plain_name(info), info.offset_data, info.size, content)
 
 
@@ -337,7 +339,7 @@ def _members_of(tar: str, reader: SampleReader) -> Iterator[Member]:
         with xopen(tar, "rb") as file, _ending_early(tar):
             opener = _opener(file)
             for archive, info in _infos(file if opener is None else opener(file), "r|", tar):
-                content = archive.extractfile(info)
+                content = _content(archive, info)
                 beginning = content.read(reader.bytes_wanted(info))
                 member = Member(_plain_name(info), info.offset_data, info.size, beginning)
                 yield member._replace(content=beginning + content.read()) if member.why_no_picture is None else member
@@ -345,11 +347,19 @@ def _members_of(tar: str, reader: SampleReader) -> Iterator[Member]:
         raise UserError(f"{one_line(tar)} cannot be read: {error.strerror or error}") from None
 
 
-def _infos(file: BinaryIO, mode: str, tar: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    """Open a file of a tar."""
+    content = archive.extractfile(info)
+    if content is None:
+        raise tarfile.ReadError(f"{info.name} is no file")
+    return content
+
+
+def _infos(file: IO[bytes], mode: Literal["r:", "r|"], tar: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """Yield the files of a tar, without those that systems add, such as `._1.jpg`; it may be several in a row."""
     with tarfile.open(fileobj=file, mode=mode, ignore_zeros=True, errors="surrogateescape") as archive:
         for info in archive:
-            archive.members = []  # which would grow without end
+            archive.members = []  # type: ignore[attr-defined]  # undocumented, and would grow without end
             parts = _plain_name(info).split("/")
             if any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts):
                 continue

@@ -611,7 +611,8 @@ def test_too_many_bad_images_in_a_row(num_workers: int, tmp_path: Path) -> None:
 def test_workers_do_not_keep_a_failing_program_alive(tmp_path: Path) -> None:
     """Oracle: the exit status of a program that fails while its worker, deaf to signals, waits for work."""
     program = f"""
-from srl_utils.images.datasets import DataSource, open_data, training_batches
+from srl_utils.images.datasets import DataSource, open_data
+from srl_utils.images.loading import training_batches
 source = DataSource(train_data_dir={str(write_folder(tmp_path / "train"))!r})
 flags = dict(center_crop=False, random_flip=False, num_validation_images=1)
 batches = training_batches(open_data(source, resolution=8, seed=0, **flags), batch_size=2, num_workers=1)
