@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradScalerKwargs, ProjectConfiguration, gather_object
 from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -303,7 +304,9 @@ def count_steps(epochs: int, num_images: int | None, samples_per_step: int, earl
         raise UserError("the length of a stream is not known: --max_train_steps must be given with --streaming")
     done, seen = (earlier.step, earlier.samples) if earlier else (0, 0)
     left = epochs * num_images - seen
-    if done and -left >= max(samples_per_step, seen / done):  # the last step of a run may go a little beyond
+    if (
+        earlier and done and -left >= max(samples_per_step, seen / done)
+    ):  # the last step of a run may go a little beyond
         raise UserError(
             f"{earlier.checkpoint} has seen {seen} images, more than --num_train_epochs {epochs} of {num_images}; "
             "raise it, or resume from an earlier checkpoint"
@@ -378,7 +381,8 @@ def judged_with(settings: Settings) -> dict[str, Any]:
     """Returns what the original VAE's results depend on."""
     flags = {name: settings.arguments[name] for name in ("epsilon", "seed")}
     flags["lpips"] = settings.arguments["lpips_net"] if settings.arguments["lpips_weight"] else None
-    inputs = {"base": settings.inputs.base, "validation": settings.inputs.validation}
+    inputs = {} if settings.inputs is None else asdict(settings.inputs)
+    inputs.pop("training_images", None)
     return {**flags, **inputs}
 
 
@@ -441,7 +445,7 @@ def build_step(args: argparse.Namespace, accelerator: Accelerator, vae: Autoenco
 
 def build_optimizer(
     args: argparse.Namespace, accelerator: Accelerator, encoder: LatentEncoder, plan: Plan
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, EMAModel | None]:
+) -> tuple[AcceleratedOptimizer, torch.optim.lr_scheduler.LambdaLR, EMAModel | None]:
     learning_rate = args.learning_rate * (plan.samples_per_step if args.scale_lr else 1)
     optimizer = adamw_class(args)(
         encoder.parameters(),
@@ -507,8 +511,8 @@ class Run:
     data: TrainingData
     plan: Plan
     step: Step
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    optimizer: AcceleratedOptimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     ema: EMAModel | None
     progress: Progress
     ledger: ImageLedger
@@ -551,7 +555,7 @@ def train(run: Run, interruption: Interruption) -> Stop | None:
         listener.validation = validate(run)
     clock = Clock(progress)
     while progress.step < run.plan.max_train_steps:
-        learning_rate = run.scheduler.get_last_lr()[0]
+        learning_rate = float(run.scheduler.get_last_lr()[0])
         try:
             values, bad_images = optimizer_step(run, batches, interrupted=interruption.signal is not None)
         except UserError as error:
@@ -937,7 +941,7 @@ def time_summary(progress: Progress) -> str:
 def judge_variant(run: Run, variant: str) -> str:
     """One line on what half-precision weights cost, measured on the saved file as diffusers would run it."""
     source = AutoencoderSource(pretrained_model_name_or_path=str(run.args.output_dir), variant=variant)
-    vae = load_autoencoder(source).to(run.accelerator.device)
+    vae: AutoencoderKL = load_autoencoder(source).to(run.accelerator.device)
     codec = Codec.of(vae, f"{FINE_TUNED}-{variant}", autocast_dtype=inference_dtype(vae.config, variant))
     difference = run.validation.measure_variant(codec)
     advice = "" if abs(difference) < MAX_VARIANT_DIFFERENCE else "; prefer the full weights"

@@ -7,10 +7,11 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from srl_utils.errors import UserError, one_line, without_tokens
 from srl_utils.images.pixels import parse_pixel_distance
@@ -32,9 +33,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         for before, word in pairwise(["", *words]):
             if EMPTY_VALUE.fullmatch(word) or not word.strip():  # the other words may hold a token
@@ -43,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         self._given = {word.partition("=")[0] for word in words}
         return super().parse_known_args(words, namespace)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
     def given(self, name: str) -> bool:
@@ -64,7 +63,8 @@ class Parser(argparse.ArgumentParser):
 
 def exit_code(command: Callable[[], int]) -> int:
     """What `command` returns; if the user can put right what stopped it, the reason in one line and its exit code."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names need not be what a terminal can show
+    if isinstance(sys.stdout, TextIOWrapper):  # as stderr is: names need not be what a terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
     keep_freed_memory()
     try:
         return command()

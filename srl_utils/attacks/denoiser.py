@@ -39,6 +39,11 @@ class PromptEmbeddings(NamedTuple):
     pooled: Tensor | None = None
     negative_pooled: Tensor | None = None
 
+    def part(self, numbers: Tensor) -> PromptEmbeddings:
+        """Return the embeddings of the prompts `numbers` `[n]` alone."""
+        pooled = (None if each is None else each[numbers.to(each.device)] for each in self[2:])
+        return PromptEmbeddings(*(each[numbers.to(each.device)] for each in (self.embeds, self.negative)), *pooled)
+
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:

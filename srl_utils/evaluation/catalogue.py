@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -144,15 +144,16 @@ def _expand(name: str, epsilons: Sequence[float], supplies: Supplies) -> Iterato
 
 def _iterated(name: str, match: re.Match[str], epsilon: float, supplies: Supplies) -> Perturbation:
     kind, count, restarts = match[1], int(match[2]), int(match[3] or 1)
+    attack: Callable[..., Tensor]
     if kind == "pgd":
-        run, config = pgd, settling_pgd(epsilon, count, restarts)
+        attack = partial(pgd, config=settling_pgd(epsilon, count, restarts))
     elif kind == "apgd":
-        run, config = apgd, APGDConfig(epsilon=epsilon, num_steps=count, num_restarts=restarts)
+        attack = partial(apgd, config=APGDConfig(epsilon=epsilon, num_steps=count, num_restarts=restarts))
     else:
-        run, config = square_attack, SquareConfig(epsilon=epsilon, num_queries=count)
+        attack = partial(square_attack, config=SquareConfig(epsilon=epsilon, num_queries=count))
     return on_reconstruction(
         name,
-        lambda objective, clean, generators: run(objective, clean, config, generators=generators),
+        lambda objective, clean, generators: attack(objective, clean, generators=generators),
         epsilon=epsilon,
         passes=count if kind == "square" else 2 * count * restarts,
         loss=ReconstructionLoss(supplies.perceptual, weight=1.0) if match[4] else MSE,
@@ -169,16 +170,10 @@ def _corrupted(corruption: Corruption, severity: int) -> Perturbation:
 def _protected(protection: Protection, epsilon: float | None, supplies: Supplies) -> Perturbation:
     """With the authors' budget where `epsilon` is None: one that is no L-infinity one is not told in the results."""
     steps = min(protection.num_steps, supplies.max_steps or protection.num_steps)
-    denoiser = Denoiser.from_pipeline(supplies.pipeline, protection.prompt) if protection.needs_denoiser else None
+    denoiser = None if protection.prompt is None else Denoiser.from_pipeline(supplies.pipeline, protection.prompt)
 
     def apply(codec: Codec, clean: Tensor, generators: Generators) -> Tensor:
-        victim = Victim(
-            encode=codec.moments,
-            decode=codec.decoder,
-            scale=partial(codec.scale, pipe=supplies.pipeline),
-            denoiser=denoiser,
-            perceptual=supplies.perceptual,
-        )
+        victim = Victim.of(codec, supplies.pipeline, denoiser=denoiser, perceptual=supplies.perceptual)
         target = _target(protection, supplies, clean, generators)
         with frozen(codec.encoder):
             return protect(

@@ -33,7 +33,7 @@ class Record(NamedTuple):
 
     vae: str
     setting: Setting
-    index: int
+    index: int  # type: ignore[assignment] # of the image; tuple.index is of no use here
     value: float
 
     @classmethod

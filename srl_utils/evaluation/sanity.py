@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from srl_utils.attacks.draws import draw_signs, image_generators
+from srl_utils.attacks.draws import Generators, draw_signs, image_generators
 from srl_utils.attacks.gradient import APGDConfig, Budget, Objective, apgd, pgd, value_and_gradient
 from srl_utils.attacks.random_search import SquareConfig, square_attack
 from srl_utils.console import progress_bar
@@ -81,8 +81,8 @@ def check_robustness(
         frozen(baseline.encoder),
     ):
         meter = Meter(bar)
-        trials = (_Trial(meter.watched(each), clean, epsilon, seed) for each in (codec, baseline))
-        checks = _checks(*trials, depth)
+        judged, reference = (_Trial(meter.watched(each), clean, epsilon, seed) for each in (codec, baseline))
+        checks = _checks(judged, reference, depth)
         for number, cost in enumerate(costs, start=1):
             with meter.stage(f"{title}: {number} of {len(costs)}", cost):
                 found.append(next(checks))
@@ -136,7 +136,7 @@ class _Trial:
         return lambda images: mean_squared_error(self.codec.reconstruct(images), self.clean)
 
     @property
-    def generators(self) -> list[torch.Generator]:
+    def generators(self) -> Generators:
         return image_generators(self.seed, range(len(self.clean)))
 
     @torch.no_grad()

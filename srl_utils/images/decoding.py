@@ -98,8 +98,8 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     with _one_line_reason():
         _refuse_bomb(image)
         _expect_native_bytes(image)
-        pages = isinstance(image, tiff_pages.TiffPages)
-        deep = pages or any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
+        stated = image.declared if isinstance(image, tiff_pages.TiffPages) else None
+        deep = stated is not None or any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
         image.load()
         upright, low = _upright(image), image.info.get(LOW_BYTES)
         colour: Image.Image | np.ndarray
@@ -109,7 +109,7 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
             colour, alpha = _split(upright, _declared(image))
         profile = profile_of(image)
         if profile is None:
-            _refuse_dim(colour, deep, image.declared if pages else _declared(image))
+            _refuse_dim(colour, deep, stated or _declared(image))
         picture = as_rgb(colour, profile)
         picture.info = {}  # it says how to read the file, and would be taken for this picture's
         return picture, alpha

@@ -118,6 +118,10 @@ class PerceptualDistance(nn.Module):
             activations = self.network.net(self.network.scaling_layer(full_precision(images)).to(self.dtype))
             return [_normalised(full_precision(layer), self.EPSILON) for layer in activations]
 
+    def compile_features(self) -> None:
+        """Compile the trunk, whose passes are repeated, for one size of images."""
+        self.__dict__["features"] = torch.compile(self.features, dynamic=False)
+
     def distance(self, images: Tensor, target_features: Sequence[Tensor]) -> Tensor:
         """LPIPS `[N]` between `images` `[N,3,H,W]` in [-1,1] and the target whose features are given."""
         with torch.autocast(images.device.type, enabled=False):

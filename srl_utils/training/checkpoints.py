@@ -197,8 +197,8 @@ class Checkpoints:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number in `checkpoint-N`, or in `.checkpoint-N.outdated`."""
-    return int(re.search(r"-(\d+)", checkpoint.name)[1])
+    """Return the number in `checkpoint-N`, or in `.checkpoint-N.outdated`."""
+    return int(re.sub(r"^.*?-(\d+).*$", r"\1", checkpoint.name))
 
 
 def state_bytes(vae: AutoencoderKL, trained: nn.Module, ema: EMAModel | None) -> int:

@@ -148,8 +148,8 @@ def settle(current: Settings, earlier: Earlier, *, steps_left: bool = True) -> S
         UserError: if the original VAE or the validation images are others than before.
     """
     before = earlier.settings
-    if before.inputs is not None:
-        _check_inputs(current, before.inputs, earlier)
+    if before.inputs is not None and current.inputs is not None:
+        _check_inputs(current, current.inputs, before.inputs, earlier)
     return replace(current, changes=[*before.changes, *(_changes(current, earlier) if steps_left else ())])
 
 
@@ -158,8 +158,9 @@ def _changes(current: Settings, earlier: Earlier) -> Iterator[Change]:
     applied = APPLIED - {"num_train_epochs"} if current.arguments["max_train_steps"] else APPLIED
     for name in changed(before.arguments, current.arguments, applied):
         yield Change(name, earlier.step, before.arguments[name], current.arguments[name])
-    if before.inputs is not None and before.inputs.training_images != current.inputs.training_images:
-        yield Change(TRAINING_IMAGES, earlier.step, before.inputs.training_images, current.inputs.training_images)
+    then, now = (inputs and inputs.training_images for inputs in (before.inputs, current.inputs))
+    if before.inputs is not None and then != now:
+        yield Change(TRAINING_IMAGES, earlier.step, then, now)
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any], names: Iterable[str]) -> list[str]:
@@ -200,7 +201,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """Return 16 hexadecimal digits that stand for the values of `tensors`, which are on the CPU."""
     state = sha256()
     for tensor in tensors:
-        state.update(tensor.detach().contiguous().numpy())
+        state.update(tensor.detach().contiguous().numpy().data)
     return state.hexdigest()[:16]
 
 
@@ -219,8 +220,7 @@ def own_hyperparameters(
         group.update(own, lr=rate)
 
 
-def _check_inputs(current: Settings, before: Inputs, earlier: Earlier) -> None:
-    now = current.inputs
+def _check_inputs(current: Settings, now: Inputs, before: Inputs, earlier: Earlier) -> None:
     if now.base != before.base:
         _refuse(earlier, current.arguments, BASE)
         raise UserError(

@@ -94,8 +94,9 @@ def build_networks(
     if torch_compile:
         for module in (encoder, mirror.encoder, reference, decoder):
             module.compile(dynamic=False)
-        for each in {loss.perceptual, attacked_loss.perceptual} - {None}:
-            each.features = torch.compile(each.features, dynamic=False)
+        for each in {loss.perceptual, attacked_loss.perceptual}:
+            if each is not None:
+                each.compile_features()
     return Networks(
         vae=vae,
         encoder=encoder,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def latent_distance(batch: ProtectedBatch) -> Objective:
     return lambda images: (batch.victim.encode(images).mean - goal).flatten(1).norm(dim=1)
 
 
-EDIT = {"num_steps": 4, "strength": 0.5, "guidance_scale": 7.5, "eta": 1.0}
+EDIT: dict[str, Any] = {"num_steps": 4, "strength": 0.5, "guidance_scale": 7.5, "eta": 1.0}
 """PhotoGuard's edit, as arguments of `Denoiser.edit`."""
 
 
@@ -45,8 +47,8 @@ def edit_distance(batch: ProtectedBatch, *, repetitions: int) -> Objective:
     victim = batch.victim
 
     def distance(images: Tensor) -> Tensor:
-        edited = victim.denoiser.edit(batch.sample_scaled(images), batch.generators, **EDIT)
-        return (victim.decode(victim.unscale(edited)) - batch.target).flatten(1).norm(dim=1)
+        edited = batch.denoiser.edit(batch.sample_scaled(images), batch.generators, **EDIT)
+        return (victim.decode(victim.unscale(edited)) - batch.needed_target).flatten(1).norm(dim=1)
 
     return averaged(distance, repetitions)
 
@@ -76,7 +78,7 @@ def diffusion_loss(batch: ProtectedBatch) -> Objective:
 
     Mist: arXiv 2305.12683, mist-project/mist, mist_v3.py, prompt "a painting".
     """
-    return lambda images: batch.victim.denoiser.loss(batch.sample_scaled(images), batch.generators)
+    return lambda images: batch.denoiser.loss(batch.sample_scaled(images), batch.generators)
 
 
 FUSION_RATE = 1e4
@@ -102,7 +104,7 @@ def score_distillation(batch: ProtectedBatch) -> Objective:
 
     def loss(images: Tensor) -> Tensor:
         latents = batch.sample_scaled(images)
-        error = batch.victim.denoiser.score_error(latents.detach(), batch.generators)
+        error = batch.denoiser.score_error(latents.detach(), batch.generators)
         return with_gradient(error.square().flatten(1).mean(dim=1), latents, error)
 
     return loss

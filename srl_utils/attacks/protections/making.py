@@ -73,7 +73,10 @@ def _target_of(protection: Protection, clean: Tensor, given: Tensor | None) -> T
     """Return one target for each of the clean images, or None for a protection without a target."""
     if not protection.has_target:
         return None
-    target = protection.default_target(*clean.shape[2:]) if given is None else given
+    target = given
+    if target is None:
+        assert protection.default_target is not None  # or else `_check_needs` has refused it
+        target = protection.default_target(*clean.shape[2:])
     check_images(target)
     if target.shape[2:] != clean.shape[2:] or len(target) not in (1, len(clean)):
         raise UserError(
@@ -94,9 +97,10 @@ def _descend(loss: Objective, batch: ProtectedBatch, config: GlazeConfig) -> Ten
 
     As there, pixels beyond the range are clipped before the loss sees them, and get the clipped pixel's gradient.
     """
-    clean, perceptual = batch.clean, batch.victim.perceptual
+    clean = batch.clean
     if config.num_steps == 0 or config.epsilon == 0:
         return clean
+    perceptual = batch.perceptual
     with torch.no_grad():
         features = perceptual.features(clean)
 

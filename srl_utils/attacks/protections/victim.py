@@ -84,10 +84,28 @@ class ProtectedBatch:
     target: Tensor | None
     generators: Generators | None
 
+    @property
+    def needed_target(self) -> Tensor:
+        """Return the target, which `protect` has checked to be there."""
+        assert self.target is not None
+        return self.target
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """Return the victim's denoiser, which `protect` has checked to be there."""
+        assert self.victim.denoiser is not None
+        return self.victim.denoiser
+
+    @property
+    def perceptual(self) -> PerceptualDistance:
+        """Return the victim's LPIPS, which `protect` has checked to be there."""
+        assert self.victim.perceptual is not None
+        return self.victim.perceptual
+
     @torch.no_grad()
     def target_posterior(self) -> Moments:
         """Return the posterior of the target's raw latents."""
-        return self.victim.encode(self.target)
+        return self.victim.encode(self.needed_target)
 
     def draw(self, posterior: Moments) -> Tensor:
         """Draw raw latents `[N,C,h,w]` from `posterior`."""

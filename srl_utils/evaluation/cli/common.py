@@ -438,7 +438,7 @@ def metric(name: str) -> str:
 
 def build_metrics(args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None) -> Metrics:
     """What is measured; for what cannot be had there is a note instead. A `classifier` takes Inception's place."""
-    loaders = {
+    loaders: dict[str, tuple[Sequence[str], Callable[[], Any]]] = {
         **{name: ((name,), partial(load_perceptual_distance, trunk)) for name, trunk in LPIPS_METRICS.items()},
         "features": (tuple(SET_METRICS), lambda: classifier or load_inception_features(args.inception_weights)),
         "clip": (CLIP_METRICS, lambda: load_clip_similarity(args.clip_model)),
@@ -468,7 +468,7 @@ def build_supplies(args: argparse.Namespace, setup: Setup) -> Supplies:
     target = None if args.target is None else load_target(args).to(setup.accelerator.device)
     perceptual = try_lpips(setup) if wants_perceptual(args) else None
     painter = try_painter(setup) if wants_painter(args) else None
-    strangers = frozenset()
+    strangers: frozenset[str] = frozenset()
     if setup.pipeline is not None and needs_denoiser(args):
         strangers = strangers_to(setup.pipeline, setup.codecs, setup.images, setup.notes)
     return Supplies(
@@ -479,7 +479,7 @@ def build_supplies(args: argparse.Namespace, setup: Setup) -> Supplies:
 
 def load_pipeline(source: AutoencoderSource, dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """With its weights in `dtype`, float32 by default."""
-    place = source.pretrained_model_name_or_path
+    place: str | Path = source.pretrained_model_name_or_path
     settings = {"revision": source.revision, "variant": source.variant, "use_safetensors": True}
     try:
         if source.subfolder:  # which pipelines, unlike models, do not know

@@ -42,6 +42,7 @@ def parse_named_place(text: str) -> tuple[str, AutoencoderSource]:
     if alone is not None:
         return _own_name(text, alone), alone
     splits = [(text[: match.start()], text[match.end() :]) for match in re.finditer("=", _without_variant(text))]
+    name: str | None
     for name, place in splits:
         local = _local(place)
         if local is not None and name.strip():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,31 +90,31 @@ def run(args: argparse.Namespace) -> int:
     perturbations = poisonings(args.protection, budget_of(args), sorted(set(args.num_poisons)), passes=passes)
     scalable = PROTECTIONS[args.protection].scalable
     return run_study(
-        args, setup, task, perturbations, title="Poisoned fine-tuning", images=setup.images[concepts.held_out], draw=draw,
+        args, setup, task, perturbations, title="Poisoned fine-tuning", images=setup.images[concepts.held_out], draw=partial(draw, task),
         scrutiny=Scrutiny(epsilon=budget_of(args) if scalable else USUAL_EPSILON), prompts=setup.captions,
     )  # fmt: skip
 
 
-def draw(study: Study, rows: Rows, records: Sequence[Record]) -> dict[str, Path]:
+def draw(task: Poisoning, study: Study, rows: Rows, records: Sequence[Record]) -> dict[str, Path]:
     """The curves over the number of poisons, and some of the images that each fine-tuned model generates."""
     vaes, folder = [codec.name for codec in study.codecs], study.output_dir / "figures"
-    curves = draw_curves(rows, vaes, study.task.amounts, folder, label="number of poisons")
+    curves = draw_curves(rows, vaes, task.amounts, folder, label="number of poisons")
     path = folder / "generated.png"
-    write_atomically(path, lambda aside: generated_picture(study).save(aside, format="PNG"))
+    write_atomically(path, lambda aside: generated_picture(task, study).save(aside, format="PNG"))
     return curves | {"What the fine-tuned models generate from held-out captions": path}
 
 
-def generated_picture(study: Study) -> Image.Image:
+def generated_picture(task: Poisoning, study: Study) -> Image.Image:
     """A line for each fine-tuned model."""
     numbers = list(range(min(SHOWN, len(study.images))))
     lines = []
     shown = [(cell, codec) for cell in study.cells() for codec in cell.judged]
-    cost = len(numbers) * study.task.text_to_image.passes
+    cost = len(numbers) * task.text_to_image.passes
     with progress_bar(round(cost * len(shown)), desc="picture", unit="pass") as bar, study.watched(bar) as meter:
         for cell, codec in shown:
             title = f"{codec.name}: {cell.title}"
             with meter.stage(f"picture, {title}", cost), torch.no_grad():
-                images = study.task.attempt(cell, codec, study.images[numbers].to(codec.device), numbers, "")
+                images = task.attempt(cell, codec, study.images[numbers].to(codec.device), numbers, "")
             lines.append((title, [(image, "") for image in images]))
     return extremes_picture(lines, titles=[""] * len(numbers), cell=80, label=300)
 

@@ -30,6 +30,7 @@ from srl_utils.files import write_atomically, write_text_atomically
 from srl_utils.images.pixels import format_pixel_distance
 from srl_utils.markdown import as_text
 
+LOADER = PackageLoader("srl_utils.evaluation.report")
 HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "clip-text", "shown", "is"})
 SECTIONS = {
     "none": ("Clean images and corruptions", "Nobody aims at a VAE here."),
@@ -213,8 +214,8 @@ def _difference_cell(row: Row | None, baseline: Row | None, paired: Difference |
         return Cell()
     value = paired.value if paired else row.value - baseline.value
     interval = paired.ci95 if paired else None
-    text, *rest = measured(row.metric, value, interval, sign="+")
-    return Cell(value, text, *rest, verdict=_verdict(row.metric, value, interval))
+    text, *bounds = measured(row.metric, value, interval, sign="+")
+    return Cell(value, text, "".join(bounds), _verdict(row.metric, value, interval))
 
 
 def _verdict(metric: str, value: float, interval: tuple[float, float] | None) -> str:
@@ -253,7 +254,7 @@ def _render_markdown(contents: Mapping[str, Any]) -> str:
 def _render_html(contents: Mapping[str, Any]) -> str:
     """Only the script and the style whose hashes the file announces are run: one that came with a name is not."""
     environment = _environment(autoescape=True)
-    assets = {name: environment.loader.get_source(environment, f"report.{name}")[0] for name in ("css", "js")}
+    assets = {name: LOADER.get_source(environment, f"report.{name}")[0] for name in ("css", "js")}
     hashes = {f"{name}_hash": _content_hash(text) for name, text in assets.items()}
     marked = {name: Markup(text) for name, text in assets.items()}
     return environment.get_template("report.html.jinja").render({**contents, **marked, **hashes})
@@ -261,7 +262,7 @@ def _render_html(contents: Mapping[str, Any]) -> str:
 
 def _environment(**options: Any) -> Environment:
     return Environment(
-        loader=PackageLoader("srl_utils.evaluation.report"),
+        loader=LOADER,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -275,7 +276,7 @@ def _content_hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _escape_markdown(value: object) -> object:
+def _escape_markdown(value: Any) -> Any:
     """A text that is no `Markup` as text alone."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else as_text(value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median_low
 
@@ -30,7 +31,7 @@ def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
     Of a task with several variants they show the middle one. None where the PSNR, by which they are chosen, was not
     measured.
     """
-    pictures = {}
+    pictures: dict[str, Path] = {}
     if "psnr" not in study.task.metrics.names:
         return pictures
     cells = [strongest_cell(study, records, codec) for codec in study.codecs]
@@ -42,7 +43,7 @@ def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
         path = study.output_dir / "figures" / f"extremes-{number}.png"
         with study.watched(bar) as meter, meter.stage(f"picture, {cell.title}", cost):
             picture = _picture(study, cell, extreme_images(study, records, cell, codec))
-        write_atomically(path, lambda aside, picture=picture: picture.save(aside, format="PNG"))
+        write_atomically(path, partial(picture.save, format="PNG"))
         budget = format_pixel_distance(cell.perturbation.epsilon)
         title = f"Worst, median and best image of {codec.name} under {_name(study, cell)} ({budget}) on itself"
         pictures[title] = path

@@ -86,13 +86,21 @@ def denoiser_of(pipeline: DiffusionPipeline | None) -> nn.Module | None:
 class Task(Protocol):
     """What is done with the images that a VAE is shown, and what the outcome is worth."""
 
-    metrics: Metrics
-    variants: Sequence[str]
-    """The ways in which it is done; `""` where there is only one."""
-    passes: float
-    """What all of them cost for one image and VAE, in passes through encoder and decoder, about."""
-    denoiser: nn.Module | None
-    """Of the pipeline that tasks or attacks use, whose steps a progress bar counts."""
+    @property
+    def metrics(self) -> Metrics:
+        """Return what is measured."""
+
+    @property
+    def variants(self) -> Sequence[str]:
+        """Return the ways in which it is done; `""` where there is only one."""
+
+    @property
+    def passes(self) -> float:
+        """Return what all variants cost for one image and VAE, in passes through encoder and decoder."""
+
+    @property
+    def denoiser(self) -> nn.Module | None:
+        """Return the denoiser of the pipeline that tasks or attacks use; a progress bar counts its steps."""
 
     def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
         """What `codec` makes of the images `[N,3,H,W]` of these numbers, as many images."""

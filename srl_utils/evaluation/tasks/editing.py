@@ -256,5 +256,6 @@ def replace_words(text: str, replacements: Mapping[str, str]) -> str:
 def _replaced(word: str, replacements: Mapping[str, str]) -> str:
     if word in replacements:
         return replacements[word]
-    before, bare, after = re.fullmatch(r"(\W*)(.*?)(\W*)", word).groups()
-    return f"{before}{replacements.get(bare, bare)}{after}"
+    return re.sub(
+        r"^(\W*)(.*?)(\W*)$", lambda found: f"{found[1]}{replacements.get(found[2], found[2])}{found[3]}", word
+    )

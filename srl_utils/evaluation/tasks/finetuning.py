@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from srl_utils.attacks.denoiser import Denoiser, PromptEmbeddings, encode_prompts
+from srl_utils.attacks.denoiser import Denoiser, encode_prompts
 from srl_utils.attacks.draws import image_generators
 from srl_utils.errors import MissingPackage
 
@@ -58,14 +58,14 @@ def finetune(
     denoiser = replace(Denoiser.from_pipeline(pipeline, prompts), unet=unet)
     for step in range(config.num_steps):
         batch = draw_numbers(seed, step, batch_size=config.batch_size, out_of=len(latents))
-        told = PromptEmbeddings(*(part if part is None else part[batch.to(part.device)] for part in prompts))
+        told = prompts.part(batch)
         generators = image_generators(seed, range(step * config.batch_size, step * config.batch_size + len(batch)))
         loss = replace(denoiser, prompt=told).loss(latents[batch.to(latents.device)], generators).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    merged = unet if adapted is unet else adapted.merge_and_unload()
+    merged = unet if adapted is unet else adapted.merge_and_unload()  # type: ignore[operator] # of peft
     return _in_dtype(merged.requires_grad_(False).eval(), pipeline.unet.dtype)
 
 
