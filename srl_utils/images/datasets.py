@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count, islice, pairwise
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from srl_utils.errors import UserError
 from srl_utils.images.decoding import UnreadableImage, decode_rgb
-from srl_utils.images.framing import DECODE_ATTEMPTS, Framing, RawImage, Sample, centre_square, to_tensor
+from srl_utils.images.framing import DECODE_ATTEMPTS, Framing, RawImage, RawImages, Sample, centre_square, to_tensor
 from srl_utils.images.listing import PassedOver
 from srl_utils.images.sources import DataSource, Images, StreamImages, captioned, open_images, open_validation
 
@@ -51,7 +51,7 @@ class ValidationImages(NamedTuple):
 class TrainingSamples(Dataset):
     """Map-style images in a new order each epoch, as samples indexed by position."""
 
-    def __init__(self, images: Sequence[RawImage], framing: Framing) -> None:
+    def __init__(self, images: RawImages, framing: Framing) -> None:
         self.images = images
         self.framing = framing
 

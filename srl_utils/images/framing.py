@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, Protocol, TypedDict
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -39,6 +39,14 @@ class RawImage(NamedTuple):
         if self.label or not isinstance(content, bytes):
             return one_line(self.label) or "a sample without image"
         return f"image with SHA-256 {hashlib.sha256(content).hexdigest()[:12]}"
+
+
+class RawImages(Protocol):
+    """Undecoded pictures by their number: a list, a column of a table, or a selection of these."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> RawImage: ...
 
 
 class Sample(TypedDict):

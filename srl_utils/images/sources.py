@@ -8,17 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import datasets
 import numpy as np
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
-from torch.utils.data import ConcatDataset, Subset
+from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from srl_utils.errors import MissingFile, UserError, one_line
 from srl_utils.images.captions import as_caption, folder_captions
-from srl_utils.images.framing import RawImage
+from srl_utils.images.framing import RawImage, RawImages
 from srl_utils.images.listing import PassedOver, list_files, list_pictures
 from srl_utils.images.photographs import Split, photograph_tiles, recoloured
 from srl_utils.images.webdataset import COLUMNS as TAR_COLUMNS
@@ -67,7 +68,7 @@ class DataSource:
 
 
 @dataclass(frozen=True)
-class DatasetImages(Sequence[RawImage]):
+class DatasetImages:
     """The undecoded image column of a map-style dataset."""
 
     dataset: datasets.Dataset
@@ -113,7 +114,7 @@ class StreamImages:
         return replace(self, dataset=dataset)
 
 
-Images = Sequence[RawImage] | StreamImages
+Images = RawImages | StreamImages
 
 
 class Opened(NamedTuple):
@@ -170,29 +171,34 @@ def open_validation(source: DataSource, resolution: int, seed: int) -> OpenedVal
     return OpenedValidation(validation, splits.passed_over)
 
 
-def captioned(images: Sequence[RawImage]) -> tuple[Sequence[RawImage], list[str]]:
+def captioned(images: RawImages) -> tuple[RawImages, list[str]]:
     """Return the images that have a caption, and the names of those that have none; no picture is read."""
     listed = _listed(images)
     having = [index for index, (_, caption) in enumerate(listed) if caption]
-    return Subset(images, having), [name for name, caption in listed if not caption]
+    return _selected(images, having), [name for name, caption in listed if not caption]
 
 
-def _listed(images: Sequence[RawImage]) -> list[tuple[str, str]]:
+def _selected(images: RawImages, indices: Sequence[int]) -> RawImages:
+    """Return some of the images. torch takes anything with a length and numbers for a dataset, unlike its types."""
+    return Subset(cast(Dataset[RawImage], images), indices)
+
+
+def _listed(images: RawImages) -> list[tuple[str, str]]:
     if isinstance(images, (DatasetImages, TarImages)):
         return images.listed()
     if isinstance(images, Subset):
-        whole = _listed(images.dataset)
+        whole = _listed(cast(RawImages, images.dataset))
         return [whole[index] for index in images.indices]
     if isinstance(images, ConcatDataset):
-        return [pair for part in images.datasets for pair in _listed(part)]
-    return [(raw.name, raw.caption) for raw in images]
+        return [pair for part in images.datasets for pair in _listed(cast(RawImages, part))]
+    return [(raw.name, raw.caption) for raw in map(images.__getitem__, range(len(images)))]
 
 
 def _limited(training: Images, limit: int | None) -> Images:
-    if limit is not None and isinstance(training, StreamImages):
-        return replace(training, dataset=training.dataset.take(limit))
+    if isinstance(training, StreamImages):
+        return training if limit is None else replace(training, dataset=training.dataset.take(limit))
     if limit is not None and limit < len(training):
-        return Subset(training, range(limit))
+        return _selected(training, range(limit))
     return training
 
 
@@ -203,7 +209,7 @@ class Tars:
     paths: Sequence[str]
 
 
-RawSplit = list[RawImage] | Tars | datasets.Dataset | datasets.IterableDataset
+RawSplit: TypeAlias = list[RawImage] | Tars | datasets.Dataset | datasets.IterableDataset
 
 
 class HeldOut(NamedTuple):
@@ -242,15 +248,15 @@ class Splits:
             raise UserError(
                 f"{wanted}: parts and sums of splits cannot be streamed; name a whole split or leave out --streaming"
             )
-        opened = {name: self._open(self.found[name]) for name in _split_names(wanted)}
+        opened = {name: cast(RawImages, self._open(self.found[name])) for name in _split_names(wanted)}
         try:
             parts = datasets.ReadInstruction.from_spec(wanted).to_absolute(
                 {n: len(split) for n, split in opened.items()}
             )
         except (ValueError, AssertionError):
             return None
-        images = [Subset(opened[part.splitname], range(part.from_, part.to)) for part in parts]
-        return images[0] if len(images) == 1 else ConcatDataset(images)
+        images = [_selected(opened[part.splitname], range(part.from_, part.to)) for part in parts]
+        return images[0] if len(images) == 1 else ConcatDataset(cast(list[Dataset[RawImage]], images))
 
     def only_other(self) -> Images | None:
         """Return the only split, if there is one and it is not for training. None if the flags ask for something else."""
@@ -340,7 +346,7 @@ def _find_splits(source: DataSource, resolution: int, passed_over: list[PassedOv
         return {source.train_split: _list_folder("train_data_dir", source, passed_over)}
     if source.dataset_name == PHOTOGRAPHS:
         return {"train": _training_photographs(resolution), "validation": _photographs("validation", resolution)}
-    folder = Path(source.dataset_name)
+    folder = Path(source.dataset_name or "")
     with _one_line_error(f"--dataset_name {source.dataset_name}"):
         if not ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
             return _load_splits(source, passed_over)
@@ -356,8 +362,9 @@ def _load_splits(source: DataSource, passed_over: list[PassedOver]) -> dict[str,
     builder = datasets.load_dataset_builder(source.dataset_name, source.dataset_config_name, cache_dir=source.cache_dir)
     if isinstance(builder, WebDataset):
         return {str(name): Tars(list(files)) for name, files in builder.config.data_files.items()}
-    if isinstance(builder, ImageFolder) and Path(source.dataset_name).is_dir():
-        passed_over.append(_passed_over_by_library(Path(source.dataset_name)))
+    folder = Path(source.dataset_name or "")
+    if isinstance(builder, ImageFolder) and folder.is_dir():
+        passed_over.append(_passed_over_by_library(folder))
     if source.streaming:
         return dict(builder.as_streaming_dataset())
     builder.download_and_prepare()
@@ -375,13 +382,18 @@ def _training_photographs(resolution: int) -> list[RawImage]:
 
     They have twice the resolution, so that a random crop of a quarter of the area need not be scaled up.
     """
-    tiles = [tile for across in (1, 2, 4) for tile in _photographs("train", 2 * resolution, across) * (4 // across)]
-    return [RawImage(recoloured(tile.source, seed), tile.label) for seed, tile in enumerate(tiles)]
+    tiles = [tile for across in (1, 2, 4) for tile in _tiles("train", 2 * resolution, across) * (4 // across)]
+    return [RawImage(recoloured(tile, seed), label) for seed, (tile, label) in enumerate(tiles)]
 
 
-def _photographs(split: Split, side: int, across: int = 2) -> list[RawImage]:
+def _photographs(split: Split, side: int) -> list[RawImage]:
+    return [RawImage(tile, label) for tile, label in _tiles(split, side, across=2)]
+
+
+def _tiles(split: Split, side: int, across: int) -> list[tuple[Image.Image, str]]:
+    """Cut photographs into tiles of up to `LARGEST_TILE` pixels, each with its label."""
     tiles = photograph_tiles(split, side=min(side, LARGEST_TILE), across=across)
-    return [RawImage(tile, f"{split} tile {index}") for index, tile in enumerate(tiles)]
+    return [(tile, f"{split} tile {index}") for index, tile in enumerate(tiles)]
 
 
 def _list_folder(flag: str, source: DataSource, passed_over: list[PassedOver]) -> list[RawImage] | Tars:
@@ -423,7 +435,7 @@ def _one_line_error(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be read: {reason}; {advice}") from error
 
 
-def _hold_out(images: Images, held: HeldOut, seed: int) -> tuple[Sequence[RawImage], Sequence[RawImage]]:
+def _hold_out(images: Images, held: HeldOut, seed: int) -> tuple[RawImages, RawImages]:
     if isinstance(images, StreamImages):
         raise UserError(
             "no images can be held out of streamed training data for validation; "
@@ -433,7 +445,8 @@ def _hold_out(images: Images, held: HeldOut, seed: int) -> tuple[Sequence[RawIma
         raise UserError("a single training image leaves none to hold out; give --validation_data_dir")
     number = min(max(round(held.share * len(images)), 1), held.limit or len(images), len(images) - 1)
     order = np.random.default_rng((seed, HELD_OUT_SEED)).permutation(len(images))
-    return Subset(images, np.sort(order[number:])), Subset(images, np.sort(order[:number]))
+    training, validation = (np.sort(part).tolist() for part in (order[number:], order[:number]))
+    return _selected(images, training), _selected(images, validation)
 
 
 def _image_column(split: datasets.Dataset | datasets.IterableDataset, source: DataSource) -> Images:
@@ -471,4 +484,4 @@ def _caption(row: Mapping[str, object], column: str | None) -> str:
 def _label(row: Mapping[str, object], column: str) -> str:
     value = row.get(column)
     path = value.get("path") if isinstance(value, dict) else value
-    return row.get("__key__") or (path if isinstance(path, str) else "")
+    return str(row.get("__key__") or (path if isinstance(path, str) else ""))

@@ -97,7 +97,7 @@ class TarPicture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TarImages(Sequence[RawImage]):
+class TarImages:
     """Undecoded pictures inside tars, read from their place there."""
 
     pictures: Sequence[TarPicture]
