@@ -46,6 +46,7 @@ test: $(VENV)/.installed-test
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) lint-imports --no-logo
+	$(RUN) mypy
 	$(RUN) python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: $(VENV)/.installed-test

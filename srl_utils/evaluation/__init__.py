@@ -1,1 +1,19 @@
-"""Judging VAEs: `reconstruction` measures, `report` writes tables and pictures."""
+"""Judge VAEs under attack: `python -m srl_utils.evaluation`, or `evaluate` from Python."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from srl_utils.evaluation.calling import Evaluation, evaluate
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: it needs the modules of this package, which import the package first."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from srl_utils.evaluation import calling
+
+    return getattr(calling, name)

@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from srl_utils.command_line import Parser, exit_code
-from srl_utils.evaluation.cli import editing, generation, poisoning, reconstruction
-
-COMMANDS = {"reconstruction": reconstruction, "generation": generation, "editing": editing, "poisoning": poisoning}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_args(arguments)
-    return COMMANDS[args.command].run(args)
-
-
-def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m srl_utils.evaluation", description="Compares VAEs under attack.")
-    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
-    parsers = {
-        name: commands.add_parser(name, help=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for name, module in COMMANDS.items()
-    }
-    for name, module in COMMANDS.items():
-        module.add_arguments(parsers[name])
-    given = sys.argv[1:] if arguments is None else arguments
-    args = parser.parse_args(given, argparse.Namespace(arguments=given))
-    parsers[args.command].refuse_without_effect(args, COMMANDS[args.command].effects(args))
-    return args
-
+from srl_utils.command_line import exit_code
+from srl_utils.evaluation.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(exit_code(main))

@@ -109,7 +109,7 @@ class TarImages:
         """Return name and caption of each image; no picture is read."""
         return [(one_line(picture.label), picture.caption) for picture in self.pictures]
 
-    def __getitem__(self, index: int) -> RawImage:  # type: ignore[override] # no slices are taken of it
+    def __getitem__(self, index: int) -> RawImage:
         picture = self.pictures[int(index)]
         content = None  # of a tar that has become unreadable, which costs these images and not the run
         with suppress(OSError), open(picture.tar, "rb") as file:

@@ -1,0 +1,57 @@
+"""Evaluations from Python: what the command gives, as rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from srl_utils.evaluation.cli.main import main
+from srl_utils.evaluation.results import Row
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation has found."""
+
+    rows: list[Row]
+    """`pandas.DataFrame(row.to_json() for row in rows)` makes a table of them."""
+    report: Path
+    """The HTML report; the other files are beside it."""
+
+
+def evaluate(task: str = "reconstruction", *, output_dir: str | PathLike[str], **flags: Any) -> Evaluation:
+    """Compare VAEs under attack, as `python -m srl_utils.evaluation TASK` does.
+
+        found = evaluate(
+            baseline="stabilityai/sd-vae-ft-mse", vae={"robust": "outputs/my-robust-vae"}, data_dir="photos",
+            attacks=["clean", "pgd-10"], epsilons=["8/255"], output_dir="outputs/evaluation",
+        )
+
+    Args:
+        task: `reconstruction`, `generation`, `editing` or `poisoning`.
+        output_dir: gets the report; an interrupted evaluation goes on from what is there.
+        flags: those of the command, without dashes. A list stands for several values, a mapping for NAME=VALUE pairs,
+            True for a flag without a value; None and False leave a flag out.
+
+    Raises:
+        UserError: a ValueError, if a flag is unknown, or if something cannot be loaded or measured.
+    """
+    words = [task, *_words({**flags, "output_dir": output_dir})]
+    main(words)
+    rows = json.loads(Path(output_dir, "results.json").read_text(encoding="utf-8"))
+    return Evaluation([Row.from_json(row) for row in rows], Path(output_dir, "report.html"))
+
+
+def _words(flags: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        yield f"--{name}"
+        if isinstance(value, Mapping):
+            yield from (f"{key}={part}" for key, part in value.items())
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            yield from map(str, value)
+        elif value is not True:
+            yield str(value)

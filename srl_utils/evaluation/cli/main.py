@@ -1,0 +1,37 @@
+"""The command `python -m srl_utils.evaluation`: which evaluation runs, and its flags."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from srl_utils.command_line import Parser
+from srl_utils.evaluation.cli import editing, generation, poisoning, reconstruction
+
+COMMANDS = {"reconstruction": reconstruction, "generation": generation, "editing": editing, "poisoning": poisoning}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the evaluation that the words ask for, by default those of this process; return its exit code."""
+    args = parse_args(arguments)
+    return COMMANDS[args.command].run(args)
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the flags of an evaluation.
+
+    Raises:
+        UserError: in one line.
+    """
+    parser = Parser(prog="python -m srl_utils.evaluation", description="Compares VAEs under attack.")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+    parsers = {
+        name: commands.add_parser(name, help=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for name, module in COMMANDS.items()
+    }
+    for name, module in COMMANDS.items():
+        module.add_arguments(parsers[name])
+    given = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(given, argparse.Namespace(arguments=given))
+    parsers[args.command].refuse_without_effect(args, COMMANDS[args.command].effects(args))
+    return args
