@@ -56,7 +56,7 @@ def warm_python(environment: dict[str, str]) -> Iterator[Path]:
         process = subprocess.Popen(
             [sys.executable, __file__, address],
             cwd=ROOT,
-            env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
             stdout=subprocess.PIPE,
         )
         try:
