@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from os.path import isdir  # which, unlike pathlib's, says False of a name too long to be one
 
-import torch
-
 from srl_utils.command_line import Effects
 from srl_utils.images.sources import PHOTOGRAPHS
 
@@ -40,7 +38,6 @@ def training_effects(args: argparse.Namespace) -> Effects:
         "lr_warmup_steps": (args.lr_scheduler != "constant", "a schedule with warm-up, such as constant_with_warmup", 0),
         "lr_num_cycles": (args.lr_scheduler == "cosine_with_restarts", "--lr_scheduler cosine_with_restarts"),
         "lr_power": (args.lr_scheduler == "polynomial", "--lr_scheduler polynomial"),
-        "allow_tf32": (torch.cuda.is_available(), "a CUDA GPU"),
         "logging_dir": (args.report_to in ("tensorboard", "all"), "--report_to tensorboard"),
         "tracker_project_name": (tracked, "a tracker, --report_to"),
         **{flag: (args.push_to_hub, "--push_to_hub") for flag in vars(args) if flag.startswith("hub_")},

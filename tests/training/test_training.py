@@ -502,7 +502,10 @@ def test_records_of_another_run_are_not_gone_on_with(
     records = SimpleNamespace(begin=begun.append)
     args = SimpleNamespace(output_dir=Path("out"), resume_from_checkpoint=resumed_from)
     step = 2 if resumed_from else 0
-    run = SimpleNamespace(args=args, progress=SimpleNamespace(step=step), journal=records, judge=records)
+    run = SimpleNamespace(
+        args=args, progress=SimpleNamespace(step=step), journal=records, judge=records,
+        accelerator=SimpleNamespace(is_main_process=False),
+    )  # fmt: skip
     assert train_srl_vae.begin_records(run) == expected
     assert begun == [expected, expected]
 
