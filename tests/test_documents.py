@@ -30,7 +30,7 @@ from helpers.runs import ROOT
 
 import train_srl_vae
 from docs.scripts import figures, flags
-from srl_utils.evaluation import __main__ as evaluation
+from srl_utils.evaluation.cli import main as evaluation
 from srl_utils.hub import __main__ as hub
 from srl_utils.pipelines import __main__ as pipelines
 

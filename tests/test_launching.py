@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train_srl_vae
 from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
-from srl_utils.evaluation import __main__ as evaluation
+from srl_utils.evaluation.cli import main as evaluation
 from srl_utils.launching import launch_notes, launched_arguments, note_on_compiling, on_cpu
 
 STEPS, PRECISION, BACKEND = (

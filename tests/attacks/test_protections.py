@@ -31,8 +31,7 @@ from srl_utils.attacks.protections.losses import EDIT, FUSION_RATE, averaged, ed
 from srl_utils.errors import UserError
 from srl_utils.images.pixels import from_pil
 from srl_utils.metrics.losses import PerceptualDistance
-from srl_utils.vae.codec import AnyDecoder, AnyEncoder, Codec
-from srl_utils.vae.latents import LatentScale
+from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import LatentDecoder, LatentEncoder, Moments, split_moments
 
 FACTOR, SHIFT = 0.5, 0.25  # as VAEs with a shift have it
@@ -499,7 +498,7 @@ def test_glaze_knows_tiny_gradients_from_none(perceptual, images, generators) ->
 
 def test_a_victim_of_a_codec_has_its_parts(tiny_vae, denoiser, perceptual, images) -> None:
     """Oracle: diffusers, the posterior and the decoder of the VAE itself, and its configuration's factor; exact."""
-    codec = Codec("tiny", AnyEncoder(tiny_vae), AnyDecoder(tiny_vae), latent_scale=LatentScale.of(tiny_vae.config))
+    codec = Codec.of(tiny_vae, "tiny")
     victim = Victim.of(codec, denoiser=denoiser, perceptual=perceptual)
     moments, posterior = victim.encode(images(2)), tiny_vae.encode(images(2)).latent_dist
     assert torch.equal(moments.mean, posterior.mean) and torch.equal(moments.variance, posterior.var)
@@ -511,7 +510,7 @@ def test_a_victim_of_a_codec_has_its_parts(tiny_vae, denoiser, perceptual, image
 def test_a_victim_scales_for_its_pipeline(tiny_vae, images) -> None:
     """Oracle: specification. Stable Diffusion ignores a VAE's shift, which its configuration alone would apply."""
     tiny_vae.register_to_config(scaling_factor=FACTOR, shift_factor=SHIFT)
-    codec = Codec("tiny", AnyEncoder(tiny_vae), AnyDecoder(tiny_vae), latent_scale=LatentScale.of(tiny_vae.config))
+    codec = Codec.of(tiny_vae, "tiny")
     latents = images(2)
     assert torch.equal(Victim.of(codec).scale(latents), FACTOR * (latents - SHIFT))
     assert torch.equal(Victim.of(codec, build_pipeline("sd")).scale(latents), FACTOR * latents)

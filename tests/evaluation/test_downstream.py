@@ -20,8 +20,8 @@ from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.protections import style_transfer
 from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
-from srl_utils.evaluation import __main__ as command
 from srl_utils.evaluation.catalogue import Supplies, select
+from srl_utils.evaluation.cli import main as command
 from srl_utils.evaluation.cli.editing import read_prompts
 from srl_utils.evaluation.metering import Meter
 from srl_utils.evaluation.sanity import Check
@@ -288,8 +288,8 @@ def test_division_of_a_data_set() -> None:
 def test_no_poison_is_no_threat() -> None:
     """Oracle: specification of the rows."""
     none, some = poisonings("nightshade", 8 / 255, [0, 5])
-    assert (none.name, none.threat_model, none.epsilon) == ("nightshade-0", "none", 0.0)
-    assert (some.name, some.threat_model, some.epsilon) == ("nightshade-5", "adaptive", 8 / 255)
+    assert (none.name, none.adversarial, none.epsilon) == ("nightshade-0", False, 0.0)
+    assert (some.name, some.adversarial, some.epsilon) == ("nightshade-5", True, 8 / 255)
 
 
 # --- commands -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from srl_utils.command_line import exit_code, home_expanded
 from srl_utils.errors import UserError
-from srl_utils.evaluation import __main__ as command
+from srl_utils.evaluation.cli import main as command
 from srl_utils.evaluation.cli.common import load_pipeline
 from srl_utils.evaluation.cli.places import described, parse_named_place, parse_place, resolved_commit
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
@@ -173,8 +173,8 @@ def test_the_report_says_which_commit_was_judged(cache: Path, photographs: Path,
 
 def test_a_pipeline_in_a_subfolder(tmp_path: Path) -> None:
     """Oracle: the same pipeline by its own path; a variant that is not there is one line."""
-    from small_pipelines import build_pipeline
-    from small_text_encoder import add_text_encoders
+    from helpers.small_pipelines import build_pipeline
+    from helpers.small_text_encoder import add_text_encoders
 
     pipe = add_text_encoders(build_pipeline("sd"), tmp_path)
     pipe.save_pretrained(tmp_path / "many/one")

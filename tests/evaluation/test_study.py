@@ -24,10 +24,10 @@ from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.protections import PROTECTIONS
 from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
-from srl_utils.evaluation import __main__ as command
 from srl_utils.evaluation.catalogue import PRESETS, Supplies, select
 from srl_utils.evaluation.cells import measure
 from srl_utils.evaluation.cli import common, reconstruction
+from srl_utils.evaluation.cli import main as command
 from srl_utils.evaluation.cli.common import strangers_to
 from srl_utils.evaluation.metering import Meter
 from srl_utils.evaluation.perturbations import CLEAN, noise, on_reconstruction

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import train_srl_vae
 from srl_utils.command_line import Parser, exit_code
 from srl_utils.errors import UserError
-from srl_utils.evaluation import __main__ as evaluation
+from srl_utils.evaluation.cli import main as evaluation
 from srl_utils.pipelines import __main__ as sanitizing
 
 DOZENS = settings(

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from srl_utils.errors import UserError
-from srl_utils.evaluation import __main__ as evaluation
+from srl_utils.evaluation.cli import main as evaluation
 from srl_utils.images.pixels import from_pil, to_pil
 from srl_utils.metrics import features as set_metrics
 from srl_utils.metrics.features import (

@@ -503,7 +503,7 @@ def test_records_of_another_run_are_not_gone_on_with(
     args = SimpleNamespace(output_dir=Path("out"), resume_from_checkpoint=resumed_from)
     step = 2 if resumed_from else 0
     run = SimpleNamespace(
-        args=args, progress=SimpleNamespace(step=step), journal=records, judge=records,
+        args=args, progress=SimpleNamespace(step=step), journal=records, validation=records,
         accelerator=SimpleNamespace(is_main_process=False),
     )  # fmt: skip
     assert train_srl_vae.begin_records(run) == expected
