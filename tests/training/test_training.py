@@ -84,7 +84,10 @@ def test_output_files(run: Run, flags: list[str], tmp_path: Path) -> None:
     assert pictures == {"step-000000.png", "step-000002.png", "step-000004.png", "comparison.png"}
     assert list((out / "logs").rglob("events.out.tfevents.*"))
     rows = json.loads((out / "results.json").read_text())
-    assert all(set(row) == {"vae", "attack", "threat_model", "epsilon", "metric", "value", "ci95", "n"} for row in rows)
+    assert all(
+        set(row) == {"vae", "attack", "objective", "threat_model", "epsilon", "metric", "value", "ci95", "n"}
+        for row in rows
+    )
     measured = {(row["vae"], row["attack"], row["metric"]) for row in rows}
     for vae in ("original", "fine-tuned"):
         for attack in ("clean", "pgd-10", "pgd-50x2", "gaussian-noise"):
