@@ -17,6 +17,7 @@ nor an interruption changes the result.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import math
@@ -109,7 +110,7 @@ from srl_utils.training.resuming import (
 )
 from srl_utils.training.step import TERMS, Networks, Step, build_networks
 from srl_utils.training.validation import COMPARISON, Validation, averaged_weights
-from srl_utils.vae.codec import Codec, load_codec
+from srl_utils.vae.codec import Codec, frozen_codec
 from srl_utils.vae.latents import LatentScale
 from srl_utils.vae.loading import (
     HALF_PRECISION,
@@ -812,6 +813,7 @@ def build_run(
     publisher: Publisher | None,
     settings: Settings,
 ) -> Run:
+    original = frozen_codec(copy.deepcopy(vae), ORIGINAL, device=accelerator.device)
     step = build_step(args, accelerator, vae, plan.execution)
     networks = step.networks
     optimizer, scheduler, ema = build_optimizer(args, accelerator, networks.encoder, plan)
@@ -840,19 +842,19 @@ def build_run(
             args.output_dir, args.checkpoints_total_limit, state_bytes(networks.vae, networks.encoder, ema)
         ),
         journal=Journal(accelerator, args.output_dir / "metrics.jsonl"),
-        validation=build_validation(args, accelerator, networks, data),
+        validation=build_validation(args, accelerator, original, networks, data),
         publisher=publisher,
         settings=settings,
     )
 
 
 def build_validation(
-    args: argparse.Namespace, accelerator: Accelerator, networks: Networks, data: TrainingData
+    args: argparse.Namespace, accelerator: Accelerator, original: Codec, networks: Networks, data: TrainingData
 ) -> Validation:
     """Return what measures the VAE being trained beside the original one, both in float32."""
     return Validation(
         accelerator,
-        original=load_codec(ORIGINAL, autoencoder_source(args), device=accelerator.device),
+        original=original,
         current=Codec.of(networks.vae, FINE_TUNED),
         images=data.validation_images,
         perceptual=networks.loss.perceptual,

@@ -13,7 +13,7 @@ from torch import Tensor
 from srl_utils.attacks.corruptions import CORRUPTIONS, Corruption
 from srl_utils.attacks.denoiser import Denoiser
 from srl_utils.attacks.draws import Generators
-from srl_utils.attacks.gradient import APGDConfig, apgd, pgd
+from srl_utils.attacks.gradient import APGDConfig, apgd
 from srl_utils.attacks.protections import PROTECTIONS, Protection, Victim, protect
 from srl_utils.attacks.random_search import SquareConfig, square_attack
 from srl_utils.errors import UserError
@@ -24,6 +24,7 @@ from srl_utils.evaluation.perturbations import (
     Perturbation,
     noise,
     on_reconstruction,
+    reconstruction_attack,
     settling_pgd,
 )
 from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
@@ -144,10 +145,11 @@ def _expand(name: str, epsilons: Sequence[float], supplies: Supplies) -> Iterato
 
 def _iterated(name: str, match: re.Match[str], epsilon: float, supplies: Supplies) -> Perturbation:
     kind, count, restarts = match[1], int(match[2]), int(match[3] or 1)
-    attack: Callable[..., Tensor]
+    loss = ReconstructionLoss(supplies.perceptual, weight=1.0) if match[4] else MSE
     if kind == "pgd":
-        attack = partial(pgd, config=settling_pgd(epsilon, count, restarts))
-    elif kind == "apgd":
+        return reconstruction_attack(settling_pgd(epsilon, count, restarts), loss, name=name)
+    attack: Callable[..., Tensor]
+    if kind == "apgd":
         attack = partial(apgd, config=APGDConfig(epsilon=epsilon, num_steps=count, num_restarts=restarts))
     else:
         attack = partial(square_attack, config=SquareConfig(epsilon=epsilon, num_queries=count))
@@ -156,7 +158,7 @@ def _iterated(name: str, match: re.Match[str], epsilon: float, supplies: Supplie
         lambda objective, clean, generators: attack(objective, clean, generators=generators),
         epsilon=epsilon,
         passes=count if kind == "square" else 2 * count * restarts,
-        loss=ReconstructionLoss(supplies.perceptual, weight=1.0) if match[4] else MSE,
+        loss=loss,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 
 import torch
@@ -81,11 +81,17 @@ def compute(job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter) ->
         task: what is done with the images, and measured.
         images: all of them, `[n,3,H,W]` in [-1,1], on the CPU.
         seed: of the attacks' starts and of the noise; with an image's number it fixes the draws.
-        meter: gets the title of what is under way.
+        meter: moves by the job's cost, and gets the title of what is under way.
 
     Raises:
         UserError: if a VAE returns values that are not finite.
     """
+    title = f"{job.cell.title}: {images_of(job.batch, len(images))}"
+    with meter.stage(title, job.cost(task.passes)):
+        yield from _compute(job, task, images, seed=seed, meter=meter)
+
+
+def _compute(job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter) -> Iterator[Measured]:
     cell, numbers = job.cell, job.batch
     clean = images[numbers].to(cell.source.device, memory_format=torch.channels_last)
     with _finite_outputs(cell.source) as finite:
@@ -137,17 +143,13 @@ def measure(
         UserError: if a VAE returns values that are not finite.
     """
     total = len(numbers) * sum((each.passes + task.passes) * len(codecs) for each in perturbations)
-    records: list[Record] = []
     with progress_bar(round(total), desc=title or "", unit="pass", disable=title is None) as bar:
         meter = Meter(bar)
         watched = [meter.watched(codec) for codec in codecs]
-        for perturbation in perturbations:
-            for cell in cells_of(perturbation, watched):
-                for job in batched(cell, numbers, batch_size):
-                    with meter.stage(f"{cell.title}: {images_of(job.batch, len(images))}", job.cost(task.passes)):
-                        for measured in compute(job, task, images, seed=seed, meter=meter):
-                            records += measured.records
-    return records
+        cells = chain.from_iterable(cells_of(perturbation, watched) for perturbation in perturbations)
+        jobs = chain.from_iterable(batched(cell, numbers, batch_size) for cell in cells)
+        computed = chain.from_iterable(compute(job, task, images, seed=seed, meter=meter) for job in jobs)
+        return [record for measured in computed for record in measured.records]
 
 
 def attempted(perturbation: str, variant: str) -> str:

@@ -61,11 +61,13 @@ def on_reconstruction(
     return Perturbation(name=name, objective=loss.name, epsilon=epsilon, apply=apply, passes=passes)
 
 
-def reconstruction_attack(config: PGDConfig, loss: ReconstructionLoss = MSE, *, suffix: str = "") -> Perturbation:
-    """Return PGD on the reconstruction, named after its steps and restarts."""
+def reconstruction_attack(
+    config: PGDConfig, loss: ReconstructionLoss = MSE, *, name: str | None = None
+) -> Perturbation:
+    """Return PGD on the reconstruction, by default named after its steps and restarts."""
     restarts = f"x{config.num_restarts}" if config.num_restarts > 1 else ""
     return on_reconstruction(
-        f"pgd-{config.num_steps}{restarts}{suffix}",
+        name or f"pgd-{config.num_steps}{restarts}",
         lambda objective, clean, generators: pgd(objective, clean, config, generators=generators),
         epsilon=config.epsilon,
         passes=2 * config.num_steps * config.num_restarts,

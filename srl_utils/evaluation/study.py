@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from srl_utils.console import progress_bar
 from srl_utils.errors import UnusableFile, UserError
 from srl_utils.evaluation.cells import Job, attempted, batched, cells_of, compute
-from srl_utils.evaluation.metering import Meter, images_of
+from srl_utils.evaluation.metering import Meter
 from srl_utils.evaluation.perturbations import ADAPTIVE, TRANSFER, Perturbation
 from srl_utils.evaluation.results import Record, Row, Setting, to_row, to_rows
 from srl_utils.evaluation.tasks.base import Cell, Task
@@ -72,15 +72,14 @@ class Study:
         missing = [job for cell in self.cells() for job in self._missing(cell)]
         self.accelerator.wait_for_everyone()  # before any process writes what another looks for
         own = missing[self.accelerator.process_index :: self.accelerator.num_processes]
-        costs = [job.cost(self.task.passes) for job in own]
+        total = sum(job.cost(self.task.passes) for job in own)
         shown = self.accelerator.is_local_main_process
         with (
-            progress_bar(sum(costs), desc="evaluation", unit="pass", disable=not shown) as bar,
+            progress_bar(total, desc="evaluation", unit="pass", disable=not shown) as bar,
             self.watched(bar) as meter,
         ):
-            for job, cost in zip(own, costs, strict=True):
-                with meter.stage(f"{job.cell.title}: {images_of(job.batch, len(self.images))}", cost):
-                    self._compute(job, meter)
+            for job in own:
+                self._compute(job, meter)
         self.accelerator.wait_for_everyone()
         return [record for cell in self.cells() for record in self._read(cell)]
 

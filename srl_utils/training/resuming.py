@@ -173,9 +173,9 @@ def told(changes: Iterable[Change]) -> list[str]:
     lines: dict[str, str] = {}
     for change in changes:
         before, after = shortened(change.before), shortened(change.after)
-        told = f"another {after}" if before == after else _value(after)
+        now = f"another {after}" if before == after else _value(after)
         start = lines.get(change.name, worded(change.name, before))
-        lines[change.name] = f"{start} until step {change.step}, then {told}"
+        lines[change.name] = f"{start} until step {change.step}, then {now}"
     return list(lines.values())
 
 

@@ -82,8 +82,15 @@ def load_codec(
     """
     config = read_config(source, KINDS)
     kind = next(known for known in KINDS if known.__name__ == config["_class_name"])
-    vae = load_autoencoder(source, kind).to(device).requires_grad_(False).eval()
-    if kind is not AutoencoderKLTemporalDecoder:  # whose weights have five dimensions
+    return frozen_codec(load_autoencoder(source, kind), name, device=device, autocast_dtype=autocast_dtype)
+
+
+def frozen_codec(
+    vae: ModelMixin, name: str, *, device: torch.device, autocast_dtype: torch.dtype | None = None
+) -> Codec:
+    """Return a VAE to be judged and never trained, moved in place to `device` and to channels-last memory."""
+    vae.to(device).requires_grad_(False).eval()
+    if not isinstance(vae, AutoencoderKLTemporalDecoder):  # whose weights have five dimensions
         vae.to(memory_format=torch.channels_last)
     return Codec.of(vae, name, autocast_dtype=autocast_dtype)
 

@@ -431,9 +431,15 @@ def strangers_to(
     return frozenset(strangers)
 
 
-def metric(name: str) -> str:
-    """Parse the name of a metric; `lpips` alone is the one that papers report, on AlexNet."""
-    return "lpips-alex" if name == "lpips" else name
+def add_metrics_argument(parser: argparse.ArgumentParser, known: Sequence[str], *, default: Sequence[str]) -> None:
+    """Add `--metrics`; `lpips` alone is the one that papers report, on AlexNet."""
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        type=lambda name: "lpips-alex" if name == "lpips" else name,
+        choices=known,
+        default=list(default),
+    )
 
 
 def build_metrics(args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None) -> Metrics:

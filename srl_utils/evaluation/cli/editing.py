@@ -15,6 +15,7 @@ from srl_utils.evaluation.cli.common import (
     Scrutiny,
     Setup,
     add_attack_arguments,
+    add_metrics_argument,
     add_pipeline_arguments,
     add_shared_arguments,
     attack_effects,
@@ -23,7 +24,6 @@ from srl_utils.evaluation.cli.common import (
     check_captions,
     exchangeable,
     load_judge,
-    metric,
     named,
     pipeline_effects,
     prepare,
@@ -127,13 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attack_arguments(parser, attacks=PROTECTIONS, epsilons=[8 / 255])
     add_pipeline_arguments(parser)
     add = parser.add_argument
-    add(
-        "--metrics",
-        nargs="+",
-        type=metric,
-        choices=METRICS,
-        default=["psnr", "ssim", "lpips-alex", "clip", "clip-text", "fid"],
-    )
+    add_metrics_argument(parser, METRICS, default=["psnr", "ssim", "lpips-alex", "clip", "clip-text", "fid"])
     add("--prompts", type=expanded_path, default=None, help="text file: a line for each image, or one for all")
     add(
         "--replace",

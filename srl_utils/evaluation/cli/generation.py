@@ -6,13 +6,13 @@ import argparse
 
 from srl_utils.command_line import Effects
 from srl_utils.evaluation.cli.common import (
+    add_metrics_argument,
     add_pipeline_arguments,
     add_shared_arguments,
     build_metrics,
     check_captions,
     exchangeable,
     load_judge,
-    metric,
     pipeline_effects,
     prepare,
     run_study,
@@ -64,12 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared_arguments(parser)
     add_pipeline_arguments(parser)
     add = parser.add_argument
-    add(
-        "--metrics",
-        nargs="+",
-        type=metric,
-        choices=METRICS,
-        default=["psnr", "lpips-alex", "clip-text", "fid", "denoising-loss", "difference"],
+    add_metrics_argument(
+        parser, METRICS, default=["psnr", "lpips-alex", "clip-text", "fid", "denoising-loss", "difference"]
     )
     add(
         "--strengths", nargs="+", type=share, default=[0.3, 0.5, 0.7], help="of the noise that images are encoded under"

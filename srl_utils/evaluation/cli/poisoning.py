@@ -20,6 +20,7 @@ from srl_utils.evaluation.cli.common import (
     Scrutiny,
     Setup,
     add_check_arguments,
+    add_metrics_argument,
     add_pipeline_arguments,
     add_shared_arguments,
     budget,
@@ -28,7 +29,6 @@ from srl_utils.evaluation.cli.common import (
     check_effects,
     exchangeable,
     load_judge,
-    metric,
     pipeline_effects,
     prepare,
     run_study,
@@ -143,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared_arguments(parser)
     add_pipeline_arguments(parser)
     add = parser.add_argument
-    add("--metrics", nargs="+", type=metric, choices=METRICS, default=["clip", "clip-text", "fid"])
+    add_metrics_argument(parser, METRICS, default=["clip", "clip-text", "fid"])
     add("--concept", required=True, help="word of the captions whose images are poisoned")
     add("--target_concept", required=True, help="word of the captions that poisoned images look like to the encoder")
     add("--protection", choices=TARGETED, default="nightshade", help="how poisons are made")

@@ -10,11 +10,11 @@ from srl_utils.evaluation.catalogue import select
 from srl_utils.evaluation.cli.common import (
     Scrutiny,
     add_attack_arguments,
+    add_metrics_argument,
     add_shared_arguments,
     attack_effects,
     build_metrics,
     build_supplies,
-    metric,
     needs_denoiser,
     prepare,
     run_study,
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attack_arguments(parser, attacks=["quick"], epsilons=[2 / 255, 4 / 255, 8 / 255, 16 / 255])
     parser.set_defaults(caption_column=None)
     add = parser.add_argument
-    add("--metrics", nargs="+", type=metric, choices=METRICS, default=["psnr", "ssim", "lpips-alex", "drift"])
+    add_metrics_argument(parser, METRICS, default=["psnr", "ssim", "lpips-alex", "drift"])
     add("--pipeline", default=None, metavar="PLACE", help="diffusion pipeline for attacks that need a denoiser")
 
 

@@ -21,14 +21,6 @@ from srl_utils.metrics.pixels import latent_drift, psnr, ssim
 from srl_utils.vae.codec import Codec
 
 
-def measure(reconstruction: Tensor, clean: Tensor, perceptual: Sequence[PerceptualDistance]) -> dict[str, Tensor]:
-    """Return PSNR, SSIM and LPIPS with each trunk of `perceptual`, of `[N,3,H,W]` images in [-1,1], `[N]` each."""
-    values = {"psnr": psnr(reconstruction, clean), "ssim": ssim(reconstruction, clean)}
-    for distance in perceptual:
-        values[distance.name] = distance.distance(reconstruction, distance.features(clean))
-    return values
-
-
 def drift(codec: Codec, reference: Codec, clean: Tensor) -> dict[str, Tensor]:
     """How far the latents of clean images have left those of `reference`, `[N]`; nothing where they have other shapes."""
     latents, others = codec.encode(clean), reference.encode(clean)
@@ -50,7 +42,9 @@ class Metrics:
 
     def compare(self, images: Tensor, reference: Tensor) -> dict[str, Tensor]:
         """Of those that hold `[N,3,H,W]` against as many others, `[N]` each."""
-        values = measure(images, reference, self.perceptual)
+        values = {"psnr": psnr(images, reference), "ssim": ssim(images, reference)}
+        for distance in self.perceptual:
+            values[distance.name] = distance.distance(images, distance.features(reference))
         if self.clip is not None:
             values["clip"] = self.clip.image_image(images, reference)
         return self.wanted(values)
