@@ -179,12 +179,11 @@ class Study:
 
     def _check_fingerprint(self) -> None:
         path = self.output_dir / "study.json"
-        text = json.dumps(self.fingerprint, indent=1) + "\n"
+        current = {**self.fingerprint, "records": list(Setting._fields)}  # cells of other versions have other fields
+        text = json.dumps(current, indent=1) + "\n"
         stored = read_json(path) if path.exists() else None
         if stored is not None and stored != json.loads(text):
-            changed = sorted(
-                key for key in stored.keys() | self.fingerprint if stored.get(key) != self.fingerprint.get(key)
-            )
+            changed = sorted(key for key in stored.keys() | current if stored.get(key) != current.get(key))
             raise UserError(
                 f"{self.output_dir} holds an evaluation with other settings ({', '.join(changed)}); choose another "
                 "--output_dir"

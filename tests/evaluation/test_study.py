@@ -145,6 +145,17 @@ def test_cells_of_like_names_stay_apart(study, tiny_vae, other_tiny_vae, tmp_pat
             ]
 
 
+def test_cells_of_an_older_version_are_refused(study) -> None:
+    """Oracle: the record of a study whose values said less of an attack; their cells cannot be read as today's."""
+    study.run()
+    path = study.output_dir / "study.json"
+    stored = json.loads(path.read_text())
+    del stored["records"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"other settings .*records"):
+        study.run()
+
+
 def test_another_study_in_the_folder_is_refused(study) -> None:
     """Oracle: specification; the message names what differs, and more attacks are no other study."""
     study.run()

@@ -101,12 +101,15 @@ def test_evaluation_finishes_on_a_mixture(mixture: Path, vae_folder: Path, tmp_p
 def test_sanitizing_finishes_on_a_mixture(
     mixture: Path, vae_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """Oracle: as above; each bad file is named on a line of its own."""
+    """Oracle: as above; each bad file is named on a line of its own, and so is the animation, which GIF gives 256 colours."""
     out = tmp_path / "out"
     assert exit_code(lambda: sanitize(["sanitize", str(mixture), str(out), "--vae", str(vae_folder)])) == 0
     told = capfd.readouterr().err.split(f"{len(LISTED)} images cannot be read:\n")[1].splitlines()
     bad = one_line(str(mixture / "bad"))
-    assert [line.strip().removeprefix(bad + "/").split(" (")[0] for line in told] == sorted(map(one_line, LISTED))
+    named, lost = told[: len(LISTED)], told[len(LISTED) :]
+    assert [line.strip().removeprefix(bad + "/").split(" (")[0] for line in named] == sorted(map(one_line, LISTED))
+    assert lost[0] == "1 images lost something in their new format:" and "animated.gif: colours" in lost[1]
+    assert len(lost) == 2
     assert len([path for path in out.rglob("*") if path.is_file()]) == GOOD + len(UNUSUAL)
 
 
