@@ -13,9 +13,22 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(ValueError):
-    """Bad input or a bad setting. Command lines print its message without a traceback and exit with `exit_code`."""
+    """Bad input or a bad setting. Command lines print its message without a traceback and exit with `exit_code`.
+
+    Args:
+        problem: what is wrong and what to do. It names parameters as a Python call does, such as `max_train_steps`.
+        parameter: whose value is wrong, if it is one parameter's. The message starts with it; a command line names
+            the flag instead.
+    """
 
     exit_code = 2
+
+    def __init__(self, problem: str, *, parameter: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem, self.parameter = problem, parameter
+
+    def __str__(self) -> str:
+        return self.problem if self.parameter is None else f"{self.parameter}: {self.problem}"
 
 
 class UnusableFile(UserError, OSError):
