@@ -85,7 +85,7 @@ def step_bytes(args: argparse.Namespace, batch_size: int, *, checkpointing: bool
     loss = ReconstructionLoss(random_perceptual_distance() if args.lpips_weight else None, weight=args.lpips_weight)
     networks = build_networks(vae, loss, autocast_dtype=torch.bfloat16)
     # One attack step needs as much memory as ten.
-    step = Step(networks=networks, attack=PGDConfig(num_steps=1), attack_batch_size=attack_batch_size)
+    step = Step(networks=networks, pgd=PGDConfig(num_steps=1), attack_batch_size=attack_batch_size)
     shapes = FakeTensorMode()
     with FakeCopyMode(shapes):
         step = copy.deepcopy(step)
@@ -97,7 +97,7 @@ def step_bytes(args: argparse.Namespace, batch_size: int, *, checkpointing: bool
         optimizer = torch.optim.AdamW(networks.encoder.parameters(), fused=True)
         images = torch.rand(batch_size, 3, args.resolution, args.resolution)
         for _ in range(2):  # the first update makes AdamW's moments
-            value, _ = step.loss(images, image_generators(0, range(batch_size)))
+            value, _ = step(images, image_generators(0, range(batch_size)))
             value.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -146,12 +146,12 @@ def our_step(args: argparse.Namespace, vae: AutoencoderKL) -> Callable[[], Tenso
         autocast_dtype=execution.autocast_dtype,
         torch_compile=execution.torch_compile,
     )
-    step = Step(networks=networks, attack=attack_of(args), attack_batch_size=args.attack_batch_size)
+    step = Step(networks=networks, pgd=attack_of(args), attack_batch_size=args.attack_batch_size)
     optimizer = torch.optim.AdamW(networks.encoder.parameters(), lr=1e-5, fused=True)
     images = draw_images(args)
 
     def update() -> Tensor:
-        value, _ = step.loss(images, image_generators(args.seed, range(len(images))))
+        value, _ = step(images, image_generators(args.seed, range(len(images))))
         value.backward()
         nn.utils.clip_grad_norm_(networks.encoder.parameters(), 1.0)
         optimizer.step()

@@ -155,7 +155,7 @@ def test_the_recipe_is_not_read_from_the_environment(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(STEPS, "4")
     args = train_srl_vae.parse_args(["--train_data_dir", "photographs"])
     train_srl_vae.recipe_arguments.cache_clear()
-    assert "--gradient_accumulation_steps 4" in train_srl_vae.training_command(args)
+    assert "--gradient_accumulation_steps 4" in train_srl_vae.published(args).line
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ For images x, the encoder E being trained, its frozen original E0 and the frozen
     L_orig    = |mean E(x) - mean E0(x)|^2 + |variance E(x) - variance E0(x)|^2
     loss      = L_robust + alpha L_orig
 
-`benchmarks/train_step.py` has the same written plainly, and a test holds one against the other. What differs is only
-what changes no result beyond rounding: the attack differentiates with respect to the images alone, through a frozen
-mirror of the encoder; frozen weights are held in the precision they are used in, in the attack LPIPS's too; the target's
-features are computed once; clean and attacked images take one pass; nothing waits for the device.
+`benchmarks/textbook.py` computes the same plainly, and a test compares both. What makes this one faster changes results by
+rounding alone: the attack differentiates with respect to the images only, through a frozen mirror of the encoder; frozen
+weights are kept in the precision they run in, including LPIPS's in the attack; features of the clean images are computed
+once; clean and attacked images share one pass; nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from srl_utils.vae.networks import (
 )
 
 TERMS = ("loss", "mse", "lpips", "originality", "attacked_psnr")
-"""Of a batch, in this order: its mean loss, the three terms before they are weighted, and PSNR in dB under attack."""
+"""Values of a batch, in this order: mean loss, its three unweighted terms, and PSNR under attack in dB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +47,16 @@ class Networks:
     """The parts of a VAE that the step uses."""
 
     vae: AutoencoderKL
-    """Its encoder is trained in place, in float32; its decoder stays as it is."""
+    """Its encoder is trained in place, in float32; its decoder is frozen."""
     encoder: LatentEncoder
     wrapped_encoder: nn.Module
-    """What the loss must call: the encoder, within what joins the processes' gradients."""
+    """The encoder inside DistributedDataParallel; calls that are differentiated go through it."""
     mirror: EncoderMirror
     decoder: LatentDecoder
     reference: LatentEncoder
     loss: ReconstructionLoss
     attacked_loss: ReconstructionLoss
-    """What the attack maximises: the same, with LPIPS's trunk in the precision of the networks."""
+    """Loss that the attack maximises: `loss`, with LPIPS's trunk in the precision of the networks."""
 
     @property
     def device(self) -> torch.device:
@@ -71,14 +71,14 @@ def build_networks(
     torch_compile: bool = False,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
 ) -> Networks:
-    """Prepares `vae` for training, on the device it is on and in channels-last memory.
+    """Prepare `vae` for training, on its device and in channels-last memory.
 
     Args:
-        vae: with weights in float32; its encoder's will require gradients, its decoder's will not.
-        loss: of reconstructions, on the same device.
+        vae: in float32. Afterwards only its encoder requires gradients.
+        loss: compares reconstructions with images; on the same device.
         autocast_dtype: precision of the networks; None for float32.
-        torch_compile: compile the passes that are repeated: encoder, decoder, and LPIPS's trunk.
-        wrap: makes the module whose forward and backward pass join the processes.
+        torch_compile: compile encoder, decoder and LPIPS's trunk.
+        wrap: wraps the encoder for several processes, as `Accelerator.prepare_model` does.
     """
     vae.to(memory_format=torch.channels_last).requires_grad_(False)
     if torch_compile:
@@ -110,80 +110,119 @@ def build_networks(
 
 
 @dataclass(frozen=True, kw_only=True)
+class CleanBatch:
+    """Clean images on the device, and everything about them that attack and loss share."""
+
+    images: Tensor
+    """`[N,3,H,W]` in [-1,1], in channels-last memory."""
+    target: Target
+    """The images as the reconstruction loss compares with them."""
+    latent_noise: Tensor | None
+    """Noise of the posterior `[N,C,h,w]`, kept through the attack; None to take its mean."""
+    generators: Generators
+    """One CPU generator per image."""
+
+    def part(self, start: int, stop: int) -> CleanBatch:
+        """Return images `start` to `stop`."""
+        return CleanBatch(
+            images=self.images[start:stop],
+            target=self.target.part(start, stop),
+            latent_noise=None if self.latent_noise is None else self.latent_noise[start:stop],
+            generators=self.generators[start:stop],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
-    """The settings of a step; `loss` computes it."""
+    """Attack and loss of a training step: `batch`, then `attack`, then `loss`."""
 
     networks: Networks
-    attack: PGDConfig
+    pgd: PGDConfig
     originality_weight: float = 0.01
-    """alpha; with 0 the clean images are not encoded at all."""
+    """alpha; with 0 the clean images are not encoded."""
     latent_scale: float | Tensor = 1.0
-    """Multiplies latents before originality is measured: 1 for raw ones, or `LatentScale.factor` for the denoiser's."""
+    """Factor on latents before originality is measured: 1 for raw ones, `LatentScale.factor` for the denoiser's."""
     sample_posterior: bool = False
+    """Sample the latent of an attacked image instead of taking the posterior's mean."""
     attack_batch_size: int | None = None
-    """Images attacked at a time; None for all. Fewer take less memory, and change nothing else."""
+    """Images attacked at a time, to save memory; None for all. Results do not depend on it."""
     noise: float = 0.0
-    """Above 0, the standard deviation of white noise that takes the attack's place, in units of a [0,1] image."""
+    """Standard deviation of white noise in place of the attack, units of a [0,1] image; 0 for the attack."""
 
-    def loss(self, images: Tensor, generators: Generators) -> tuple[Tensor, Tensor]:
-        """L_robust + alpha L_orig, averaged over a batch.
+    def __call__(self, images: Tensor, generators: Generators) -> tuple[Tensor, Tensor]:
+        """Return `loss` of attacked `images`, as the training script computes it."""
+        clean = self.batch(images, generators)
+        return self.loss(self.attack(clean), clean)
+
+    def batch(self, images: Tensor, generators: Generators) -> CleanBatch:
+        """Move clean images to the device and prepare what attack and loss need.
 
         Args:
-            images: clean, `[N,3,H,W]` in [-1,1], on any device.
-            generators: one CPU generator per image, of the attack's start and the posterior's noise.
-
-        Returns:
-            The loss, of which `backward` gives the encoder its gradients, and `TERMS` as a vector.
+            images: `[N,3,H,W]` in [-1,1], on any device.
+            generators: one CPU generator per image, for the attack's start and the posterior's noise.
         """
         networks = self.networks
-        networks.mirror.refresh()
         clean = images.to(networks.device, memory_format=torch.channels_last, non_blocking=True)
         target = networks.loss.target(clean)
         noise = self._latent_noise(clean, generators) if self.sample_posterior else None
-        adversarial = self._perturbed(clean, target, noise, generators)
-        latents, originality = self._encode(adversarial, clean, noise)
-        terms = networks.loss.terms(networks.decoder(latents), target)
+        return CleanBatch(images=clean, target=target, latent_noise=noise, generators=generators)
+
+    def attack(self, clean: CleanBatch) -> Tensor:
+        """Return the attacked images `[N,3,H,W]`: x + delta, with delta = argmax of the reconstruction loss.
+
+        With `noise`, return the images with white noise instead.
+        """
+        self.networks.mirror.refresh()
+        if self.noise:
+            return gaussian_noise(clean.images, self.noise, generators=clean.generators)
+        size = self.attack_batch_size or len(clean.images)
+        starts = range(0, len(clean.images), size)
+        return torch.cat([self._pgd(clean.part(start, min(start + size, len(clean.images)))) for start in starts])
+
+    def loss(self, attacked: Tensor, clean: CleanBatch) -> tuple[Tensor, Tensor]:
+        """Return L_robust + alpha L_orig, averaged over a batch.
+
+        Args:
+            attacked: images that the encoder sees, `[N,3,H,W]` in [-1,1].
+            clean: the images that their reconstructions are compared with.
+
+        Returns:
+            The loss, whose `backward` gives the encoder its gradients, and `TERMS` as a vector.
+        """
+        networks = self.networks
+        latents, originality = self._encode(attacked, clean)
+        terms = networks.loss.terms(networks.decoder(latents), clean.target)
         robust = terms.mse + networks.loss.weight * terms.lpips
         loss = (robust + self.originality_weight * originality).mean()
         attacked_psnr = -10 * torch.log10(terms.mse / PIXEL_RANGE**2)
         values = (loss, terms.mse.mean(), terms.lpips.mean(), originality.mean(), attacked_psnr.mean())
         return loss, torch.stack([value.detach() for value in values])
 
-    def _perturbed(self, clean: Tensor, target: Target, noise: Tensor | None, generators: Generators) -> Tensor:
-        if self.noise:
-            return gaussian_noise(clean, self.noise, generators=generators)
-        size = self.attack_batch_size or len(clean)
-        parts = []
-        for start in range(0, len(clean), size):
-            stop = min(start + size, len(clean))
-            objective = self._objective(target.part(start, stop), None if noise is None else noise[start:stop])
-            parts.append(pgd(objective, clean[start:stop], self.attack, generators=generators[start:stop]))
-        return torch.cat(parts)
-
-    def _objective(self, target: Target, noise: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def _pgd(self, clean: CleanBatch) -> Tensor:
         networks = self.networks
 
-        def objective(images: Tensor) -> Tensor:
-            latents = split_moments(networks.mirror.encoder(images)).latent(noise)
-            return networks.attacked_loss(networks.decoder(latents), target)
+        def reconstruction_loss(images: Tensor) -> Tensor:
+            latents = split_moments(networks.mirror.encoder(images)).latent(clean.latent_noise)
+            return networks.attacked_loss(networks.decoder(latents), clean.target)
 
-        return objective
+        return pgd(reconstruction_loss, clean.images, self.pgd, generators=clean.generators)
 
-    def _encode(self, adversarial: Tensor, clean: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Latents of the attacked images, and the originality `[N]` of the clean ones.
+    def _encode(self, attacked: Tensor, clean: CleanBatch) -> tuple[Tensor, Tensor]:
+        """Return the latents of the attacked images, and the originality `[N]` of the clean ones.
 
-        One pass through the wrapper for both: its backward pass averages over the processes.
+        Both take one pass through the wrapper, whose backward pass averages gradients over the processes.
         """
-        networks = self.networks
+        networks, noise = self.networks, clean.latent_noise
         if self.originality_weight == 0:
-            return split_moments(networks.wrapped_encoder(adversarial)).latent(noise), clean.new_zeros(len(clean))
-        both = split_moments(networks.wrapped_encoder(torch.cat([adversarial, clean])))
-        attacked, undisturbed = (Moments(*part) for part in zip(*(half.chunk(2) for half in both), strict=True))
+            latents = split_moments(networks.wrapped_encoder(attacked)).latent(noise)
+            return latents, attacked.new_zeros(len(attacked))
+        both = split_moments(networks.wrapped_encoder(torch.cat([attacked, clean.images])))
+        disturbed, undisturbed = (Moments(*part) for part in zip(*(half.chunk(2) for half in both), strict=True))
         with torch.no_grad():
-            reference = split_moments(networks.reference(clean))
-        return attacked.latent(noise), originality_loss(*undisturbed, *reference, scale=self.latent_scale)
+            reference = split_moments(networks.reference(clean.images))
+        return disturbed.latent(noise), originality_loss(*undisturbed, *reference, scale=self.latent_scale)
 
     def _latent_noise(self, clean: Tensor, generators: Generators) -> Tensor:
-        """One sample of the posterior's noise per image, kept through its attack: `[N,C,h,w]`."""
+        """Return one sample of the posterior's noise per image: `[N,C,h,w]`."""
         shape = latent_shape(self.networks.vae.config, clean.shape[-1])
         return draw(torch.randn, shape, generators, like=clean)

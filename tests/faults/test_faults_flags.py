@@ -90,8 +90,8 @@ def test_any_command_line_is_taken_or_refused_in_one_line(command: str, examples
             return
         outcomes["taken"] += 1
         if command == "training":
-            again = shlex.split(train_srl_vae.training_command(args))[3:]
-            assert train_srl_vae.published_arguments(parse(again)) == train_srl_vae.published_arguments(args)
+            again = shlex.split(train_srl_vae.published(args).line)[3:]
+            assert train_srl_vae.published(parse(again)).arguments == train_srl_vae.published(args).arguments
 
     attempt()
     assert min(outcomes.values()) > examples / 50, outcomes

@@ -19,6 +19,7 @@ import train_srl_vae
 from srl_utils.errors import UserError
 from srl_utils.files import MANIFEST, seal
 from srl_utils.training.checkpoints import load_checkpoint
+from srl_utils.training.cli.planning import count_steps
 from srl_utils.training.resuming import (
     APPLIED,
     BASE,
@@ -173,12 +174,12 @@ def test_more_steps_are_said(run: Run, half: list[str], tmp_path: Path) -> None:
 def test_epochs_count_the_samples_that_were_seen() -> None:
     """Oracle: arithmetic. Of 20 images 8 were seen in two steps: 12 are left, and 40 are two epochs and not one."""
     earlier = Earlier(Path("checkpoint-2"), step=2, samples=8, settings=Settings({}))
-    count = train_srl_vae.count_steps
+    count = count_steps
     assert [count(1, 20, size, None) for size in (4, 3)] == [5, 7]
     assert [count(1, 20, size, earlier) for size in (4, 2, 3, 100)] == [5, 8, 6, 3]
     done = Earlier(Path("checkpoint-7"), step=7, samples=21, settings=Settings({}))
     assert count(1, 20, 3, done) == 7
-    with pytest.raises(UserError, match=r"has seen 40 images, more than --num_train_epochs 1 of 20"):
+    with pytest.raises(UserError, match=r"^num_train_epochs: 1 epochs of 20 images are fewer than the 40 images"):
         count(1, 20, 4, Earlier(Path("checkpoint-10"), step=10, samples=40, settings=Settings({})))
 
 

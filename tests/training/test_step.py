@@ -32,7 +32,7 @@ def exact_lpips() -> lpips.LPIPS:
 
 
 def our_step(vae: AutoencoderKL, loss: ReconstructionLoss | None = None, **settings: object) -> Step:
-    return Step(networks=build_networks(vae, loss or ReconstructionLoss()), attack=ATTACK, **settings)
+    return Step(networks=build_networks(vae, loss or ReconstructionLoss()), pgd=ATTACK, **settings)
 
 
 def train(step: Step, batches: list[Tensor], generators: Callable) -> list[float]:
@@ -41,7 +41,7 @@ def train(step: Step, batches: list[Tensor], generators: Callable) -> list[float
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=LEARNING_RATE, fused=True)
     losses = []
     for images in batches:
-        loss, _ = step.loss(images, generators(*range(len(images))))
+        loss, _ = step(images, generators(*range(len(images))))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
@@ -86,11 +86,11 @@ def test_attacking_in_parts_changes_nothing(size, sample_posterior, tiny_vae, ex
     """Oracle: the attack on all images at once, in float64; an image's start, noise and target are its own in any part."""
     loss = ReconstructionLoss(PerceptualDistance(exact_lpips), weight=0.5)
     step = replace(
-        our_step(tiny_vae.double(), loss, sample_posterior=sample_posterior), attack=replace(ATTACK, random_start=True)
+        our_step(tiny_vae.double(), loss, sample_posterior=sample_posterior), pgd=replace(ATTACK, random_start=True)
     )
     clean = images(5, 32).double()
-    _, whole = step.loss(clean, generators(*range(5)))
-    _, parts = replace(step, attack_batch_size=size).loss(clean, generators(*range(5)))
+    _, whole = step(clean, generators(*range(5)))
+    _, parts = replace(step, attack_batch_size=size)(clean, generators(*range(5)))
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
 
 
@@ -98,7 +98,7 @@ def test_terms_are_those_of_the_loss(tiny_vae, images, generators) -> None:
     """Oracle: closed form, the loss is the weighted sum of its terms; PSNR of one image is that of its error."""
     step = our_step(tiny_vae, originality_weight=0.3)
     train(step, [images(1)], generators)  # so that originality is not 0
-    loss, terms = step.loss(images(1), generators(0))
+    loss, terms = step(images(1), generators(0))
     values = dict(zip(TERMS, terms.tolist(), strict=True))
     assert values["originality"] > 0
     assert loss.item() == pytest.approx(values["mse"] + 0.3 * values["originality"], rel=1e-6)
@@ -109,7 +109,7 @@ def test_noise_takes_the_attack_s_place(tiny_vae, images, generators) -> None:
     """Oracle: closed form, the reconstruction error of images with the same white noise; no pass is an attack's."""
     step = our_step(tiny_vae, noise=8 / 255, originality_weight=0.0)
     clean = images(3)
-    loss, _ = step.loss(clean, generators(0, 1, 2))
+    loss, _ = step(clean, generators(0, 1, 2))
     noisy = gaussian_noise(clean, 8 / 255, generators=generators(0, 1, 2))
     with torch.no_grad():
         reconstruction = tiny_vae.decode(tiny_vae.encode(noisy).latent_dist.mean).sample
@@ -124,7 +124,7 @@ def test_latent_scale_enters_originality(tiny_vae, images, generators) -> None:
         torch.chunk(network(images(2)), 2, dim=1) for network in (step.networks.encoder, step.networks.reference)
     )
     variance, old_variance = variance.clamp(-30, 20).exp(), old_variance.clamp(-30, 20).exp()
-    _, terms = replace(step, latent_scale=0.5).loss(images(2), generators(0, 1))
+    _, terms = replace(step, latent_scale=0.5)(images(2), generators(0, 1))
     expected = 0.5**2 * (mean - old_mean).square().mean() + 0.5**4 * (variance - old_variance).square().mean()
     assert terms[TERMS.index("originality")].item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -135,7 +135,7 @@ def test_without_originality_clean_images_are_not_encoded(tiny_vae, images, gene
     seen = []
     step.networks.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     step.networks.reference.register_forward_hook(lambda *_: pytest.fail("the reference was asked"))
-    loss, terms = step.loss(images(3), generators(0, 1, 2))
+    loss, terms = step(images(3), generators(0, 1, 2))
     assert seen == [3]
     assert loss.item() == pytest.approx(terms[TERMS.index("mse")].item())
 
@@ -151,7 +151,7 @@ def test_half_precision_takes_the_attack_s_perceptual_loss_alone(tiny_vae, rando
     for name, each in (("attack", networks.attacked_loss), ("update", networks.loss)):
         original = each.perceptual.distance
         each.perceptual.distance = lambda *given, name=name, original=original: (seen.append(name), original(*given))[1]
-    Step(networks=networks, attack=ATTACK).loss(images(2, 32), generators(0, 1))
+    Step(networks=networks, pgd=ATTACK)(images(2, 32), generators(0, 1))
     assert seen == ["attack"] * ATTACK.num_steps + ["update"]
 
 
@@ -162,7 +162,7 @@ def test_the_attack_computes_no_weight_gradients(tiny_vae, images, generators) -
     for module in (networks.mirror.encoder, networks.decoder, networks.reference, networks.loss):
         assert not any(parameter.requires_grad for parameter in module.parameters())
     assert all(parameter.requires_grad for parameter in networks.encoder.parameters())
-    step.loss(images(2), generators(0, 1))[0].backward()
+    step(images(2), generators(0, 1))[0].backward()
     assert all(parameter.grad is not None for parameter in networks.encoder.parameters())
 
 

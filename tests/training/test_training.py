@@ -29,6 +29,9 @@ from srl_utils.hub.contents import contents
 from srl_utils.images.datasets import open_data
 from srl_utils.images.sources import DataSource
 from srl_utils.metrics.losses import PerceptualDistance
+from srl_utils.training.cli import building
+from srl_utils.training.cli.beginning import begin_records
+from srl_utils.training.cli.listener import EXIT_NOT_FINITE
 from srl_utils.training.execution import choose_execution
 from srl_utils.training.step import Step
 from srl_utils.training.validation import Validation
@@ -155,7 +158,7 @@ def test_lpips_reaches_attack_and_loss(
     run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_lpips: object
 ) -> None:
     """Oracle: the weight. With LPIPS the loss is mse + weight * lpips + alpha * originality, and LPIPS is judged."""
-    monkeypatch.setattr(train_srl_vae, "load_perceptual_distance", lambda net: PerceptualDistance(random_lpips))
+    monkeypatch.setattr(building, "load_perceptual_distance", lambda net: PerceptualDistance(random_lpips))
     code, printed = run(*flags, "--lpips_weight", "0.5", "--max_train_steps", "2")
     assert code == 0, printed
     for row in steps(tmp_path / "out"):
@@ -172,7 +175,7 @@ def test_without_lpips_nothing_is_loaded(run: Run, flags: list[str], monkeypatch
     def refuse(net: str) -> None:
         raise AssertionError("LPIPS was loaded")
 
-    monkeypatch.setattr(train_srl_vae, "load_perceptual_distance", refuse)
+    monkeypatch.setattr(building, "load_perceptual_distance", refuse)
     assert run(*flags)[0] == 0
 
 
@@ -289,7 +292,7 @@ def test_ten_non_finite_steps_in_a_row_save_and_stop(
     """Oracle: the documented rule, exit code and message. The values of step 12 are heard of during step 13."""
     poison_steps(monkeypatch, set(range(3, 100)))
     code, printed = run(*flags, "--max_train_steps", "20")
-    assert code == train_srl_vae.EXIT_NOT_FINITE
+    assert code == EXIT_NOT_FINITE
     assert "since step 3" in printed
     assert (tmp_path / "out/checkpoint-13").is_dir()
 
@@ -509,7 +512,7 @@ def test_records_of_another_run_are_not_gone_on_with(
         args=args, progress=SimpleNamespace(step=step), journal=records, validation=records,
         accelerator=SimpleNamespace(is_main_process=False),
     )  # fmt: skip
-    assert train_srl_vae.begin_records(run) == expected
+    assert begin_records(run) == expected
     assert begun == [expected, expected]
 
 
@@ -554,11 +557,12 @@ def test_what_is_published_names_no_folder_of_this_machine(photographs: Path, va
         ["--train_data_dir", "../alice/photos", "--validation_data_dir", "~/held-out", "--output_dir", "runs/x",
          "--pretrained_model_name_or_path", str(vae_folder), "--cache_dir", "/mnt/alice/cache"]
     )  # fmt: skip
-    published = train_srl_vae.published_arguments(args)
+    command = train_srl_vae.published(args)
+    published = command.arguments
     assert published["train_data_dir"] == "photos"
     assert published["validation_data_dir"] == "held-out"
     assert published["output_dir"] == "runs/x"
-    assert not re.search(rf"alice|~|{vae_folder.parent}", train_srl_vae.training_command(args))
+    assert not re.search(rf"alice|~|{vae_folder.parent}", command.line)
     data = open_data(
         DataSource(dataset_name=str(photographs), validation_split="0.2"), resolution=16, seed=0, center_crop=False,
         random_flip=False, num_validation_images=3,

@@ -206,8 +206,8 @@ def test_the_step_measures_originality_at_the_denoisers_scale(images, generators
         networks = build_networks(vae, ReconstructionLoss())
         vae.encoder.conv_out.bias += 0.1
         after = vae.encode(images(2)).latent_dist
-    step = Step(networks=networks, attack=PGDConfig(num_steps=1, epsilon=0.1, step_size=0.1), latent_scale=scale)
-    _, terms = step.loss(images(2), generators(0, 1))
+    step = Step(networks=networks, pgd=PGDConfig(num_steps=1, epsilon=0.1, step_size=0.1), latent_scale=scale)
+    _, terms = step(images(2), generators(0, 1))
     expected = (factor * (after.mean - before.mean)).square().mean()
     expected += (factor**2 * (after.var - before.var)).square().mean()
     assert terms[TERMS.index("originality")].item() == pytest.approx(expected.item(), rel=1e-3)

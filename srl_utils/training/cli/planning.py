@@ -1,0 +1,120 @@
+"""The plan of a run: images per step, number of steps, precision; and its description for a dry run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+
+from srl_utils.errors import UserError
+from srl_utils.images.datasets import TrainingData
+from srl_utils.launching import launch_notes
+from srl_utils.training.arithmetic import StepArithmetic, step_arithmetic
+from srl_utils.training.cli.arguments import json_arguments
+from srl_utils.training.execution import Execution, choose_execution
+from srl_utils.training.resuming import Earlier
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many samples make a step, how many steps make the run, and how the networks run."""
+
+    samples_per_pass: int
+    """Over all processes; one pass is one forward and backward of the loss."""
+    samples_per_step: int
+    max_train_steps: int
+    arithmetic: StepArithmetic
+    execution: Execution
+
+
+def plan_steps(
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    accelerator: Accelerator,
+    data: TrainingData,
+    earlier: Earlier | None,
+) -> Plan:
+    """Return the plan of a run.
+
+    Args:
+        args: flags of the training.
+        config: config of the VAE.
+        accelerator: knows the number of processes and the device.
+        data: the images; their number counts the steps of an epoch.
+        earlier: where the run resumes; None for a new run.
+
+    Raises:
+        UserError: as `count_steps` does.
+    """
+    samples_per_pass = args.train_batch_size * accelerator.num_processes
+    samples_per_step = samples_per_pass * args.gradient_accumulation_steps
+    steps = args.max_train_steps
+    if steps is None:
+        steps = count_steps(args.num_train_epochs, data.num_images, samples_per_step, earlier)
+    arithmetic = step_arithmetic(
+        config,
+        resolution=args.resolution,
+        pgd_steps=0 if args.gaussian_noise else args.pgd_steps,
+        lpips_net=args.lpips_net if args.lpips_weight else None,
+        originality=args.originality_weight > 0,
+    )
+    execution = choose_execution(
+        accelerator.device,
+        precision=args.mixed_precision,
+        torch_compile=args.torch_compile,
+        force_upcast=config["force_upcast"],
+        flops=arithmetic.image * steps * samples_per_step / accelerator.num_processes,
+    )
+    return Plan(samples_per_pass, samples_per_step, steps, arithmetic, execution)
+
+
+def count_steps(epochs: int, num_images: int | None, samples_per_step: int, earlier: Earlier | None) -> int:
+    """Return the steps of the whole run, including those before a resume, whose batch size may differ.
+
+    Args:
+        epochs: passes over the images.
+        num_images: images of an epoch; None for a stream.
+        samples_per_step: images of one step, over all processes.
+        earlier: where the run resumes; None for a new run.
+
+    Raises:
+        UserError: for a stream, and if the resumed run has already made more epochs.
+    """
+    if num_images is None:
+        raise UserError("the length of a stream is unknown; give the number of steps", parameter="max_train_steps")
+    done, seen = (earlier.step, earlier.samples) if earlier else (0, 0)
+    left = epochs * num_images - seen
+    # The last step of a run may go a little beyond the last epoch.
+    if earlier and done and -left >= max(samples_per_step, seen / done):
+        raise UserError(
+            f"{epochs} epochs of {num_images} images are fewer than the {seen} images that {earlier.checkpoint} has "
+            "seen; raise it, or resume from an earlier checkpoint",
+            parameter="num_train_epochs",
+        )
+    return done + math.ceil(max(left, 0) / samples_per_step)
+
+
+def describe(
+    args: argparse.Namespace, accelerator: Accelerator, data: TrainingData, plan: Plan, earlier: Earlier | None
+) -> str:
+    """Return what `--dry_run` prints: the resolved configuration and the arithmetic of a step."""
+    arithmetic = plan.arithmetic
+    done, before = (earlier.step, earlier.samples) if earlier else (0, 0)
+    seen = before + plan.samples_per_step * (plan.max_train_steps - done)
+    epochs = f", {seen / data.num_images:.2f} epochs" if data.num_images else ""
+    settings = "\n".join(f"  {name:<32}{value}" for name, value in sorted(json_arguments(args).items()))
+    launched = "".join(f"{note}\n" for note in launch_notes(os.environ, args))
+    return (
+        f"Configuration\n{settings}\n{launched}"
+        f"Device {accelerator.device}, {accelerator.num_processes} process(es), {plan.execution}\n"
+        f"Data: {'; '.join([data.description, *data.passed_over])}\n"
+        f"Step: {args.train_batch_size} images x {accelerator.num_processes} process(es) x "
+        f"{args.gradient_accumulation_steps} accumulated = {plan.samples_per_step} images\n"
+        f"Run: {plan.max_train_steps} steps, {seen} images{epochs}\n"
+        f"Arithmetic per image\n{arithmetic.table()}\n"
+        f"  {'one step':<24}{arithmetic.image * plan.samples_per_step / 1e12:>12.4f} TFLOP"
+    )
