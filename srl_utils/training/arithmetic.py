@@ -1,4 +1,4 @@
-"""What one training step costs, counted on the network itself before anything is loaded."""
+"""Floating-point operations of a training step, counted on the network's shapes before weights are loaded."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ from srl_utils.vae.networks import LatentDecoder, LatentEncoder, latent_shape
 
 @dataclass(frozen=True, kw_only=True)
 class StepArithmetic:
-    """Floating-point operations for one image; a backward pass costs one forward per kind of gradient."""
+    """Floating-point operations of one image. A backward pass costs one forward pass for each kind of gradient."""
 
     encoder: int
     decoder: int
     perceptual: int
-    """Forward passes; `perceptual` is 0 without LPIPS."""
+    """One forward pass each; `perceptual` is 0 without LPIPS."""
     pgd_steps: int
     originality: bool
-    """Whether the clean images are encoded, by the encoder and by its original."""
+    """Whether the encoder and its original encode the clean images."""
 
     @property
     def attack(self) -> int:
-        """Forward and backward to the pixels, for every step of the attack."""
+        """Operations of the attack: in each step, a forward pass and a backward pass to the pixels."""
         return self.pgd_steps * 2 * (self.encoder + self.decoder + self.perceptual)
 
     @property
     def outer(self) -> int:
-        """Attacked pass (weight gradients in the encoder only), clean pass, reference pass, target features."""
+        """Operations of the update: attacked pass (weight gradients in the encoder only), clean pass, reference, target features."""
         attacked = 3 * self.encoder + 2 * self.decoder + 2 * self.perceptual
         clean = 4 * self.encoder if self.originality else 0
         return attacked + clean + self.perceptual
 
     @property
     def image(self) -> int:
-        """Everything for one image."""
+        """Operations of attack and update."""
         return self.attack + self.outer
 
     def table(self) -> str:
+        """Return the parts of a step, a line each, in TFLOP."""
         rows = {
             "encoder forward": self.encoder,
             "decoder forward": self.decoder,
@@ -57,7 +58,15 @@ class StepArithmetic:
 def step_arithmetic(
     config: dict[str, Any], *, resolution: int, pgd_steps: int, lpips_net: str | None, originality: bool = True
 ) -> StepArithmetic:
-    """Counts the passes of a VAE of this configuration on shapes alone: no weights, no memory."""
+    """Count the operations of a step on shapes alone, without weights or memory.
+
+    Args:
+        config: config of an `AutoencoderKL`.
+        resolution: side of the images in pixels.
+        pgd_steps: steps of the attack; 0 without one.
+        lpips_net: trunk of LPIPS; None without LPIPS.
+        originality: whether the loss has the originality term.
+    """
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
         image = torch.empty(1, 3, resolution, resolution)

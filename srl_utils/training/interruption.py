@@ -1,4 +1,4 @@
-"""Stopping on SIGTERM or SIGINT between two steps instead of in the middle of one."""
+"""Stopping between two steps on SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interruption:
-    """Within the context the first signal is only noted; a second one acts as it would have."""
+    """Notes the first SIGTERM or SIGINT inside the context in `signal`; a second one acts as usual."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

@@ -1,4 +1,4 @@
-"""Values that come from the device one step late, so that it always has work queued."""
+"""Reading values back from the device one step late, so that it always has work queued."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class _Pending(Generic[Label]):
 
 
 class Readback(Generic[Label]):
-    """Reads a step's values while the device works on the next one.
+    """Reads the values of a step while the device computes the next one.
 
-    Asking a GPU for a value (`.item()`) waits until it has done all that was queued; by the time the next step is
-    queued, the values of the one before have come by themselves.
+    `.item()` would wait until a GPU has finished everything queued. When the next step is queued, the values of the
+    previous one have already arrived.
     """
 
     def __init__(self) -> None:
         self._pending: _Pending[Label] | None = None
 
     def push(self, label: Label, values: Tensor) -> list[tuple[Label, list[float]]]:
-        """Sends `values` `[k]` on their way; returns what was pushed before, with its label, if there is any."""
+        """Start copying `values` `[k]` to the host; return the values pushed before, with their label, if any."""
         arrived = None
         if values.device.type == "cuda":
             values = values.to("cpu", non_blocking=True)
@@ -44,6 +44,6 @@ class Readback(Generic[Label]):
         return [before.read()] if before is not None else []
 
     def drain(self) -> list[tuple[Label, list[float]]]:
-        """Waits for what is still on its way."""
+        """Wait for the last values; return them with their label, if any."""
         before, self._pending = self._pending, None
         return [before.read()] if before is not None else []

@@ -1,4 +1,4 @@
-"""Validation during a training: the held-out images, shared out among the processes."""
+"""Validation during a training, on held-out images that the processes share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMPARISON = "comparison.png"
 
 
 class Validation:
-    """Measures the original VAE once and the fine-tuned one as often as asked, and writes what it finds.
+    """Measures the original VAE once and the fine-tuned one at each call, and writes rows and pictures.
 
     The attacks are those of `python -m srl_utils.evaluation` of the same names: they maximise the mean squared error,
     whatever the training attacks. VAEs are measured in float32, as they are saved.
@@ -41,7 +41,7 @@ class Validation:
         original: the VAE before the training.
         current: the VAE being trained; the same object throughout the training.
         images: `[n,3,H,W]` in [-1,1], held out from training.
-        perceptual: LPIPS, to be measured as well; None for PSNR, SSIM and drift alone.
+        perceptual: LPIPS; None to measure PSNR, SSIM and drift alone.
         epsilon: budget of the attacks, units of a [0,1] image.
         output_dir: gets `results.json` and `samples/*.png`.
         seed: of the attacks' random starts and of the noise.
@@ -71,7 +71,7 @@ class Validation:
         self.rows: list[Row] = []
 
     def begin(self, step: int) -> None:
-        """Remove pictures that an earlier run, or this one after `step`, has drawn; they are drawn anew."""
+        """Remove the pictures of an earlier run and those of steps after `step`; the run draws them again."""
         if self.accelerator.is_main_process:
             for picture in (self.output_dir / "samples").glob("step-*.png"):
                 drawn = re.fullmatch(r"step-(\d+)\.png", picture.name)
@@ -80,7 +80,7 @@ class Validation:
             (self.output_dir / "samples" / COMPARISON).unlink(missing_ok=True)
 
     def measure_original(self, *, resumed: bool) -> None:
-        """Measure the original VAE, unless a resumed run finds its rows, of as many images, in `results.json`."""
+        """Measure the original VAE, unless a resumed run finds its rows of as many images in `results.json`."""
         results = self.output_dir / "results.json"
         if resumed and results.exists():
             rows = map(Row.from_json, read_json(results))
@@ -141,7 +141,7 @@ class Validation:
         return comparison_picture(self.original, self.current, self.images[spread], self.strong_attack, seed=self.seed)
 
     def _keep(self, rows: list[Row]) -> None:
-        """Keep `rows` in place of earlier ones of the same VAE, and write all."""
+        """Replace earlier rows of the same VAE by `rows`, and write all rows."""
         renewed = {row.vae for row in rows}
         self.rows = [row for row in self.rows if row.vae not in renewed] + rows
         if self.accelerator.is_main_process:
@@ -157,7 +157,7 @@ class Validation:
 
 @contextmanager
 def averaged_weights(ema: EMAModel | None, encoder: LatentEncoder) -> Iterator[None]:
-    """Within, `encoder` holds the weights of `ema`, where there is one."""
+    """Put the weights of `ema`, if any, into `encoder` inside the context."""
     if ema is None:
         yield
         return
