@@ -164,7 +164,7 @@ def attempted(perturbation: str, variant: str) -> str:
 
 @contextmanager
 def _finite_outputs(codec: Codec) -> Iterator[list[Tensor]]:
-    """Within, add to a list after each pass through `codec` whether its output is finite, without waiting for the device."""
+    """Within, list after each call of `codec` whether its output is finite, without waiting for the device."""
     finite: list[Tensor] = []
     hooks = [
         part.register_forward_hook(lambda module, inputs, output: finite.append(output.detach().isfinite().all()))

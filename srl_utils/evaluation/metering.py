@@ -30,7 +30,7 @@ class Meter:
 
     @contextmanager
     def stage(self, title: str, passes: float) -> Iterator[None]:
-        """Within, show `title` and advance by at most `passes`; afterwards, the bar has advanced by exactly `passes`."""
+        """Within, show `title` and advance by at most `passes`; at the end, advance to exactly `passes`."""
         self._end = self._done + passes
         self.say(title)
         yield

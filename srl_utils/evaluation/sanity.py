@@ -137,37 +137,45 @@ class _Trial:
     seed: int
 
     def at(self, epsilon: float) -> _Trial:
+        """Return the same trial with another budget."""
         return replace(self, epsilon=epsilon)
 
     @property
     def objective(self) -> Objective:
+        """Return the squared error between reconstructions and clean images, one value per image."""
         return lambda images: mean_squared_error(self.codec.reconstruct(images), self.clean)
 
     @property
     def generators(self) -> Generators:
+        """Return a new generator for each image, the same ones every time."""
         return image_generators(self.seed, range(len(self.clean)))
 
     @torch.no_grad()
     def damage(self, images: Tensor) -> float:
+        """Return the mean squared error between reconstructions of `images` and clean images."""
         return self.objective(images).mean().item()
 
     def attacked(self, steps: int, *, restarts: int = 1) -> Tensor:
+        """Return the images after PGD."""
         config = settling_pgd(self.epsilon, steps, restarts)
         return pgd(self.objective, self.clean, config, generators=self.generators)
 
     def pgd(self, steps: int, *, restarts: int = 1) -> float:
+        """Return the damage of PGD."""
         return self.damage(self.attacked(steps, restarts=restarts))
 
     def apgd(self, steps: int) -> Tensor:
+        """Return the images after APGD."""
         config = APGDConfig(epsilon=self.epsilon, num_steps=steps)
         return apgd(self.objective, self.clean, config, generators=self.generators)
 
     def square(self, queries: int) -> Tensor:
+        """Return the images after the Square attack, which needs no gradients."""
         config = SquareConfig(epsilon=self.epsilon, num_queries=queries)
         return square_attack(self.objective, self.clean, config, generators=self.generators)
 
     def noise(self) -> Tensor:
-        """Return images with each value moved by epsilon up or down at random, the largest noise that the budget allows."""
+        """Return images with each value moved up or down by epsilon at random: the largest noise in the budget."""
         budget = Budget(epsilon=self.epsilon)
         signs = draw_signs(self.clean.shape[1:], self.generators, like=self.clean)
         return budget.project(self.clean + budget.radius * signs, self.clean)

@@ -110,7 +110,8 @@ def describe(study: Study) -> str:
     cells = list(study.cells())
     passes = sum(Job(cell, range(len(study.images))).cost(study.task.passes) for cell in cells)
     titles = "\n".join(f"  {cell.title}" for cell in cells)
-    return f"{len(study.images)} images, {len(study.codecs)} VAEs, {passes} passes through one, in {len(cells)} cells\n{titles}"
+    sizes = f"{len(study.images)} images, {len(study.codecs)} VAEs, {passes} passes through one, in {len(cells)} cells"
+    return f"{sizes}\n{titles}"
 
 
 # --- robustness checks ---
@@ -152,7 +153,7 @@ def all_caveats(setup: Setup, study: Study, prompts: Sequence[str], *, max_attac
     if max_attack_steps:
         found.append(
             Caveat(
-                f"Published protections take at most {max_attack_steps} steps: those whose authors use more are weaker than published."
+                f"Published protections take at most {max_attack_steps} steps, and are weaker if their authors use more."
             )
         )
     return found

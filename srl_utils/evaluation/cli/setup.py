@@ -134,7 +134,7 @@ def check_fit(codec: Codec, images: Tensor) -> None:
     sample = images[:1].to(codec.device)
     try:
         reconstruction = codec.reconstruct(sample)
-    except RuntimeError as error:  # of layers that the image is too small for
+    except RuntimeError as error:  # the image is too small for a layer
         raise UserError(f"--resolution {sample.shape[-1]} does not suit {codec.name}: {first_line(error)}") from None
     if reconstruction.shape != sample.shape:
         raise UserError(

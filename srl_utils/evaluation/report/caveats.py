@@ -45,7 +45,7 @@ def caveats_of_metrics(metrics: Metrics, images: Tensor, *, n: int) -> list[Cave
     if n < FEW_FOR_BOOTSTRAP:
         found.append(
             Caveat(
-                f"95% intervals from {n} images are too narrow: with so few images, a bootstrap misses the true mean more often."
+                f"95% intervals from {n} images are too narrow: a bootstrap of so few misses the true mean more often."
             )
         )
     return [caveat for caveat in found if not caveat.metrics or not set(caveat.metrics).isdisjoint(metrics.names)]
@@ -118,14 +118,14 @@ def caveats_of_prompts(metrics: Metrics, pipeline: DiffusionPipeline | None, pro
 
 
 def _longest_prompt(pipeline: DiffusionPipeline, tokenizer: Any) -> int:
-    """Return the greatest length of a prompt in tokens; pipelines cut prompts for T5 shorter than its tokenizer does."""
+    """Return the longest prompt in tokens; pipelines cut prompts for T5 shorter than its tokenizer does."""
     parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
     own = tokenizer.model_max_length
     return min(own, parameter.default) if parameter is not None and "T5" in type(tokenizer).__name__ else own
 
 
 def _cut(tokenizer: Any, limit: int, prompts: Sequence[str]) -> str:
-    """Return the start of a caveat: how many prompts exceed the limit, with the first ones quoted; empty if none does."""
+    """Return how many prompts exceed the limit, quoting the first ones; empty if none does."""
     lengths = tokenizer(list(prompts), truncation=False, padding=False, verbose=False)["input_ids"]
     long = [prompt for prompt, tokens in zip(prompts, lengths, strict=True) if len(tokens) > limit]
     if not long:

@@ -26,7 +26,7 @@ NUM_EXTREMES = 3
 
 
 def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
-    """Draw a picture for each VAE into `figures/`: its worst, median and best image by PSNR, and the outcomes of all VAEs.
+    """Draw a picture of each VAE's worst, median and best image by PSNR, with the outcomes of all VAEs, in `figures/`.
 
     If the task has several variants, the pictures show the middle one.
 

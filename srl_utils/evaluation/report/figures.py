@@ -23,7 +23,7 @@ USUAL_EPSILON = 8 / 255
 LONGEST_NAME = 40
 PANELS_ACROSS = 4
 MOST_TICKS = 7
-# Grey for the baseline; for the others the palette of Okabe and Ito (2008), which colour-blind readers can distinguish.
+# Grey for the baseline, then the palette of Okabe and Ito (2008), which colour-blind readers can distinguish.
 COLOURS = ("#7f8a96", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osD^vPX"
 THREAT_TITLES = {
@@ -229,7 +229,7 @@ def _colour(number: int) -> str:
 
 
 def _plain(name: str, *, longest: int = LONGEST_NAME) -> str:
-    """Return a name as one line that matplotlib draws as it is: no formula, and no leading underscore, which hides it."""
+    """Return a name that matplotlib draws literally: no formula, and no leading underscore, which hides a label."""
     text = " ".join(name.split())
     text = text if len(text) <= longest else f"{text[: longest - 1]}…"
     return f"{' ' if text.startswith('_') else ''}{text}".replace("$", r"\$")

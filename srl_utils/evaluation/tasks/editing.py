@@ -46,7 +46,10 @@ class Edit:
 
     @property
     def passes(self) -> float:
-        """Return the estimated cost of one image, in passes through encoder and decoder; a guided step runs the denoiser twice."""
+        """Return the estimated cost of one image, in passes through encoder and decoder.
+
+        With guidance, a step runs the denoiser twice.
+        """
         return 2 * DENOISER * self.settings["num_inference_steps"] * self.settings.get("strength", 1.0)
 
     def __call__(self, codec: Codec, images: Tensor, prompts: Sequence[str], generators: Generators) -> Tensor:
@@ -173,7 +176,7 @@ def _noised(pipe: DiffusionPipeline, latents: Tensor, noise: Tensor, timesteps: 
 
 
 def _laid_out(latents: Tensor, *, like: Tensor) -> Tensor:
-    """Return latents `[N,C,h,w]` in the layout of `like`: the same, or Flux's tokens `[N,hw/4,4C]` of 2x2 latent pixels."""
+    """Return latents `[N,C,h,w]` in the layout of `like`: the same, or Flux's tokens of 2x2 latents, `[N,hw/4,4C]`."""
     return latents if like.ndim == 4 else F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
