@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -27,8 +28,8 @@ from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import PRESETS, AttackResources, select
 from srl_utils.evaluation.cells import measure
+from srl_utils.evaluation.cli import loading, reconstruction, running
 from srl_utils.evaluation.cli import main as command
-from srl_utils.evaluation.cli import reconstruction, running
 from srl_utils.evaluation.cli.setup import find_incompatible
 from srl_utils.evaluation.metering import Meter
 from srl_utils.evaluation.perturbations import CLEAN, noise, on_reconstruction
@@ -542,3 +543,20 @@ def test_bad_input_is_one_line(arguments, change, message, capsys) -> None:
     assert exit_code(lambda: command.main([*arguments, *change]), flags=command.FLAGS) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize(("parameter", "flag"), [("validation_data_dir", "data_dir"), ("image_column", "image_column")])
+def test_the_command_names_its_own_flags(
+    arguments: list[str], parameter: str, flag: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: specification; an error of the library about a parameter becomes one about the command's flag."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError("nowhere is wrong", parameter=parameter)
+
+    monkeypatch.setattr(loading, "load_validation_images", refuse)
+    monkeypatch.setattr(sys, "argv", ["evaluation", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("srl_utils.evaluation", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: --{flag}: nowhere is wrong"

@@ -73,7 +73,7 @@ def described(source: AutoencoderSource, file: str) -> str:
 
 
 def resolved_commit(source: AutoencoderSource, file: str) -> str | None:
-    """Return the hash of the loaded commit from the Hub's cache; None for a folder, or if the cache has no such file."""
+    """Return the hash of the loaded commit from the Hub's cache; None for a folder or an unknown file."""
     if exists(source.pretrained_model_name_or_path):
         return None
     name = f"{source.subfolder}/{file}" if source.subfolder else file
@@ -88,7 +88,7 @@ def resolved_commit(source: AutoencoderSource, file: str) -> str | None:
 
 
 def _local(text: str) -> AutoencoderSource | None:
-    """Return the source if `text`, or its start before a subfolder or variant, is a path that exists; otherwise None."""
+    """Return the source if `text` is a path that exists, perhaps with subfolder or variant; otherwise None."""
     for place, subfolder, variant in _readings(text):
         path = home_expanded(place)
         if place and exists(path) and (subfolder is None or isdir(os.path.join(path, subfolder))):
@@ -107,7 +107,9 @@ def _readings(text: str) -> Iterator[tuple[str, str | None, str | None]]:
 
 
 def _on_the_hub(text: str) -> AutoencoderSource:
-    """Return the source of `ID@REVISION:SUBFOLDER,variant=VARIANT`; a revision such as refs/pr/3 has slashes, but no colon.
+    """Return the source of `ID@REVISION:SUBFOLDER,variant=VARIANT`.
+
+    A revision such as refs/pr/3 may have slashes, but no colon.
 
     Raises:
         UserError: if `text` has another form.

@@ -256,7 +256,14 @@ class Editing:
 def prompt_measures(
     metrics: Metrics, classifier: ImageClassifier | None, images: Tensor, prompts: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return how well images `[N,3,H,W]` in [-1,1] show their prompts: `clip-text` and `shown`, if wanted, `[N]` each."""
+    """Return how well images show their prompts: `clip-text` and `shown`, if they are wanted, `[N]` each.
+
+    Args:
+        metrics: the metrics to measure.
+        classifier: computes `shown`; None leaves it out.
+        images: `[N,3,H,W]` in [-1,1].
+        prompts: one for each image.
+    """
     values = {}
     if metrics.clip is not None:
         values["clip-text"] = metrics.clip.image_text(images, prompts)

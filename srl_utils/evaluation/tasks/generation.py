@@ -71,7 +71,7 @@ class Generation:
     classifier: ImageClassifier | None
     seed: int
     _expected: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
-    """The baseline's images from the captions of the last batch, by its image numbers; all VAEs are compared with them."""
+    """The baseline's generated images of the last batch, by image numbers; those of all VAEs are compared with them."""
 
     @property
     def variants(self) -> Sequence[str]:
@@ -128,6 +128,6 @@ class Generation:
 
 
 def largest_difference(images: Tensor, others: Tensor) -> Tensor:
-    """Return the largest difference of any pixel, `[N]`, in units of a [0,1] image, after clipping to the pixel range."""
+    """Return the largest difference of any pixel after clipping, `[N]`, in units of a [0,1] image."""
     clipped = [each.clamp(PIXEL_MIN, PIXEL_MAX) for each in (images, others)]
     return (clipped[0] - clipped[1]).abs().flatten(1).amax(dim=1) / (PIXEL_MAX - PIXEL_MIN)

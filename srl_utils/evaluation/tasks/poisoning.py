@@ -77,7 +77,7 @@ def _naming(captions: Sequence[str], word: str, *, without: str) -> list[int]:
 
 
 def poisonings(protection: str, epsilon: float, amounts: Sequence[int], *, passes: float = 0) -> list[Perturbation]:
-    """Return one perturbation for each number of poisons; it poisons the training images and leaves its input unchanged.
+    """Return one perturbation for each number of poisons: it stands for poisoned training images, and changes no input.
 
     Args:
         protection: name of the protection that makes the poisons.
