@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from srl_utils.command_line import Parser, exit_code, non_negative_int, pixel_distance, positive_int
-from srl_utils.evaluation.catalogue import Supplies, select
+from srl_utils.evaluation.catalogue import AttackResources, select
 from srl_utils.evaluation.cells import measure
 from srl_utils.evaluation.perturbations import CLEAN, Perturbation
 from srl_utils.evaluation.report.tables import markdown_table
@@ -180,7 +180,7 @@ class CheckpointEvaluator:
 def strongest(args: argparse.Namespace) -> Perturbation:
     """Return the attack."""
     name = f"apgd-{args.apgd_steps}x{args.apgd_restarts}"
-    return select([name], [args.epsilon], Supplies()).perturbations[0]
+    return select([name], [args.epsilon], AttackResources()).perturbations[0]
 
 
 def load_images(args: argparse.Namespace) -> Tensor:

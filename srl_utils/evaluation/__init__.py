@@ -1,4 +1,4 @@
-"""Judge VAEs under attack: `python -m srl_utils.evaluation`, or `evaluate` from Python."""
+"""Evaluate VAEs under attack: `python -m srl_utils.evaluation`, or `evaluate` from Python."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Evaluation", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: it needs the modules of this package, which import the package first."""
+    """Import a name on first use: its module imports modules of this package, which import the package first."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from srl_utils.evaluation import calling

@@ -1,4 +1,4 @@
-"""Evaluations from Python: what the command gives, as rows."""
+"""Evaluate from Python, with the flags of the command as arguments."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from srl_utils.evaluation.results import Row
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation has found."""
+    """Results of an evaluation."""
 
     rows: list[Row]
-    """`pandas.DataFrame(row.to_json() for row in rows)` makes a table of them."""
+    """Make a table of them with `pandas.DataFrame(row.to_json() for row in rows)`."""
     report: Path
-    """The HTML report; the other files are beside it."""
+    """The HTML report; the other files are in the same folder."""
 
 
 def evaluate(task: str = "reconstruction", *, output_dir: str | PathLike[str], **flags: Any) -> Evaluation:
@@ -31,12 +31,12 @@ def evaluate(task: str = "reconstruction", *, output_dir: str | PathLike[str], *
 
     Args:
         task: `reconstruction`, `generation`, `editing` or `poisoning`.
-        output_dir: gets the report; an interrupted evaluation goes on from what is there.
-        flags: those of the command, without dashes. A list stands for several values, a mapping for NAME=VALUE pairs,
-            True for a flag without a value; None and False leave a flag out.
+        output_dir: gets the report; an interrupted evaluation continues from what it holds.
+        flags: those of the command, without dashes. A list gives several values, a mapping gives NAME=VALUE pairs, and
+            True gives a flag without a value. None and False leave a flag out.
 
     Raises:
-        UserError: a ValueError, if a flag is unknown, or if something cannot be loaded or measured.
+        UserError: a ValueError, if a flag is wrong, or if something cannot be loaded or measured.
     """
     words = [task, *_words({**flags, "output_dir": output_dir})]
     main(words)
@@ -45,6 +45,7 @@ def evaluate(task: str = "reconstruction", *, output_dir: str | PathLike[str], *
 
 
 def _words(flags: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the words of a command line with these flags."""
     for name, value in flags.items():
         if value is None or value is False:
             continue

@@ -1,4 +1,4 @@
-"""The attacks of the command line: names and presets, and how a name becomes what is done to the images."""
+"""Names and presets of attacks, and the perturbation that each name stands for."""
 
 from __future__ import annotations
 
@@ -46,36 +46,37 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "nightshade",
     ),
 }  # fmt: skip
-"""`quick` for a first look, `paper` the attacks that the SRL-VAE paper names, `strong` the ones it does not."""
+"""Attacks by preset: `quick` for a first look, `paper` for those of the SRL-VAE paper, `strong` for stronger ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Supplies:
+class AttackResources:
     """What some attacks need beyond the VAE."""
 
     pipeline: DiffusionPipeline | None = None
-    """Whose denoiser is attacked; each protection tells it its authors' prompt."""
-    strangers: frozenset[str] = frozenset()
-    """Names of the VAEs whose latents are not those of its denoiser."""
-    painter: DiffusionPipeline | None = None
-    """Image-to-image, draws the targets of protections whose authors have them drawn."""
+    """Has the denoiser that is attacked; each protection uses the prompt of its authors."""
+    incompatible: frozenset[str] = frozenset()
+    """Names of the VAEs whose latents do not fit the denoiser."""
+    target_pipeline: DiffusionPipeline | None = None
+    """Image-to-image pipeline that draws the targets of some protections, as their authors do."""
     perceptual: PerceptualDistance | None = None
-    """LPIPS as the attacks see it; what the report measures is another one."""
+    """LPIPS for attacks; the report measures LPIPS with another network."""
     target: Tensor | None = None
-    """`[1,3,H,W]` in [-1,1], what targeted protections make images look like instead of their default."""
+    """Image that targeted protections imitate instead of their default target, `[1,3,H,W]` in [-1,1]."""
     max_steps: int | None = None
-    """Shortens the published protections, which run for hundreds of steps."""
+    """Limits the steps of the published protections, which take hundreds."""
 
 
 @dataclass
 class Selection:
-    """The perturbations that a command line asks for, and which of them are left out for want of something."""
+    """The chosen perturbations, and notes on attacks that were left out because something they need is missing."""
 
     perturbations: list[Perturbation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def known_names() -> list[str]:
+    """Return the names of presets and attacks, with their parameters in capitals."""
     return [
         "clean", NOISE, *PRESETS, "pgd-STEPS[xRESTARTS][-lpips]", "apgd-STEPS[xRESTARTS][-lpips]",
         "square-QUERIES[-lpips]", *(f"{name}[-SEVERITY]" for name in CORRUPTIONS), *PROTECTIONS,
@@ -83,25 +84,30 @@ def known_names() -> list[str]:
 
 
 def expanded(names: Sequence[str]) -> list[str]:
-    """The attacks' names with those of the presets in their place, none twice."""
+    """Replace each preset by the names of its attacks; return each name once."""
     return list(dict.fromkeys(part for name in names for part in PRESETS.get(name, (name,))))
 
 
-def select(names: Sequence[str], epsilons: Sequence[float], supplies: Supplies) -> Selection:
-    """Every attack with a budget at every one of `epsilons`, in the order of `names`, none twice.
+def select(attacks: Sequence[str], epsilons: Sequence[float], resources: AttackResources) -> Selection:
+    """Return each attack at each budget, once, in the order of their names.
+
+    Args:
+        attacks: names of attacks and presets.
+        epsilons: budgets in units of a [0,1] image; attacks without a budget are made once.
+        resources: what some attacks need; those that lack something are left out with a note.
 
     Raises:
-        UserError: if a name is not known, or if none of the attacks can be made.
+        UserError: if a name is unknown, or if no attack can be made.
     """
-    chosen = expanded(names)
+    chosen = expanded(attacks)
     selection = Selection()
     found: dict[tuple[str, float], Perturbation] = {}
     for name in chosen:
-        missing = _missing(name, supplies)
+        missing = _missing(name, resources)
         if missing:
             selection.notes.append(f"{name} was left out: {missing}")
             continue
-        for perturbation in _expand(name, epsilons, supplies):
+        for perturbation in _expand(name, epsilons, resources):
             found.setdefault((perturbation.name, perturbation.epsilon), perturbation)
     if not found:
         raise UserError(f"no attack is left; {'; '.join(selection.notes)}")
@@ -109,27 +115,27 @@ def select(names: Sequence[str], epsilons: Sequence[float], supplies: Supplies) 
     return selection
 
 
-def _missing(name: str, supplies: Supplies) -> str | None:
+def _missing(name: str, resources: AttackResources) -> str | None:
     protection = PROTECTIONS.get(name)
-    if protection and protection.needs_denoiser and supplies.pipeline is None:
-        return "it needs a diffusion pipeline, --pipeline"
-    if protection and protection.needs_target and supplies.target is None:
+    if protection and protection.needs_denoiser and resources.pipeline is None:
+        return "it needs a diffusion pipeline; give pipeline"
+    if protection and protection.needs_target and resources.target is None:
         if protection.drawn_target is None:
-            return "it needs an image to make others look like, --target"
-        if supplies.painter is None:
-            return "it needs an image to make others look like, --target, or a text-to-image pipeline that draws it, --pipeline"
-    if supplies.perceptual is None and (name.endswith("-lpips") or (protection and protection.needs_perceptual)):
-        return "it needs LPIPS, whose weights could not be had"
+            return "it needs an image to imitate; give target"
+        if resources.target_pipeline is None:
+            return "it needs an image to imitate, or a text-to-image pipeline to draw one; give target or pipeline"
+    if resources.perceptual is None and (name.endswith("-lpips") or (protection and protection.needs_perceptual)):
+        return "it needs LPIPS, whose weights are missing"
     return None
 
 
-def _expand(name: str, epsilons: Sequence[float], supplies: Supplies) -> Iterator[Perturbation]:
+def _expand(name: str, epsilons: Sequence[float], resources: AttackResources) -> Iterator[Perturbation]:
     if name == "clean":
         yield CLEAN
     elif name == NOISE:
         yield from map(noise, epsilons)
     elif match := ITERATED.fullmatch(name):
-        yield from (_iterated(name, match, epsilon, supplies) for epsilon in epsilons)
+        yield from (_iterated(name, match, epsilon, resources) for epsilon in epsilons)
     elif name in CORRUPTIONS:
         corruption = CORRUPTIONS[name]
         yield from (_corrupted(corruption, severity + 1) for severity in range(len(corruption.severities)))
@@ -138,14 +144,14 @@ def _expand(name: str, epsilons: Sequence[float], supplies: Supplies) -> Iterato
     elif name in PROTECTIONS:
         protection = PROTECTIONS[name]
         budgets = epsilons if protection.scalable else [None]
-        yield from (_protected(protection, epsilon, supplies) for epsilon in budgets)
+        yield from (_protected(protection, epsilon, resources) for epsilon in budgets)
     else:
-        raise UserError(f"--attacks {name} is not known; there are {', '.join(known_names())}")
+        raise UserError(f"{name} is not known; choose from {', '.join(known_names())}", parameter="attacks")
 
 
-def _iterated(name: str, match: re.Match[str], epsilon: float, supplies: Supplies) -> Perturbation:
+def _iterated(name: str, match: re.Match[str], epsilon: float, resources: AttackResources) -> Perturbation:
     kind, count, restarts = match[1], int(match[2]), int(match[3] or 1)
-    loss = ReconstructionLoss(supplies.perceptual, weight=1.0) if match[4] else MSE
+    loss = ReconstructionLoss(resources.perceptual, weight=1.0) if match[4] else MSE
     if kind == "pgd":
         return reconstruction_attack(settling_pgd(epsilon, count, restarts), loss, name=name)
     attack: Callable[..., Tensor]
@@ -169,14 +175,17 @@ def _corrupted(corruption: Corruption, severity: int) -> Perturbation:
     return Perturbation(name=f"{corruption.name}-{severity}", apply=apply)
 
 
-def _protected(protection: Protection, epsilon: float | None, supplies: Supplies) -> Perturbation:
-    """With the authors' budget where `epsilon` is None: one that is no L-infinity one is not told in the results."""
-    steps = min(protection.num_steps, supplies.max_steps or protection.num_steps)
-    denoiser = None if protection.prompt is None else Denoiser.from_pipeline(supplies.pipeline, protection.prompt)
+def _protected(protection: Protection, epsilon: float | None, resources: AttackResources) -> Perturbation:
+    """Return the protection at budget `epsilon`, or at its authors' budget if that is None.
+
+    The results record the budget of L-infinity protections only.
+    """
+    steps = min(protection.num_steps, resources.max_steps or protection.num_steps)
+    denoiser = None if protection.prompt is None else Denoiser.from_pipeline(resources.pipeline, protection.prompt)
 
     def apply(codec: Codec, clean: Tensor, generators: Generators) -> Tensor:
-        victim = Victim.of(codec, supplies.pipeline, denoiser=denoiser, perceptual=supplies.perceptual)
-        target = _target(protection, supplies, clean, generators)
+        victim = Victim.of(codec, resources.pipeline, denoiser=denoiser, perceptual=resources.perceptual)
+        target = _target(protection, resources, clean, generators)
         with frozen(codec.encoder):
             return protect(
                 protection, victim, clean, generators=generators, epsilon=epsilon, num_steps=steps, target=target
@@ -185,14 +194,14 @@ def _protected(protection: Protection, epsilon: float | None, supplies: Supplies
     return Perturbation(
         name=protection.name, objective=AS_PUBLISHED, epsilon=epsilon or 0.0, apply=apply,
         passes=steps * protection.passes_per_step,
-        impossible_on=supplies.strangers if protection.needs_denoiser else frozenset(),
+        impossible_on=resources.incompatible if protection.needs_denoiser else frozenset(),
     )  # fmt: skip
 
 
-def _target(protection: Protection, supplies: Supplies, clean: Tensor, generators: Generators) -> Tensor | None:
-    """The given one, or what the pipeline draws; None for the protection's default."""
+def _target(protection: Protection, resources: AttackResources, clean: Tensor, generators: Generators) -> Tensor | None:
+    """Return the given target, or one that the pipeline draws; None stands for the protection's default."""
     if not protection.has_target:
         return None
-    if supplies.target is None and protection.drawn_target is not None:
-        return protection.drawn_target(supplies.painter, clean, generators=generators)
-    return supplies.target
+    if resources.target is None and protection.drawn_target is not None:
+        return protection.drawn_target(resources.target_pipeline, clean, generators=generators)
+    return resources.target

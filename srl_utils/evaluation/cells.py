@@ -1,7 +1,6 @@
-"""The one way to measure: a cell makes one perturbation on one VAE, shows it to VAEs, and measures what becomes of it.
+"""Compute cells: make one perturbation on one VAE, run the task with the evaluated VAEs, and measure the outcome.
 
-The training's validation and the evaluation's commands both compute cells by `compute`, so that the same names mean the
-same numbers.
+The validation during training and the evaluation commands both use `compute`, so the same names mean the same numbers.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from srl_utils.vae.networks import frozen
 
 @dataclass(frozen=True)
 class Job:
-    """A batch of one cell, the numbers of its images."""
+    """A batch of one cell: the numbers of its images."""
 
     cell: Cell
     batch: Sequence[int]
 
     def cost(self, passes: float) -> int:
-        """Return the cost in passes through a VAE, where the task takes `passes` for an image."""
+        """Return the cost in passes through a VAE, if the task takes `passes` for one image and VAE."""
         return round(len(self.batch) * (self.cell.perturbation.passes + passes * len(self.cell.judged)))
 
 
 class Measured(NamedTuple):
-    """What one VAE made of one batch."""
+    """Outcome and values of one VAE, batch and variant of the task."""
 
     codec: Codec
     variant: str
@@ -51,12 +50,18 @@ class Measured(NamedTuple):
 def cells_of(
     perturbation: Perturbation, codecs: Sequence[Codec], threat_models: Sequence[str] = (ADAPTIVE,)
 ) -> Iterator[Cell]:
-    """Yield the cells of one perturbation; the first of `codecs` is the baseline, on which transferred attacks are made."""
+    """Yield the cells of one perturbation.
+
+    Args:
+        perturbation: attack or corruption.
+        codecs: the VAEs, the baseline first; transferred attacks are made on it.
+        threat_models: `transfer`, `adaptive` or both.
+    """
     baseline, *others = codecs
     if not perturbation.adversarial:
         yield Cell(perturbation, baseline, tuple(codecs), {codec.name: (NO_THREAT,) for codec in codecs})
         return
-    # On the baseline itself the two threat models are one and the same.
+    # On the baseline, both threat models are the same attack.
     labels = {baseline.name: tuple(threat_models)}
     if TRANSFER in threat_models:
         labels |= {codec.name: (TRANSFER,) for codec in others}
@@ -68,20 +73,20 @@ def cells_of(
 
 
 def batched(cell: Cell, numbers: Sequence[int], batch_size: int) -> Iterator[Job]:
-    """Yield the cell's jobs of at most `batch_size` of the images `numbers`."""
+    """Yield the cell's jobs: batches of at most `batch_size` of the images `numbers`."""
     for start in range(0, len(numbers), batch_size):
         yield Job(cell, numbers[start : start + batch_size])
 
 
 def compute(job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter) -> Iterator[Measured]:
-    """Perturb a batch, and yield what each VAE makes of it in each variant of the task.
+    """Perturb a batch, and yield the outcome of each VAE and each variant of the task.
 
     Args:
         job: the cell and the numbers of its images.
         task: what is done with the images, and measured.
-        images: all of them, `[n,3,H,W]` in [-1,1], on the CPU.
-        seed: of the attacks' starts and of the noise; with an image's number it fixes the draws.
-        meter: moves by the job's cost, and gets the title of what is under way.
+        images: all images, `[n,3,H,W]` in [-1,1], on the CPU.
+        seed: with an image's number, it fixes the attack's start and the noise of that image.
+        meter: shows the current title and advances by the job's cost.
 
     Raises:
         UserError: if a VAE returns values that are not finite.
@@ -96,11 +101,11 @@ def _compute(job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter) -
     clean = images[numbers].to(cell.source.device, memory_format=torch.channels_last)
     with _finite_outputs(cell.source) as finite:
         shown = cell.perturbation.apply(cell.source, clean, image_generators(seed, numbers))
-    if not all(finite):  # such an attack would be weaker than it claims
+    if not all(finite):  # the attack would be weaker than its name says
         raise _not_finite(job, cell.source, numbers)
     for codec, variant in product(cell.judged, task.variants):
         meter.say(f"{codec.name} judged, {attempted(cell.title, variant)}: {images_of(numbers, len(images))}")
-        # Kernels are chosen by whether weights require gradients: a VAE in training has to be measured as it will be used.
+        # Freeze the encoder: convolution kernels depend on whether weights require gradients, and inference has none.
         with torch.no_grad(), frozen(codec.encoder):
             outcome = task.attempt(cell, codec, shown, numbers, variant)
             _check_finite(outcome, job, codec)
@@ -127,17 +132,17 @@ def measure(
     batch_size: int,
     title: str | None = None,
 ) -> list[Record]:
-    """Return the values of some images, with attacks made on each VAE itself; nothing is kept on the disk.
+    """Return the values of some images, with attacks made on each VAE itself; store nothing on the disk.
 
     Args:
         codecs: the VAEs, which may be compiled.
         perturbations: what is done to the images first.
         task: what is done with the images, and measured.
-        images: all of them, `[n,3,H,W]` in [-1,1], on the CPU.
+        images: all images, `[n,3,H,W]` in [-1,1], on the CPU.
         numbers: of the images to measure.
-        seed: of the attacks' starts and of the noise; with an image's number it fixes the draws.
+        seed: with an image's number, it fixes the attack's start and the noise of that image.
         batch_size: images attacked at a time.
-        title: of a progress bar; None for no bar.
+        title: of the progress bar; None for no bar.
 
     Raises:
         UserError: if a VAE returns values that are not finite.
@@ -153,13 +158,13 @@ def measure(
 
 
 def attempted(perturbation: str, variant: str) -> str:
-    """Return how results name what was done to the images and then with them."""
+    """Return how results name a perturbation and a variant of the task."""
     return f"{perturbation}, {variant}" if variant else perturbation
 
 
 @contextmanager
 def _finite_outputs(codec: Codec) -> Iterator[list[Tensor]]:
-    """Within, each pass through `codec` adds whether all it returns is finite; nothing waits for the device."""
+    """Within, list after each call of `codec` whether its output is finite, without waiting for the device."""
     finite: list[Tensor] = []
     hooks = [
         part.register_forward_hook(lambda module, inputs, output: finite.append(output.detach().isfinite().all()))
@@ -173,7 +178,7 @@ def _finite_outputs(codec: Codec) -> Iterator[list[Tensor]]:
 
 
 def _check_finite(values: Tensor, job: Job, codec: Codec) -> None:
-    """Raise unless all values `[N,...]` are finite; a row belongs to an image of the job."""
+    """Raise a UserError unless all values `[N,...]` of the job's images are finite."""
     finite = values.isfinite().flatten(1).all(dim=1).tolist()
     if not all(finite):
         raise _not_finite(job, codec, [number for number, good in zip(job.batch, finite, strict=True) if not good])
@@ -182,5 +187,5 @@ def _check_finite(values: Tensor, job: Job, codec: Codec) -> None:
 def _not_finite(job: Job, codec: Codec, numbers: Sequence[int]) -> UserError:
     return UserError(
         f"{codec.name} returns values that are not finite for the images {', '.join(map(str, numbers))} under "
-        f"{job.cell.title}; a mean over the rest would say nothing. Try --mixed_precision no or bf16"
+        f"{job.cell.title}, so their mean is undefined; use full precision or bf16"
     )

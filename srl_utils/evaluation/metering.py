@@ -1,7 +1,7 @@
-"""A bar that moves as networks work, so that an attack of a hundred steps is seen to move, whatever it is made of.
+"""A progress bar that advances with each call of a network, so that it moves during a long attack.
 
-The unit is one image through a VAE's encoder and decoder. Costs are estimates (`Perturbation.passes`, `Task.passes`): a
-stage that costs less than thought ends with a jump, one that costs more waits at its end.
+The unit is a pass: one image through a VAE's encoder and decoder. Costs are estimates (`Perturbation.passes`,
+`Task.passes`). If a stage costs less than estimated, the bar jumps to its end; if it costs more, the bar waits there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from srl_utils.vae.codec import Codec
 
 ENCODER, DECODER, DENOISER = 0.3, 0.7, 0.2
-"""Shares of a pass, of one image forth; back to the image it is as much again."""
+"""Cost of one forward call for one image, in passes; the backward call costs as much again."""
 
 
 class Meter:
-    """Moves `bar`, whose unit is a pass, within stages of known cost."""
+    """Moves `bar`, whose unit is a pass, through stages of estimated cost."""
 
     def __init__(self, bar: tqdm) -> None:
         self.bar = bar
@@ -30,29 +30,29 @@ class Meter:
 
     @contextmanager
     def stage(self, title: str, passes: float) -> Iterator[None]:
-        """Within, the bar says `title` and moves by `passes` at most; afterwards it has moved by them."""
+        """Within, show `title` and advance by at most `passes`; at the end, advance to exactly `passes`."""
         self._end = self._done + passes
         self.say(title)
         yield
         self._move(self._end)
 
     def say(self, title: str) -> None:
-        """Puts `title` in front of the bar."""
+        """Show `title` in front of the bar."""
         self.bar.set_description_str(title, refresh=False)
         self.bar.update(0)
 
     def count(self, passes: float) -> None:
-        """Moves the bar by `passes`, within the stage."""
+        """Advance by `passes`, but not beyond the end of the stage."""
         self._move(min(self._done + passes, self._end))
 
     def watched(self, codec: Codec) -> Codec:
-        """Return `codec`, whose work moves the bar from now on."""
+        """Return a copy of `codec` whose calls move the bar."""
         encoder, decoder = _Watched(codec.encoder, ENCODER, self), _Watched(codec.decoder, DECODER, self)
         return replace(codec, encoder=encoder, decoder=decoder)
 
     @contextmanager
     def watching(self, codecs: Sequence[Codec], denoiser: nn.Module | None) -> Iterator[None]:
-        """Within, the work of these networks, none of them compiled, and of copies made of them moves the bar."""
+        """Within, calls of these networks and of their copies move the bar; no network may be compiled."""
         shares = {codec.encoder: ENCODER for codec in codecs} | {codec.decoder: DECODER for codec in codecs}
         if denoiser is not None:
             shares[denoiser] = DENOISER
@@ -73,12 +73,12 @@ class Meter:
             self.bar.update(step)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Meter:
-        """Of a network that is watched the copies are too, by the same bar."""
+        """Return the meter itself: copies of a watched network move the same bar."""
         return self
 
 
 class _Watched(nn.Module):
-    """A network whose calls move a bar. Hooks would make a compiled one compile again."""
+    """A network whose calls move a bar. It wraps the network, because hooks would make a compiled one compile again."""
 
     def __init__(self, network: nn.Module, share: float, meter: Meter) -> None:
         super().__init__()
@@ -95,6 +95,6 @@ def _cost(share: float, output: Tensor) -> float:
 
 
 def images_of(batch: Sequence[int], total: int) -> str:
-    """Return which of how many images a batch holds, counted from 1, for a bar's title."""
+    """Return the images of a batch for a bar's title, counted from 1, such as `images 1 to 4 of 9`."""
     first, last = batch[0] + 1, batch[-1] + 1
     return f"image {first} of {total}" if first == last else f"images {first} to {last} of {total}"

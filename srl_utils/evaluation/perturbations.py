@@ -15,12 +15,12 @@ from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import frozen
 
 Attack = Callable[[Objective, Tensor, Generators], Tensor]
-"""Objective, clean images `[N,3,H,W]` and a generator for each to attacked images."""
+"""Objective, clean images `[N,3,H,W]` in [-1,1] and a generator for each image to attacked images."""
 NO_THREAT, TRANSFER, ADAPTIVE = "none", "transfer", "adaptive"
-"""Threat models: no adversary; attacks made on the baseline; attacks made on the VAE under judgement."""
+"""Threat models: no adversary; attacks made on the baseline; attacks made on the evaluated VAE itself."""
 MSE = ReconstructionLoss()
 AS_PUBLISHED = "as published"
-"""What protections maximise: the objective of their authors."""
+"""Objective of protections in the results: that of their authors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +29,19 @@ class Perturbation:
 
     name: str
     objective: str | None = None
-    """What it maximises, such as `mse`; None for what is not made against a VAE."""
+    """What it maximises, such as `mse`; None for a corruption."""
     epsilon: float = 0.0
     """Budget in units of a [0,1] image."""
     apply: Callable[[Codec, Tensor, Generators], Tensor]
-    """VAE, clean images `[N,3,H,W]` in [-1,1] and a generator for each to as many perturbed images."""
+    """VAE, clean images `[N,3,H,W]` in [-1,1] and a generator for each image to perturbed images."""
     passes: float = 0
-    """Cost per image, in passes through encoder and decoder."""
+    """Cost of one image, in passes through encoder and decoder."""
     impossible_on: frozenset[str] = frozenset()
-    """Names of the VAEs that it cannot be made on."""
+    """Names of the VAEs on which it cannot be made."""
 
     @property
     def adversarial(self) -> bool:
-        """Return whether it is made against a VAE."""
+        """Return whether it is an attack on a VAE, and not a corruption."""
         return self.objective is not None
 
 
@@ -51,7 +51,15 @@ CLEAN = Perturbation(name="clean", apply=lambda codec, clean, generators: clean)
 def on_reconstruction(
     name: str, attack: Attack, *, epsilon: float, passes: float, loss: ReconstructionLoss = MSE
 ) -> Perturbation:
-    """Return `attack` on the reconstruction by a VAE, which maximises `loss`."""
+    """Return an attack that maximises `loss` between clean images and the VAE's reconstruction of attacked ones.
+
+    Args:
+        name: of the perturbation.
+        attack: searches for the perturbed images.
+        epsilon: budget in units of a [0,1] image.
+        passes: cost of one image, in passes through encoder and decoder.
+        loss: objective of the attack.
+    """
 
     def apply(codec: Codec, clean: Tensor, generators: Generators) -> Tensor:
         target = loss.target(clean)
@@ -64,7 +72,7 @@ def on_reconstruction(
 def reconstruction_attack(
     config: PGDConfig, loss: ReconstructionLoss = MSE, *, name: str | None = None
 ) -> Perturbation:
-    """Return PGD on the reconstruction, by default named after its steps and restarts."""
+    """Return PGD on the reconstruction; the default name gives its steps and restarts, such as `pgd-50x2`."""
     restarts = f"x{config.num_restarts}" if config.num_restarts > 1 else ""
     return on_reconstruction(
         name or f"pgd-{config.num_steps}{restarts}",
@@ -81,12 +89,12 @@ def usual_attack(epsilon: float) -> Perturbation:
 
 
 def strong_attack(epsilon: float) -> Perturbation:
-    """Return `pgd-50x2`: 50 steps of epsilon/8, 2 restarts, the best iterate of each image."""
+    """Return `pgd-50x2`: 50 steps of epsilon/8, 2 restarts; it keeps the best iterate of each image."""
     return reconstruction_attack(settling_pgd(epsilon, 50, 2))
 
 
 def settling_pgd(epsilon: float, num_steps: int, num_restarts: int) -> PGDConfig:
-    """Return PGD that keeps its best iterate, with steps that cross the ball in ten and settle in a hundred."""
+    """Return PGD that keeps its best iterate, with steps of max(2.5/`num_steps`, 1/8) of the budget `epsilon`."""
     return PGDConfig(
         epsilon=epsilon,
         step_size=epsilon * max(2.5 / num_steps, 1 / 8) if num_steps else epsilon,
@@ -97,7 +105,7 @@ def settling_pgd(epsilon: float, num_steps: int, num_restarts: int) -> PGDConfig
 
 
 def noise(epsilon: float) -> Perturbation:
-    """Return white noise of standard deviation `epsilon`: about the energy of an attack, but not adversarial."""
+    """Return Gaussian noise of standard deviation `epsilon`: as much energy as an attack, but not adversarial."""
     return Perturbation(
         name="gaussian-noise",
         epsilon=epsilon,

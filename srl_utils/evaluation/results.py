@@ -14,18 +14,18 @@ from srl_utils.metrics.pixels import bootstrap_interval
 
 
 class Setting(NamedTuple):
-    """What was done to the images, and what was measured; two values of one setting can be compared."""
+    """What was done to the images, and what was measured. Values with the same setting can be compared."""
 
     attack: str
     """Name of the attack or corruption, `clean` for none."""
     objective: str | None
-    """What the attack maximises, such as `mse` or `mse + lpips-vgg`; None where nothing is attacked."""
+    """What the attack maximises, such as `mse` or `mse + lpips-vgg`; None if nothing is attacked."""
     threat_model: str
     """`transfer`, `adaptive` or `none`."""
     epsilon: float
-    """Budget in units of a [0,1] image; 0 for an attack whose budget is in another measure."""
+    """Budget in units of a [0,1] image; 0 if the budget is in another measure, or if there is none."""
     metric: str
-    """Name of the metric; that of LPIPS says the trunk: `lpips-alex` or `lpips-vgg`."""
+    """Name of the metric; for LPIPS with its network, such as `lpips-alex`."""
 
 
 class Record(NamedTuple):
@@ -33,19 +33,19 @@ class Record(NamedTuple):
 
     vae: str
     setting: Setting
-    index: int  # type: ignore[assignment] # of the image; tuple.index is of no use here
+    index: int  # type: ignore[assignment] # of the image; it hides tuple.index, which nobody needs
     value: float
 
     @classmethod
     def from_json(cls, fields: Sequence[Any]) -> Record:
-        """Return the record that JSON has turned into lists."""
+        """Return the record from the list that JSON stores."""
         vae, setting, index, value = fields
         return cls(vae, Setting(*setting), index, value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The mean of a metric over images: one row of `results.json`. The first fields are those of `Setting`."""
+    """The mean of a metric over images: one row of `results.json`."""
 
     vae: str
     attack: str
@@ -55,13 +55,13 @@ class Row:
     metric: str
     value: float
     ci95: tuple[float, float] | None
-    """95% bootstrap interval; None for a metric that has no value per image."""
+    """95% bootstrap interval of the mean; None for a metric of whole sets of images."""
     n: int
     """Number of images."""
 
     @property
     def setting(self) -> Setting:
-        """What two rows must share to be compared."""
+        """Return the setting; rows with the same setting can be compared."""
         return Setting(self.attack, self.objective, self.threat_model, self.epsilon, self.metric)
 
     def to_json(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ Rows = Sequence[Row]
 
 
 class Difference(NamedTuple):
-    """A mean over `n` images, and its 95% bootstrap interval."""
+    """Mean of paired differences over `n` images, and its 95% bootstrap interval."""
 
     value: float
     ci95: tuple[float, float]
@@ -89,7 +89,15 @@ class Difference(NamedTuple):
 def to_records(
     vae: str, perturbation: Perturbation, threat_model: str, numbers: Sequence[int], values: Mapping[str, Tensor]
 ) -> list[Record]:
-    """Return one record per image and metric; `values` has a tensor `[N]` for each metric."""
+    """Return one record per image and metric.
+
+    Args:
+        vae: name of the VAE.
+        perturbation: what was done to the images.
+        threat_model: `transfer`, `adaptive` or `none`.
+        numbers: of the N images.
+        values: one per image, `[N]`, for each metric.
+    """
     done = (perturbation.name, perturbation.objective, threat_model, perturbation.epsilon)
     return [
         Record(vae, Setting(*done, metric), number, value)
@@ -104,7 +112,7 @@ def to_row(vae: str, setting: Setting, value: float, *, n: int, ci95: tuple[floa
 
 
 def to_rows(records: Sequence[Record]) -> list[Row]:
-    """Return the mean over images of each VAE and setting, with 95% bootstrap intervals."""
+    """Return the mean over images for each VAE and setting, with its 95% bootstrap interval."""
     groups: dict[tuple[str, Setting], dict[int, float]] = defaultdict(dict)
     for record in records:
         groups[record.vae, record.setting][record.index] = record.value
@@ -116,7 +124,12 @@ def to_rows(records: Sequence[Record]) -> list[Row]:
 
 
 def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
-    """Return `values` less `reference`, by image number, over the images that both have; None where there is none."""
+    """Return the mean of `values` minus `reference` over the images that both have; None if they share no image.
+
+    Args:
+        values: by image number.
+        reference: by image number.
+    """
     differences = [values[index] - reference[index] for index in sorted(values.keys() & reference.keys())]
     if not differences:
         return None
@@ -124,7 +137,7 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
 
 
 def differences_to(baseline: str, records: Sequence[Record]) -> dict[tuple[str, Setting], Difference]:
-    """Return how every other VAE differs from `baseline`, under every setting in which they have images in common."""
+    """Return the paired difference of each other VAE from `baseline`, by VAE and setting, if they share images."""
     values: dict[tuple[str, Setting], dict[int, float]] = defaultdict(dict)
     for record in records:
         values[record.vae, record.setting][record.index] = record.value

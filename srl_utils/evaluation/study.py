@@ -1,4 +1,4 @@
-"""A comparison of any number of VAEs under any number of attacks, in cells that a crash does not undo."""
+"""Compare VAEs under attacks; finished cells are stored, so that an interrupted study continues from them."""
 
 from __future__ import annotations
 
@@ -34,17 +34,20 @@ THREAT_MODELS = (TRANSFER, ADAPTIVE)
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Args:
-    accelerator: each of its processes takes its share of the images.
-    codecs: the VAEs by name, the baseline first: transferred attacks are made on it, drift is measured from it.
-    perturbations: what is done to the images.
-    threat_models: `transfer`, attacks made on the baseline; `adaptive`, made on the VAE under judgement.
-    task: what is done with the images, and measured.
-    images: all of them, `[n,3,H,W]` in [-1,1], on the CPU.
-    output_dir: gets `cells/`, from which an interrupted study goes on; all processes have to see it.
-    fingerprint: what the cells' values depend on beyond their keys; another one is refused.
-    seed: of the attacks' starts and of the noise.
-    batch_size: images attacked at a time by each process.
+    """A comparison of VAEs under attacks.
+
+    Args:
+        accelerator: divides the batches among its processes.
+        codecs: the VAEs, the baseline first; transferred attacks are made on it, and drift is measured from it.
+        perturbations: what is done to the images first.
+        threat_models: `transfer`, attacks made on the baseline; `adaptive`, attacks made on the evaluated VAE itself.
+        task: what is done with the images, and measured.
+        images: all images, `[n,3,H,W]` in [-1,1], on the CPU.
+        output_dir: gets `cells/` with the values; all processes must see it.
+        fingerprint: what the values depend on beyond VAE, perturbation and image. A folder with another fingerprint
+            is refused.
+        seed: fixes the attacks' starts and the noise.
+        batch_size: images attacked at a time by each process.
     """
 
     accelerator: Accelerator
@@ -60,17 +63,18 @@ class Study:
 
     @property
     def baseline(self) -> Codec:
+        """Return the VAE with which the others are compared."""
         return self.codecs[0]
 
     def run(self) -> list[Record]:
-        """Computes the batches that are not there yet; returns the values of all cells, image by image.
+        """Compute the batches that are not stored yet; return the values of all images in all cells.
 
         Raises:
-            UserError: if `output_dir` holds cells of another study, or if a VAE returns values that are not finite.
+            UserError: if `output_dir` holds another study, or if a VAE returns values that are not finite.
         """
         self._check_fingerprint()
         missing = [job for cell in self.cells() for job in self._missing(cell)]
-        self.accelerator.wait_for_everyone()  # before any process writes what another looks for
+        self.accelerator.wait_for_everyone()  # before a process stores batches that another one still looks for
         own = missing[self.accelerator.process_index :: self.accelerator.num_processes]
         total = sum(job.cost(self.task.passes) for job in own)
         shown = self.accelerator.is_local_main_process
@@ -84,36 +88,37 @@ class Study:
         return [record for cell in self.cells() for record in self._read(cell)]
 
     def cells(self) -> Iterator[Cell]:
-        """In the order of the perturbations."""
+        """Yield all cells in the order of the perturbations."""
         for perturbation in self.perturbations:
             yield from cells_of(perturbation, self.codecs, self.threat_models)
 
     @contextmanager
     def watched(self, bar: tqdm) -> Iterator[Meter]:
-        """Within, the work of all VAEs and of the task's denoiser moves `bar`."""
+        """Within, each call of a VAE or of the task's denoiser moves `bar`."""
         meter = Meter(bar)
         with meter.watching(self.codecs, self.task.denoiser):
             yield meter
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
-        """Return means with intervals, and what has one value for all images and no interval."""
+        """Return the means with their intervals, and the metrics of whole sets of images, which have no interval."""
         rows = to_rows(records)
         if self.task.metrics.features is not None:
             cells = list(self.cells())
-            with progress_bar(len(cells), desc="distances of sets", unit="set") as bar:  # a FID takes seconds
+            with progress_bar(len(cells), desc="metrics of sets", unit="set") as bar:  # one FID takes seconds
                 for cell in cells:
-                    bar.set_description_str(f"distances of sets, {cell.title}", refresh=False)
+                    bar.set_description_str(f"metrics of sets, {cell.title}", refresh=False)
                     rows += self._set_rows(cell)
                     bar.update()
         return rows
 
     def _missing(self, cell: Cell) -> Iterator[Job]:
-        """Batches of the images without values; they do not depend on the number of processes."""
+        """Yield batches of the images without stored values, independent of the number of processes."""
         done = {record.index for record in self._read(cell)}
         numbers = [number for number in range(len(self.images)) if number not in done]
         yield from batched(cell, numbers, self.batch_size)
 
     def _compute(self, job: Job, meter: Meter) -> None:
+        """Compute one batch and store its values, and its features if a metric of whole sets is wanted."""
         records: list[Record] = []
         features: dict[str, Tensor] = {}
         for measured in compute(job, self.task, self.images, seed=self.seed, meter=meter):
@@ -122,20 +127,20 @@ class Study:
         self._write(job, records, features)
 
     def _features(self, images: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Of the network for distances of sets, by layer, on the CPU; nothing where no metric wants them."""
+        """Return the images' features by layer, on the CPU; empty if no metric of whole sets is wanted."""
         if self.task.metrics.features is None:
             return {}
         return {prefix + layer: value.cpu() for layer, value in self.task.metrics.features.features(images).items()}
 
-    # --- what is kept ---
+    # --- stored values ---
 
     def _folder(self, cell: Cell) -> Path:
-        """Numbers instead of names: any two VAEs or budgets have two folders, whatever they are called."""
+        """Return the cell's folder; VAEs appear by their numbers, because names may contain any character."""
         made_on = f"-on-{self.codecs.index(cell.source)}" if cell.perturbation.adversarial else ""
         return self.output_dir / "cells" / f"{cell.perturbation.name}-{cell.perturbation.epsilon!r}{made_on}"
 
     def _write(self, job: Job, records: Sequence[Record], features: dict[str, Tensor]) -> None:
-        """The values last: their file says that the batch is complete."""
+        """Store a batch; write the values last, because their file marks the batch as complete."""
         path = self._folder(job.cell) / f"{job.batch[0]:06d}.json"
         if features:
             write_atomically(path.with_suffix(".safetensors"), lambda aside: save_file(features, aside))
@@ -145,6 +150,7 @@ class Study:
         return sorted(self._folder(cell).glob("*.json"))
 
     def _read(self, cell: Cell) -> list[Record]:
+        """Return the cell's stored values, sorted by VAE, threat model, metric and image."""
         records = chain.from_iterable(map(read_json, self._batches(cell)))
         return sorted(
             map(Record.from_json, records),
@@ -152,6 +158,7 @@ class Study:
         )
 
     def _set_rows(self, cell: Cell) -> Iterator[Row]:
+        """Yield the metrics of whole sets for one cell, from its stored features."""
         batches = list(map(_features_beside, self._batches(cell)))
         for codec, variant in product(cell.judged, self.task.variants):
             real = self._reference_features[variant]
@@ -167,7 +174,7 @@ class Study:
 
     @cached_property
     def _reference_features(self) -> dict[str, dict[str, Tensor]]:
-        """Of the images that all outcomes are held against, by variant and layer."""
+        """Return the features of the images that outcomes are compared with, by variant and layer."""
         return {variant: self._features_of_references(variant) for variant in self.task.variants}
 
     def _features_of_references(self, variant: str) -> dict[str, Tensor]:
@@ -178,15 +185,16 @@ class Study:
         return {layer: torch.cat([batch[layer] for batch in batches]) for layer in batches[0]}
 
     def _check_fingerprint(self) -> None:
+        """Raise a UserError if `output_dir` holds another study; otherwise store the fingerprint."""
         path = self.output_dir / "study.json"
-        current = {**self.fingerprint, "records": list(Setting._fields)}  # cells of other versions have other fields
+        current = {**self.fingerprint, "records": list(Setting._fields)}  # older versions stored other fields
         text = json.dumps(current, indent=1) + "\n"
         stored = read_json(path) if path.exists() else None
         if stored is not None and stored != json.loads(text):
             changed = sorted(key for key in stored.keys() | current if stored.get(key) != current.get(key))
             raise UserError(
-                f"{self.output_dir} holds an evaluation with other settings ({', '.join(changed)}); choose another "
-                "--output_dir"
+                f"{self.output_dir} holds an evaluation with other settings ({', '.join(changed)}); choose another folder",
+                parameter="output_dir",
             )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -194,9 +202,15 @@ class Study:
 
 
 def _features_beside(path: Path) -> dict[str, Tensor]:
-    """Of a batch whose values are in `path`."""
+    """Return the features of the batch whose values are in `path`.
+
+    Raises:
+        UnusableFile: an OSError, if their file is missing or damaged.
+    """
     features = path.with_suffix(".safetensors")
     try:
         return load_file(features)
     except (OSError, SafetensorError):
-        raise UnusableFile(f"{features} is damaged; remove {path}, and the same command makes both again") from None
+        raise UnusableFile(
+            f"{features} is damaged; remove {path} and run again, and both files are made again"
+        ) from None

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from srl_utils.command_line import exit_code, home_expanded
 from srl_utils.errors import UserError
 from srl_utils.evaluation.cli import main as command
-from srl_utils.evaluation.cli.common import load_pipeline
+from srl_utils.evaluation.cli.loading import load_pipeline
 from srl_utils.evaluation.cli.places import described, parse_named_place, parse_place, resolved_commit
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 
@@ -168,7 +168,7 @@ def test_the_report_says_which_commit_was_judged(cache: Path, photographs: Path,
     assert values["pinned"] == values["model@refs/pr/3"] != values["original"]
     assert exit_code(lambda: command.main([*arguments, "--vae", "user/model@nowhere"])) == 2
     *_, told = capsys.readouterr().err.splitlines()
-    assert told.startswith("error: the VAE model@nowhere at user/model, revision nowhere: no VAE configuration")
+    assert told.startswith("error: --vae: the VAE model@nowhere at user/model, revision nowhere: no VAE configuration")
 
 
 def test_a_pipeline_in_a_subfolder(tmp_path: Path) -> None:

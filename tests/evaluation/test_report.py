@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from srl_utils.evaluation.report.caveats import Caveat
-from srl_utils.evaluation.report.document import Findings, write_report
+from srl_utils.evaluation.report.document import ReportContent, write_report
 from srl_utils.evaluation.report.figures import COLOURS, draw_figures, safe_name
 from srl_utils.evaluation.report.grids import extremes_picture
 from srl_utils.evaluation.report.tables import METRIC_TITLES
@@ -61,7 +61,7 @@ def example_records(
     ]
 
 
-def example_findings(records: Sequence[Record] | None = None, **changes: Any) -> Findings:
+def example_findings(records: Sequence[Record] | None = None, **changes: Any) -> ReportContent:
     records = example_records(metrics=["ssim"]) if records is None else records
     vaes = list(dict.fromkeys(record.vae for record in records))
     settings = {
@@ -69,10 +69,10 @@ def example_findings(records: Sequence[Record] | None = None, **changes: Any) ->
         "checks": {vae: [Check("Gradients do not vanish", True, "0.0%")] for vae in vaes}, "notes": [], "caveats": [],
         "settings": {"seed": "0"}, "pictures": {},
     }  # fmt: skip
-    return Findings(**{**settings, **changes})
+    return ReportContent(**{**settings, **changes})
 
 
-def with_rfid(findings: Findings) -> Findings:
+def with_rfid(findings: ReportContent) -> ReportContent:
     """A row without interval and without records, for each VAE."""
     clean = [row for row in findings.rows if (row.attack, row.metric) == ("clean", "ssim")]
     rfid = [replace(row, metric="rfid", value=2.0 + place**2, ci95=None) for place, row in enumerate(clean)]
@@ -135,7 +135,7 @@ class Page(HTMLParser):
         return tables
 
 
-def written_page(findings: Findings, folder: Path) -> Page:
+def written_page(findings: ReportContent, folder: Path) -> Page:
     write_report(findings, folder)
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
@@ -157,7 +157,7 @@ def line_key(row: Row) -> tuple[str, str, str]:
     return row.attack, epsilon, METRIC_TITLES[row.metric]
 
 
-def mean_difference(findings: Findings, row: Row) -> float:
+def mean_difference(findings: ReportContent, row: Row) -> float:
     (baseline,) = [
         other.value for other in findings.rows if other.vae == findings.baseline and other.setting == row.setting
     ]
@@ -172,7 +172,7 @@ def picture(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def complete(tmp_path_factory: pytest.TempPathFactory) -> tuple[Findings, Path, Page]:
+def complete(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportContent, Path, Page]:
     """A report with all kinds of tables and figures, its folder and its page."""
     folder = tmp_path_factory.mktemp("complete")
     picture = folder / "made elsewhere.png"
@@ -388,7 +388,7 @@ def test_failures_stand_above_everything(picture: Path, tmp_path: Path) -> None:
     ("checks", "line"),
     [
         ({vae: [Check("One", True, "1"), Check("Two", True, "2")] for vae in VAES}, "All 6 checks passed."),
-        ({}, "Whether this robustness is real was not checked."),
+        ({}, "The robustness was not checked."),
     ],
 )
 def test_without_failures_one_line_says_so(checks, line, tmp_path: Path) -> None:
@@ -417,7 +417,7 @@ def test_every_check_is_listed_by_vae(tmp_path: Path) -> None:
 # --- names from elsewhere ---------------------------------------------------------------------------------
 
 
-def hostile_findings(picture: Path) -> Findings:
+def hostile_findings(picture: Path) -> ReportContent:
     """Markup wherever a name or a text can come from."""
     findings = example_findings(example_records(["original", SCRIPT], [MARKUP], metrics=["ssim"]))
     return replace(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,23 +26,23 @@ from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.protections import PROTECTIONS
 from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
-from srl_utils.evaluation.catalogue import PRESETS, Supplies, select
+from srl_utils.evaluation.catalogue import PRESETS, AttackResources, select
 from srl_utils.evaluation.cells import measure
-from srl_utils.evaluation.cli import common, reconstruction
+from srl_utils.evaluation.cli import loading, reconstruction, running
 from srl_utils.evaluation.cli import main as command
-from srl_utils.evaluation.cli.common import strangers_to
+from srl_utils.evaluation.cli.setup import find_incompatible
 from srl_utils.evaluation.metering import Meter
 from srl_utils.evaluation.perturbations import CLEAN, noise, on_reconstruction
 from srl_utils.evaluation.report.extremes import strongest_cell
 from srl_utils.evaluation.results import Record, Setting
-from srl_utils.evaluation.sanity import Depth, check_robustness
+from srl_utils.evaluation.sanity import CheckSettings, check_robustness
 from srl_utils.evaluation.study import Job, Study
 from srl_utils.evaluation.tasks.base import Metrics, Reconstruction
 from srl_utils.images.pixels import to_pil
 from srl_utils.vae.codec import Codec
 
 EPSILON = 8 / 255
-SHALLOW = Depth(steps=(4, 10, 20), queries=50)
+shallow = partial(CheckSettings, steps=(4, 10, 20), queries=50)
 
 
 def codec(vae: nn.Module, name: str) -> Codec:
@@ -56,7 +58,7 @@ def study(tiny_vae, other_tiny_vae, images, tmp_path: Path) -> Study:
         accelerator=Accelerator(cpu=True),
         codecs=codecs,
         perturbations=select(
-            ["clean", "noise", "pgd-2", "photoguard-encoder"], [EPSILON], Supplies(max_steps=2)
+            ["clean", "noise", "pgd-2", "photoguard-encoder"], [EPSILON], AttackResources(max_steps=2)
         ).perturbations,
         threat_models=("transfer", "adaptive"),
         task=Reconstruction(metrics=metrics, baseline=codecs[0], images=images(5)),
@@ -131,7 +133,7 @@ def test_cells_of_like_names_stay_apart(study, tiny_vae, other_tiny_vae, tmp_pat
     """Oracle: each VAE and budget alone; names that no file could have, and budgets that differ in the tenth digit."""
     names = ("original", "a/b", "a_b", "../up")
     codecs = [codec(vae, name) for vae, name in zip((tiny_vae, other_tiny_vae) * 2, names, strict=True)]
-    perturbations = select(["pgd-1"], [EPSILON, EPSILON + 1e-10], Supplies()).perturbations
+    perturbations = select(["pgd-1"], [EPSILON, EPSILON + 1e-10], AttackResources()).perturbations
     mixed = replace(study, codecs=codecs, perturbations=perturbations, output_dir=tmp_path / "mixed").run()
     for place, judged in enumerate(codecs[1:]):
         for perturbation in perturbations:
@@ -214,7 +216,7 @@ def test_a_log_says_what_is_being_measured(arguments, tmp_path: Path, capsys, mo
     """Oracle: the real command without a terminal. Every bar has a first line and a last one at its end, by the cost
     model's total; titles name VAE, attack and images. Of the study: 4 x 2 clean, and 2 x (4 x (4 + 2) + 4 x (4 + 1)).
     """
-    monkeypatch.setattr(reconstruction, "Depth", lambda: SHALLOW)
+    monkeypatch.setattr(reconstruction, "CheckSettings", shallow)
     assert command.main(arguments) == 0
     found = bars(capsys.readouterr().err)
     whole = [bar for bar in found if bar[2] == 96]
@@ -231,7 +233,7 @@ def test_a_log_says_what_is_being_measured(arguments, tmp_path: Path, capsys, mo
 )
 def test_the_bar_moves_evenly_through_an_attack(attack: str, passes: int, study) -> None:
     """Oracle: the cost model. In a single batch no update is more than a few of the attack's steps, and none overshoots."""
-    (perturbation,) = select([attack], [EPSILON], Supplies(max_steps=20)).perturbations
+    (perturbation,) = select([attack], [EPSILON], AttackResources(max_steps=20)).perturbations
     assert perturbation.passes == passes
     with tqdm(total=2 * passes, disable=False, file=io.StringIO()) as bar:
         steps: list[int] = []
@@ -250,7 +252,7 @@ def test_the_bar_moves_evenly_through_an_attack(attack: str, passes: int, study)
 def test_presets_hold_known_names() -> None:
     """Oracle: every name of every preset becomes a perturbation or a note on what it needs."""
     for preset, names in PRESETS.items():
-        selection = select([preset], [EPSILON], Supplies())
+        selection = select([preset], [EPSILON], AttackResources())
         found = {item.name if item.name != "gaussian-noise" else "noise" for item in selection.perturbations}
         noted = {note.split(" ")[0] for note in selection.notes}
         assert set(names) == found | noted
@@ -258,7 +260,7 @@ def test_presets_hold_known_names() -> None:
 
 def test_attacks_run_at_every_epsilon_and_none_twice() -> None:
     """Oracle: counting; corruptions and clean images have no epsilon."""
-    selection = select(["clean", "pgd-3", "jpeg", "quick", "pgd-3"], [1 / 255, EPSILON], Supplies())
+    selection = select(["clean", "pgd-3", "jpeg", "quick", "pgd-3"], [1 / 255, EPSILON], AttackResources())
     found = [(item.name, round(255 * item.epsilon)) for item in selection.perturbations]
     assert len(found) == len(set(found))
     assert {epsilon for name, epsilon in found if name == "pgd-3"} == {1, 8}
@@ -269,17 +271,17 @@ def test_attacks_run_at_every_epsilon_and_none_twice() -> None:
 
 
 def test_what_cannot_run_is_said(images) -> None:
-    """Oracle: specification; each protection that needs something names the flag that gives it."""
-    notes = select(list(PROTECTIONS), [EPSILON], Supplies()).notes
+    """Oracle: specification; each protection that needs something names the parameter that gives it."""
+    notes = select(list(PROTECTIONS), [EPSILON], AttackResources()).notes
     flags = {note.split(" ")[0]: note for note in notes}
-    assert "--pipeline" in flags["advdm"]
-    assert "--target" in flags["nightshade"]
-    assert "nightshade" not in str(select(["nightshade"], [EPSILON], Supplies(target=images(1))).notes)
+    assert "give pipeline" in flags["advdm"]
+    assert "give target" in flags["nightshade"]
+    assert "nightshade" not in str(select(["nightshade"], [EPSILON], AttackResources(target=images(1))).notes)
     for name in ("pgd-x", "pgd-0", "pgd-2x0", "square-5x2", "jpeg-6"):
         with pytest.raises(UserError, match=f"{name} is not known"):
-            select([name], [EPSILON], Supplies())
+            select([name], [EPSILON], AttackResources())
     with pytest.raises(UserError, match="no attack is left; advdm was left out"):
-        select(["advdm"], [EPSILON], Supplies())
+        select(["advdm"], [EPSILON], AttackResources())
 
 
 # --- is this robustness real? ---------------------------------------------------------------------------
@@ -305,7 +307,7 @@ def photographs(count: int) -> Tensor:
 def test_an_honest_vae_passes(miniature_vae) -> None:
     """Oracle: the shipped VAE, which does nothing to its gradients; every question is asked once."""
     honest = codec(miniature_vae, "miniature")
-    checks = check_robustness(honest, honest, photographs(2), epsilon=EPSILON, seed=0, depth=SHALLOW)
+    checks = check_robustness(honest, honest, photographs(2), shallow(epsilon=EPSILON), seed=0)
     assert [check for check in checks if not check.passed] == []
     assert len({check.question for check in checks}) == 9
 
@@ -314,7 +316,7 @@ def test_masked_gradients_are_exposed(miniature_vae) -> None:
     """Oracle: an encoder made to hide its gradients, which withstands PGD and nothing else."""
     honest = codec(miniature_vae, "miniature")
     masked = replace(honest, name="masked", encoder=Quantised(honest.encoder))
-    checks = check_robustness(masked, honest, photographs(2), epsilon=EPSILON, seed=0, depth=SHALLOW)
+    checks = check_robustness(masked, honest, photographs(2), shallow(epsilon=EPSILON), seed=0)
     failed = {check.question for check in checks if not check.passed}
     assert "Gradients do not vanish" in failed
     assert "A very large epsilon wins completely" in failed
@@ -369,7 +371,7 @@ def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monk
 
     Given again it computes nothing and writes the same.
     """
-    monkeypatch.setattr(reconstruction, "Depth", lambda: SHALLOW)
+    monkeypatch.setattr(reconstruction, "CheckSettings", shallow)
     assert command.main(arguments) == 0
     rows = json.loads((tmp_path / "out/results.json").read_text())
     assert {row["vae"] for row in rows} == {"original", "robust"}
@@ -382,12 +384,12 @@ def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monk
     printed = capsys.readouterr().out
     assert "checks of the robustness" in printed
     assert "glaze was left out" in printed
-    assert "there are 4 images and not the 64 of --num_images" in printed
+    assert "there are only 4 images, fewer than the 64 of --num_images" in printed
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(common, "check_robustness", refuse)
+    monkeypatch.setattr(running, "check_robustness", refuse)
     monkeypatch.setattr(Study, "_compute", refuse)
     before = written(tmp_path / "out")
     assert command.main(arguments) == 0
@@ -427,11 +429,11 @@ def test_no_attack_on_a_denoiser_is_made_on_other_latents(study, images) -> None
         for channels in (4, 8)
     )
     notes: list[str] = []
-    assert strangers_to(fitting, study.codecs, study.images, notes) == frozenset() and notes == []
-    assert strangers_to(fitting, [*study.codecs, eight], study.images, notes) == {"eight"}
+    assert find_incompatible(fitting, study.codecs, study.images, notes) == frozenset() and notes == []
+    assert find_incompatible(fitting, [*study.codecs, eight], study.images, notes) == {"eight"}
     assert "not made on eight: --pipeline makes latents of 4 channels, and those of eight have 8" in notes[0]
     with pytest.raises(UserError, match="latents of 8 channels, and those of original have 4"):
-        strangers_to(other, study.codecs, study.images, notes)
+        find_incompatible(other, study.codecs, study.images, notes)
     attack = replace(study.perturbations[2], impossible_on=frozenset({"eight"}))
     cells = list(replace(study, codecs=[*study.codecs, eight], perturbations=[attack]).cells())
     assert [cell.source.name for cell in cells] == ["original", "robust"]
@@ -451,7 +453,7 @@ def test_latents_of_other_shapes_are_compared_as_far_as_they_can_be(
     """Oracle: the real command, with checks. Of 16 channels, and of half the side: everything but the drift, which a
     note names where it was asked for; the values are those of the same VAEs without the others.
     """
-    monkeypatch.setattr(reconstruction, "Depth", lambda: SHALLOW)
+    monkeypatch.setattr(reconstruction, "CheckSettings", shallow)
     small_vae(latent_channels=16).save_pretrained(tmp_path / "sixteen")
     deeper_vae().save_pretrained(tmp_path / "deeper")
     places = [f"{name}={tmp_path / name}" for name in ("robust", "sixteen", "deeper")]
@@ -522,22 +524,39 @@ def test_two_processes_and_a_kill_change_nothing(arguments, tmp_path: Path) -> N
     ("change", "message"),
     [
         (["--resolution", "15"], "--resolution 15 does not suit original"),
-        (["--attacks", "nonsense"], "--attacks nonsense is not known"),
-        (["--vae", "a=nowhere"], "no VAE configuration at 'nowhere'"),
-        (["--vae", "original=x"], "two VAEs of the name original"),
+        (["--attacks", "nonsense"], "--attacks: nonsense is not known"),
+        (["--vae", "a=nowhere"], "--vae: the VAE a at nowhere: "),
+        (["--vae", "original=x"], "--vae: original=x: there are two VAEs of the name original"),
         (["--dataset_name", "scikit-image"], "--dataset_name or --data_dir"),
-        (["--data_dir", "nowhere"], "--data_dir nowhere: there is no such folder"),
+        (["--data_dir", "nowhere"], "data_dir"),
         (["--split", "val"], "--split has no effect without --dataset_name"),
         (["--resolution", "8"], "SSIM needs at least 11 px"),
-        (["--output_dir", __file__], "is no folder"),
+        (["--output_dir", __file__], "is not a folder"),
         (["--epsilons", "300"], "outside"),
         (["--epsilons", "0"], "an attack of size 0"),
         (["--vae", "=x"], "expected NAME=PLACE"),
-        (["--target", "nowhere.png"], "--target nowhere.png cannot be read"),
+        (["--target", "nowhere.png"], "--target: nowhere.png cannot be read"),
     ],
 )
 def test_bad_input_is_one_line(arguments, change, message, capsys) -> None:
     """Oracle: specification; exit code 2 and one line that names the flag or the place, before any work."""
-    assert exit_code(lambda: command.main([*arguments, *change])) == 2
+    assert exit_code(lambda: command.main([*arguments, *change]), flags=command.FLAGS) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize(("parameter", "flag"), [("validation_data_dir", "data_dir"), ("image_column", "image_column")])
+def test_the_command_names_its_own_flags(
+    arguments: list[str], parameter: str, flag: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: specification; an error of the library about a parameter becomes one about the command's flag."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError("nowhere is wrong", parameter=parameter)
+
+    monkeypatch.setattr(loading, "load_validation_images", refuse)
+    monkeypatch.setattr(sys, "argv", ["evaluation", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("srl_utils.evaluation", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: --{flag}: nowhere is wrong"

@@ -92,7 +92,7 @@ def test_evaluation_finishes_on_a_mixture(mixture: Path, vae_folder: Path, tmp_p
     rows = json.loads((out / "results.json").read_text())
     assert {row["n"] for row in rows} == {GOOD + len(UNUSUAL)}
     report = (out / "report.md").read_text(encoding="utf-8")
-    assert f"{len(LISTED)} unreadable images were passed over" in report
+    assert f"{len(LISTED)} unreadable images were left out" in report
     assert all(name.split(".")[0] in report for name in LISTED if name.isascii())
 
 

@@ -263,9 +263,9 @@ def test_prompts_in_any_encoding(encoding: str, line_end: str, tmp_path: Path) -
 
 
 def test_prompts_that_are_no_text_are_one_line(tmp_path: Path) -> None:
-    """Oracle: the line names flag and file."""
+    """Oracle: the line names parameter and file."""
     (tmp_path / "prompts.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"--prompts .*prompts.txt cannot be read"):
+    with pytest.raises(UserError, match=r"prompts: .*prompts.txt cannot be read"):
         read_prompts(tmp_path / "prompts.txt", 1)
 
 

@@ -1,4 +1,4 @@
-"""The command `python -m srl_utils.evaluation`: which evaluation runs, and its flags."""
+"""The command `python -m srl_utils.evaluation`: choose the evaluation and read its flags."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from srl_utils.command_line import Parser
 from srl_utils.evaluation.cli import editing, generation, poisoning, reconstruction
 
 COMMANDS = {"reconstruction": reconstruction, "generation": generation, "editing": editing, "poisoning": poisoning}
+FLAGS = {"validation_data_dir": "data_dir", "train_data_dir": "data_dir", "validation_split": "split"}
+"""Flags of this command by the parameter that they set, where the names differ."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the evaluation that the words ask for, by default those of this process; return its exit code."""
+    """Run an evaluation and return its exit code.
+
+    Args:
+        arguments: words of the command line; by default those of this process.
+
+    Raises:
+        UserError: if a flag is wrong, or if something cannot be loaded or measured.
+    """
     args = parse_args(arguments)
     return COMMANDS[args.command].run(args)
 
@@ -21,7 +30,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     """Return the flags of an evaluation.
 
     Raises:
-        UserError: in one line.
+        UserError: if a flag is unknown, has a wrong value, or has no effect.
     """
     parser = Parser(prog="python -m srl_utils.evaluation", description="Compares VAEs under attack.")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")

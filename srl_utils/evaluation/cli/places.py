@@ -1,11 +1,11 @@
-"""Where VAEs and pipelines are: what `NAME=PLACE@REVISION:SUBFOLDER,variant=VARIANT` means on a command line."""
+"""Read where VAEs and pipelines are: `NAME=PLACE@REVISION:SUBFOLDER,variant=VARIANT` on a command line."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator
-from os.path import exists, isdir  # which, unlike pathlib's, say False of a name too long to be one
+from os.path import exists, isdir  # unlike those of pathlib, they return False for a name that is too long
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -14,14 +14,14 @@ from srl_utils.command_line import home_expanded
 from srl_utils.errors import UserError
 from srl_utils.vae.loading import AutoencoderSource
 
-FORM = "PLACE@REVISION:SUBFOLDER,variant=VARIANT, of which all but PLACE may be left out"
+FORM = "PLACE@REVISION:SUBFOLDER,variant=VARIANT; everything except PLACE may be left out"
 VARIANT = re.compile(r"(.+),variant=([\w.-]+)", re.S)
 
 
 def parse_place(text: str) -> AutoencoderSource:
-    """Return what `text` names: a folder or a Hub id, with what may follow it (`FORM`).
+    """Return the source that `text` names: a folder or a Hub id, in the form `FORM`.
 
-    A path that exists is taken as it is, whatever signs it holds; a leading ~ is the home folder.
+    A path that exists is taken as it is, even if it contains @, : or a comma. A leading ~ stands for the home folder.
 
     Raises:
         UserError: if `text` has another form, or names a revision of a folder.
@@ -30,13 +30,13 @@ def parse_place(text: str) -> AutoencoderSource:
 
 
 def parse_named_place(text: str) -> tuple[str, AutoencoderSource]:
-    """Return name and place of `NAME=PLACE`, or of `PLACE`, whose name is the last part of its path.
+    """Return name and source of `NAME=PLACE`, or of `PLACE`, whose name is the last part of its path.
 
-    Of several readings the one whose place is a path that exists is taken: `outputs/lr=1e-4` is a folder if there is
-    such a folder.
+    If `text` can be read in several ways, a place that exists as a path wins: `outputs/lr=1e-4` is a folder if that
+    folder exists.
 
     Raises:
-        UserError: if name or place is empty, or as `parse_place`.
+        UserError: if name or place is empty, or for the reasons of `parse_place`.
     """
     alone = _local(text)
     if alone is not None:
@@ -57,11 +57,11 @@ def parse_named_place(text: str) -> tuple[str, AutoencoderSource]:
 
 
 def described(source: AutoencoderSource, file: str) -> str:
-    """Return place, revision, subfolder and variant as a reader should know them, with the commit on the Hub.
+    """Return place, revision, subfolder, variant and commit on the Hub as text for readers.
 
     Args:
         source: what was loaded.
-        file: one of its files, such as config.json, by which the Hub's cache knows the commit.
+        file: one of its files, such as config.json, by which the Hub's cache finds the commit.
     """
     parts = [source.pretrained_model_name_or_path]
     for title in ("revision", "subfolder", "variant"):
@@ -73,13 +73,13 @@ def described(source: AutoencoderSource, file: str) -> str:
 
 
 def resolved_commit(source: AutoencoderSource, file: str) -> str | None:
-    """Return the hash of the commit that was loaded, as the Hub's cache tells it; None of a folder."""
+    """Return the hash of the loaded commit from the Hub's cache; None for a folder or an unknown file."""
     if exists(source.pretrained_model_name_or_path):
         return None
     name = f"{source.subfolder}/{file}" if source.subfolder else file
     try:
         path = try_to_load_from_cache(source.pretrained_model_name_or_path, name, revision=source.revision)
-    except ValueError:  # no name that the Hub could have
+    except ValueError:  # not a valid name on the Hub
         return None
     if not isinstance(path, str):
         return None
@@ -88,7 +88,7 @@ def resolved_commit(source: AutoencoderSource, file: str) -> str | None:
 
 
 def _local(text: str) -> AutoencoderSource | None:
-    """The place if it is a path that exists, alone or before what may follow a path."""
+    """Return the source if `text` is a path that exists, perhaps with subfolder or variant; otherwise None."""
     for place, subfolder, variant in _readings(text):
         path = home_expanded(place)
         if place and exists(path) and (subfolder is None or isdir(os.path.join(path, subfolder))):
@@ -97,7 +97,7 @@ def _local(text: str) -> AutoencoderSource | None:
 
 
 def _readings(text: str) -> Iterator[tuple[str, str | None, str | None]]:
-    """Path, subfolder and variant in every way in which `text` can be read, the longest path first."""
+    """Yield path, subfolder and variant for each way to read `text`, the longest path first."""
     yield text, None, None
     match = VARIANT.fullmatch(text)
     whole, variant = (match[1], match[2]) if match else (text, None)
@@ -107,7 +107,13 @@ def _readings(text: str) -> Iterator[tuple[str, str | None, str | None]]:
 
 
 def _on_the_hub(text: str) -> AutoencoderSource:
-    """`ID@REVISION:SUBFOLDER,variant=VARIANT`; a branch such as refs/pr/3 may hold slashes, and no colon."""
+    """Return the source of `ID@REVISION:SUBFOLDER,variant=VARIANT`.
+
+    A revision such as refs/pr/3 may have slashes, but no colon.
+
+    Raises:
+        UserError: if `text` has another form.
+    """
     text = text.strip()
     _refuse_suffix_of_folder(text)
     match = VARIANT.fullmatch(text)
@@ -128,7 +134,7 @@ def _on_the_hub(text: str) -> AutoencoderSource:
 
 
 def _refuse_suffix_of_folder(text: str) -> None:
-    """Raises a UserError if `text` is a folder on this machine and then a revision, or a subfolder that it has not."""
+    """Raise a UserError if `text` is a folder of this machine followed by a revision or a missing subfolder."""
     for sign in re.finditer("[@:]", text):
         folder, suffix = text[: sign.start()], _without_variant(text[sign.end() :])
         if folder and suffix and "=" not in suffix and exists(home_expanded(folder)):
@@ -137,12 +143,13 @@ def _refuse_suffix_of_folder(text: str) -> None:
 
 
 def _without_variant(text: str) -> str:
+    """Return `text` without a trailing `,variant=VARIANT`."""
     match = VARIANT.fullmatch(text)
     return match[1] if match else text
 
 
 def _own_name(text: str, source: AutoencoderSource) -> str:
-    """The last part of the path, links not followed, with what follows it: two commits of one model have two names."""
+    """Return the last part of the path, without following links, and the suffixes: two commits have two names."""
     path = source.pretrained_model_name_or_path
     name = os.path.basename(os.path.abspath(path))
     if not name:

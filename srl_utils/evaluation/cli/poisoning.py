@@ -12,33 +12,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from srl_utils.attacks.protections import PROTECTIONS
+from srl_utils.attacks.protections import PROTECTIONS, Protection
 from srl_utils.command_line import Effects, non_negative_float, non_negative_int, positive_int
 from srl_utils.console import progress_bar
-from srl_utils.evaluation.catalogue import Supplies, select
-from srl_utils.evaluation.cli.common import (
-    Scrutiny,
-    Setup,
+from srl_utils.evaluation.catalogue import AttackResources, select
+from srl_utils.evaluation.cli.arguments import (
     add_check_arguments,
     add_metrics_argument,
     add_pipeline_arguments,
     add_shared_arguments,
     budget,
-    build_metrics,
-    check_captions,
     check_effects,
-    exchangeable,
-    load_judge,
     pipeline_effects,
-    prepare,
-    run_study,
     shared_effects,
-    try_lpips,
 )
+from srl_utils.evaluation.cli.loading import load_classifier
+from srl_utils.evaluation.cli.running import run_study
+from srl_utils.evaluation.cli.setup import Setup, build_metrics, check_captions, exchangeable, prepare, try_lpips
 from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.evaluation.report.figures import draw_curves
 from srl_utils.evaluation.report.grids import extremes_picture
 from srl_utils.evaluation.results import Record, Rows
+from srl_utils.evaluation.sanity import CheckSettings
 from srl_utils.evaluation.study import THREAT_MODELS, Study
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig
 from srl_utils.evaluation.tasks.generation import build_text_to_image
@@ -47,28 +42,31 @@ from srl_utils.files import write_atomically
 from srl_utils.metrics.losses import LPIPS_METRICS
 
 METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "clip-text", "shown", "fid", "kid")
-SHOWN = 8
-"""Of the generated images, in the report."""
+NUM_PICTURES = 8
+"""Generated images of each fine-tuned model in the report."""
 USUAL_EPSILON = 8 / 255
-"""At which VAEs are checked where the poisons' budget is in another measure."""
+"""Budget of the robustness checks if the budget of the poisons is in another measure, in units of a [0,1] image."""
 TARGETED = tuple(name for name, protection in PROTECTIONS.items() if protection.has_target)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the evaluation and return its exit code."""
     finetuning = FinetuningConfig(
         num_steps=args.finetuning_steps, batch_size=args.finetuning_batch_size, learning_rate=args.learning_rate,
         lora_rank=args.lora_rank,
     )  # fmt: skip
     finetuning.check()
-    judge = load_judge(args)
+    classifier = load_classifier(args.classifier, args.metrics)
     setup = exchangeable(prepare(args))
     check_captions(setup, "poisoning")
     concepts = divide(
         setup.captions, concept=args.concept, target=args.target_concept, num_poisons=max(args.num_poisons),
         num_held_out=args.num_generated,
     )  # fmt: skip
+    protection = PROTECTIONS[args.protection]
+    epsilon = args.epsilon or protection.config.epsilon
     task = Poisoning(
-        metrics=build_metrics(args, setup, judge),
+        metrics=build_metrics(args, setup, classifier),
         text_to_image=build_text_to_image(
             setup.pipeline,
             args.resolution,
@@ -78,25 +76,30 @@ def run(args: argparse.Namespace) -> int:
         images=setup.images,
         captions=setup.captions,
         concepts=concepts,
-        poison=poison_maker(args, setup),
-        amounts={amount_name(args.protection, amount): amount for amount in args.num_poisons},
+        poison=poison_maker(setup, protection, epsilon, max_steps=args.max_attack_steps),
+        amounts={amount_name(protection.name, amount): amount for amount in args.num_poisons},
         finetuning=finetuning,
-        judge=judge,
+        classifier=classifier,
         folder=args.output_dir / "finetuning",
         batch_size=args.batch_size,
         seed=args.seed,
     )
     passes = task.poison(setup.images[:1]).passes * max(args.num_poisons) / len(concepts.held_out)
-    perturbations = poisonings(args.protection, budget_of(args), sorted(set(args.num_poisons)), passes=passes)
-    scalable = PROTECTIONS[args.protection].scalable
     return run_study(
-        args, setup, task, perturbations, title="Poisoned fine-tuning", images=setup.images[concepts.held_out], draw=partial(draw, task),
-        scrutiny=Scrutiny(epsilon=budget_of(args) if scalable else USUAL_EPSILON), prompts=setup.captions,
-    )  # fmt: skip
+        args,
+        setup,
+        task,
+        poisonings(protection.name, epsilon, sorted(set(args.num_poisons)), passes=passes),
+        title="Poisoned fine-tuning",
+        check_settings=CheckSettings(epsilon=epsilon if protection.scalable else USUAL_EPSILON),
+        images=setup.images[concepts.held_out],
+        prompts=setup.captions,
+        draw=partial(draw, task),
+    )
 
 
 def draw(task: Poisoning, study: Study, rows: Rows, records: Sequence[Record]) -> dict[str, Path]:
-    """The curves over the number of poisons, and some of the images that each fine-tuned model generates."""
+    """Draw each metric against the number of poisons, and some images that each fine-tuned model generates."""
     vaes, folder = [codec.name for codec in study.codecs], study.output_dir / "figures"
     curves = draw_curves(rows, vaes, task.amounts, folder, label="number of poisons")
     path = folder / "generated.png"
@@ -105,8 +108,8 @@ def draw(task: Poisoning, study: Study, rows: Rows, records: Sequence[Record]) -
 
 
 def generated_picture(task: Poisoning, study: Study) -> Image.Image:
-    """A line for each fine-tuned model."""
-    numbers = list(range(min(SHOWN, len(study.images))))
+    """Return a picture with a row of generated images for each fine-tuned model."""
+    numbers = list(range(min(NUM_PICTURES, len(study.images))))
     lines = []
     shown = [(cell, codec) for cell in study.cells() for codec in cell.judged]
     cost = len(numbers) * task.text_to_image.passes
@@ -119,27 +122,32 @@ def generated_picture(task: Poisoning, study: Study) -> Image.Image:
     return extremes_picture(lines, titles=[""] * len(numbers), cell=80, label=300)
 
 
-def poison_maker(args: argparse.Namespace, setup: Setup) -> Callable[[Tensor], Perturbation]:
-    """Targets `[N,3,R,R]` to the perturbation that makes as many images head for them.
+def poison_maker(
+    setup: Setup, protection: Protection, epsilon: float, *, max_steps: int | None
+) -> Callable[[Tensor], Perturbation]:
+    """Return a function from targets `[N,3,R,R]` to the perturbation that makes as many images imitate them.
+
+    Args:
+        setup: has the pipeline; its notes are extended.
+        protection: how poisons are made.
+        epsilon: budget in the protection's own measure.
+        max_steps: shortens the protection.
 
     Raises:
-        UserError: if the protection lacks what it needs.
+        UserError: if the protection needs something that is missing.
     """
-    perceptual = try_lpips(setup) if PROTECTIONS[args.protection].needs_perceptual else None
-    supplies = Supplies(pipeline=setup.pipeline, perceptual=perceptual, max_steps=args.max_attack_steps)
+    perceptual = try_lpips(setup) if protection.needs_perceptual else None
+    resources = AttackResources(pipeline=setup.pipeline, perceptual=perceptual, max_steps=max_steps)
 
     def towards(targets: Tensor) -> Perturbation:
-        return select([args.protection], [budget_of(args)], replace(supplies, target=targets)).perturbations[0]
+        return select([protection.name], [epsilon], replace(resources, target=targets)).perturbations[0]
 
-    towards(setup.images[:1])  # what is missing is said now
+    towards(setup.images[:1])  # raises before any work
     return towards
 
 
-def budget_of(args: argparse.Namespace) -> float:
-    return args.epsilon or PROTECTIONS[args.protection].config.epsilon
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this evaluation."""
     add_shared_arguments(parser)
     add_pipeline_arguments(parser)
     add = parser.add_argument
@@ -151,16 +159,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epsilon",
         type=budget,
         default=None,
-        help="of the poisons, in the protection's own measure; default: its authors'",
+        help="budget of the poisons, in the protection's own measure; default: that of its authors",
     )
-    add("--num_poisons", nargs="+", type=non_negative_int, default=[0, 25, 50, 100], help="the fine-tunings to compare")
-    add("--num_generated", type=positive_int, default=32, help="images of the concept that are held out, and generated")
-    add("--threat_models", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS))
+    add(
+        "--num_poisons",
+        nargs="+",
+        type=non_negative_int,
+        default=[0, 25, 50, 100],
+        help="a model is fine-tuned for each of these numbers",
+    )
+    add(
+        "--num_generated",
+        type=positive_int,
+        default=32,
+        help="held-out images of the concept, whose captions are generated",
+    )
+    add(
+        "--threat_models", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS),
+        help="transfer: poisons made on the baseline; adaptive: poisons made on each VAE itself",
+    )  # fmt: skip
     add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
     add_check_arguments(parser)
-    add("--finetuning_steps", type=positive_int, default=500)
-    add("--finetuning_batch_size", type=positive_int, default=8)
-    add("--learning_rate", type=non_negative_float, default=1e-5)
+    add("--finetuning_steps", type=positive_int, default=500, help="optimizer steps of each fine-tuning")
+    add("--finetuning_batch_size", type=positive_int, default=8, help="images per step")
+    add("--learning_rate", type=non_negative_float, default=1e-5, help="of AdamW, constant")
     add(
         "--lora_rank",
         type=positive_int,
@@ -171,11 +193,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def effects(args: argparse.Namespace) -> Effects:
-    """By flag, whether it has an effect beside the others, and what it needs to have one."""
+    """Return when each flag has an effect, and what it needs to have one."""
     poisoned = any(args.num_poisons)
     return {
         **shared_effects(args),
-        **pipeline_effects(args),
-        **check_effects(args),
+        **pipeline_effects(args.metrics, args.classifier),
+        **check_effects(not args.no_checks),
         **dict.fromkeys(("epsilon", "threat_models", "max_attack_steps"), (poisoned, "a number of poisons above 0")),
     }

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from statistics import median_low
 
 from srl_utils.command_line import Effects
 from srl_utils.evaluation.catalogue import select
-from srl_utils.evaluation.cli.common import (
-    Scrutiny,
+from srl_utils.evaluation.cli.arguments import (
     add_attack_arguments,
     add_metrics_argument,
     add_shared_arguments,
     attack_effects,
-    build_metrics,
-    build_supplies,
+    draws_targets,
     needs_denoiser,
-    prepare,
-    run_study,
     shared_effects,
-    wants_painter,
 )
-from srl_utils.evaluation.sanity import Depth
+from srl_utils.evaluation.cli.running import run_study
+from srl_utils.evaluation.cli.setup import build_attack_resources, build_metrics, prepare
+from srl_utils.evaluation.sanity import CheckSettings
 from srl_utils.evaluation.tasks.base import Reconstruction, denoiser_of
 from srl_utils.metrics.losses import LPIPS_METRICS
 
 METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "rfid", "kid", "is", "drift")
-QUICK = Depth(steps=(5, 20, 40), queries=100)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the evaluation and return its exit code."""
     setup = prepare(args)
     task = Reconstruction(
         metrics=build_metrics(args, setup),
@@ -38,14 +36,18 @@ def run(args: argparse.Namespace) -> int:
         denoiser=denoiser_of(setup.pipeline),
     )
     task.note_incomparable(setup.codecs, setup.notes)
-    selection = select(args.attacks, args.epsilons, build_supplies(args, setup))
+    selection = select(args.attacks, args.epsilons, build_attack_resources(args, setup))
     setup.notes.extend(selection.notes)
-    depth = QUICK if set(args.attacks) == {"quick"} else Depth()
-    scrutiny = Scrutiny(epsilon=median_low(args.epsilons), depth=depth)
-    return run_study(args, setup, task, selection.perturbations, title="Reconstruction under attack", scrutiny=scrutiny)
+    check_settings = CheckSettings(epsilon=median_low(args.epsilons))
+    if set(args.attacks) == {"quick"}:
+        check_settings = replace(check_settings, steps=(5, 20, 40), queries=100)
+    return run_study(
+        args, setup, task, selection.perturbations, title="Reconstruction under attack", check_settings=check_settings
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this evaluation."""
     add_shared_arguments(parser)
     add_attack_arguments(parser, attacks=["quick"], epsilons=[2 / 255, 4 / 255, 8 / 255, 16 / 255])
     parser.set_defaults(caption_column=None)
@@ -55,12 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def effects(args: argparse.Namespace) -> Effects:
-    """By flag, whether it has an effect beside the others, and what it needs to have one."""
+    """Return when each flag has an effect, and what it needs to have one."""
+    drawn = args.target is None and draws_targets(args.attacks)
     return {
         **shared_effects(args),
-        **attack_effects(args),
+        **attack_effects(args.attacks, checked=not args.no_checks),
         "pipeline": (
-            needs_denoiser(args) or wants_painter(args),
+            needs_denoiser(args.attacks) or drawn,
             "an attack on a denoiser, or one whose target it draws",
         ),
     }

@@ -1,4 +1,4 @@
-"""What limits the numbers of a report: too few images, cut captions, sizes that a metric was not made for."""
+"""Find what limits the numbers of a report: too few images, cut captions, sizes that do not suit a metric."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from srl_utils.metrics.losses import LPIPS_METRICS
 from srl_utils.metrics.pixels import SSIM_WINDOW
 
 FEW_FOR_BOOTSTRAP = 20
+"""Below this number of images, bootstrap intervals are too narrow."""
 LPIPS_SIDE = 64
-"""Side of the patches that LPIPS was fitted on (Zhang et al. 2018), pixels."""
+"""Side of the patches on which LPIPS was fitted (Zhang et al. 2018), pixels."""
 INCEPTION_SIDE = 299
+"""Side of the images that Inception takes, pixels."""
 MOST_NAMED = 3
+"""Number of captions that a caveat quotes."""
 FRECHET = ("fid", "rfid")
 
 
 class Caveat(NamedTuple):
-    """One sentence, and the metrics beside which it belongs; of all results where there are none."""
+    """One sentence, and the metrics that it concerns; none if it concerns all results."""
 
     text: str
     metrics: tuple[str, ...] = ()
 
 
 def caveats_of_metrics(metrics: Metrics, images: Tensor, *, n: int) -> list[Caveat]:
-    """Return the caveats of what is measured.
+    """Return the caveats of the metrics.
 
     Args:
-        metrics: what is measured.
+        metrics: the metrics to measure.
         images: some of the images, `[N,3,R,R]` in [-1,1].
-        n: number of images that a mean or a set has.
+        n: number of images in each mean and set.
     """
     side = images.shape[-1]
     found = [*_of_sets(metrics, images[:1], n), *_of_sizes(side)]
@@ -56,29 +59,27 @@ def _of_sets(metrics: Metrics, image: Tensor, n: int) -> Iterator[Caveat]:
     if n <= width:
         yield Caveat(
             f"FID of {n} images on features of {width} dimensions: the covariance is singular and the value biased "
-            f"upwards. Use it to rank VAEs at {n} images, and compare it with no other number.",
+            f"upwards. Use it only to rank VAEs at {n} images.",
             FRECHET,
         )
     if n <= max(width, SUBSET_SIZE):
         yield Caveat(
-            f"KID of {n} images, in one subset, on features of {width} dimensions: unbiased but noisy, and so perhaps below 0.",
+            f"KID of {n} images, in one subset, on features of {width} dimensions: unbiased but noisy; it may be negative.",
             ("kid",),
         )
     if n < SPLITS * classes:
         yield Caveat(
-            f"Inception Score of {n} images in {SPLITS} parts, with {classes} classes: biased downwards. Compare it at equal "
-            f"numbers of images; no part of {n // SPLITS} images can score above {n // SPLITS}.",
+            f"Inception Score of {n} images in {SPLITS} parts, with {classes} classes: biased downwards. Compare it only "
+            f"at equal numbers of images; {n // SPLITS} images score at most {n // SPLITS}.",
             ("is",),
         )
     sets = (*FRECHET, "kid", "is")
     side = image.shape[-1]
     if not isinstance(metrics.features, InceptionFeatures):
-        yield Caveat(
-            "FID, KID and IS are computed on the classifier's features: compare them with no published values.", sets
-        )
+        yield Caveat("FID, KID and IS use the classifier's features: do not compare them with published values.", sets)
     elif side < INCEPTION_SIDE:
         yield Caveat(
-            f"Inception sees images of {side} px enlarged to {INCEPTION_SIDE} px: compare with values at {side} px alone.",
+            f"Inception sees images of {side} px enlarged to {INCEPTION_SIDE} px: compare only with values at {side} px.",
             sets,
         )
 
@@ -86,7 +87,7 @@ def _of_sets(metrics: Metrics, image: Tensor, n: int) -> Iterator[Caveat]:
 def _of_sizes(side: int) -> Iterator[Caveat]:
     if side < LPIPS_SIDE:
         yield Caveat(
-            f"LPIPS was fitted on patches of {LPIPS_SIDE} px, and the images have {side} px.", tuple(LPIPS_METRICS)
+            f"LPIPS was fitted on patches of {LPIPS_SIDE} px; the images have {side} px.", tuple(LPIPS_METRICS)
         )
     if side < 3 * SSIM_WINDOW:
         places = side - SSIM_WINDOW + 1
@@ -97,32 +98,34 @@ def caveat_of_precision(mixed_precision: str) -> list[Caveat]:
     """Return the caveat of a precision below float32; none for `no`."""
     if mixed_precision == "no":
         return []
-    return [Caveat(f"The networks ran in {mixed_precision}: values differ from those in float32, a high PSNR most.")]
+    return [
+        Caveat(f"The networks ran in {mixed_precision}: values differ from those in float32, most of all a high PSNR.")
+    ]
 
 
 def caveats_of_prompts(metrics: Metrics, pipeline: DiffusionPipeline | None, prompts: Sequence[str]) -> list[Caveat]:
-    """Return a caveat for each text encoder, CLIP's and the pipeline's, that is longer than some of `prompts`."""
+    """Return a caveat for each text encoder, of CLIP and of the pipeline, that cuts some of the prompts."""
     found = []
     if metrics.clip is not None and "clip-text" in metrics.names:
         limit = metrics.clip.model.config.text_config.max_position_embeddings
         if told := _cut(metrics.clip.processor.tokenizer, limit, prompts):
-            found.append(Caveat(f"{told} of the CLIP model: the rest has no part in the similarity.", ("clip-text",)))
+            found.append(Caveat(f"{told} of the CLIP model: the similarity ignores the rest.", ("clip-text",)))
     components = {} if pipeline is None else pipeline.components
     for name in (name for name in components if name.startswith("tokenizer") and components[name] is not None):
         if told := _cut(components[name], _longest_prompt(pipeline, components[name]), prompts):
-            found.append(Caveat(f"{told} of the pipeline's {name}: it does not read the rest."))
+            found.append(Caveat(f"{told} of the pipeline's {name}, which ignores the rest."))
     return found
 
 
 def _longest_prompt(pipeline: DiffusionPipeline, tokenizer: Any) -> int:
-    """In tokens; pipelines cut the prompts of T5 shorter than its tokenizer would."""
+    """Return the longest prompt in tokens; pipelines cut prompts for T5 shorter than its tokenizer does."""
     parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
     own = tokenizer.model_max_length
     return min(own, parameter.default) if parameter is not None and "T5" in type(tokenizer).__name__ else own
 
 
 def _cut(tokenizer: Any, limit: int, prompts: Sequence[str]) -> str:
-    """How many of the different `prompts` exceed the limit, the first of them named; empty where none does."""
+    """Return how many prompts exceed the limit, quoting the first ones; empty if none does."""
     lengths = tokenizer(list(prompts), truncation=False, padding=False, verbose=False)["input_ids"]
     long = [prompt for prompt, tokens in zip(prompts, lengths, strict=True) if len(tokens) > limit]
     if not long:

@@ -1,7 +1,6 @@
-"""The report of an evaluation: numbers, tables, figures and checks as JSON, Markdown and one HTML file.
+"""Write the report of an evaluation: numbers, tables, figures and checks as JSON, CSV, Markdown and one HTML file.
 
-Names come from data sets, cards and repositories: every one is escaped on its way into a document, and none becomes
-a path as it is.
+Names come from datasets, cards and repositories, so every name is escaped in documents and cleaned in paths.
 """
 
 from __future__ import annotations
@@ -33,122 +32,123 @@ from srl_utils.markdown import as_text
 LOADER = PackageLoader("srl_utils.evaluation.report")
 HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "clip-text", "shown", "is"})
 SECTIONS = {
-    "none": ("Clean images and corruptions", "Nobody aims at a VAE here."),
-    "transfer": ("Transferred attacks", "Made on the baseline, shown to every VAE."),
-    "adaptive": ("Adaptive attacks", "Made on the VAE under judgement: what its robustness is worth."),
+    "none": ("Clean images and corruptions", "These perturbations are not adversarial."),
+    "transfer": ("Transferred attacks", "Made on the baseline; every VAE is evaluated under them."),
+    "adaptive": ("Adaptive attacks", "Made on the evaluated VAE itself; they measure its robustness."),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
-    """All that a report says."""
+class ReportContent:
+    """Everything that a report contains."""
 
     title: str
     baseline: str
-    """Name of the VAE that the others are compared with."""
+    """Name of the VAE with which the others are compared."""
     vaes: Sequence[str]
-    """All names, the baseline first."""
+    """Names of all VAEs, the baseline first."""
     rows: Rows
     records: Sequence[Record]
     checks: Mapping[str, Sequence[Check]] | None
-    """By VAE; empty where nothing was checked, None where there is nothing to check."""
+    """Robustness checks by VAE; empty if they were left out, None for a task without checks."""
     notes: Sequence[str]
     """What a reader must know, such as "LPIPS was skipped: ..."."""
     caveats: Sequence[Caveat]
-    """What limits the numbers, beside which it is said."""
+    """What limits the numbers; each stands beside the metrics that it concerns."""
     settings: Mapping[str, str]
     """How it was run: machine, versions, command, seed, images, date."""
     pictures: Mapping[str, Path]
-    """PNG files by title; those outside the report's `figures` are copied there."""
+    """PNG files by title; files outside the report's `figures` folder are copied there."""
 
     @property
     def others(self) -> Sequence[str]:
+        """Return the names of all VAEs except the baseline."""
         return [vae for vae in self.vaes if vae != self.baseline]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A value, how it reads, and for a difference what it means."""
+class TableCell:
+    """A value, its text, and for a difference whether it is an improvement."""
 
     value: float | None = None
     text: str = ""
     interval: str = ""
     verdict: str = ""
-    """`better` or `worse` than the baseline, with `certain` where the interval excludes 0."""
+    """`better` or `worse` than the baseline, with `certain` if the interval excludes 0; empty for no difference."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """One attack, epsilon and metric: the baseline, then each other VAE and its difference."""
+class TableLine:
+    """One attack, epsilon and metric: the baseline's value, then each other VAE's value and difference."""
 
     setting: Setting
-    cells: Sequence[Cell]
+    cells: Sequence[TableCell]
 
     @property
     def epsilon(self) -> str:
+        """Return the budget as text, such as 8/255."""
         return format_pixel_distance(self.setting.epsilon) if self.setting.epsilon else "0"
 
     @property
     def metric(self) -> str:
+        """Return the title of the metric."""
         return METRIC_TITLES[self.setting.metric]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table with its heading."""
+    """A table of one threat model, with its heading."""
 
     title: str
     explanation: str
     images: str
     columns: Sequence[str]
-    lines: Sequence[Line]
+    lines: Sequence[TableLine]
     caveats: Sequence[str]
-    """Of the metrics that occur."""
+    """Limits of the metrics in the table."""
 
     @property
     def metrics(self) -> Mapping[str, str]:
-        """Titles of those that occur, in the order of the lines."""
+        """Return the titles of the metrics in the table, by name."""
         return {line.setting.metric: line.metric for line in self.lines}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture in the folder of the figures."""
+    """A PNG file in the report's `figures` folder."""
 
     title: str
     path: Path
 
     @property
     def data_uri(self) -> str:
+        """Return the picture as a URI, so that the HTML file needs no other file."""
         return f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
 
 
-def write_report(findings: Findings, output_dir: Path) -> None:
-    """Writes `results.json`, `per_image.csv`, `report.md`, `report.html` and `figures/*.png`.
-
-    Each file changes in one rename.
-    """
+def write_report(content: ReportContent, output_dir: Path) -> None:
+    """Write `results.json`, `per_image.csv`, `report.md`, `report.html` and `figures/*.png`, each atomically."""
     folder = output_dir / "figures"
-    drawn = draw_figures(findings.rows, findings.vaes, folder)
-    figures = [Figure(title, path) for title, path in drawn.items()] + list(_brought_in(findings.pictures, folder))
-    contents = {"findings": findings, "sections": list(_sections(findings)), "figures": figures}
-    contents["failures"] = [(vae, check) for vae, check in _checks(findings) if not check.passed]
-    contents["checked"] = len(list(_checks(findings)))
-    contents["legend"] = _legend(findings)
-    contents["caveats"] = [caveat.text for caveat in findings.caveats if not caveat.metrics]
+    drawn = draw_figures(content.rows, content.vaes, folder)
+    figures = [Figure(title, path) for title, path in drawn.items()] + list(_copied_figures(content.pictures, folder))
+    variables = {"content": content, "sections": list(_sections(content)), "figures": figures}
+    variables["failures"] = [(vae, check) for vae, check in _checks(content) if not check.passed]
+    variables["checked"] = len(list(_checks(content)))
+    variables["legend"] = _legend(content)
+    variables["caveats"] = [caveat.text for caveat in content.caveats if not caveat.metrics]
     write_text_atomically(
-        output_dir / "results.json", json.dumps([row.to_json() for row in findings.rows], indent=1) + "\n"
+        output_dir / "results.json", json.dumps([row.to_json() for row in content.rows], indent=1) + "\n"
     )
-    write_text_atomically(output_dir / "per_image.csv", _csv(findings.records))
-    write_text_atomically(output_dir / "report.md", _render_markdown(contents))
-    write_text_atomically(output_dir / "report.html", _render_html(contents))
-    shown = {figure.path for figure in figures} | set(findings.pictures.values())
+    write_text_atomically(output_dir / "per_image.csv", _csv(content.records))
+    write_text_atomically(output_dir / "report.md", _render_markdown(variables))
+    write_text_atomically(output_dir / "report.html", _render_html(variables))
+    shown = {figure.path for figure in figures} | set(content.pictures.values())
     for outdated in set(folder.glob("*.png")) - shown:
-        outdated.unlink()  # of an earlier selection; neither report shows it
+        outdated.unlink()  # figures of an earlier report
 
 
 def _csv(records: Sequence[Record]) -> str:
-    """A line for each value of each image, so that other runs on the same images can be compared with it in pairs."""
+    """Return a CSV file with one line for each value of each image."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["vae", *Setting._fields, "index", "value"])
@@ -156,9 +156,9 @@ def _csv(records: Sequence[Record]) -> str:
     return file.getvalue()
 
 
-def _legend(findings: Findings) -> dict[str, str]:
-    """Titles of the metrics that occur: which are better when higher or lower, and which have no interval."""
-    present = {row.metric: row.ci95 is not None for row in findings.rows}
+def _legend(content: ReportContent) -> dict[str, str]:
+    """Return the titles of the metrics that are better when higher, better when lower, and without an interval."""
+    present = {row.metric: row.ci95 is not None for row in content.rows}
     groups = {
         "higher": [metric for metric in present if metric in HIGHER_IS_BETTER],
         "lower": [metric for metric in present if metric not in HIGHER_IS_BETTER],
@@ -167,55 +167,58 @@ def _legend(findings: Findings) -> dict[str, str]:
     return {name: " and ".join(METRIC_TITLES[metric] for metric in group) for name, group in groups.items()}
 
 
-# --- what the tables say ---
+# --- tables ---
 
 
-def _sections(findings: Findings) -> Iterator[Section]:
-    differences = differences_to(findings.baseline, findings.records)
-    present = {row.threat_model for row in findings.rows}
-    columns = [findings.baseline]
-    for vae in findings.others:
-        columns += [vae, f"{vae} - {findings.baseline}"]
+def _sections(content: ReportContent) -> Iterator[Section]:
+    """Yield the table of each threat model."""
+    differences = differences_to(content.baseline, content.records)
+    present = {row.threat_model for row in content.rows}
+    columns = [content.baseline]
+    for vae in content.others:
+        columns += [vae, f"{vae} - {content.baseline}"]
     for threat_model in [name for name in SECTIONS if name in present] + sorted(present - SECTIONS.keys()):
-        rows = [row for row in findings.rows if row.threat_model == threat_model]
+        rows = [row for row in content.rows if row.threat_model == threat_model]
         title, explanation = SECTIONS.get(threat_model, (threat_model, ""))
         counts = " to ".join(str(n) for n in sorted({min(row.n for row in rows), max(row.n for row in rows)}))
         metrics = {row.metric for row in rows}
-        caveats = [caveat.text for caveat in findings.caveats if not metrics.isdisjoint(caveat.metrics)]
-        yield Section(title, explanation, counts, columns, _lines(rows, findings, differences), caveats)
+        caveats = [caveat.text for caveat in content.caveats if not metrics.isdisjoint(caveat.metrics)]
+        yield Section(title, explanation, counts, columns, _lines(rows, content, differences), caveats)
 
 
-def _lines(rows: Rows, findings: Findings, differences: Mapping[tuple[str, Setting], Difference]) -> list[Line]:
-    """Attacks in the order of their first row, each by epsilon and metric."""
+def _lines(
+    rows: Rows, content: ReportContent, differences: Mapping[tuple[str, Setting], Difference]
+) -> list[TableLine]:
+    """Return the lines of a table: attacks in the order of their first row, each sorted by epsilon and metric."""
     by_key = {(row.vae, row.setting): row for row in rows}
     settings = dict.fromkeys(row.setting for row in rows)
     attacks = list(dict.fromkeys(setting.attack for setting in settings))
     metrics = list(METRIC_TITLES)
     lines = []
     for setting in sorted(settings, key=lambda s: (attacks.index(s.attack), s.epsilon, metrics.index(s.metric))):
-        baseline = by_key.get((findings.baseline, setting))
+        baseline = by_key.get((content.baseline, setting))
         cells = [_value_cell(baseline)]
-        for vae in findings.others:
+        for vae in content.others:
             row = by_key.get((vae, setting))
             cells += [_value_cell(row), _difference_cell(row, baseline, differences.get((vae, setting)))]
-        lines.append(Line(setting, cells))
+        lines.append(TableLine(setting, cells))
     return lines
 
 
-def _value_cell(row: Row | None) -> Cell:
+def _value_cell(row: Row | None) -> TableCell:
     if row is None:
-        return Cell()
-    return Cell(row.value, *measured(row.metric, row.value, row.ci95))
+        return TableCell()
+    return TableCell(row.value, *measured(row.metric, row.value, row.ci95))
 
 
-def _difference_cell(row: Row | None, baseline: Row | None, paired: Difference | None) -> Cell:
-    """Image by image where there are values per image, else from mean to mean."""
+def _difference_cell(row: Row | None, baseline: Row | None, paired: Difference | None) -> TableCell:
+    """Return the mean of the paired differences; for a metric of whole sets, the difference of the two values."""
     if row is None or baseline is None:
-        return Cell()
+        return TableCell()
     value = paired.value if paired else row.value - baseline.value
     interval = paired.ci95 if paired else None
     text, *bounds = measured(row.metric, value, interval, sign="+")
-    return Cell(value, text, "".join(bounds), _verdict(row.metric, value, interval))
+    return TableCell(value, text, "".join(bounds), _verdict(row.metric, value, interval))
 
 
 def _verdict(metric: str, value: float, interval: tuple[float, float] | None) -> str:
@@ -226,12 +229,12 @@ def _verdict(metric: str, value: float, interval: tuple[float, float] | None) ->
     return f"{verdict} certain" if certain else verdict
 
 
-def _checks(findings: Findings) -> Iterator[tuple[str, Check]]:
-    return ((vae, check) for vae, checks in (findings.checks or {}).items() for check in checks)
+def _checks(content: ReportContent) -> Iterator[tuple[str, Check]]:
+    return ((vae, check) for vae, checks in (content.checks or {}).items() for check in checks)
 
 
-def _brought_in(pictures: Mapping[str, Path], folder: Path) -> Iterator[Figure]:
-    """The pictures, copied into `folder` unless they are there, under numbered names made from their titles."""
+def _copied_figures(pictures: Mapping[str, Path], folder: Path) -> Iterator[Figure]:
+    """Copy the pictures into `folder` under numbered names, unless they are there already; yield them as figures."""
     for number, (title, source) in enumerate(pictures.items(), start=1):
         path = folder / f"picture-{number}-{safe_name(title)}.png"
         if source == folder / f"{safe_name(source.stem)}.png":
@@ -241,23 +244,23 @@ def _brought_in(pictures: Mapping[str, Path], folder: Path) -> Iterator[Figure]:
         yield Figure(title, path)
 
 
-# --- how it is written ---
+# --- documents ---
 
 
-def _render_markdown(contents: Mapping[str, Any]) -> str:
-    """What the template prints is escaped, but for what comes as markup."""
+def _render_markdown(variables: Mapping[str, Any]) -> str:
+    """Return the Markdown report; all text except `Markup` is escaped."""
     environment = _environment(finalize=_escape_markdown)
     environment.filters["table"] = _markdown_table
-    return environment.get_template("report.md.jinja").render(contents)
+    return environment.get_template("report.md.jinja").render(variables)
 
 
-def _render_html(contents: Mapping[str, Any]) -> str:
-    """Only the script and the style whose hashes the file announces are run: one that came with a name is not."""
+def _render_html(variables: Mapping[str, Any]) -> str:
+    """Return the HTML report. Its policy allows only the report's own script and style, by their hashes."""
     environment = _environment(autoescape=True)
     assets = {name: LOADER.get_source(environment, f"report.{name}")[0] for name in ("css", "js")}
     hashes = {f"{name}_hash": _content_hash(text) for name, text in assets.items()}
     marked = {name: Markup(text) for name, text in assets.items()}
-    return environment.get_template("report.html.jinja").render({**contents, **marked, **hashes})
+    return environment.get_template("report.html.jinja").render({**variables, **marked, **hashes})
 
 
 def _environment(**options: Any) -> Environment:
@@ -272,16 +275,17 @@ def _environment(**options: Any) -> Environment:
 
 
 def _content_hash(text: str) -> str:
-    """As a Content-Security-Policy names an inline script."""
+    """Return the hash by which a Content-Security-Policy allows an inline script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _escape_markdown(value: Any) -> Any:
-    """A text that is no `Markup` as text alone."""
+    """Escape a text unless it is `Markup`; return other values unchanged."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else as_text(value)
 
 
 def _markdown_table(section: Section) -> Markup:
+    """Return the section's table in Markdown."""
     titles = ["images", "epsilon", "metric", *map(_escape_markdown, section.columns)]
     lines = [
         [

@@ -1,4 +1,4 @@
-"""The images with which a VAE does worst, middling and best under its strongest attack, to look at."""
+"""Draw each VAE's worst, median and best image under its strongest attack."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ NUM_EXTREMES = 3
 
 
 def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
-    """One picture for each VAE, in `figures/`, by title: its worst, median and best image and all that became of it.
+    """Draw a picture of each VAE's worst, median and best image by PSNR, with the outcomes of all VAEs, in `figures/`.
 
-    Of a task with several variants they show the middle one. None where the PSNR, by which they are chosen, was not
-    measured.
+    If the task has several variants, the pictures show the middle one.
+
+    Returns:
+        Paths by title; empty if the PSNR was not measured.
     """
     pictures: dict[str, Path] = {}
     if "psnr" not in study.task.metrics.names:
@@ -52,15 +54,15 @@ def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
 
 
 def _cost(study: Study, cell: Cell) -> float:
-    """Of the picture, in passes through encoder and decoder, about."""
+    """Return the estimated cost of a picture, in passes through encoder and decoder."""
     shown = study.task.passes / len(study.task.variants) * len(study.codecs)
     return NUM_EXTREMES * (cell.perturbation.passes + shown)
 
 
 def strongest_cell(study: Study, records: Sequence[Record], codec: Codec) -> Cell | None:
-    """The attack made on `codec` that leaves it the lowest mean PSNR, at the middle one of the epsilons.
+    """Return the attack on `codec` with the lowest mean PSNR, at the median epsilon; None if there is no attack.
 
-    Attacks whose budget is in another measure, and so not among the epsilons, are chosen from only if there are no others.
+    Attacks whose budget is in another measure are considered only if there are no others.
     """
     own = [cell for cell in study.cells() if cell.perturbation.adversarial and cell.source is codec]
     if not own:
@@ -71,23 +73,25 @@ def strongest_cell(study: Study, records: Sequence[Record], codec: Codec) -> Cel
 
 
 def extreme_images(study: Study, records: Sequence[Record], cell: Cell, codec: Codec) -> dict[str, int]:
-    """Number of the worst, the median and the best image, by these names."""
+    """Return the image numbers of the worst, the median and the best image, by these names."""
     by_image = _psnr_by_image(study, records, cell, codec)
     ordered = sorted(by_image, key=by_image.__getitem__)
     return {"worst": ordered[0], "median": ordered[len(ordered) // 2], "best": ordered[-1]}
 
 
 def _variant(study: Study) -> str:
+    """Return the middle variant of the task, which the pictures show."""
     variants = study.task.variants
     return variants[(len(variants) - 1) // 2]
 
 
 def _name(study: Study, cell: Cell) -> str:
-    """Of the cell's results for the variant that is shown."""
+    """Return the attack's name in the results of that variant."""
     return attempted(cell.perturbation.name, _variant(study))
 
 
 def _psnr_by_image(study: Study, records: Sequence[Record], cell: Cell, codec: Codec) -> dict[int, float]:
+    """Return the PSNR of each image in dB, by image number."""
     wanted = (codec.name, _name(study, cell), cell.perturbation.epsilon, "psnr")
     threat_models = cell.threat_models[codec.name]
     return {
@@ -101,7 +105,7 @@ def _psnr_by_image(study: Study, records: Sequence[Record], cell: Cell, codec: C
 def _picture(study: Study, cell: Cell, chosen: dict[str, int]) -> Image.Image:
     numbers, variant = list(chosen.values()), _variant(study)
     clean = study.images[numbers].to(cell.source.device)
-    # The same draws as in the study, so that these are the very images that were measured.
+    # The same random draws as in the study reproduce the measured images.
     attacked = cell.perturbation.apply(cell.source, clean, image_generators(study.seed, numbers))
     with torch.no_grad():
         outcomes = [study.task.attempt(cell, codec, attacked, numbers, variant) for codec in study.codecs]

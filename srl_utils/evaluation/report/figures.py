@@ -1,4 +1,4 @@
-"""Results as figures: PSNR against epsilon, and one group of bars for each attack."""
+"""Draw results as figures: PSNR against epsilon, and one group of bars for each attack."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from srl_utils.files import write_atomically
 from srl_utils.images.pixels import format_pixel_distance
 
 USUAL_EPSILON = 8 / 255
-"""What the literature reports, and so the bars, where it was run."""
+"""The budget that papers report, in units of a [0,1] image; bars show it if it was run."""
 LONGEST_NAME = 40
 PANELS_ACROSS = 4
 MOST_TICKS = 7
-# The baseline grey, the others from the palette of Okabe and Ito (2008), which colour-blind readers tell apart.
+# Grey for the baseline, then the palette of Okabe and Ito (2008), which colour-blind readers can distinguish.
 COLOURS = ("#7f8a96", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osD^vPX"
 THREAT_TITLES = {
@@ -53,14 +53,14 @@ STYLE = {
 
 
 def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Writes the figures that `rows` suffice for as PNG files in `folder`; their paths by title.
+    """Draw the figures of the PSNR as PNG files in `folder`, and return their paths by title.
 
-    PSNR against epsilon is left out where no attack was run with two of them.
+    PSNR against epsilon is drawn only if an attack was run with two or more budgets.
     """
     measured = [row for row in rows if row.metric == "psnr"]
     clean = [row for row in measured if row.attack == CLEAN.name]
     figures: dict[str, Path] = {}
-    # The user's own settings of matplotlib shall not decide what a report looks like.
+    # Ignore the user's own settings of matplotlib.
     with style.context(["default", STYLE]):
         for threat_model in dict.fromkeys(row.threat_model for row in measured):
             attacked = [row for row in measured if row.threat_model == threat_model and row.attack != CLEAN.name]
@@ -79,9 +79,14 @@ def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Pat
 def draw_curves(
     rows: Rows, vaes: Sequence[str], amounts: Mapping[str, int], folder: Path, *, label: str
 ) -> dict[str, Path]:
-    """Every metric against an amount, `amounts` by the name of the attack; a line for each VAE and threat model.
+    """Draw each metric against an amount, with a line for each VAE and threat model; return the path by title.
 
-    Rows without a threat (an amount of 0) are where all lines of a VAE begin.
+    Args:
+        rows: results; those without a threat (an amount of 0) start the lines of every threat model.
+        vaes: names of the VAEs, the baseline first.
+        amounts: amount by name of the attack.
+        folder: gets the PNG file.
+        label: what the amount is, such as `number of poisons`.
     """
     known = [row for row in rows if row.attack in amounts]
     metrics = list(dict.fromkeys(row.metric for row in known))
@@ -107,7 +112,7 @@ def draw_curves(
 
 
 def safe_name(text: str) -> str:
-    """What is left of `text` that can be part of a file name anywhere."""
+    """Return `text` with only letters, digits and hyphens, as part of a file name."""
     kept = "".join(character if character.isascii() and character.isalnum() else " " for character in text.lower())
     return "-".join(kept.split())[:LONGEST_NAME].strip("-") or "unnamed"
 
@@ -116,13 +121,13 @@ def safe_name(text: str) -> str:
 
 
 def _attacks_to_follow(rows: Rows) -> list[str]:
-    """Those with more than one epsilon."""
+    """Return the attacks that were run with more than one epsilon."""
     runs = Counter(attack for attack, _ in {(row.attack, row.epsilon) for row in rows if row.epsilon})
     return [attack for attack in _attacks(rows) if runs[attack] > 1]
 
 
 def _by_epsilon(title: str, attacks: Sequence[str], rows: Rows, vaes: Sequence[str]) -> Figure:
-    """A panel for each attack, a line with its band for each VAE; all start from the clean images at 0."""
+    """Draw a panel for each attack, with a line and its interval for each VAE; epsilon 0 is the clean images."""
     across = min(PANELS_ACROSS, len(attacks))
     down = math.ceil(len(attacks) / across)
     figure = Figure(figsize=(max(5.4, 0.8 + 2.7 * across), 1.4 + 2.3 * down))
@@ -163,7 +168,7 @@ def _line(axes: Axes, rows: Rows, attack: str, vae: str, number: int) -> Artist:
 
 
 def _epsilon_of_bars(rows: Rows) -> float:
-    """The one that most attacks were run with; among equals, the one nearest to the usual; 0 where there is none."""
+    """Return the epsilon of the most attacks, of several the one nearest to `USUAL_EPSILON`; 0 if there is none."""
     runs = Counter(epsilon for _, epsilon in {(row.attack, row.epsilon) for row in rows} if epsilon)
     return min(runs, key=lambda epsilon: (-runs[epsilon], abs(epsilon - USUAL_EPSILON)), default=0.0)
 
@@ -173,7 +178,7 @@ def _by_name(rows: Rows) -> dict[str, Rows]:
 
 
 def _by_attack(title: str, groups: Mapping[str, Rows], vaes: Sequence[str]) -> Figure:
-    """Bars lie on their side, so that any number of attacks, with names of any length, finds its place."""
+    """Draw horizontal bars, which leave room for many attacks with long names."""
     thickness = 0.8 / len(vaes)
     inches = len(groups) * (0.16 * len(vaes) + 0.12)
     figure = Figure(figsize=(7.5, 1.4 + inches))
@@ -201,11 +206,11 @@ def _by_attack(title: str, groups: Mapping[str, Rows], vaes: Sequence[str]) -> F
     return figure
 
 
-# --- what both have in common ---
+# --- shared by all figures ---
 
 
 def _attacks(rows: Rows) -> Iterable[str]:
-    """In the order of their first row."""
+    """Return the attacks in the order of their first row."""
     return dict.fromkeys(row.attack for row in rows)
 
 
@@ -224,7 +229,7 @@ def _colour(number: int) -> str:
 
 
 def _plain(name: str, *, longest: int = LONGEST_NAME) -> str:
-    """A name from elsewhere as one line of text: no formula, and no leading underscore, which hides it in legends."""
+    """Return a name that matplotlib draws literally: no formula, and no leading underscore, which hides a label."""
     text = " ".join(name.split())
     text = text if len(text) <= longest else f"{text[: longest - 1]}…"
     return f"{' ' if text.startswith('_') else ''}{text}".replace("$", r"\$")

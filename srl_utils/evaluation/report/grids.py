@@ -1,4 +1,4 @@
-"""Pictures to look at: images in rows and columns, with captions."""
+"""Draw images in rows and columns, with captions."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ def comparison_picture(
     seed: int,
     cell: int = 160,
 ) -> Image.Image:
-    """Photograph, attacked photograph, and what each VAE makes of the attacked one, with PSNR in dB.
+    """Draw photographs, attacked photographs, and their reconstructions by two VAEs, with PSNR in dB.
 
-    Every photograph has two lines: attacked on the original VAE, and attacked on the robust VAE itself, since
-    a defence that only withstands attacks on something else proves nothing. `images` `[N,3,H,W]` in [-1,1].
+    Each photograph has two rows: one attacked on the original VAE, and one attacked on the robust VAE itself.
+
+    Args:
+        original: the VAE before fine-tuning.
+        robust: the VAE after fine-tuning.
+        images: `[N,3,H,W]` in [-1,1].
+        attack: made on each VAE.
+        seed: fixes the attack's starts.
+        cell: side of an image in the picture, pixels.
     """
     device = next(original.decoder.parameters()).device
     clean = images.to(device)
@@ -54,7 +61,13 @@ def comparison_picture(
 
 
 def reconstruction_picture(codec: Codec, images: Tensor, *, cell: int = 128) -> Image.Image:
-    """Photographs above, their clean reconstructions below; `images` `[N,3,H,W]` in [-1,1]."""
+    """Draw photographs in one row and their reconstructions below, with PSNR in dB.
+
+    Args:
+        codec: the VAE.
+        images: `[N,3,H,W]` in [-1,1].
+        cell: side of an image in the picture, pixels.
+    """
     device = next(codec.decoder.parameters()).device
     with torch.no_grad():
         outputs = codec.reconstruct(images.to(device))
@@ -72,13 +85,13 @@ def extremes_picture(
     cell: int = 160,
     label: int = 120,
 ) -> Image.Image:
-    """A line of captioned images for each label, such as worst, median and best.
+    """Draw one row of captioned images for each label, such as worst, median and best.
 
     Args:
-        rows: the label of each line, and its images `[3,H,W]` in [-1,1] with their captions.
-        titles: one over each column.
-        cell: side of a picture, pixels.
-        label: width that a label may have, pixels; what is longer is cut.
+        rows: the label of each row, and its images `[3,H,W]` in [-1,1] with their captions.
+        titles: one above each column.
+        cell: side of an image in the picture, pixels.
+        label: greatest width of a label, pixels; longer labels are cut.
     """
     grid = _Grid(titles, rows=len(rows), cell=cell, labels=[text for text, _ in rows], label=label)
     for row, (_, images) in enumerate(rows):
@@ -88,9 +101,9 @@ def extremes_picture(
 
 
 class _Grid:
-    """Pictures of one size in rows and columns, with a caption under each and a title over each column.
+    """Images of one size in rows and columns, with captions, column titles and optional row labels; long text is cut.
 
-    `labels`, where there are any, stand on the left of the rows. Text that is too long for its place is cut.
+    matplotlib's ImageGrid has no cells of exact pixel size, no captions, and does not cut text to a width.
     """
 
     GAP, LINE = 6, 18
@@ -111,8 +124,9 @@ class _Grid:
             self._write(self._left(column), 3, self._fitting(title, cell))
 
     def put(self, row: int, column: int, image: Tensor, caption: str) -> None:
+        """Draw one image `[3,H,W]` in [-1,1], with its caption below."""
         left, top = self._left(column), self._top(row)
-        # Nearest neighbour: small images are shown as the pixels they are.
+        # Nearest neighbour keeps the pixels of small images visible.
         picture = to_pil(image).resize((self.cell, self.cell), Image.Resampling.NEAREST)
         self.picture.paste(picture, (left, top))
         self._write(left, top + self.cell + 1, self._fitting(caption, self.cell))
@@ -127,7 +141,7 @@ class _Grid:
         self.draw.text((left, top), text, fill="black", font=self.font)
 
     def _fitting(self, text: str, width: int) -> str:
-        """`text` on one line, its end replaced by an ellipsis where it is wider than `width` pixels."""
+        """Return `text` on one line, cut with an ellipsis if it is wider than `width` pixels."""
         text = " ".join(text.split())
         kept = text
         while kept and self.font.getlength(text) > width:

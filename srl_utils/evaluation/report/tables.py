@@ -1,4 +1,4 @@
-"""Results as tables to read."""
+"""Write results as Markdown tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ DECIMALS = {
 
 
 def comparison_table(rows: Rows, vaes: Sequence[str]) -> str:
-    """A Markdown table: one line per attack and metric, one column per VAE, 95% intervals beside the means."""
+    """Return a Markdown table with a line for each attack and metric, and a column for each VAE.
+
+    Cells have the mean and its 95% interval.
+    """
     cells = {(row.attack, row.metric, row.vae): row for row in rows}
     lines = list(dict.fromkeys((row.attack, row.metric) for row in rows))
     table = [["images", "metric", *vaes]]
@@ -31,9 +34,15 @@ def comparison_table(rows: Rows, vaes: Sequence[str]) -> str:
 
 
 def won_back(rows: Rows, attack: str, original: str, robust: str) -> float | None:
-    """Return the share of the PSNR that `attack` costs the original VAE which the robust one has regained under it.
+    """Return the share of the original VAE's PSNR loss under `attack` that the robust VAE avoids.
 
-    None where the attack costs nothing.
+    Return None if the original VAE loses nothing.
+
+    Args:
+        rows: with the PSNR of both VAEs, for clean images and under the attack.
+        attack: name of the attack.
+        original: name of the original VAE.
+        robust: name of the robust VAE.
     """
     value = {(row.vae, row.attack): row.value for row in rows if row.metric == "psnr"}
     lost = value[original, "clean"] - value[original, attack]
@@ -54,7 +63,14 @@ def _cell(row: Row | None) -> str:
 def measured(
     metric: str, value: float, interval: Sequence[float] | None, *, sign: Literal["", "+"] = ""
 ) -> tuple[str, ...]:
-    """The mean as text and, where it has one, its 95% interval; with `sign` "+", gains carry theirs."""
+    """Return the mean as text and, if there is one, its 95% interval.
+
+    Args:
+        metric: its number of decimals is used.
+        value: the mean.
+        interval: lower and upper bound, or None.
+        sign: "+" writes a plus sign before positive numbers.
+    """
     form = f"{sign}.{DECIMALS[metric]}f"
     if interval is None:
         return (f"{value:{form}}",)
@@ -63,7 +79,8 @@ def measured(
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first of them the titles, as a Markdown table with aligned columns."""
+    """Return lines of cells, the first one with the titles, as a Markdown table with aligned columns."""
+    # tabulate does the same, but it is one more dependency, and it pads columns with long titles by two more spaces.
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in table

@@ -1,4 +1,4 @@
-"""What a VAE is judged by: a task does something with the images that it is shown, and measures the outcome."""
+"""Tasks: what is done with perturbed images by means of a VAE, and how the outcome is measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from srl_utils.vae.codec import Codec
 
 
 def drift(codec: Codec, reference: Codec, clean: Tensor) -> dict[str, Tensor]:
-    """How far the latents of clean images have left those of `reference`, `[N]`; nothing where they have other shapes."""
+    """Return the relative drift of each clean image's latents from those of `reference`, `[N]`.
+
+    Return no value if the two VAEs have latents of different shapes.
+    """
     latents, others = codec.encode(clean), reference.encode(clean)
     return {"drift": latent_drift(latents, others)} if latents.shape == others.shape else {}
 
@@ -32,16 +35,21 @@ DRIFT = "drift"
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What is measured, and the networks that some of it needs."""
+    """The metrics to measure, and the networks that some of them need."""
 
     names: Sequence[str]
     perceptual: Sequence[PerceptualDistance] = ()
     features: Features | None = None
-    """For distances between sets of images."""
+    """Network for FID, rFID, KID and Inception Score."""
     clip: ClipSimilarity | None = None
 
     def compare(self, images: Tensor, reference: Tensor) -> dict[str, Tensor]:
-        """Of those that hold `[N,3,H,W]` against as many others, `[N]` each."""
+        """Return the wanted metrics that compare two images, `[N]` each.
+
+        Args:
+            images: `[N,3,H,W]` in [-1,1].
+            reference: as many images in [-1,1].
+        """
         values = {"psnr": psnr(images, reference), "ssim": ssim(images, reference)}
         for distance in self.perceptual:
             values[distance.name] = distance.distance(images, distance.features(reference))
@@ -50,21 +58,23 @@ class Metrics:
         return self.wanted(values)
 
     def wanted(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values whose metrics are among `names`."""
         return {name: value for name, value in values.items() if name in self.names}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One perturbation, made on one VAE, shown to the VAEs that this tells something about."""
+    """One perturbation, the VAE on which it is made, and the VAEs that are evaluated under it."""
 
     perturbation: Perturbation
     source: Codec
     judged: tuple[Codec, ...]
     threat_models: dict[str, tuple[str, ...]]
-    """Under which threat models the results of each VAE count."""
+    """Threat models of each VAE's results, by its name."""
 
     @property
     def title(self) -> str:
+        """Return the perturbation, its budget, and the VAE on which it is made."""
         epsilon = self.perturbation.epsilon
         budget = f" {format_pixel_distance(epsilon)}" if epsilon else ""
         made_on = f" on {self.source.name}" if self.perturbation.adversarial else ""
@@ -72,50 +82,62 @@ class Cell:
 
 
 def denoiser_of(pipeline: DiffusionPipeline | None) -> nn.Module | None:
-    """The pipeline's UNet or transformer, where it has one."""
+    """Return the pipeline's UNet or transformer; None if it has neither."""
     components = {} if pipeline is None else pipeline.components
     return components.get("unet") or components.get("transformer")
 
 
 class Task(Protocol):
-    """What is done with the images that a VAE is shown, and what the outcome is worth."""
+    """What is done with perturbed images by means of a VAE, and how the outcome is measured."""
 
     @property
     def metrics(self) -> Metrics:
-        """Return what is measured."""
+        """Return the metrics to measure."""
 
     @property
     def variants(self) -> Sequence[str]:
-        """Return the ways in which it is done; `""` where there is only one."""
+        """Return the names of the ways in which the task is done; `""` if there is only one."""
 
     @property
     def passes(self) -> float:
-        """Return what all variants cost for one image and VAE, in passes through encoder and decoder."""
+        """Return the cost of all variants for one image and VAE, in passes through encoder and decoder."""
 
     @property
     def denoiser(self) -> nn.Module | None:
-        """Return the denoiser of the pipeline that tasks or attacks use; a progress bar counts its steps."""
+        """Return the denoiser that the task or an attack uses; its steps move the progress bar."""
 
     def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
-        """What `codec` makes of the images `[N,3,H,W]` of these numbers, as many images."""
+        """Return the outcome of one variant, `[N,3,H,W]` in [-1,1].
+
+        Args:
+            cell: the perturbation, and the VAE on which it is made.
+            codec: the evaluated VAE.
+            shown: perturbed images, `[N,3,H,W]` in [-1,1].
+            numbers: of the images.
+            variant: one of `variants`.
+        """
 
     def reference(self, codec: Codec, numbers: Sequence[int], variant: str) -> Tensor:
-        """What outcomes of `codec` are held against, `[N,3,H,W]` on the CPU; sets of them, against the baseline's."""
+        """Return the images to compare outcomes of `codec` with, `[N,3,H,W]` in [-1,1] on the CPU.
+
+        Metrics of whole sets, such as FID, compare with the references of the baseline.
+        """
 
     def measure(
         self, cell: Cell, codec: Codec, outcome: Tensor, numbers: Sequence[int], variant: str
     ) -> dict[str, Tensor]:
-        """`[N]` for each metric of single images."""
+        """Return each metric that has one value per image, `[N]`; arguments as in `attempt`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """The task of a VAE alone: to return what it is shown, as it was before anything was done to it."""
+    """The task of a VAE alone: to reconstruct the clean image from the perturbed one."""
 
     metrics: Metrics
     baseline: Codec
-    """From whose latents drift is measured."""
+    """Drift is measured from its latents."""
     images: Tensor
+    """Clean images, `[n,3,H,W]` in [-1,1], on the CPU."""
     denoiser: nn.Module | None = None
     variants: Sequence[str] = ("",)
     passes: float = 1
@@ -137,7 +159,7 @@ class Reconstruction:
 
     @torch.no_grad()
     def note_incomparable(self, codecs: Sequence[Codec], notes: list[str]) -> None:
-        """Adds a note for each of `codecs` whose drift is wanted, and has no value for its latents' shape."""
+        """Add a note for each VAE whose drift cannot be measured because its latents have another shape."""
         if DRIFT not in self.metrics.names:
             return
         shapes = {codec.name: tuple(codec.encode(self.images[:1].to(codec.device)).shape[1:]) for codec in codecs}

@@ -1,8 +1,8 @@
-"""Edits of images by a diffusion pipeline: what a protection spoils, and a robust VAE may make possible again.
+"""Edits of protected images by a diffusion pipeline, which protections prevent and a robust VAE may restore.
 
 Sources: Meng et al., "SDEdit" (arXiv 2108.01073), for image-to-image; Brooks et al., "InstructPix2Pix" (arXiv
-2211.09800); the protocol of holding an edit of a protected image against that of the clean one is PhotoGuard's
-(Salman et al., arXiv 2302.06588).
+2211.09800); comparing the edit of a protected image with that of the clean one follows PhotoGuard (Salman et al.,
+arXiv 2302.06588).
 """
 
 from __future__ import annotations
@@ -41,16 +41,26 @@ class Edit:
 
     pipeline: DiffusionPipeline
     arguments: Callable[[Codec, Tensor, Generators], dict[str, Any]]
-    """VAE, images `[N,3,H,W]` in [0,1] and a generator for each to what the call takes beside prompts and settings."""
+    """VAE, images `[N,3,H,W]` in [0,1] and a generator for each image to further arguments of the pipeline's call."""
     settings: Mapping[str, Any]
 
     @property
     def passes(self) -> float:
-        """For an image, about, in passes through encoder and decoder; a guided step shows the denoiser two latents."""
+        """Return the estimated cost of one image, in passes through encoder and decoder.
+
+        With guidance, a step runs the denoiser twice.
+        """
         return 2 * DENOISER * self.settings["num_inference_steps"] * self.settings.get("strength", 1.0)
 
     def __call__(self, codec: Codec, images: Tensor, prompts: Sequence[str], generators: Generators) -> Tensor:
-        """Edits `[N,3,H,W]` in [-1,1] with the VAE of `codec`, one prompt for each; as many images, float32."""
+        """Return edited images, `[N,3,H,W]` in [-1,1], float32.
+
+        Args:
+            codec: its VAE replaces the pipeline's own.
+            images: `[N,3,H,W]` in [-1,1].
+            prompts: one for each image.
+            generators: one for each image.
+        """
         shown = to_unit_range(images).clamp(0, 1)
         with robust_vae(self.pipeline, codec.vae):
             arguments = {**_size(self.pipeline, shown), **self.arguments(codec, shown, generators), **self.settings}
@@ -61,10 +71,19 @@ class Edit:
 def build_edits(
     pipeline: DiffusionPipeline, *, strengths: Sequence[float], num_inference_steps: int, guidance_scale: float
 ) -> dict[str, Edit]:
-    """What `pipeline` can do, by name: instructions, or inpainting, or image-to-image at each strength and inpainting.
+    """Return the edits that a pipeline can make, by name.
+
+    A pipeline for instructions or for inpainting makes one edit; a text-to-image pipeline makes image-to-image at each
+    strength, and inpainting.
+
+    Args:
+        pipeline: of diffusers.
+        strengths: of image-to-image, in (0,1].
+        num_inference_steps: denoising steps at full strength.
+        guidance_scale: of classifier-free guidance.
 
     Raises:
-        UserError: if it can edit nothing.
+        UserError: if the pipeline cannot edit images.
     """
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     if isinstance(pipeline, StableDiffusionInstructPix2PixPipeline):
@@ -85,22 +104,22 @@ def build_edits(
 
 
 def check_steps(edits: Mapping[str, Edit]) -> None:
-    """Raises a UserError if an edit's strength leaves it no step."""
+    """Raise a UserError if an edit has no denoising step at its strength."""
     for name, edit in edits.items():
         steps = edit.settings["num_inference_steps"]
         if int(steps * edit.settings.get("strength", 1.0)) == 0:
-            raise UserError(f"{name} takes none of the {steps} steps of --num_inference_steps; give more")
+            raise UserError(f"{name} takes none of the {steps} steps; give more", parameter="num_inference_steps")
 
 
 def as_image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The same networks, to start from an image.
+    """Return an image-to-image pipeline with the same networks.
 
     Raises:
-        UserError: if that is not what they are for.
+        UserError: if the pipeline cannot start from an image alone.
     """
     kind = type(pipeline).__name__
     if not takes_latents_alone(pipeline):
-        raise UserError(f"this {kind} cannot start from an image alone; take a text-to-image model")
+        raise UserError(f"this {kind} cannot start from an image alone; give a text-to-image pipeline")
     try:
         image_to_image = AutoPipelineForImage2Image.from_pipe(pipeline)
     except ValueError as error:
@@ -110,7 +129,7 @@ def as_image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def central_mask(images: Tensor) -> Tensor:
-    """`[N,1,H,W]`: 1 in the central square of half the side, which inpainting draws anew, and 0 around it."""
+    """Return a mask `[N,1,H,W]`: 1 in the central square of half the side, which is inpainted, and 0 around it."""
     mask = torch.zeros_like(images[:, :1])
     rows, columns = (side // 4 for side in images.shape[2:])
     mask[:, :, rows : 3 * rows, columns : 3 * columns] = 1
@@ -128,14 +147,15 @@ def _image_and_mask(codec: Codec, shown: Tensor, generators: Generators) -> dict
 def _image_and_blending(
     pipeline: DiffusionPipeline, codec: Codec, shown: Tensor, generators: Generators
 ) -> dict[str, Any]:
-    """Inpainting with a model that was not trained for it: after each step the latents around the hole are set back to
-    the image's own, as noisy as the next step expects them (Avrahami et al., "Blended Latent Diffusion", arXiv 2206.02779).
+    """Return arguments for inpainting with a model that was not trained for it.
 
-    diffusers' own inpainting does the same, but takes latents of 4 channels only.
+    After each step, the latents around the hole are reset to those of the image, with the noise that the next step
+    expects (Avrahami et al., "Blended Latent Diffusion", arXiv 2206.02779). diffusers' own inpainting does the same,
+    but for latents of 4 channels only.
     """
     latents = codec.scale(codec.encode(to_model_range(shown)), pipeline)
     hole = F.interpolate(central_mask(shown), latents.shape[2:]).expand_as(latents)
-    # From copies: the pipeline itself draws what it would draw without a hole.
+    # Draw from copies of the generators, so that the pipeline draws the same noise as without a hole.
     noise = draw_normal([_copied(generator) for generator in generators], like=latents)
 
     def set_back(pipe: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,7 +168,7 @@ def _image_and_blending(
 
 
 def _noised(pipe: DiffusionPipeline, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Latents as noisy as the model expects them at `timesteps` `[N]`, by diffusion or by flow matching."""
+    """Add the noise of `timesteps` `[N]` to latents `[N,C,h,w]`, for diffusion or for flow matching."""
     scheduler = pipe.scheduler
     if hasattr(scheduler, "add_noise"):
         return scheduler.add_noise(latents, noise, timesteps)
@@ -156,12 +176,12 @@ def _noised(pipe: DiffusionPipeline, latents: Tensor, noise: Tensor, timesteps: 
 
 
 def _laid_out(latents: Tensor, *, like: Tensor) -> Tensor:
-    """Latents `[N,C,h,w]`, or Flux's tokens `[N,hw/4,4C]` of 2x2 latent pixels if `like` is of that kind."""
+    """Return latents `[N,C,h,w]` in the layout of `like`: the same, or Flux's tokens of 2x2 latents, `[N,hw/4,4C]`."""
     return latents if like.ndim == 4 else F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def _size(pipe: DiffusionPipeline, shown: Tensor) -> dict[str, int]:
-    """Height and width for a pipeline that would else choose its own."""
+    """Return height and width if the pipeline takes them; it would otherwise choose its own."""
     sides = dict(zip(("height", "width"), shown.shape[2:], strict=True))
     return {name: side for name, side in sides.items() if name in signature(pipe.__call__).parameters}
 
@@ -172,22 +192,22 @@ def _copied(generator: torch.Generator) -> torch.Generator:
 
 @dataclass(frozen=True, kw_only=True)
 class Editing:
-    """The task of editing a protected image as the clean one is edited by the same VAE, with the same noise.
+    """The task of editing a protected image like the clean one, with the same VAE and the same noise.
 
-    Edits of the clean images themselves are held against the baseline's, and so are sets of edits.
+    Edits of clean images are compared with those by the baseline, and so are sets of edits.
     """
 
     metrics: Metrics
     baseline: Codec
     edits: Mapping[str, Edit]
     images: Tensor
-    """Clean, `[n,3,H,W]` in [-1,1], on the CPU."""
+    """Clean images, `[n,3,H,W]` in [-1,1], on the CPU."""
     prompts: Sequence[str]
-    """What each image is to become."""
-    judge: ImageClassifier | None
-    """Sees whether an image shows what its prompt asks for."""
+    """One for each image."""
+    classifier: ImageClassifier | None
+    """Tells whether an image shows what its prompt asks for."""
     folder: Path
-    """Keeps the edits that others are held against."""
+    """Keeps the edits of clean images."""
     seed: int
 
     @property
@@ -212,7 +232,7 @@ class Editing:
         self, cell: Cell, codec: Codec, outcome: Tensor, numbers: Sequence[int], variant: str
     ) -> dict[str, Tensor]:
         prompts = [self.prompts[number] for number in numbers]
-        values = prompt_measures(self.metrics, self.judge, outcome, prompts)
+        values = prompt_measures(self.metrics, self.classifier, outcome, prompts)
         if cell.perturbation.name != CLEAN.name:
             return values | self._compare(outcome, self.reference(codec, numbers, variant))
         if codec is self.baseline:
@@ -227,26 +247,33 @@ class Editing:
         return self.metrics.compare(outcome, reference.to(outcome.device))
 
     def _clean_edit(self, codec: Codec, number: int, variant: str) -> Tensor:
-        """`[1,3,H,W]`; one file an image, since batches are not always the same."""
+        """Return the edit of one clean image, `[1,3,H,W]` in [-1,1], from its file; batches may change between runs."""
         path = self.folder / codec.digest / variant / f"{number:06d}.safetensors"
         clean = self.images[number : number + 1]
         return kept_images(path, lambda: self._edit(codec, clean.to(codec.device), [number], variant))
 
 
 def prompt_measures(
-    metrics: Metrics, judge: ImageClassifier | None, images: Tensor, prompts: Sequence[str]
+    metrics: Metrics, classifier: ImageClassifier | None, images: Tensor, prompts: Sequence[str]
 ) -> dict[str, Tensor]:
-    """How far images `[N,3,H,W]` show what their prompts say: `clip-text` and `shown`, as far as they are wanted."""
+    """Return how well images show their prompts: `clip-text` and `shown`, if they are wanted, `[N]` each.
+
+    Args:
+        metrics: the metrics to measure.
+        classifier: computes `shown`; None leaves it out.
+        images: `[N,3,H,W]` in [-1,1].
+        prompts: one for each image.
+    """
     values = {}
     if metrics.clip is not None:
         values["clip-text"] = metrics.clip.image_text(images, prompts)
-    if judge is not None:
-        values["shown"] = judge.shown(images, prompts)
+    if classifier is not None:
+        values["shown"] = classifier.shown(images, prompts)
     return metrics.wanted(values)
 
 
 def replace_words(text: str, replacements: Mapping[str, str]) -> str:
-    """Return `text` with each word that is a key replaced by its value, all at once: red=blue and blue=red exchange the two.
+    """Replace each word of `text` that is a key by its value, all at once, so that two words can be swapped.
 
     Punctuation around a word is kept: "red," becomes "blue,".
     """

@@ -1,4 +1,4 @@
-"""Fine-tuning of a diffusion model's UNet on captioned images, as the training scripts of diffusers do it."""
+"""Fine-tune the UNet of a diffusion model on captioned images, as the training scripts of diffusers do."""
 
 from __future__ import annotations
 
@@ -20,31 +20,35 @@ LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuningConfig:
-    """AdamW at a constant rate, in float32."""
+    """Fine-tuning with AdamW at a constant learning rate, in float32."""
 
     num_steps: int
     batch_size: int
     learning_rate: float
     lora_rank: int | None = None
-    """Low-rank adapters of the attention (Hu et al., arXiv 2106.09685) instead of all weights; needs peft."""
+    """Rank of adapters of the attention (Hu et al., arXiv 2106.09685), which need peft; None trains all weights."""
 
     def check(self) -> None:
-        """Raises a MissingPackage, an ImportError, if adapters are asked for without peft."""
+        """Check that peft is installed if it is needed.
+
+        Raises:
+            MissingPackage: an ImportError, if it is not.
+        """
         if self.lora_rank is not None and find_spec("peft") is None:
-            raise MissingPackage("--lora_rank needs the package peft: pip install peft")
+            raise MissingPackage("adapters need the package peft; run pip install peft", parameter="lora_rank")
 
 
 def finetune(
     pipeline: DiffusionPipeline, latents: Tensor, captions: Sequence[str], config: FinetuningConfig, *, seed: int
 ) -> UNet2DConditionModel:
-    """A copy of the pipeline's UNet after training; the pipeline keeps its own.
+    """Return a fine-tuned copy of the pipeline's UNet; the pipeline keeps its own.
 
     Args:
         pipeline: Stable Diffusion 1.x, 2.x or XL.
         latents: `[N,C,h,w]` at the UNet's scale.
-        captions: one for each.
+        captions: one for each image.
         config: how it is trained.
-        seed: of the order, the timesteps and the noise.
+        seed: fixes the order of the images, the timesteps and the noise.
 
     Raises:
         UserError: if the pipeline is of another kind.
@@ -70,12 +74,12 @@ def finetune(
 
 
 def _in_dtype(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
-    """Itself where it is: diffusers warns of every cast."""
+    """Return `unet` in `dtype`; do not cast without need, as diffusers warns of every cast."""
     return unet if unet.dtype == dtype else unet.to(dtype)
 
 
 def _trainable(unet: UNet2DConditionModel, config: FinetuningConfig) -> nn.Module:
-    """`unet` itself, or adapters that peft puts into it."""
+    """Return `unet` with all weights trainable, or with trainable adapters only."""
     if config.lora_rank is None:
         return unet.requires_grad_(True)
     from peft import LoraConfig, get_peft_model
@@ -86,7 +90,10 @@ def _trainable(unet: UNet2DConditionModel, config: FinetuningConfig) -> nn.Modul
 
 
 def draw_numbers(seed: int, step: int, *, batch_size: int, out_of: int) -> Tensor:
-    """Which of `out_of` samples step number `step` sees: each once an epoch, in another order every time."""
+    """Return the numbers of the samples in the batch of one step, `[batch_size]` in [0,out_of).
+
+    Each epoch has every sample once, in a new order.
+    """
     positions = range(step * batch_size, (step + 1) * batch_size)
     orders = {
         epoch: torch.randperm(out_of, generator=image_generators(seed, [epoch])[0])

@@ -1,4 +1,4 @@
-"""What an unchanged diffusion model makes of a new encoder's latents, and that generation from text does not change."""
+"""Generation: does an unchanged diffusion model still work with the latents of a new encoder?"""
 
 from __future__ import annotations
 
@@ -21,19 +21,25 @@ from srl_utils.vae.codec import Codec
 
 TEXT_TO_IMAGE, RECONSTRUCTED = "text-to-image", "reconstructed"
 LOSS_DRAWS = 8
-"""Timesteps and noises, the same ones for all VAEs, over which the denoiser's loss is averaged."""
+"""The denoiser's loss is a mean over so many draws of timestep and noise, the same for all VAEs."""
 
 
 def build_text_to_image(
     pipeline: DiffusionPipeline, side: int, *, num_inference_steps: int, guidance_scale: float
 ) -> Edit:
-    """Images of `side` pixels from prompts alone: what is shown is not looked at.
+    """Return text-to-image as an edit that ignores its input images.
+
+    Args:
+        pipeline: a text-to-image pipeline.
+        side: of the generated images, pixels.
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance.
 
     Raises:
         UserError: if the pipeline needs more than a prompt.
     """
     if not takes_latents_alone(pipeline):
-        raise UserError(f"a {type(pipeline).__name__} makes no images from text alone; take a text-to-image model")
+        raise UserError(f"a {type(pipeline).__name__} makes no images from text alone; give a text-to-image pipeline")
     settings = {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
@@ -49,10 +55,10 @@ def _nothing(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, A
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """The task of serving a diffusion model that was trained on the baseline's latents.
+    """The task of working with a diffusion model that was trained on the baseline's latents.
 
-    Variants: images from captions, which only the decoder has a part in; reconstructions, with the denoiser's loss on
-    the latents; and images encoded, noised and denoised again, at several strengths.
+    Variants: images generated from captions, which use the decoder only; reconstructions, with the denoiser's loss on
+    the latents; and images that are encoded, noised and denoised, at several strengths.
     """
 
     metrics: Metrics
@@ -62,10 +68,10 @@ class Generation:
     images: Tensor
     """`[n,3,H,W]` in [-1,1], on the CPU."""
     captions: Sequence[str]
-    judge: ImageClassifier | None
+    classifier: ImageClassifier | None
     seed: int
     _expected: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
-    """By its numbers, what the baseline makes of the captions of one batch: all VAEs are judged on it in turn."""
+    """The baseline's generated images of the last batch, by image numbers; those of all VAEs are compared with them."""
 
     @property
     def variants(self) -> Sequence[str]:
@@ -73,7 +79,7 @@ class Generation:
 
     @property
     def passes(self) -> float:
-        # From text twice: what the baseline makes of it is compared.
+        # Text-to-image counts twice: the baseline generates images to compare with.
         return 2 * self.text_to_image.passes + 1 + sum(edit.passes for edit in self.denoised.values())
 
     @property
@@ -92,7 +98,7 @@ class Generation:
     def measure(
         self, cell: Cell, codec: Codec, outcome: Tensor, numbers: Sequence[int], variant: str
     ) -> dict[str, Tensor]:
-        values = prompt_measures(self.metrics, self.judge, outcome, self._captions(numbers))
+        values = prompt_measures(self.metrics, self.classifier, outcome, self._captions(numbers))
         real = self.reference(codec, numbers, variant).to(outcome.device)
         if variant == TEXT_TO_IMAGE:
             return values | self._difference(cell, outcome, real, numbers)
@@ -101,7 +107,7 @@ class Generation:
         return values | self.metrics.compare(outcome, real)
 
     def _difference(self, cell: Cell, outcome: Tensor, real: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """From what the baseline makes of the same captions, `[N]`, if it is wanted."""
+        """Return the largest difference from the baseline's image of the same caption, `[N]`, if it is wanted."""
         if "difference" not in self.metrics.names:
             return {}
         batch = tuple(numbers)
@@ -111,6 +117,7 @@ class Generation:
         return {"difference": largest_difference(outcome, self._expected[batch])}
 
     def _denoising_loss(self, codec: Codec, images: Tensor, numbers: Sequence[int]) -> Tensor:
+        """Return the denoiser's mean loss on the latents of each image, `[N]`."""
         pipeline = self.text_to_image.pipeline
         denoiser = Denoiser.from_pipeline(pipeline, encode_prompts(pipeline, self._captions(numbers)))
         latents, generators = codec.scale(codec.encode(images), pipeline), image_generators(self.seed, numbers)
@@ -121,6 +128,6 @@ class Generation:
 
 
 def largest_difference(images: Tensor, others: Tensor) -> Tensor:
-    """Of any pixel, `[N]`, in units of a [0,1] image; what is beyond the range of pixels is cut off first."""
+    """Return the largest difference of any pixel after clipping, `[N]`, in units of a [0,1] image."""
     clipped = [each.clamp(PIXEL_MIN, PIXEL_MAX) for each in (images, others)]
     return (clipped[0] - clipped[1]).abs().flatten(1).amax(dim=1) / (PIXEL_MAX - PIXEL_MIN)

@@ -1,4 +1,4 @@
-"""Poisoned fine-tuning: images that look like one concept and have the latents of another teach a model the wrong thing.
+"""Poisoned fine-tuning: a model learns a wrong concept from images whose latents are those of another concept.
 
 Source: Shan et al., "Nightshade: Prompt-Specific Poisoning Attacks on Text-to-Image Generative Models" (arXiv
 2310.13828); for a style instead of an object, "Glaze" (arXiv 2302.04222).
@@ -32,30 +32,37 @@ from srl_utils.vae.codec import Codec
 
 @dataclass(frozen=True, kw_only=True)
 class Concepts:
-    """A captioned data set, divided for the poisoning of one concept by another."""
+    """A captioned dataset, divided for poisoning one concept with another. Images are given by their numbers."""
 
     poisonable: Sequence[int]
-    """Numbers of training images whose captions name the concept."""
+    """Training images whose captions name the concept."""
     others: Sequence[int]
-    """Numbers of the training images that stay as they are."""
+    """Training images that stay clean."""
     targets: Sequence[int]
-    """For each poisonable image, the number of one whose caption names the other concept."""
+    """For each poisonable image, an image whose caption names the other concept."""
     held_out: Sequence[int]
-    """Numbers of images of the concept that nothing is trained on: their captions are what is generated afterwards."""
+    """Images of the concept that are not trained on; images are generated from their captions."""
 
 
 def divide(captions: Sequence[str], *, concept: str, target: str, num_poisons: int, num_held_out: int) -> Concepts:
-    """The last images of the concept are held out, the first ones may be poisoned.
+    """Divide a dataset: hold out the last images of the concept, and make the first ones poisonable.
+
+    Args:
+        captions: one for each image.
+        concept: word of the captions whose images are poisoned.
+        target: word of the captions whose images the poisons imitate.
+        num_poisons: number of poisonable images.
+        num_held_out: number of images that are not trained on.
 
     Raises:
-        UserError: if there are too few images of either.
+        UserError: if there are too few images of a concept.
     """
     named, aims = _naming(captions, concept, without=target), _naming(captions, target, without=concept)
     needed = num_poisons + num_held_out
     if len(named) < needed or not aims:
         raise UserError(
             f"{len(named)} captions name '{concept}' and {len(aims)} '{target}'; {num_poisons} poisons and {num_held_out} held-out "
-            f"images need {needed} and 1; give more images (--num_images) or other concepts"
+            f"images need {needed} and 1; give more images or other concepts"
         )
     poisonable, held_out = named[:num_poisons], named[len(named) - num_held_out :]
     others = [number for number in range(len(captions)) if number not in {*poisonable, *held_out}]
@@ -70,9 +77,13 @@ def _naming(captions: Sequence[str], word: str, *, without: str) -> list[int]:
 
 
 def poisonings(protection: str, epsilon: float, amounts: Sequence[int], *, passes: float = 0) -> list[Perturbation]:
-    """One for each number of poisons. What is shown stays as it is: the data that the model learns from do not.
+    """Return one perturbation for each number of poisons: it stands for poisoned training images, and changes no input.
 
-    `passes` is what the poisons of one source cost for each image that is shown; all numbers of poisons share them.
+    Args:
+        protection: name of the protection that makes the poisons.
+        epsilon: budget of the poisons.
+        amounts: numbers of poisons.
+        passes: cost of the poisons of one VAE, divided by the number of generated images; all amounts share them.
     """
     poisoned = sum(amount > 0 for amount in amounts)
 
@@ -92,28 +103,29 @@ def poisonings(protection: str, epsilon: float, amounts: Sequence[int], *, passe
 
 
 def amount_name(protection: str, amount: int) -> str:
+    """Return how results name a number of poisons, such as `nightshade-50`."""
     return f"{protection}-{amount}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Poisoning:
-    """The task of still generating a concept after fine-tuning on images of which some are poisoned.
+    """The task of generating a concept after fine-tuning on images, some of them poisoned.
 
-    The VAE under judgement encodes what is learnt from; the poisons are made on the cell's source.
+    The evaluated VAE encodes the training images; the poisons are made on the cell's source.
     """
 
     metrics: Metrics
     text_to_image: Edit
     images: Tensor
-    """All of the data set, `[n,3,H,W]` in [-1,1], on the CPU."""
+    """All images of the dataset, `[n,3,H,W]` in [-1,1], on the CPU."""
     captions: Sequence[str]
     concepts: Concepts
     poison: Callable[[Tensor], Perturbation]
-    """Targets `[N,3,H,W]` to what makes as many images head for them."""
+    """Targets `[N,3,H,W]` in [-1,1] to the perturbation that makes as many images imitate them."""
     amounts: Mapping[str, int]
-    """Number of poisons by the name of a cell's perturbation."""
+    """Number of poisons by the name of the perturbation."""
     finetuning: FinetuningConfig
-    judge: ImageClassifier | None
+    classifier: ImageClassifier | None
     folder: Path
     """Keeps poisons and fine-tuned models."""
     batch_size: int
@@ -122,7 +134,7 @@ class Poisoning:
 
     @property
     def passes(self) -> float:
-        """The fine-tuning, forth and back, and the generation with every fine-tuned model."""
+        """Return the cost of fine-tuning and generation for one image, in passes through encoder and decoder."""
         learning = 2 * DENOISER * self.finetuning.num_steps * self.finetuning.batch_size / len(self.concepts.held_out)
         return learning + self.text_to_image.passes
 
@@ -145,14 +157,14 @@ class Poisoning:
     def measure(
         self, cell: Cell, codec: Codec, outcome: Tensor, numbers: Sequence[int], variant: str
     ) -> dict[str, Tensor]:
-        values = prompt_measures(self.metrics, self.judge, outcome, self._prompts(numbers))
+        values = prompt_measures(self.metrics, self.classifier, outcome, self._prompts(numbers))
         return values | self.metrics.compare(outcome, self.reference(codec, numbers, variant).to(outcome.device))
 
     def _prompts(self, numbers: Sequence[int]) -> list[str]:
         return [self.captions[self.concepts.held_out[number]] for number in numbers]
 
     def _finetuned(self, cell: Cell, codec: Codec) -> UNet2DConditionModel:
-        """Kept on disk; a process that needs a model which another one is making waits for it."""
+        """Return the fine-tuned model, read from the disk if it exists; wait while another process makes it."""
         amount = self.amounts[cell.perturbation.name]
         source = cell.source.digest if amount else "none"
         path = self.folder / "models" / f"{codec.digest}-{amount}-{source}"
@@ -167,6 +179,7 @@ class Poisoning:
         return unet
 
     def _finetune(self, source: Codec, codec: Codec, amount: int) -> UNet2DConditionModel:
+        """Return the model after fine-tuning on latents of `codec`, with `amount` poisons made on `source`."""
         poisoned = self._poisons(source)[:amount] if amount else self.images[:0]
         numbers = [*self.concepts.poisonable, *self.concepts.others]
         images = torch.cat([poisoned, self.images[numbers[amount:]]])
@@ -182,11 +195,11 @@ class Poisoning:
             )
 
     def _scaled(self, codec: Codec, images: Tensor) -> Tensor:
-        """Latents of images as the model sees them."""
+        """Return the latents of images at the scale of the denoiser."""
         return codec.scale(codec.encode(images.to(codec.device)), self.text_to_image.pipeline)
 
     def _poisons(self, source: Codec) -> Tensor:
-        """All poisonable images, `[n,3,H,W]` on the CPU, each made once on `source`."""
+        """Return all poisons made on `source`, `[n,3,H,W]` in [-1,1] on the CPU; each is made once."""
         places = range(len(self.concepts.poisonable))
         return torch.cat(
             [

@@ -1,0 +1,167 @@
+"""Load what single flags name: VAEs, images, a pipeline, a classifier, a target."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os.path import isdir  # unlike that of pathlib, it returns False for a name that is too long
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from srl_utils.errors import UserError
+from srl_utils.evaluation.cli.places import described, parse_named_place, parse_place
+from srl_utils.images.datasets import ValidationImages, load_validation_images
+from srl_utils.images.decoding import UnreadableImage, decode_rgb
+from srl_utils.images.framing import centre_square, to_tensor
+from srl_utils.images.listing import few
+from srl_utils.images.sources import DataSource
+from srl_utils.metrics.features import ImageClassifier, load_image_classifier
+from srl_utils.metrics.pixels import SSIM_WINDOW
+from srl_utils.vae.codec import Codec, load_codec
+from srl_utils.vae.files import first_line
+from srl_utils.vae.loading import AutoencoderSource
+
+BASELINE = "original"
+"""Name of the baseline in reports."""
+
+
+@contextmanager
+def errors_about(parameter: str) -> Iterator[None]:
+    """Name `parameter` in the errors raised within: the command prints its flag."""
+    try:
+        yield
+    except UserError as error:
+        error.parameter = parameter
+        raise
+
+
+def vae_sources(baseline: str, vaes: Sequence[str]) -> dict[str, AutoencoderSource]:
+    """Return where the VAEs are, by name, the baseline first.
+
+    Args:
+        baseline: PLACE of the original VAE.
+        vaes: NAME=PLACE or PLACE of each other VAE.
+
+    Raises:
+        UserError: if a name is given twice, or if a name or a place is empty.
+    """
+    with errors_about("baseline"):
+        sources = {BASELINE: parse_place(baseline)}
+    with errors_about("vae"):
+        for text in vaes:
+            name, source = parse_named_place(text)
+            if name in sources:
+                rest = text.removeprefix(f"{name}=")
+                raise UserError(f"{text}: there are two VAEs of the name {name}; write NAME={rest}")
+            sources[name] = source
+    return sources
+
+
+def load_codecs(
+    sources: Mapping[str, AutoencoderSource], *, device: torch.device, dtype: torch.dtype | None
+) -> list[Codec]:
+    """Load the VAEs, by name, onto `device`; None as `dtype` stands for float32.
+
+    Raises:
+        UserError: if a VAE cannot be loaded; the message names it and its place.
+    """
+    return [_load_codec(name, source, device, dtype) for name, source in sources.items()]
+
+
+def _load_codec(name: str, source: AutoencoderSource, device: torch.device, dtype: torch.dtype | None) -> Codec:
+    try:
+        return load_codec(name, source, device=device, autocast_dtype=dtype)
+    except UserError as error:
+        place = described(source, "config.json")
+        parameter = "baseline" if name == BASELINE else "vae"
+        raise type(error)(f"the VAE {name} at {place}: {error.problem}", parameter=parameter) from None
+
+
+def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
+    """Load the images that the flags choose, with their captions.
+
+    Args:
+        args: the flags of `add_shared_arguments`, and `caption_column`.
+        notes: gets a note for each kind of image that was left out, and one if there are fewer than asked for.
+
+    Raises:
+        UserError: if the flags do not say which images to take, or if there are none.
+    """
+    if (args.dataset_name is None) == (args.data_dir is None):
+        raise UserError("give either --dataset_name or --data_dir, and not both")
+    if args.resolution < SSIM_WINDOW:
+        raise UserError(f"SSIM needs at least {SSIM_WINDOW} px, got {args.resolution}", parameter="resolution")
+    source = DataSource(
+        dataset_name=args.dataset_name,
+        validation_data_dir=args.data_dir,
+        validation_split=args.split,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        streaming=args.streaming,
+    )
+    loaded = load_validation_images(source, num_images=args.num_images, resolution=args.resolution, seed=args.seed)
+    notes.extend(part.report() for part in loaded.passed_over if part)
+    if loaded.without_caption:
+        names = few(loaded.without_caption, 20)
+        notes.append(f"{len(loaded.without_caption)} images without a caption were left out: {names}")
+    if loaded.unreadable:
+        notes.append(f"{len(loaded.unreadable)} unreadable images were left out: {', '.join(loaded.unreadable)}")
+    if len(loaded.images) < args.num_images:
+        notes.append(f"there are only {len(loaded.images)} images, fewer than the {args.num_images} of --num_images")
+    return loaded
+
+
+def load_pipeline(source: AutoencoderSource, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+    """Load a diffusion pipeline with its weights in `dtype`, by default float32.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    place: str | Path = source.pretrained_model_name_or_path
+    settings = {"revision": source.revision, "variant": source.variant, "use_safetensors": True}
+    try:
+        if source.subfolder:  # pipelines, unlike models, have no argument for it
+            place = Path(place if isdir(place) else _snapshot(source), source.subfolder)
+        pipeline = DiffusionPipeline.from_pretrained(place, **settings)
+    except (OSError, ValueError) as error:
+        reason = f"{described(source, 'model_index.json')} cannot be loaded: {first_line(error)}"
+        raise UserError(reason, parameter="pipeline") from None
+    pipeline.set_progress_bar_config(disable=True)  # it would show a bar for each batch
+    return pipeline if dtype is None else pipeline.to(dtype)
+
+
+def _snapshot(source: AutoencoderSource) -> str:
+    """Download the files that a pipeline may need from the subfolder, without pickles; return the snapshot's folder."""
+    kinds = ("json", "txt", "model", "safetensors")
+    patterns = [f"{source.subfolder}/{pattern}" for kind in kinds for pattern in (f"*.{kind}", f"**/*.{kind}")]
+    return snapshot_download(source.pretrained_model_name_or_path, revision=source.revision, allow_patterns=patterns)
+
+
+def load_classifier(place: str | None, metrics: Sequence[str]) -> ImageClassifier | None:
+    """Load the image classifier at `place`, a folder or Hub id; return None if there is none.
+
+    Raises:
+        UserError: if it cannot be loaded, or if a metric needs one and `place` is None.
+    """
+    if place is None and "shown" in metrics:
+        raise UserError("--metrics shown needs a classifier that tells what an image shows: give --classifier")
+    if place is None:
+        return None
+    return load_image_classifier(place)
+
+
+def load_target(path: Path, resolution: int) -> Tensor:
+    """Return the central square of an image at `resolution` R, `[1,3,R,R]` in [-1,1].
+
+    Raises:
+        UserError: if the image cannot be read.
+    """
+    try:
+        return to_tensor(centre_square(decode_rgb(path), resolution=resolution))[None]
+    except UnreadableImage as error:
+        raise UserError(f"{path} cannot be read: {error}", parameter="target") from None

@@ -1,0 +1,293 @@
+"""Set an evaluation up: load what the flags name, and leave out what does not fit together."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import Tensor
+
+from srl_utils.command_line import worded
+from srl_utils.errors import UserError
+from srl_utils.evaluation.catalogue import AttackResources
+from srl_utils.evaluation.cli.arguments import CLIP_METRICS, draws_targets, needs_denoiser, needs_perceptual
+from srl_utils.evaluation.cli.loading import (
+    errors_about,
+    load_codecs,
+    load_images,
+    load_pipeline,
+    load_target,
+    vae_sources,
+)
+from srl_utils.evaluation.cli.places import described, parse_place
+from srl_utils.evaluation.tasks.base import Metrics
+from srl_utils.evaluation.tasks.editing import as_image_to_image
+from srl_utils.images.listing import few
+from srl_utils.launching import check_launch, launched_accelerator, launched_precision, note_on_compiling
+from srl_utils.metrics.features import SET_METRICS, ImageClassifier, load_clip_similarity, load_inception_features
+from srl_utils.metrics.losses import LPIPS_METRICS, PerceptualDistance, load_perceptual_distance
+from srl_utils.pipelines import robust_vae
+from srl_utils.vae.codec import Codec
+from srl_utils.vae.files import first_line
+from srl_utils.vae.loading import HALF_PRECISION
+
+LONGEST_WAIT = timedelta(days=1)
+"""How long a process waits for the others, whose last attack may take hours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What an evaluation works with."""
+
+    accelerator: Accelerator
+    codecs: Sequence[Codec]
+    """The VAEs, the baseline first."""
+    images: Tensor
+    """All images, `[n,3,R,R]` in [-1,1], on the CPU."""
+    captions: Sequence[str]
+    names: Sequence[str]
+    """Path or row of each image."""
+    pipeline: DiffusionPipeline | None
+    origins: Mapping[str, str]
+    """Where VAEs and pipeline were loaded from, for the report's settings."""
+    notes: list[str]
+    """What a reader of the report must know; later steps add notes."""
+
+
+def prepare(args: argparse.Namespace) -> Setup:
+    """Load images, VAEs and the pipeline.
+
+    VAEs that do not suit the resolution are left out with a note.
+
+    Raises:
+        UserError: if something cannot be loaded, or if no VAE is left to compare with the baseline.
+    """
+    check_launch(os.environ)
+    sources = vae_sources(args.baseline, args.vae)
+    notes = note_on_compiling(os.environ)
+    loaded = load_images(args, notes)
+    accelerator = launched_accelerator(
+        os.environ,
+        precision=args.mixed_precision or launched_precision(os.environ),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+    )
+    dtype = HALF_PRECISION.get(accelerator.mixed_precision)
+    codecs = load_codecs(sources, device=accelerator.device, dtype=dtype)
+    origins = {f"VAE {name}": described(source, "config.json") for name, source in sources.items()}
+    codecs = suitable(codecs, lambda codec: check_fit(codec, loaded.images), notes)
+    pipeline = None
+    if args.pipeline is not None:
+        with errors_about("pipeline"):
+            place = parse_place(args.pipeline)
+        pipeline = load_pipeline(place, dtype).to(accelerator.device)
+        origins["pipeline"] = described(place, "model_index.json")
+    return Setup(
+        accelerator=accelerator, codecs=codecs, images=loaded.images, captions=loaded.captions, names=loaded.names,
+        pipeline=pipeline, origins=origins, notes=notes,
+    )  # fmt: skip
+
+
+# --- which VAEs fit ---
+
+
+def suitable(codecs: Sequence[Codec], check: Callable[[Codec], None], notes: list[str]) -> list[Codec]:
+    """Return the VAEs that pass `check`.
+
+    Args:
+        codecs: the VAEs, the baseline first.
+        check: raises a UserError for a VAE that does not fit.
+        notes: gets a note for each VAE that fails.
+
+    Raises:
+        UserError: the error of `check`, if the baseline or all other VAEs fail.
+    """
+    check(codecs[0])
+    passed, reasons = [codecs[0]], []
+    for codec in codecs[1:]:
+        try:
+            check(codec)
+            passed.append(codec)
+        except UserError as error:
+            reasons.append(f"{codec.name} was left out: {worded(error)}")
+    if len(passed) == 1 and len(codecs) > 1:
+        raise UserError("; ".join(reasons))
+    notes.extend(reasons)
+    return passed
+
+
+@torch.no_grad()
+def check_fit(codec: Codec, images: Tensor) -> None:
+    """Reconstruct the first of `images`, to find a VAE that does not work before hours of attacks.
+
+    Raises:
+        UserError: if the VAE does not take the resolution, returns another one, or returns values that are not finite.
+    """
+    sample = images[:1].to(codec.device)
+    try:
+        reconstruction = codec.reconstruct(sample)
+    except RuntimeError as error:  # the image is too small for a layer
+        raise UserError(f"--resolution {sample.shape[-1]} does not suit {codec.name}: {first_line(error)}") from None
+    if reconstruction.shape != sample.shape:
+        raise UserError(
+            f"--resolution {sample.shape[-1]} does not suit {codec.name}, which returns {reconstruction.shape[-1]} "
+            "px; take a multiple of its down-sampling factor"
+        )
+    if not reconstruction.isfinite().all():
+        raise UserError(
+            f"{codec.name} returns values that are not finite, even for a clean image; check its weights, or "
+            "try --mixed_precision no or bf16"
+        )
+
+
+def exchangeable(setup: Setup) -> Setup:
+    """Return `setup` with only those VAEs that can replace the pipeline's own; note each of the others.
+
+    Raises:
+        UserError: if the baseline cannot replace it, or if no other VAE can.
+    """
+
+    def check(codec: Codec) -> None:
+        if not isinstance(codec.vae, AutoencoderKL):
+            raise UserError(
+                f"{codec.name} is of class {type(codec.vae).__name__}; only an AutoencoderKL can be exchanged"
+            )
+        try:
+            with robust_vae(setup.pipeline, codec.vae):
+                pass
+        except UserError as error:
+            raise UserError(f"--pipeline cannot work with {codec.name}: {error}") from None
+
+    return replace(setup, codecs=suitable(setup.codecs, check, setup.notes))
+
+
+@torch.no_grad()
+def find_incompatible(
+    pipeline: DiffusionPipeline, codecs: Sequence[Codec], images: Tensor, notes: list[str]
+) -> frozenset[str]:
+    """Return the names of the VAEs whose latents do not fit the pipeline's denoiser.
+
+    Compare the channels of the latents with those of the UNet's output: the input of UNets for editing has more.
+
+    Args:
+        pipeline: may have no UNet; then all VAEs fit.
+        codecs: the VAEs, the baseline first.
+        images: `[n,3,H,W]` in [-1,1]; the first one is encoded.
+        notes: gets a note for each VAE that does not fit.
+
+    Raises:
+        UserError: if the baseline does not fit.
+    """
+    unet = pipeline.components.get("unet")
+    if unet is None:
+        return frozenset()
+    wanted = unet.config.out_channels
+    channels = {codec.name: codec.encode(images[:1].to(codec.device)).shape[1] for codec in codecs}
+    incompatible = [name for name, number in channels.items() if number != wanted]
+    for name in incompatible:
+        fault = f"--pipeline makes latents of {wanted} channels, and those of {name} have {channels[name]}"
+        if name == codecs[0].name:
+            raise UserError(fault)
+        notes.append(f"attacks on the denoiser were not made on {name}: {fault}")
+    return frozenset(incompatible)
+
+
+# --- captions ---
+
+
+def check_captions(setup: Setup, needed_by: str) -> None:
+    """Raise a UserError if an image has no caption; the message says what needs them."""
+    if not all(setup.captions):
+        raise UserError(f"{needed_by} needs a caption for every image; name their column: --caption_column")
+
+
+def quoted(texts: Sequence[str]) -> str:
+    """Return the first few texts, each in quotes and cut to 60 characters."""
+    return few([f"'{text if len(text) <= 60 else f'{text[:57]}...'}'" for text in texts])
+
+
+# --- metrics ---
+
+
+def build_metrics(args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None) -> Metrics:
+    """Load the networks that `args.metrics` needs.
+
+    Metrics whose weights are missing, or that need more images, are left out with a note.
+
+    Args:
+        args: `metrics`, `inception_weights` and `clip_model`.
+        setup: its notes are extended.
+        classifier: replaces Inception for FID, KID and Inception Score.
+    """
+    loaders: dict[str, tuple[Sequence[str], Callable[[], Any]]] = {
+        **{name: ((name,), partial(load_perceptual_distance, trunk)) for name, trunk in LPIPS_METRICS.items()},
+        "features": (tuple(SET_METRICS), lambda: classifier or load_inception_features(args.inception_weights)),
+        "clip": (CLIP_METRICS, lambda: load_clip_similarity(args.clip_model)),
+    }
+    names = [name for name in dict.fromkeys(args.metrics) if has_enough_images(name, len(setup.images), setup.notes)]
+    networks: dict[str, Any] = {}
+    for network, (served, load) in loaders.items():
+        if wanted := [name for name in names if name in served]:
+            try:
+                networks[network] = load()
+            except UserError as error:
+                setup.notes.append(f"{', '.join(wanted)} left out: {worded(error)}")
+                names = [name for name in names if name not in served]
+    perceptual = [networks.pop(name).to(setup.accelerator.device) for name in LPIPS_METRICS if name in networks]
+    return Metrics(names=names, perceptual=perceptual, **networks)
+
+
+def has_enough_images(metric: str, num_images: int, notes: list[str]) -> bool:
+    """Return whether the metric can be computed on so many images; if not, add a note."""
+    least = SET_METRICS[metric].least if metric in SET_METRICS else 1
+    if num_images < least:
+        notes.append(f"{metric} was left out: it needs at least {least} images, and there are {num_images}")
+    return num_images >= least
+
+
+# --- what attacks need ---
+
+
+def build_attack_resources(args: argparse.Namespace, setup: Setup) -> AttackResources:
+    """Load what the attacks need beyond the VAEs; the setup's notes name what is missing.
+
+    Args:
+        args: `attacks`, `target`, `resolution` and `max_attack_steps`.
+        setup: its notes are extended.
+    """
+    target = None if args.target is None else load_target(args.target, args.resolution).to(setup.accelerator.device)
+    perceptual = try_lpips(setup) if needs_perceptual(args.attacks) else None
+    target_pipeline = try_image_to_image(setup) if target is None and draws_targets(args.attacks) else None
+    incompatible: frozenset[str] = frozenset()
+    if setup.pipeline is not None and needs_denoiser(args.attacks):
+        incompatible = find_incompatible(setup.pipeline, setup.codecs, setup.images, setup.notes)
+    return AttackResources(
+        pipeline=setup.pipeline, incompatible=incompatible, target_pipeline=target_pipeline, perceptual=perceptual,
+        target=target, max_steps=args.max_attack_steps,
+    )  # fmt: skip
+
+
+def try_lpips(setup: Setup) -> PerceptualDistance | None:
+    """Return LPIPS on VGG for attacks; if its weights are missing, add a note and return None."""
+    try:
+        return load_perceptual_distance("vgg").to(setup.accelerator.device)
+    except UserError as error:
+        setup.notes.append(worded(error))
+        return None
+
+
+def try_image_to_image(setup: Setup) -> DiffusionPipeline | None:
+    """Return the pipeline as one that starts from images; if it cannot, add a note and return None."""
+    try:
+        return None if setup.pipeline is None else as_image_to_image(setup.pipeline)
+    except UserError as error:
+        setup.notes.append(worded(error))
+        return None
