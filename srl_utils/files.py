@@ -133,10 +133,10 @@ def sole_run(output_dir: Path, *, is_main_process: bool) -> Iterator[None]:
         lock = FileLock(output_dir / LOCK).acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"another run is writing to {output_dir}, and this one does not wait for it; choose another --output_dir, "
-            "or start again when that run has ended"
+            f"another run is writing to {output_dir}; choose another folder, or start again when that run has ended",
+            parameter="output_dir",
         ) from None
     except OSError as error:
-        raise UnusableFile(f"--output_dir {output_dir} cannot be written to: {error.strerror}") from None
+        raise UnusableFile(f"cannot write to {output_dir}: {error.strerror}", parameter="output_dir") from None
     with lock:
         yield

@@ -23,11 +23,17 @@ LOST_PEER = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|Connection was likely closed|gloo|NCCL|Broken pipe",
     re.IGNORECASE,
 )
-WHOLE = "what was saved before is whole: run the same command again, a training with --resume_from_checkpoint latest"
-LOST_WORKER = f"a worker that reads images has ended, as where memory runs out; fewer --dataloader_num_workers need less, and {WHOLE}"
+WHOLE = (
+    "everything saved before is intact: run the same command again, for a training with resume_from_checkpoint latest"
+)
+LOST_WORKER = (
+    "a worker process that reads images has ended, perhaps because memory ran out; a smaller dataloader_num_workers needs "
+    f"less memory. {WHOLE[0].upper()}{WHOLE[1:]}"
+)
 LESS_MEMORY = (
-    "a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing, --mixed_precision "
-    "bf16 or a smaller --resolution need less (in an evaluation --batch_size and --resolution, in sanitize --tile_above)"
+    "use less memory by a smaller train_batch_size with more gradient_accumulation_steps, by gradient_checkpointing, by "
+    "mixed_precision bf16 or by a smaller resolution (in an evaluation by a smaller batch_size or resolution, in sanitize by "
+    "a smaller tile_above)"
 )
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

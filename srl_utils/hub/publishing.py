@@ -86,9 +86,9 @@ def open_branch(repo_id: str, branch: str, *, token: str | None) -> None:
         if branch in {known.name for known in refs.branches}:
             return
         if branch in {tag.name for tag in refs.tags}:
-            raise UserError(f"'{branch}' is a tag of '{repo_id}'; --revision takes the name of a branch")
+            raise UserError(f"'{branch}' is a tag of '{repo_id}'; give the name of a branch", parameter="branch")
         if SHORT_COMMIT.fullmatch(branch) and any(commit.startswith(branch) for commit in _commits(api, repo_id)):
-            raise UserError(f"'{branch}' is a commit of '{repo_id}'; --revision takes the name of a branch")
+            raise UserError(f"'{branch}' is a commit of '{repo_id}'; give the name of a branch", parameter="branch")
         with_retries(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
 
 

@@ -72,9 +72,10 @@ def folder_captions(folder: Path, pictures: Sequence[Path], column: str) -> list
     found = _from_sidecars(folder, pictures) if column.lower() in SIDECAR_COLUMNS else {}
     if not tables and not found:
         raise UserError(
-            f"--caption_column {column}: {one_line(str(folder))} has no {METADATA[0]}, with a line such as "
-            f'{{"file_name": "1.png", "{column}": "a red circle"}} for each image; '
-            "with --caption_column text, files such as 1.txt beside 1.png do as well"
+            f"there are no captions in {one_line(str(folder))}; add a {METADATA[0]} with a line such as "
+            f'{{"file_name": "1.png", "{column}": "a red circle"}} for each image, or name the column text '
+            "and add files such as 1.txt beside 1.png",
+            parameter="caption_column",
         )
     known = {_key(path) for path in pictures}
     columns: dict[str, None] = {}
@@ -82,8 +83,9 @@ def folder_captions(folder: Path, pictures: Sequence[Path], column: str) -> list
         found.update(_from_table(table, column, known, columns))
     if not found and column not in columns:
         raise UserError(
-            f"--caption_column {column}: there is no such column in {one_line(str(tables[0]))}; "
-            f"the columns are {one_line(', '.join(map(str, columns)) or 'none')}"
+            f"there is no column '{column}' in {one_line(str(tables[0]))}; "
+            f"the columns are {one_line(', '.join(map(str, columns)) or 'none')}",
+            parameter="caption_column",
         )
     return [next((found[key] for key in (_key(path), *_sidecar_keys(path)) if key in found), "") for path in pictures]
 

@@ -54,8 +54,9 @@ class ImageLedger:
             return
         total = f"{self.num_images} training images" if self.num_images else f"the {self.read} images read so far"
         raise UserError(
-            f"{len(self.bad_images)} of {total} cannot be read ({', '.join(islice(self.bad_images, 3))}, ...); "
-            f"repair or remove them, or allow a larger share than --max_bad_images {max_bad_images:g}"
+            f"{len(self.bad_images)} of {total} cannot be read ({', '.join(islice(self.bad_images, 3))}, ...), which is more "
+            f"than a share of {max_bad_images:g}; repair or remove them, or allow a larger share",
+            parameter="max_bad_images",
         )
 
     def summary(self) -> str:

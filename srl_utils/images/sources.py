@@ -58,13 +58,13 @@ class DataSource:
     def check(self) -> None:
         """Raises a UserError if flags conflict, a MissingFile if a folder does not exist; opens nothing."""
         if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise UserError("give either --dataset_name or --train_data_dir, and not both")
+            raise UserError("give either this or train_data_dir, not both", parameter="dataset_name")
         if self.validation_data_dir and self.validation_split:
-            raise UserError("give --validation_data_dir or --validation_split, not both")
-        for flag in ("train_data_dir", "validation_data_dir"):
-            folder = getattr(self, flag)
-            if folder is not None and not Path(folder).is_dir():
-                raise MissingFile(f"--{flag} {folder}: there is no such folder")
+            raise UserError("give either this or validation_split, not both", parameter="validation_data_dir")
+        for name in ("train_data_dir", "validation_data_dir"):
+            folder = getattr(self, name)
+            if folder is not None:
+                _check_folder(folder, name)
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ def open_images(source: DataSource, resolution: int, seed: int) -> Opened:
     training = splits.pick(source.train_split)
     if training is None:
         raise UserError(
-            f"{source.dataset_name} has no split '{source.train_split}'; its splits are {', '.join(splits.found)}; "
-            "name one: --train_split"
+            f"{source.dataset_name} has no split '{source.train_split}'; name one of its splits: {', '.join(splits.found)}",
+            parameter="train_split",
         )
     validation = splits.validation()
     if isinstance(validation, HeldOut):
@@ -246,7 +246,7 @@ class Splits:
             return None
         if self.source.streaming:
             raise UserError(
-                f"{wanted}: parts and sums of splits cannot be streamed; name a whole split or leave out --streaming"
+                f"{wanted}: parts and sums of splits cannot be streamed; name a whole split, or do not stream"
             )
         opened = {name: cast(RawImages, self._open(self.found[name])) for name in _split_names(wanted)}
         try:
@@ -291,8 +291,8 @@ class Splits:
         if len(self.found) == 1:
             return self._open(next(iter(self.found.values())))
         raise UserError(
-            f"{self.source.dataset_name} has no split for validation; its splits are {', '.join(self.found)}; "
-            "name one: --validation_split"
+            f"{self.source.dataset_name} has no split for validation; name one of its splits: {', '.join(self.found)}",
+            parameter="validation_split",
         )
 
     def _share(self, text: str) -> float:
@@ -302,8 +302,9 @@ class Splits:
             share = 0.0
         if not 0 < share < 1:
             raise UserError(
-                f"--validation_split {text} is no split of the data set (it has {', '.join(self.found)}) "
-                "and no share of the training images between 0 and 1, such as 0.05"
+                f"'{text}' is neither a split of the dataset (it has {', '.join(self.found)}) nor a share of the training "
+                "images between 0 and 1; give one of these, such as 0.05",
+                parameter="validation_split",
             )
         return share
 
@@ -319,7 +320,7 @@ class Splits:
         reader = SampleReader(source.image_column, source.caption_column)
         where = one_line(source.dataset_name or os.path.dirname(tars[0]))
         if any("://" in tar for tar in tars) and not source.streaming:
-            with _one_line_error(f"--dataset_name {where}"):
+            with _one_line_error(where, parameter="dataset_name"):
                 cache = source.cache_dir and os.path.join(source.cache_dir, "downloads")
                 config = datasets.DownloadConfig(cache_dir=cache)
                 tars = datasets.DownloadManager(download_config=config).download(list(tars))
@@ -347,12 +348,12 @@ def _find_splits(source: DataSource, resolution: int, passed_over: list[PassedOv
     if source.dataset_name == PHOTOGRAPHS:
         return {"train": _training_photographs(resolution), "validation": _photographs("validation", resolution)}
     folder = Path(source.dataset_name or "")
-    with _one_line_error(f"--dataset_name {source.dataset_name}"):
+    with _one_line_error(source.dataset_name, parameter="dataset_name"):
         if not ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
             return _load_splits(source, passed_over)
         # Made by save_to_disk: memory-mapped, so that there is nothing to gain from streaming it.
         if source.streaming:
-            raise UserError("--streaming has no effect on a folder made by save_to_disk")
+            raise UserError("it has no effect on a folder made by save_to_disk; leave it out", parameter="streaming")
         loaded = datasets.load_from_disk(source.dataset_name)
     return dict(loaded) if isinstance(loaded, dict) else {source.train_split: loaded}
 
@@ -396,53 +397,68 @@ def _tiles(split: Split, side: int, across: int) -> list[tuple[Image.Image, str]
     return [(tile, f"{split} tile {index}") for index, tile in enumerate(tiles)]
 
 
-def _list_folder(flag: str, source: DataSource, passed_over: list[PassedOver]) -> list[RawImage] | Tars:
-    """List the image files below the folder that `flag` names, or else its tar files (WebDataset)."""
-    folder = Path(getattr(source, flag))
-    if not folder.is_dir():
-        raise MissingFile(f"--{flag} {folder}: there is no such folder")
+def _list_folder(parameter: str, source: DataSource, passed_over: list[PassedOver]) -> list[RawImage] | Tars:
+    """List the image files below the folder that `parameter` names, or else its tar files (WebDataset)."""
+    folder = Path(getattr(source, parameter))
+    _check_folder(folder, parameter)
     pictures, others = list_pictures(folder)
     if not pictures and (tars := [str(path) for path in list_files(folder) if is_tar(path)]):
         return Tars(tars)
     if not pictures:
         found = f"; {others.report()}" if others else ""
-        raise UserError(f"--{flag} {folder}: there are no image files (.png, .jpg, ...) and no .tar files in it{found}")
-    _refuse_without_columns(source, flag)
+        raise UserError(
+            f"{folder} holds no image files (.png, .jpg, ...) and no .tar files{found}", parameter=parameter
+        )
+    _refuse_without_columns(source, parameter)
     passed_over.append(others)
     column = source.caption_column
     captions = folder_captions(folder, pictures, column) if column else [""] * len(pictures)
     return [RawImage(path, str(path), caption) for path, caption in zip(pictures, captions, strict=True)]
 
 
-def _refuse_without_columns(source: DataSource, flag: str) -> None:
-    """Where the folder of `flag` is all there is, what is meant for a table or a stream would be ignored."""
-    if source.dataset_name or (flag == "validation_data_dir" and source.train_data_dir):
+def _check_folder(folder: str | Path, parameter: str) -> None:
+    """Raise a MissingFile if the folder that `parameter` names does not exist."""
+    if not Path(folder).is_dir():
+        raise MissingFile(f"there is no folder {folder}; check the path", parameter=parameter)
+
+
+def _refuse_without_columns(source: DataSource, parameter: str) -> None:
+    """Refuse settings for tables and streams if all images come from the folder that `parameter` names.
+
+    Raises:
+        UserError: for the first such setting.
+    """
+    if source.dataset_name or (parameter == "validation_data_dir" and source.train_data_dir):
         return
     for name in ("image_column", "streaming"):
         if getattr(source, name) != DataSource.__dataclass_fields__[name].default:
-            raise UserError(f"--{name} has no effect on a folder of image files")
+            raise UserError("it has no effect on a folder of image files; leave it out", parameter=name)
 
 
 @contextmanager
-def _one_line_error(what: str) -> Iterator[None]:
+def _one_line_error(what: str | None, *, parameter: str | None = None) -> Iterator[None]:
+    """Turn any error of the datasets library into a UserError of one line, which starts with `what`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # what a broken connection raises differs between the versions of the libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        advice = "check the name, --dataset_config_name and the network connection"
-        raise UserError(f"{what} cannot be read: {reason}; {advice}") from error
+        advice = "check the name, the configuration (dataset_config_name) and the network connection"
+        raise UserError(f"{what} cannot be read: {reason}; {advice}", parameter=parameter) from error
 
 
 def _hold_out(images: Images, held: HeldOut, seed: int) -> tuple[RawImages, RawImages]:
     if isinstance(images, StreamImages):
         raise UserError(
-            "no images can be held out of streamed training data for validation; "
-            "give --validation_data_dir, or a split of the data set as --validation_split"
+            "no images can be held out of a streamed dataset; name a split of the dataset, or give a folder of validation images",
+            parameter="validation_split",
         )
     if len(images) < 2:
-        raise UserError("a single training image leaves none to hold out; give --validation_data_dir")
+        raise UserError(
+            "a single training image leaves none to hold out; give a folder of validation images",
+            parameter="validation_data_dir",
+        )
     number = min(max(round(held.share * len(images)), 1), held.limit or len(images), len(images) - 1)
     order = np.random.default_rng((seed, HELD_OUT_SEED)).permutation(len(images))
     training, validation = (np.sort(part).tolist() for part in (order[number:], order[:number]))
@@ -455,13 +471,11 @@ def _image_column(split: datasets.Dataset | datasets.IterableDataset, source: Da
     columns = list(split.features or next(iter(split), {}))
     if not columns or (isinstance(split, datasets.Dataset) and len(split) == 0):
         raise UserError(f"{source.dataset_name or source.train_data_dir} holds no images; check its files and splits")
-    if column not in columns:
-        told = f"--image_column {column}: there is no such column; the columns are {', '.join(columns)}"
-        raise UserError(told + _advice_on_folder(source))
     captions = source.caption_column
-    if captions is not None and captions not in columns:
-        told = f"--caption_column {captions}: there is no such column; the columns are {', '.join(columns)}"
-        raise UserError(told + _advice_on_folder(source))
+    for parameter, name in (("image_column", column), ("caption_column", captions)):
+        if name is not None and name not in columns:
+            told = f"there is no column '{name}'; the columns are {', '.join(columns)}"
+            raise UserError(told + _advice_on_folder(source), parameter=parameter)
     if isinstance((split.features or {}).get(column), datasets.Image):
         split = split.cast_column(column, datasets.Image(decode=False))
     split = split.select_columns([name for name in columns if name in (column, captions, "__key__")])
@@ -473,7 +487,7 @@ def _advice_on_folder(source: DataSource) -> str:
     """Return what to do if the datasets library takes a folder of images for a table of the files beside them."""
     folder = Path(source.dataset_name or os.devnull)
     if folder.is_dir() and (list_pictures(folder)[0] or any(map(is_tar, list_files(folder)))):
-        return "; a folder of image files or of tars is read with --train_data_dir"
+        return f"; {folder} holds image files or tars: give it as a folder of images instead of a dataset"
     return ""
 
 

@@ -205,14 +205,14 @@ class Census:
         members = one_line(", ".join(list(self.fields)[:20])) or "none"
         if not self.images:
             raise UserError(
-                f"{where}: no sample has a picture for --image_column {reader.image_column}; "
-                f"its samples have the members {members}"
+                f"no sample in {where} has an image '{reader.image_column}'; the samples have the members {members}",
+                parameter="image_column",
             )
         if reader.caption_column is not None and not self.captions:
             keys = f", their JSON the keys {one_line(', '.join(list(self.keys)[:20]))}" if self.keys else ""
             raise UserError(
-                f"--caption_column {reader.caption_column}: there is no such column in {where}; "
-                f"its samples have the members {members}{keys}"
+                f"there is no column '{reader.caption_column}' in {where}; the samples have the members {members}{keys}",
+                parameter="caption_column",
             )
 
 

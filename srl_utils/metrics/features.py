@@ -100,8 +100,8 @@ def load_inception_features(weights: str | Path | None = None) -> InceptionFeatu
         )
     except UNREADABLE as error:
         raise _kind(error, weights or folder / INCEPTION_WEIGHTS)(
-            f"the Inception weights {weights or URL_INCEPTION_V3} cannot be had ({_reason(error)}); put an intact "
-            f"{INCEPTION_WEIGHTS} into {folder} (TORCH_HOME moves it), or name it: --inception_weights PATH"
+            f"cannot load the Inception weights {weights or URL_INCEPTION_V3} ({_reason(error)}); put an intact "
+            f"{INCEPTION_WEIGHTS} into {folder} (TORCH_HOME moves it), or give its path as inception_weights"
         ) from None
     return InceptionFeatures(network)
 
@@ -279,8 +279,8 @@ def load_image_classifier(name: str) -> ImageClassifier:
         model, processor = _load_whole(AutoModelForImageClassification, AutoImageProcessor, name)
     except UNREADABLE as error:
         raise _kind(error, name)(
-            f"the classifier '{name}' cannot be had ({_reason(error)}); put its config.json, model.safetensors and "
-            "preprocessor_config.json into a folder and name that: --classifier FOLDER"
+            f"cannot load the classifier '{name}' ({_reason(error)}); put its config.json, model.safetensors and "
+            "preprocessor_config.json into a folder, and give the folder as classifier"
         ) from None
     return ImageClassifier(model, processor)
 
@@ -303,8 +303,8 @@ def load_clip_similarity(name: str = CLIP_MODEL) -> ClipSimilarity:
             raise ValueError("it has no tokenizer")
     except UNREADABLE as error:
         raise _kind(error, name)(
-            f"the CLIP model '{name}' cannot be had ({_reason(error)}); put its config.json, model.safetensors, "
-            "preprocessor_config.json and tokenizer.json into a folder and name that: --clip_model FOLDER"
+            f"cannot load the CLIP model '{name}' ({_reason(error)}); put its config.json, model.safetensors, "
+            "preprocessor_config.json and tokenizer.json into a folder, and give the folder as clip_model"
         ) from None
     return ClipSimilarity(model, processor)
 

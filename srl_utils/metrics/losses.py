@@ -151,8 +151,8 @@ def load_perceptual_distance(net: str) -> PerceptualDistance:
     except (OSError, RuntimeError) as error:  # no network; a file that is cut short
         kind, reason = MissingFile if isinstance(error, OSError) else UnusableFile, str(error).splitlines()[0]
     raise kind(
-        f"the LPIPS trunk '{net}' cannot be had ({reason}); put an intact {LPIPS_TRUNKS[net]} into "
-        "$TORCH_HOME/hub/checkpoints, or do without LPIPS (in a training: --lpips_weight 0)"
+        f"cannot load the LPIPS trunk '{net}' ({reason}); put an intact {LPIPS_TRUNKS[net]} into "
+        "$TORCH_HOME/hub/checkpoints, or do without LPIPS (lpips_weight 0 in a training)"
     )
 
 

@@ -93,7 +93,7 @@ class Checkpoints:
         if free < 2 * self.num_bytes:
             raise ResourceError(
                 f"{gigabytes(free)} are free in {self.output_dir}, and two checkpoints of about "
-                f"{gigabytes(self.num_bytes)} must fit beside each other; make room or choose another --output_dir"
+                f"{gigabytes(self.num_bytes)} must fit beside each other; make room or choose another output_dir"
             )
 
     def found(self) -> list[Path]:
@@ -102,7 +102,7 @@ class Checkpoints:
         replaced = [path for path in self.output_dir.glob(".checkpoint-*.outdated") if not _final(path).exists()]
         return sorted(folders + replaced, key=step_of)
 
-    def resolve(self, resume_from: str, *, tell: Callable[[str], object] = logger.warning) -> Path | None:
+    def resolve(self, resume_from_checkpoint: str, *, tell: Callable[[str], object] = logger.warning) -> Path | None:
         """The folder to continue from: the newest whole one for `latest` (None where there is none), else the path.
 
         `tell` is called with a line on each that is passed over.
@@ -111,19 +111,20 @@ class Checkpoints:
             MissingFile: a FileNotFoundError, if the path is not a checkpoint.
         UnusableFile: an OSError, if it is damaged, or if all that there are are damaged.
         """
-        if resume_from == "latest":
+        if resume_from_checkpoint == "latest":
             return self._newest_whole(tell)
-        for candidate in (Path(resume_from), self.output_dir / resume_from):
+        for candidate in (Path(resume_from_checkpoint), self.output_dir / resume_from_checkpoint):
             if (candidate / STATE_FILE).is_file():
                 if damage := fault(candidate):
                     raise UnusableFile(
-                        f"--resume_from_checkpoint {candidate} is damaged: {damage}; 'latest' passes it over"
+                        f"{candidate} is damaged: {damage}; 'latest' skips it", parameter="resume_from_checkpoint"
                     )
                 return candidate
         present = ", ".join(path.name for path in self.found()) or "none"
         raise MissingFile(
-            f"--resume_from_checkpoint {resume_from} is no checkpoint of this script; "
-            f"'latest' or a folder is expected, {self.output_dir} holds: {present}"
+            f"'{resume_from_checkpoint}' is not a checkpoint of this script; give 'latest' or a checkpoint's folder "
+            f"({self.output_dir} holds: {present})",
+            parameter="resume_from_checkpoint",
         )
 
     def _newest_whole(self, tell: Callable[[str], object]) -> Path | None:
@@ -135,8 +136,8 @@ class Checkpoints:
             tell(f"{folder} is damaged and passed over: {damage}")
         if folders:
             raise UnusableFile(
-                f"none of the checkpoints in {self.output_dir} is whole; remove them to start from the beginning, or "
-                "choose another --output_dir"
+                f"all checkpoints in {self.output_dir} are damaged; remove them to start from the beginning, or "
+                "choose another output_dir"
             )
         return None
 
@@ -155,8 +156,8 @@ class Checkpoints:
             shutil.rmtree(self.output_dir / f".checkpoint-{step}.partial", ignore_errors=True)
             raise ResourceError(
                 f"checkpoint-{step} cannot be written to {self.output_dir}: {reason}; it takes about "
-                f"{gigabytes(self.num_bytes)}. Those before it are whole: make room and run the same command with "
-                "--resume_from_checkpoint latest"
+                f"{gigabytes(self.num_bytes)}. The checkpoints before it are intact: make room and run the same command "
+                "with resume_from_checkpoint latest"
             ) from None
 
     def _save(self, accelerator: Accelerator, step: int) -> Path:

@@ -41,7 +41,7 @@ class Execution:
         return f"{self.summary} ({self.reason})"
 
 
-def check_execution(precision: str | None, torch_compile: bool | None, *, leave_gpu: bool = False) -> None:
+def check_execution(mixed_precision: str | None, torch_compile: bool | None, *, leave_gpu: bool = False) -> None:
     """Refuse what this machine cannot do.
 
     Args:
@@ -51,11 +51,11 @@ def check_execution(precision: str | None, torch_compile: bool | None, *, leave_
         UserError: in one line, with the flag.
     """
     on_gpu = torch.cuda.is_available() and not leave_gpu
-    if precision == "fp16" and not on_gpu:
-        raise UserError("fp16 needs a GPU; on the CPU give --mixed_precision bf16 or no")
+    if mixed_precision == "fp16" and not on_gpu:
+        raise UserError("fp16 needs a GPU; on the CPU take bf16 or no", parameter="mixed_precision")
     if torch_compile and not can_compile("cuda" if on_gpu else "cpu"):
         missing = "Triton" if on_gpu else "a C++ compiler (g++)"
-        raise UserError(f"compiling needs {missing}; install it or give --no-torch_compile")
+        raise UserError(f"compiling needs {missing}; install it, or do not compile", parameter="torch_compile")
 
 
 def runs_in_fp16(precision: str | None, force_upcast: bool) -> bool:

@@ -44,7 +44,7 @@ class OverfittingGuard:
         return (
             f"catastrophic overfitting: held-out images under attack fell to {validated_psnr:.2f} dB from "
             f"{self.best:.2f} dB, while the training's own attack finds {trained:.2f} dB; it has too few steps: raise "
-            "--pgd_steps, or lower --learning_rate, and continue from an earlier checkpoint"
+            "pgd_steps, or lower learning_rate, and continue from an earlier checkpoint"
         )
 
     def state_dict(self) -> dict[str, float | list[float]]:

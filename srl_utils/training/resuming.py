@@ -134,8 +134,9 @@ def check_flags(arguments: Mapping[str, Any], earlier: Earlier) -> None:
     steps = arguments["max_train_steps"]
     if steps is not None and steps < earlier.step:
         raise UserError(
-            f"{earlier.checkpoint} has made {earlier.step} steps, more than --max_train_steps {steps}; raise it, or "
-            "resume from an earlier checkpoint"
+            f"{earlier.checkpoint} has made {earlier.step} steps, more than {steps}; give more steps, or resume from an "
+            "earlier checkpoint",
+            parameter="max_train_steps",
         )
 
 
@@ -189,7 +190,10 @@ def shortened(value: Any) -> Any:
 
 
 def worded(name: str, value: Any) -> str:
-    """Return the flag as it would be typed, or `no --name` where it would be left out."""
+    """Return the flag as it is typed on the command line, such as `--seed 3`, or `no --seed` if it is left out.
+
+    The model card and the messages on resuming quote the command line, so they name flags.
+    """
     if name in WORDS:
         return WORDS[name].format(_value(value))
     if value is None or value is False or value == []:
@@ -224,8 +228,8 @@ def _check_inputs(current: Settings, now: Inputs, before: Inputs, earlier: Earli
     if now.base != before.base:
         _refuse(earlier, current.arguments, BASE)
         raise UserError(
-            f"{earlier.checkpoint} was trained from other weights than --pretrained_model_name_or_path has now; "
-            "restore them, or choose another --output_dir"
+            f"its weights are not those that {earlier.checkpoint} was trained from; restore them, or choose another output_dir",
+            parameter="pretrained_model_name_or_path",
         )
     if now.validation == before.validation:
         return
@@ -233,11 +237,11 @@ def _check_inputs(current: Settings, now: Inputs, before: Inputs, earlier: Earli
     if now.training_images != before.training_images and current.arguments["validation_data_dir"] is None:
         raise UserError(
             f"{earlier.checkpoint} was trained on {before.training_images} images, and there are {now.training_images} now, "
-            "so that other images are held out; restore the data, or choose another --output_dir"
+            "so other images are held out; restore the dataset, or choose another output_dir"
         )
     raise UserError(
-        f"the validation images are others than those that {earlier.checkpoint} was measured on; restore them, or choose "
-        "another --output_dir"
+        f"the validation images are not those that {earlier.checkpoint} was measured on; restore them, or choose another "
+        "output_dir"
     )
 
 
@@ -248,7 +252,7 @@ def _refuse(earlier: Earlier, arguments: Mapping[str, Any], names: Iterable[str]
         here = ", ".join(worded(name, arguments[name]) for name in differing)
         raise UserError(
             f"{earlier.checkpoint} was trained with {there}, and this command says {here}; "
-            "give the same, or choose another --output_dir to start anew"
+            "give the same, or choose another output_dir to start anew"
         )
 
 

@@ -48,7 +48,7 @@ def read_config(source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (
         config = AutoencoderKL.load_config(**arguments)
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]
-        hint = "" if source.subfolder else " (for the VAE of a whole pipeline add --subfolder vae)"
+        hint = "" if source.subfolder else " (the VAE of a whole pipeline is in its subfolder vae)"
         fault = UnusableFile if Path(name, source.subfolder or "", CONFIG_NAME).exists() else MissingFile
         if not Path(name).exists():
             hint += "; there is no such folder here, and no such model was read from the Hub"

@@ -27,7 +27,8 @@ def check_resolution(resolution: int, config: dict[str, Any]) -> None:
     if resolution < factor or resolution % factor:
         nearest = max(factor, round(resolution / factor) * factor)
         raise UserError(
-            f"--resolution {resolution} does not suit this VAE, which divides sides by {factor}; try {nearest}"
+            f"{resolution} is not a multiple of {factor}, by which this VAE divides the sides of an image; try {nearest}",
+            parameter="resolution",
         )
 
 

@@ -228,7 +228,7 @@ def test_long_captions_and_empty_rows_of_csv(folder: Path, caplog: pytest.LogCap
         (
             "metadata.jsonl",
             b'{"file_name": "1.png", "title": "a"}',
-            "no such column in .*; the columns are file_name, title",
+            "no column 'text' in .*; the columns are file_name, title",
         ),
         ("metadata.jsonl", b"", "the columns are none"),
         ("metadata.jsonl", b'{"text": "a"}', "row 1 has no file_name"),

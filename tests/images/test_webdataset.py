@@ -233,9 +233,7 @@ def test_captions_come_from_members_and_from_json(streaming: bool, tmp_path: Pat
     assert read(tmp_path, caption_column="text", streaming=streaming) == [(0, "zero"), (1, "ein\u2028s")]
     assert read(tmp_path, caption_column="caption", streaming=streaming) == [(0, "nought"), (1, "one")]
     assert read(tmp_path, caption_column="n", streaming=streaming) == [(0, "0"), (1, "1")]
-    with pytest.raises(
-        UserError, match=r"--caption_column title: there is no such column .* png, txt, json, .* caption, n"
-    ):
+    with pytest.raises(UserError, match=r"caption_column: there is no column 'title' .* png, txt, json, .* caption, n"):
         read(tmp_path, caption_column="title", streaming=streaming)
 
 
