@@ -1,4 +1,4 @@
-"""Colour spaces of pictures, from ICC profiles and from the short forms that PNG and Exif have, to sRGB."""
+"""Colour spaces of images, from ICC profiles and from the short forms that PNG and Exif have, to sRGB."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ STRIP = 128  # rows
 
 
 def profile_of(image: Image.Image) -> bytes | None:
-    """Return the ICC profile of an opened picture, or one that says what its PNG chunks or its Exif say.
+    """Return the ICC profile of an opened image, or one that says what its PNG chunks or its Exif say.
 
     The order is that of the PNG specification: cICP, iCCP, sRGB, then gAMA and cHRM. Exif counts last.
     """
@@ -71,36 +71,36 @@ def profile_of(image: Image.Image) -> bytes | None:
     return _png_profile(image) or _exif_profile(image)
 
 
-def as_rgb(picture: Image.Image | np.ndarray, profile: bytes | None) -> Image.Image:
-    """Return a picture in sRGB, mode RGB.
+def as_rgb(image: Image.Image | np.ndarray, profile: bytes | None) -> Image.Image:
+    """Return an image in sRGB, mode RGB.
 
-    A profile that is broken, or made for pictures of another kind, is ignored, as browsers ignore it.
+    A profile that is broken, or made for images of another kind, is ignored, as browsers ignore it.
 
     Args:
-        picture: of mode L, RGB, CMYK or LAB, or an array of 16 bits, `[H,W]` or `[H,W,3]`.
+        image: of mode L, RGB, CMYK or LAB, or an array of 16 bits, `[H,W]` or `[H,W,3]`.
         profile: ICC profile of its colours; None for sRGB.
     """
     if profile and profile[16:20] == b"GRAY":
-        picture = _gray_of(picture)
-    mode = picture.mode if isinstance(picture, Image.Image) else "L" if picture.ndim == 2 else "RGB"
+        image = _gray_of(image)
+    mode = image.mode if isinstance(image, Image.Image) else "L" if image.ndim == 2 else "RGB"
     converter = _converter(profile, mode) if profile and mode != "LAB" else None
-    if isinstance(picture, np.ndarray):
-        return _deep_as_rgb(picture, converter)
+    if isinstance(image, np.ndarray):
+        return _deep_as_rgb(image, converter)
     if converter is None:
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-    return converter(picture)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    return converter(image)
 
 
-def _gray_of(picture: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
-    """The gray of an RGB picture without colours, as Pillow opens gray PNG of 16 bits with alpha."""
-    if isinstance(picture, np.ndarray) or picture.mode != "RGB":
-        return picture
-    red, green, blue = picture.split()
-    return red if red.tobytes() == green.tobytes() == blue.tobytes() else picture
+def _gray_of(image: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
+    """The gray of an RGB image without colours, as Pillow opens gray PNG of 16 bits with alpha."""
+    if isinstance(image, np.ndarray) or image.mode != "RGB":
+        return image
+    red, green, blue = image.split()
+    return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
 
 
 def _deep_as_rgb(samples: np.ndarray, converter: Converter | None) -> Image.Image:
-    """Of 16 bits, strip by strip where the numbers in between take many times the memory of the picture."""
+    """Of 16 bits, strip by strip where the numbers in between take many times the memory of the image."""
     if converter is None:
         return Image.fromarray((samples / 257).round().astype(np.uint8)).convert("RGB")
     if samples.ndim == 2:
@@ -184,12 +184,12 @@ def _exif_profile(image: Image.Image) -> bytes | None:
 
 @lru_cache(maxsize=CACHED_PROFILES)
 def _converter(profile: bytes, mode: str) -> Converter | None:
-    """What turns a picture of this mode and profile into sRGB; None if nothing can, or if it is sRGB."""
+    """What turns an image of this mode and profile into sRGB; None if nothing can, or if it is sRGB."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         taken = MODES.get(opened.profile.xcolor_space.strip())
         if opened.profile.device_class not in DEVICES or taken not in (mode, "RGB" if mode == "L" else mode):
-            warn_once("a colour profile made for another kind of picture is ignored")
+            warn_once("a colour profile made for another kind of image is ignored")
             return None
         if any(_changes_nothing(opened, taken, intent) for intent in INTENTS):
             return None
@@ -199,8 +199,8 @@ def _converter(profile: bytes, mode: str) -> Converter | None:
         return None
     if taken == "L":
         table = np.asarray(transform.apply(RAMP))[0]
-        return lambda picture: Image.fromarray(table[np.asarray(picture)])
-    return lambda picture: transform.apply(picture if picture.mode == taken else picture.convert(taken))
+        return lambda image: Image.fromarray(table[np.asarray(image)])
+    return lambda image: transform.apply(image if image.mode == taken else image.convert(taken))
 
 
 def _transform(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.Intent) -> ImageCms.ImageCmsTransform:
@@ -212,7 +212,7 @@ def _transform(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.In
 
 
 def _changes_nothing(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.Intent) -> bool:
-    """Whether this is sRGB itself: each of its many profiles is off by roundings, which no picture should suffer."""
+    """Whether this is sRGB itself: each of its many profiles is off by roundings, which no image should suffer."""
     if mode == "CMYK":
         return False
     steps = np.linspace(0, 255, 18).astype(np.uint8)

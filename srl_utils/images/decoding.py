@@ -1,4 +1,4 @@
-"""Picture files of any kind to upright sRGB pictures of 8 bits per sample."""
+"""Image files of any kind to upright sRGB images of 8 bits per sample."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ _raised_limit = threading.RLock()
 
 
 class UnreadableImage(ValueError):
-    """A picture that cannot be decoded; the message is a short reason."""
+    """An image that cannot be decoded; the message is a short reason."""
 
 
 @lru_cache(maxsize=1)
-def picture_formats() -> tuple[str, ...]:
+def image_formats() -> tuple[str, ...]:
     """Return the names of the formats that Pillow decodes, by itself and with those of its plugins that are installed."""
     Image.init()
     with suppress(ImportError):
@@ -59,23 +59,23 @@ def picture_formats() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1)
-def picture_suffixes() -> frozenset[str]:
-    """Return the lower-case file suffixes, such as `.png`, of `picture_formats`."""
-    formats = {*picture_formats(), "MPO"}  # of cameras with two lenses; Pillow opens these files as JPEG
+def image_suffixes() -> frozenset[str]:
+    """Return the lower-case file suffixes, such as `.png`, of `image_formats`."""
+    formats = {*image_formats(), "MPO"}  # of cameras with two lenses; Pillow opens these files as JPEG
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 @contextmanager
-def open_picture(source: object, *, max_pixels: int | None = None) -> Iterator[Image.Image]:
-    """Open a picture at its first frame, as a context. `to_srgb` turns each frame into pixels.
+def open_image(source: object, *, max_pixels: int | None = None) -> Iterator[Image.Image]:
+    """Open an image at its first frame, as a context. `to_srgb` turns each frame into pixels.
 
     Args:
         source: a path, a URL that fsspec knows, the bytes of a file, `{"bytes", "path"}`, or a PIL image, which stays
             open afterwards.
-        max_pixels: the largest picture to read, in pixels, in place of `Image.MAX_IMAGE_PIXELS`.
+        max_pixels: the largest image to read, in pixels, in place of `Image.MAX_IMAGE_PIXELS`.
 
     Raises:
-        UnreadableImage: if the picture is missing, is of no known format, or has too many pixels.
+        UnreadableImage: if the image is missing, is of no known format, or has too many pixels.
     """
     with _pixel_limit(max_pixels):
         with _one_line_reason():
@@ -88,9 +88,9 @@ def open_picture(source: object, *, max_pixels: int | None = None) -> Iterator[I
 
 
 def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return the current frame of an opened picture as upright sRGB (mode RGB), and its alpha (mode L).
+    """Return the current frame of an opened image as upright sRGB (mode RGB), and its alpha (mode L).
 
-    The alpha is None where the picture is opaque. `image` is loaded, but not changed.
+    The alpha is None where the image is opaque. `image` is loaded, but not changed.
 
     Raises:
         UnreadableImage: if the pixels are broken, or if their range is ambiguous.
@@ -110,22 +110,22 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         profile = profile_of(image)
         if profile is None:
             _refuse_dim(colour, deep, stated or _declared(image))
-        picture = as_rgb(colour, profile)
-        picture.info = {}  # it says how to read the file, and would be taken for this picture's
-        return picture, alpha
+        rgb = as_rgb(colour, profile)
+        rgb.info = {}  # it describes the file's own colours, not these
+        return rgb, alpha
 
 
 def decode_rgb(source: object, *, max_pixels: int | None = None) -> Image.Image:
-    """Return the first frame of a picture in sRGB (mode RGB), upright, transparent parts over white.
+    """Return the first frame of an image in sRGB (mode RGB), upright, transparent parts over white.
 
     Args:
-        source: as for `open_picture`.
-        max_pixels: as for `open_picture`.
+        source: as for `open_image`.
+        max_pixels: as for `open_image`.
 
     Raises:
-        UnreadableImage: if the picture is missing, broken, too large, or of an ambiguous range of values.
+        UnreadableImage: if the image is missing, broken, too large, or of an ambiguous range of values.
     """
-    with open_picture(source, max_pixels=max_pixels) as image:
+    with open_image(source, max_pixels=max_pixels) as image:
         colour, alpha = to_srgb(image)
     if alpha is None:
         return colour
@@ -142,7 +142,7 @@ def _one_line_reason() -> Iterator[None]:
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:  # its message may hold an address in memory
-        raise UnreadableImage("no picture of a known format, or its beginning is broken") from error
+        raise UnreadableImage("no image of a known format, or its beginning is broken") from error
     except Exception as error:  # on broken files Pillow raises nearly anything: SyntaxError, struct.error, ...
         reason = (str(error).splitlines() or [""])[0]
         raise UnreadableImage(f"{type(error).__name__}: {reason}") from error
@@ -170,7 +170,7 @@ def _refuse_bomb(image: Image.Image) -> None:
 
 
 def _open(source: object) -> Image.Image:
-    """The picture, its pixels not yet read."""
+    """The image, its pixels not yet read."""
     if isinstance(source, dict):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if isinstance(source, Image.Image):
@@ -182,7 +182,7 @@ def _open(source: object) -> Image.Image:
         return _open_bytes(bytes(source))
     if isinstance(source, (str, os.PathLike)):
         return _open_file(Path(source))
-    raise UnreadableImage(f"{type(source).__name__} instead of a picture")
+    raise UnreadableImage(f"{type(source).__name__} instead of an image")
 
 
 def _open_file(path: Path) -> Image.Image:
@@ -194,7 +194,7 @@ def _open_file(path: Path) -> Image.Image:
     if boxes or head.startswith((png_chunks.SIGNATURE, *tiff_pages.SIGNATURES)):
         return _open_bytes(path.read_bytes())
     with _named_reason(head):
-        return Image.open(path, formats=picture_formats())
+        return Image.open(path, formats=image_formats())
 
 
 def _open_bytes(data: bytes) -> Image.Image:
@@ -203,7 +203,7 @@ def _open_bytes(data: bytes) -> Image.Image:
     if data.startswith(png_chunks.SIGNATURE):
         return _open_png(data)
     with _named_reason(data[:HEAD]):
-        image = Image.open(io.BytesIO(data), formats=picture_formats())
+        image = Image.open(io.BytesIO(data), formats=image_formats())
     if data.startswith(iso_boxes.JP2):
         image.info["icc_profile"] = iso_boxes.embedded_profile(data)
     elif data[4:8] == iso_boxes.FILE_TYPE and not image.info.get("icc_profile"):
@@ -243,7 +243,7 @@ def _named_reason(head: bytes) -> Iterator[None]:
         yield
     except UnidentifiedImageError:
         file_format = foreign_format(head)
-        if file_format is None or file_format in picture_formats():
+        if file_format is None or file_format in image_formats():
             raise
         raise UnreadableImage(f"{file_format} {NEEDED[file_format]}") from None
 
@@ -340,7 +340,7 @@ def _needs_low_bytes(image: Image.Image) -> bool:
 
 
 def _join(high: Image.Image, low: Image.Image) -> tuple[np.ndarray, Image.Image | None]:
-    """RGB `[H,W,3]` of 16 bits from pictures of its high and its low bytes, and the alpha."""
+    """RGB `[H,W,3]` of 16 bits from images of its high and its low bytes, and the alpha."""
     samples = np.asarray(high.convert("RGB")).astype(np.uint16) << 8 | np.asarray(low.convert("RGB"))
     if high.mode == "RGBA":
         return samples, _unless_opaque(high.getchannel("A"))

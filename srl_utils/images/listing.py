@@ -1,4 +1,4 @@
-"""Lists the pictures of a folder, and the files that are passed over with the reason."""
+"""Lists the images of a folder, and the files that are passed over with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from srl_utils.errors import one_line
-from srl_utils.images.decoding import HEAD, NEEDED, foreign_format, picture_formats, picture_suffixes
+from srl_utils.images.decoding import HEAD, NEEDED, foreign_format, image_formats, image_suffixes
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +24,9 @@ SUFFIXES = {  # of the formats in `NEEDED`
     "HEIF": frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"}),
     "JXL": frozenset({".jxl"}),
 }
-NO_FORMAT = "no suffix of a picture that Pillow reads"
-NO_SUFFIX = "no suffix, and no picture by its content"
-# Captions, tables, caches of trainers, notes and what systems leave behind: nobody expects pictures there.
+NO_FORMAT = "no suffix of an image that Pillow reads"
+NO_SUFFIX = "no suffix, and no image by its content"
+# Captions, tables, caches of trainers, notes and what systems leave behind: nobody expects images there.
 COMPANIONS = frozenset({
     ".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".npy", ".npz", ".safetensors", ".xml",
     ".yaml", ".yml", ".toml", ".md", ".rst", ".html", ".log", ".ini", ".db", ".aae", ".xmp", ".url", ".lnk", ".py", ".sh",
@@ -63,26 +63,26 @@ class PassedOver:
         return f"{len(self)} {self.kind} were not looked at: {reasons}"
 
 
-def list_pictures(folder: Path) -> tuple[list[Path], PassedOver]:
-    """List the pictures below `folder`, sorted, and count the other files.
+def list_images(folder: Path) -> tuple[list[Path], PassedOver]:
+    """List the images below `folder`, sorted, and count the other files.
 
-    A file without a suffix is a picture if its first bytes say so. Hidden files are left out of both. So are
-    companions of pictures, such as captions and tables.
+    A file without a suffix is an image if its first bytes say so. Hidden files are left out of both. So are
+    companions of images, such as captions and tables.
     """
-    pictures, others = [], []
+    images, others = [], []
     for path in list_files(folder):
-        reason = why_no_picture(path)
+        reason = why_no_image(path)
         if reason is None:
-            pictures.append(path)
+            images.append(path)
         elif path.suffix.lower() not in COMPANIONS:
             others.append((reason, str(path.relative_to(folder))))
-    return pictures, PassedOver.of(sorted(others))
+    return images, PassedOver.of(sorted(others))
 
 
-def why_no_picture(path: Path) -> str | None:
-    """Return why a file is not read as a picture; None if it is one."""
+def why_no_image(path: Path) -> str | None:
+    """Return why a file is not read as an image; None if it is one."""
     suffix = suffix_of(path.name)
-    if suffix in picture_suffixes():
+    if suffix in image_suffixes():
         return None
     return reason_of(suffix, _head(path) if is_told_by_content(suffix) else b"")
 
@@ -99,7 +99,7 @@ def is_told_by_content(suffix: str) -> bool:
 
 
 def reason_of(suffix: str, head: bytes) -> str | None:
-    """Return why a file whose suffix is not that of a picture is not read; None if `head` begins a picture.
+    """Return why a file whose suffix is not that of an image is not read; None if `head` begins an image.
 
     Args:
         suffix: lower-case, "" for none.
@@ -122,7 +122,7 @@ def _named_by(suffix: str) -> str | None:
 
 def _accepts(name: str, head: bytes) -> bool:
     """Return whether the bytes begin a file of this format, and Pillow can decode it."""
-    if name not in picture_formats() or (name == "BMP" and int.from_bytes(head[14:18], "little") not in BMP_HEADERS):
+    if name not in image_formats() or (name == "BMP" and int.from_bytes(head[14:18], "little") not in BMP_HEADERS):
         return False
     accept = Image.OPEN[name][1]
     told = accept is not None and len(head) >= 4 and accept(head[:16])

@@ -67,12 +67,12 @@ def check_images(images: Tensor) -> None:
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """An RGB picture as a `[3,H,W]` float32 tensor in [-1,1]."""
+    """An RGB image as a `[3,H,W]` float32 tensor in [-1,1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return to_model_range(pixels.permute(2, 0, 1).float() / 255.0)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """A `[3,H,W]` tensor in [-1,1] (values beyond are clipped) as an RGB picture."""
+    """A `[3,H,W]` tensor in [-1,1] (values beyond are clipped) as an RGB image."""
     pixels = to_unit_range(image.detach().float()).clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

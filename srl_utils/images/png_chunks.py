@@ -14,7 +14,7 @@ GREATEST_RATIO = 1030  # of deflate
 GRAY = 0  # colour type
 COLOURED = (2, 6)
 LOW_BYTES = "low_bytes"
-"""Key of `Image.info`: the low bytes of RGB of 16 bits, whose high bytes are the picture itself."""
+"""Key of `Image.info`: the low bytes of RGB of 16 bits, whose high bytes are the image itself."""
 TEXTS = (b"tEXt", b"iTXt")
 
 

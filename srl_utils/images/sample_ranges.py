@@ -42,7 +42,7 @@ class Declared(NamedTuple):
         """Return the number that is white.
 
         The declared highest value counts where it is that of a number of bits, and no value is beyond it: some
-        software writes the brightest value of the picture there.
+        software writes the brightest value of the image there.
 
         Raises:
             AmbiguousRange: if the file does not say it, and the values do not show it.

@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from srl_utils.errors import MissingFile, UserError, one_line
 from srl_utils.images.captions import as_caption, folder_captions
 from srl_utils.images.framing import RawImage, RawImages
-from srl_utils.images.listing import PassedOver, list_files, list_pictures
+from srl_utils.images.listing import PassedOver, list_files, list_images
 from srl_utils.images.photographs import Split, photograph_tiles, recoloured
 from srl_utils.images.webdataset import COLUMNS as TAR_COLUMNS
 from srl_utils.images.webdataset import SampleReader, TarImages, index_tars, is_tar, stream_tars
@@ -30,7 +30,7 @@ LARGEST_TILE = 256  # pixels; every photograph holds one
 VALIDATION_SPLITS = ("validation", "val", "test")
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
 SHUFFLE_BUFFER = 1000
-UNKNOWN_TO_LIBRARY = "a picture that the datasets library passes over"
+UNKNOWN_TO_LIBRARY = "an image that the datasets library passes over"
 HELD_OUT_SEED = 3  # second word of a seed: keeps these draws apart from those of framing.py and datasets.py
 
 
@@ -79,7 +79,7 @@ class DatasetImages:
         return len(self.dataset)
 
     def listed(self) -> list[tuple[str, str]]:
-        """Return name and caption of each image; no picture is read."""
+        """Return name and caption of each image; no image is read."""
         if self.caption_column is None:
             return [(f"row {index}", "") for index in range(len(self))]
         rows = self.dataset.select_columns([self.caption_column])
@@ -172,7 +172,7 @@ def open_validation(source: DataSource, resolution: int, seed: int) -> OpenedVal
 
 
 def captioned(images: RawImages) -> tuple[RawImages, list[str]]:
-    """Return the images that have a caption, and the names of those that have none; no picture is read."""
+    """Return the images that have a caption, and the names of those that have none; no image is read."""
     listed = _listed(images)
     having = [index for index, (_, caption) in enumerate(listed) if caption]
     return _selected(images, having), [name for name, caption in listed if not caption]
@@ -373,8 +373,8 @@ def _load_splits(source: DataSource, passed_over: list[PassedOver]) -> dict[str,
 
 
 def _passed_over_by_library(folder: Path) -> PassedOver:
-    pictures, others = list_pictures(folder)
-    unknown = [str(path.relative_to(folder)) for path in pictures if path.suffix.lower() not in ImageFolder.EXTENSIONS]
+    images, others = list_images(folder)
+    unknown = [str(path.relative_to(folder)) for path in images if path.suffix.lower() not in ImageFolder.EXTENSIONS]
     return PassedOver({**others.names, UNKNOWN_TO_LIBRARY: unknown} if unknown else others.names)
 
 
@@ -401,10 +401,10 @@ def _list_folder(parameter: str, source: DataSource, passed_over: list[PassedOve
     """List the image files below the folder that `parameter` names, or else its tar files (WebDataset)."""
     folder = Path(getattr(source, parameter))
     _check_folder(folder, parameter)
-    pictures, others = list_pictures(folder)
-    if not pictures and (tars := [str(path) for path in list_files(folder) if is_tar(path)]):
+    images, others = list_images(folder)
+    if not images and (tars := [str(path) for path in list_files(folder) if is_tar(path)]):
         return Tars(tars)
-    if not pictures:
+    if not images:
         found = f"; {others.report()}" if others else ""
         raise UserError(
             f"{folder} holds no image files (.png, .jpg, ...) and no .tar files{found}", parameter=parameter
@@ -412,8 +412,8 @@ def _list_folder(parameter: str, source: DataSource, passed_over: list[PassedOve
     _refuse_without_columns(source, parameter)
     passed_over.append(others)
     column = source.caption_column
-    captions = folder_captions(folder, pictures, column) if column else [""] * len(pictures)
-    return [RawImage(path, str(path), caption) for path, caption in zip(pictures, captions, strict=True)]
+    captions = folder_captions(folder, images, column) if column else [""] * len(images)
+    return [RawImage(path, str(path), caption) for path, caption in zip(images, captions, strict=True)]
 
 
 def _check_folder(folder: str | Path, parameter: str) -> None:
@@ -486,7 +486,7 @@ def _image_column(split: datasets.Dataset | datasets.IterableDataset, source: Da
 def _advice_on_folder(source: DataSource) -> str:
     """Return what to do if the datasets library takes a folder of images for a table of the files beside them."""
     folder = Path(source.dataset_name or os.devnull)
-    if folder.is_dir() and (list_pictures(folder)[0] or any(map(is_tar, list_files(folder)))):
+    if folder.is_dir() and (list_images(folder)[0] or any(map(is_tar, list_files(folder)))):
         return f"; {folder} holds image files or tars: give it as a folder of images instead of a dataset"
     return ""
 

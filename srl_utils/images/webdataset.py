@@ -1,4 +1,4 @@
-"""Reads tars of samples (WebDataset): any member of a sample that is a picture, whatever the samples have in common.
+"""Reads tars of samples (WebDataset): any member of a sample that is an image, whatever the samples have in common.
 
 Members of one name up to the first dot, such as `0001.jpg` and `0001.txt`, are one sample; the rest of the name is
 the member's field.
@@ -30,7 +30,7 @@ from datasets.utils.file_utils import xopen
 from srl_utils.console import warn_once
 from srl_utils.errors import UserError, one_line
 from srl_utils.images.captions import SIDECAR_COLUMNS, as_caption, decode_text
-from srl_utils.images.decoding import picture_suffixes
+from srl_utils.images.decoding import image_suffixes
 from srl_utils.images.framing import RawImage
 from srl_utils.images.listing import HEAD, PassedOver, reason_of, suffix_of
 
@@ -43,12 +43,12 @@ ENOUGH = 100  # images that show what samples hold
 LONGEST_TEXT = 2**20  # bytes
 Opener = Callable[..., Any]
 """Unpacks a path or an opened file."""
-ANY_PICTURE = "image"
+ANY_IMAGE = "image"
 """The default name of the column of images."""
 COMPRESSED: dict[bytes, Opener] = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 BROKEN = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
-NO_PICTURE = "samples without a picture"
-OTHER_PICTURE = "another picture of the sample is used"
+NO_IMAGE = "samples without an image"
+OTHER_IMAGE = "another image of the sample is used"
 COLUMNS = ("image", "caption", "__key__")
 
 
@@ -77,13 +77,13 @@ class Member(NamedTuple):
         return self.field.rpartition(".")[0]
 
     @property
-    def why_no_picture(self) -> str | None:
+    def why_no_image(self) -> str | None:
         suffix = suffix_of(self.name)
-        return None if suffix in picture_suffixes() else reason_of(suffix, self.content[:HEAD])
+        return None if suffix in image_suffixes() else reason_of(suffix, self.content[:HEAD])
 
 
-class TarPicture(NamedTuple):
-    """Where a picture is."""
+class TarImage(NamedTuple):
+    """Where an image is."""
 
     tar: str
     name: str
@@ -98,24 +98,24 @@ class TarPicture(NamedTuple):
 
 @dataclass(frozen=True)
 class TarImages:
-    """Undecoded pictures inside tars, read from their place there."""
+    """Undecoded images inside tars, read from their place there."""
 
-    pictures: Sequence[TarPicture]
+    images: Sequence[TarImage]
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def listed(self) -> list[tuple[str, str]]:
-        """Return name and caption of each image; no picture is read."""
-        return [(one_line(picture.label), picture.caption) for picture in self.pictures]
+        """Return name and caption of each image; no image is read."""
+        return [(one_line(image.label), image.caption) for image in self.images]
 
     def __getitem__(self, index: int) -> RawImage:
-        picture = self.pictures[int(index)]
+        image = self.images[int(index)]
         content = None  # of a tar that has become unreadable, which costs these images and not the run
-        with suppress(OSError), open(picture.tar, "rb") as file:
-            file.seek(picture.offset)
-            content = file.read(picture.size)
-        return RawImage(content, picture.label, picture.caption)
+        with suppress(OSError), open(image.tar, "rb") as file:
+            file.seek(image.offset)
+            content = file.read(image.size)
+        return RawImage(content, image.label, image.caption)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class SampleReader:
 
     Args:
         image_column: a field such as `depth.png`, or `depth` for it in any format. `jpg`, and likewise the default
-            `image`, takes the picture whose field is a format alone, else `image.*`, else every picture of the sample.
+            `image`, takes the image whose field is a format alone, else `image.*`, else every image of the sample.
         caption_column: a field such as `txt`, or `caption` for `caption.txt`, or a key of the sample's JSON.
     """
 
@@ -132,39 +132,39 @@ class SampleReader:
     caption_column: str | None
 
     def bytes_wanted(self, info: tarfile.TarInfo) -> int:
-        """Return how much of a member tells what it is, and what it says; 0 of a picture, whose suffix does."""
+        """Return how much of a member tells what it is, and what it says; 0 of an image, whose suffix does."""
         suffix = suffix_of(info.name)
-        if suffix in picture_suffixes():
+        if suffix in image_suffixes():
             return 0
         is_text = suffix in TEXT_SUFFIXES or info.name.lower().endswith(f".{self.caption_column or ''}".lower())
         return info.size if is_text and info.size <= LONGEST_TEXT else HEAD
 
     def images(self, sample: Sequence[Member]) -> list[tuple[Member, str]]:
-        """Return the pictures that are images, each with its caption."""
+        """Return the images of a sample that are chosen, each with its caption."""
         return [(member, self._caption(sample, member.view)) for member in self._chosen(sample)]
 
     def passed_over(self, sample: Sequence[Member], images: Sequence[tuple[Member, str]]) -> list[tuple[str, str]]:
-        """Return the pictures that are no images and, of a sample without images, its first member: (reason, name)."""
+        """Return (reason, name) of the images that are not chosen and, if none is, of the sample's first member."""
         chosen = {member for member, _ in images}
-        others = [member.name for member in sample if member not in chosen and member.why_no_picture is None]
+        others = [member.name for member in sample if member not in chosen and member.why_no_image is None]
         if images:
-            return [(OTHER_PICTURE, name) for name in others]
+            return [(OTHER_IMAGE, name) for name in others]
         if others:
             return [(f"samples without {self.image_column}", others[0])]
-        reasons = [member.why_no_picture or "" for member in sample]
-        return [(next((reason for reason in reasons if reason.startswith("needs")), NO_PICTURE), sample[0].name)]
+        reasons = [member.why_no_image or "" for member in sample]
+        return [(next((reason for reason in reasons if reason.startswith("needs")), NO_IMAGE), sample[0].name)]
 
     def _chosen(self, sample: Sequence[Member]) -> list[Member]:
         wanted = self.image_column.lower()
-        pictures = sorted(
-            (member for member in sample if member.why_no_picture is None), key=lambda member: member.field != wanted
+        images = sorted(
+            (member for member in sample if member.why_no_image is None), key=lambda member: member.field != wanted
         )
-        if wanted == ANY_PICTURE or f".{wanted}" in picture_suffixes():
-            plain = [member for member in pictures if not member.view]
-            named = [member for member in pictures if member.view == ANY_PICTURE]
-            return plain[:1] or named[:1] or pictures
-        view = wanted.rpartition(".")[0] if suffix_of(wanted) in picture_suffixes() else wanted
-        return [member for member in pictures if wanted == member.field or view == member.view][:1]
+        if wanted == ANY_IMAGE or f".{wanted}" in image_suffixes():
+            plain = [member for member in images if not member.view]
+            named = [member for member in images if member.view == ANY_IMAGE]
+            return plain[:1] or named[:1] or images
+        view = wanted.rpartition(".")[0] if suffix_of(wanted) in image_suffixes() else wanted
+        return [member for member in images if wanted == member.field or view == member.view][:1]
 
     def _caption(self, sample: Sequence[Member], view: str) -> str:
         if self.caption_column is None:
@@ -231,7 +231,7 @@ def index_tars(
     Raises:
         UserError: if there are no images, or no captions of the name that is asked for.
     """
-    pictures: list[TarPicture] = []
+    found: list[TarImage] = []
     passed_over: list[tuple[str, str]] = []
     census = Census()
     for tar in tars:
@@ -240,12 +240,12 @@ def index_tars(
         for sample in _grouped(_in_order_of_samples(_members_at(place, tar, reader))):
             images = reader.images(sample)
             census.add(sample, images)
-            pictures += [TarPicture(place, image.name, image.offset, image.size, caption) for image, caption in images]
+            found += [TarImage(place, image.name, image.offset, image.size, caption) for image, caption in images]
             passed_over += [
                 (why, f"{os.path.basename(tar)}: {name}") for why, name in reader.passed_over(sample, images)
             ]
     census.check(reader, where)
-    return TarImages(pictures), PassedOver.of(passed_over, "members of tars")
+    return TarImages(found), PassedOver.of(passed_over, "members of tars")
 
 
 def stream_tars(tars: Sequence[str], reader: SampleReader, *, where: str) -> datasets.IterableDataset:
@@ -325,7 +325,7 @@ def _ending_early(tar: str) -> Iterator[None]:
 
 
 def _members_at(place: str, tar: str, reader: SampleReader) -> Iterator[Member]:
-    """List the members of an uncompressed file; of pictures only the place is read."""
+    """List the members of an uncompressed file; of images only the place is read."""
     with open(place, "rb") as file, _ending_early(tar):
         for archive, info in _infos(file, "r:", tar):
             wanted = reader.bytes_wanted(info)
@@ -334,7 +334,7 @@ def _members_at(place: str, tar: str, reader: SampleReader) -> Iterator[Member]:
 
 
 def _members_of(tar: str, reader: SampleReader) -> Iterator[Member]:
-    """Read the members in sequence, with the whole content of pictures."""
+    """Read the members in sequence, with the whole content of images."""
     try:
         with xopen(tar, "rb") as file, _ending_early(tar):
             opener = _opener(file)
@@ -342,7 +342,7 @@ def _members_of(tar: str, reader: SampleReader) -> Iterator[Member]:
                 content = _content(archive, info)
                 beginning = content.read(reader.bytes_wanted(info))
                 member = Member(_plain_name(info), info.offset_data, info.size, beginning)
-                yield member._replace(content=beginning + content.read()) if member.why_no_picture is None else member
+                yield member._replace(content=beginning + content.read()) if member.why_no_image is None else member
     except FileNotFoundError as error:
         raise UserError(f"{one_line(tar)} cannot be read: {error.strerror or error}") from None
 

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from srl_utils.command_line import Parser, exit_code, positive_int
 from srl_utils.errors import ResourceError, UserError, one_line
-from srl_utils.images.decoding import UnreadableImage, open_picture
-from srl_utils.images.listing import PassedOver, list_pictures
+from srl_utils.images.decoding import UnreadableImage, open_image
+from srl_utils.images.listing import PassedOver, list_images
 from srl_utils.pipelines.files import check_size, check_writable, fitting_target, sanitize_file
 from srl_utils.pipelines.formats import format_of, format_to_write
 from srl_utils.pipelines.sanitizing import TILE_ABOVE
@@ -100,7 +100,7 @@ def report(outcome: Outcome, wanted: int, output: Path) -> None:
 def reason_of(error: UnreadableImage) -> str:
     """In one line, with the flag that helps."""
     bomb = "DecompressionBomb" in str(error)
-    return f"{error}; --max_pixels reads larger pictures" if bomb else str(error)
+    return f"{error}; --max_pixels reads larger images" if bomb else str(error)
 
 
 def unlike(outcome: Outcome, target: Path) -> Path:
@@ -124,7 +124,7 @@ def check_before(source: Path, target: Path, args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
     try:
-        with open_picture(source, max_pixels=args.max_pixels) as image:
+        with open_image(source, max_pixels=args.max_pixels) as image:
             if not args.output.is_dir():
                 check_size(image, format_to_write(target))
     except UnreadableImage as error:
@@ -152,8 +152,8 @@ def plan(source: Path, target: Path) -> tuple[list[tuple[Path, Path]], PassedOve
         raise UserError(f"{target} is a file; {source} is a folder and needs a folder to write to")
     # os.path bears links that lead to themselves, unlike pathlib
     inside = os.path.join(os.path.realpath(target), "")
-    pictures, passed_over = list_pictures(source)
-    files = [file for file in pictures if not os.path.realpath(file).startswith(inside)]
+    images, passed_over = list_images(source)
+    files = [file for file in images if not os.path.realpath(file).startswith(inside)]
     if not files:
         raise UserError(f"{source} holds no images{f'; {passed_over.report()}' if passed_over else ''}")
     taken = {target / file.relative_to(source) for file in files if format_of(file) is not None}
@@ -188,7 +188,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )
     command.add_argument(
         "--max_pixels", type=positive_int, default=None,
-        help=f"largest picture to read, in pixels (default: Pillow's {Image.MAX_IMAGE_PIXELS})",
+        help=f"largest image to read, in pixels (default: Pillow's {Image.MAX_IMAGE_PIXELS})",
     )  # fmt: skip
     command.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The file formats that sanitized pictures are written in: what each can hold, and how it is written."""
+"""The file formats that sanitized images are written in: what each can hold, and how it is written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Format:
     """What a file format holds.
 
     `longest_side` is in pixels, `most_bytes` counts uncompressed pixels of 4 bytes, `sequence` is the kind of several
-    pictures (`ANIMATION`, `PAGES`, or "" for one picture alone), `options` are for Pillow's `save`.
+    images (`ANIMATION`, `PAGES`, or "" for one image alone), `options` are for Pillow's `save`.
     """
 
     name: str
@@ -35,12 +35,12 @@ class Format:
     options: dict[str, object] = field(default_factory=dict)
 
     def refusal(self, size: tuple[int, int]) -> str | None:
-        """Return why a picture of this (width, height) cannot be written, or None."""
+        """Return why an image of this (width, height) cannot be written, or None."""
         width, height = size
         if max(size) > self.longest_side:
-            return f"{self.name} holds sides of up to {self.longest_side} pixels, and this picture has {width}x{height}"
+            return f"{self.name} holds sides of up to {self.longest_side} pixels, and this image has {width}x{height}"
         if 4 * width * height > self.most_bytes:
-            return f"{self.name} holds up to {self.most_bytes / GIGABYTE:.0f} GB, and this picture has {width}x{height} pixels"
+            return f"{self.name} holds up to {self.most_bytes / GIGABYTE:.0f} GB, and this image has {width}x{height} pixels"
         return None
 
 
@@ -56,7 +56,7 @@ FORMATS = {
 
 @dataclass
 class Film:
-    """A picture to be written: one frame, or several of the kind that its format holds.
+    """An image to be written: one frame, or several of the kind that its format holds.
 
     `frames` are RGB or RGBA; `durations` are in milliseconds, one for each frame; `loop` is how often an animation is
     shown (0: for ever, None: once); `still_first` says that the first frame is only for viewers without animation.
@@ -70,7 +70,7 @@ class Film:
 
 
 def format_of(path: Path) -> Format | None:
-    """Return the format that the suffix of `path` names, or None if pictures are not written in it."""
+    """Return the format that the suffix of `path` names, or None if images are not written in it."""
     Image.init()
     return FORMATS.get(Image.registered_extensions().get(path.suffix.lower(), ""))
 
@@ -79,7 +79,7 @@ def format_to_write(path: Path) -> Format:
     """Return the format that the suffix of `path` names.
 
     Raises:
-        UserError: if pictures are not written in it.
+        UserError: if images are not written in it.
     """
     form = format_of(path)
     if form is None:
@@ -94,14 +94,14 @@ def writable_suffixes() -> list[str]:
 
 
 def write_film(film: Film, metadata: Metadata, target: Path, form: Format) -> list[str]:
-    """Write a picture; return what `form` could not hold of its metadata and colours.
+    """Write an image; return what `form` could not hold of its metadata and colours.
 
     Raises:
         OSError: if there is no writing at `target`.
     """
     told, lost = save_options(metadata, form.name)
     if film.still_first and len(film.frames) > 1 and form.name != "PNG":
-        lost.append(f"the still picture before the animation ({form.name} has no place for it)")
+        lost.append(f"the still image before the animation ({form.name} has no place for it)")
         film = replace(film, frames=film.frames[1:], durations=film.durations[1:])
     frames = _uniform(film.frames, form)
     options = {**form.options, **told, **_sequence_options(film, frames, form)}

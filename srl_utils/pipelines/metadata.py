@@ -1,4 +1,4 @@
-"""What a picture file says beside its pixels: resolution, copyright and other texts, EXIF, XMP and IPTC."""
+"""What an image file says beside its pixels: resolution, copyright and other texts, EXIF, XMP and IPTC."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Metadata:
 
 
 def read_metadata(image: Image.Image) -> Metadata:
-    """Return the metadata of an opened picture, as it holds for its upright sRGB pixels.
+    """Return the metadata of an opened image, as it holds for its upright sRGB pixels.
 
     Orientation, thumbnails, sizes and colour spaces are left out, and so is each block that is damaged.
     """

@@ -60,6 +60,7 @@ def reconstruct(images: Tensor, vae: AutoencoderKL, *, tiled: bool = False) -> T
 
 def execution_device(vae: AutoencoderKL) -> torch.device:
     """Return the device on which `vae` computes; an offloading pipeline keeps its weights elsewhere in between."""
+    # accelerate has no public query for the hooks of a module.
     hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((torch.device(device) for device in devices if device is not None), vae.device)
@@ -68,7 +69,7 @@ def execution_device(vae: AutoencoderKL) -> torch.device:
 def fit_for(pipe: DiffusionPipeline, vae: AutoencoderKL) -> AutoencoderKL:
     """Return `vae`, or a copy of it with `force_upcast` where it overflows in half precision and `pipe` can upcast it.
 
-    A picture of noise is encoded and decoded to find out.
+    An image of noise is encoded and decoded to find out.
 
     Raises:
         UserError: if `vae` overflows, and `pipe` would not compute it in float32.

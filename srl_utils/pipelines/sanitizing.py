@@ -56,7 +56,7 @@ def sanitize(
         each: Any = [sanitize(image, model, tile_above=tile_above) for image in images]
         return each
     if isinstance(images, Image.Image):
-        return _sanitize_picture(images, model, tile_above)
+        return _sanitize_image(images, model, tile_above)
     if isinstance(images, np.ndarray):
         channels_first = np.moveaxis(images, -1, -3) if images.ndim in (3, 4) else images
         cleaned = _sanitize_tensor(torch.from_numpy(np.ascontiguousarray(channels_first)), model, tile_above)
@@ -69,7 +69,7 @@ def sanitize(
 def purify_frame(
     image: Image.Image, vae: AutoencoderKL, tile_above: int, *, flat: bool = False
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Return the current frame of an opened picture after encoding and decoding, upright, RGB or RGBA, and its alpha.
+    """Return the current frame of an opened image after encoding and decoding, upright, RGB or RGBA, and its alpha.
 
     The alpha stays as it is. Fully transparent parts get the colours around them first, so that what they hide does not
     shine through at their edges. With `flat`, transparent parts are laid over white instead.
@@ -86,7 +86,7 @@ def purify_frame(
 
 
 def spread_colours(colour: Image.Image, alpha: Image.Image) -> Image.Image:
-    """Return an RGB picture whose fully transparent parts have the visible colours around them.
+    """Return an RGB image whose fully transparent parts have the visible colours around them.
 
     Args:
         colour: RGB.
@@ -102,7 +102,7 @@ def spread_colours(colour: Image.Image, alpha: Image.Image) -> Image.Image:
     return Image.composite(colour, around, alpha.point([0] + [255] * 255))
 
 
-def _sanitize_picture(image: Image.Image, vae: AutoencoderKL, tile_above: int) -> Image.Image:
+def _sanitize_image(image: Image.Image, vae: AutoencoderKL, tile_above: int) -> Image.Image:
     cleaned, _ = purify_frame(image, vae, tile_above)
     metadata = read_metadata(image)
     kept = {"dpi": metadata.dpi, "xmp": metadata.xmp, "comment": metadata.comment, "icc_profile": srgb_profile()}

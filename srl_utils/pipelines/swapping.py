@@ -27,7 +27,7 @@ MEMORY_SETTINGS = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_la
 # Architecture that no weight's shape tells of.
 SHAPELESS = ("act_fn", "norm_num_groups")
 ENCODER_PARTS = ("encoder", "quant_conv")
-COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
+COMPILED = "_orig_mod"  # torch.compile has no public way back to the module that it wraps
 _TAKEN_OUT: WeakKeyDictionary[DiffusionPipeline, WeakSet[AutoencoderKL]] = WeakKeyDictionary()
 """The VAEs that each pipeline has had: they fit it, so putting one back needs no `allow_mismatch`."""
 
@@ -280,10 +280,14 @@ def _memory_settings(vae: AutoencoderKL) -> dict[str, Any]:
 
 @contextmanager
 def _offload_suspended(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Within, no component carries an offload hook and all weights are at hand; afterwards as before.
+    """Remove the offload hooks of a pipeline's components within the context, and put them on again afterwards.
+
+    diffusers has public methods to start and end offloading, but none that tells whether, how and to which device a
+    pipeline is offloaded. Hence the private attributes.
 
     Raises:
-        UserError: under a device map, group offloading or another pipeline's hooks, which cannot be put on again.
+        UserError: if the pipeline has a device map, group offloading or another pipeline's hooks, which cannot be put
+            on again.
     """
     if getattr(pipe, "hf_device_map", None) is not None:
         raise UserError("this pipeline has a device map; call pipe.reset_device_map() first")
@@ -306,4 +310,5 @@ def _offload_suspended(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 def _offloaded(vae: AutoencoderKL) -> bool:
+    """Return whether a hook of accelerate is on the VAE; accelerate has no public query for it."""
     return any(isinstance(getattr(part, "_hf_hook", None), ModelHook) for part in vae.modules())

@@ -109,6 +109,7 @@ def _choose_precision(device: torch.device, compiled: bool) -> tuple[str, str]:
         return ("bf16", "the GPU computes in bf16") if able else ("no", "the GPU lacks bf16")
     if device.type != "cpu":
         return "no", f"float32 on {device.type}"
+    # torch 2.7 has no public query for bf16; `torch.cpu.get_capabilities` came later.
     if not torch.cpu._is_avx512_bf16_supported():
         return "no", "the CPU lacks bf16"
     # Measured (benchmarks/RESULTS.md): bf16 pays on the CPU together with compiling, and hardly without.

@@ -213,7 +213,10 @@ def digest(tensors: Iterable[Tensor]) -> str:
 def own_hyperparameters(
     optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR
 ) -> Iterator[None]:
-    """Within, the states of optimizer and scheduler may be loaded; learning rate, decays and the like stay this run's."""
+    """Keep this run's learning rate, decays and other settings while a checkpoint's states are loaded within the context.
+
+    torch has no public way to set a scheduler's last learning rates, so `_last_lr` is set.
+    """
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     base_lrs = scheduler.base_lrs
     yield

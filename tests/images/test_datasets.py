@@ -239,7 +239,7 @@ def assert_one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
         ({"train_data_dir": "one"}, ["validation_data_dir: "]),
         ({"train_data_dir": "images", "max_train_samples": 0}, ["no images", "max_train_samples"]),
         ({"train_data_dir": "tar", "image_column": "depth.png"}, ["image_column: ", "'depth.png'", "png, json"]),
-        ({"train_data_dir": "broken"}, ["training images tried can be read", "broken", "no picture of a known format"]),
+        ({"train_data_dir": "broken"}, ["training images tried can be read", "broken", "no image of a known format"]),
         (
             {"dataset_name": "./parquet", "image_column": "img"},
             ["image_column: there is no column 'img'", "image, text"],
@@ -398,7 +398,7 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path: Path) -> None:
         for _ in range(1000):
             next(batches)
     told = caught.value if isinstance(caught.value, ResourceError) else explained(caught.value)
-    assert isinstance(told, ResourceError) and "--dataloader_num_workers" in str(told)
+    assert isinstance(told, ResourceError) and "dataloader_num_workers" in str(told)
 
 
 class Watched(Dataset):
