@@ -1,4 +1,4 @@
-"""Captions of images in a folder, from metadata files as the datasets library reads them and from text files."""
+"""Read the captions of images in a folder, from metadata files as the datasets library reads them and from text files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def as_caption(value: object) -> str:
-    """Return one line of text: of several captions, as COCO has them, the first; "" for none."""
+    """Return a caption as one text: the first of several captions, as COCO has them; "" for none."""
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
     return "" if value is None or value != value else str(value).strip()  # NaN, unlike 0, is no caption
@@ -91,7 +91,16 @@ def folder_captions(folder: Path, images: Sequence[Path], column: str) -> list[s
 
 
 def _from_table(path: Path, column: str, known: set[str], columns: dict[str, None]) -> dict[str, str]:
-    """Return the captions of a metadata file; adds its columns, and names a row whose images are not `known`."""
+    """Return the captions of a metadata file by the key of the image.
+
+    Warns of rows whose images are not `known`.
+
+    Args:
+        path: the file.
+        column: the column of the captions.
+        known: keys of the images of the folder.
+        columns: the file's columns are added here.
+    """
     folder = path.parent.absolute().as_posix()
     found: dict[str, str] = {}
     strays: list[str] = []
@@ -144,7 +153,7 @@ def _normal(path: str) -> str:
 
 
 def _names(row: Row) -> Iterator[str]:
-    """Return the names of the images of a row, in the columns where the datasets library looks for them."""
+    """Yield the names of the images of a row, from the columns in which the datasets library looks for them."""
     for column, value in row.items():
         if value not in (None, "") and re.fullmatch(r"(.*_)?file_names?", str(column)):
             yield from map(str, value if isinstance(value, list) else [value])

@@ -1,4 +1,4 @@
-"""Colour spaces of images, from ICC profiles and from the short forms that PNG and Exif have, to sRGB."""
+"""Convert the colours of images to sRGB, from ICC profiles and from the short forms in PNG and Exif."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def as_rgb(image: Image.Image | np.ndarray, profile: bytes | None) -> Image.Imag
 
 
 def _gray_of(image: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
-    """The gray of an RGB image without colours, as Pillow opens gray PNG of 16 bits with alpha."""
+    """Return mode L for an RGB image without colours; Pillow opens gray PNG of 16 bits with alpha as such an image."""
     if isinstance(image, np.ndarray) or image.mode != "RGB":
         return image
     red, green, blue = image.split()
@@ -100,7 +100,10 @@ def _gray_of(image: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
 
 
 def _deep_as_rgb(samples: np.ndarray, converter: Converter | None) -> Image.Image:
-    """Of 16 bits, strip by strip where the numbers in between take many times the memory of the image."""
+    """Return an image of 16 bits per sample as sRGB of 8 bits.
+
+    An image with steep curves is converted in strips of `STRIP` rows, as it needs many times its own memory.
+    """
     if converter is None:
         return Image.fromarray((samples / 257).round().astype(np.uint8)).convert("RGB")
     if samples.ndim == 2:
@@ -115,12 +118,18 @@ def _deep_as_rgb(samples: np.ndarray, converter: Converter | None) -> Image.Imag
 
 
 def _is_steep(converter: Converter) -> bool:
-    """Whether neighbouring grays of 8 bits come out further apart than roundings, as those of linear light do."""
+    """Return whether neighbouring grays of 8 bits differ by more than rounding after the conversion.
+
+    This is so for profiles of linear light.
+    """
     return bool(np.diff(np.asarray(converter(RAMP), int), axis=1).max() > SAME)
 
 
 def _interpolated(samples: np.ndarray, converter: Converter) -> np.ndarray:
-    """RGB of 16 bits `[H,W,3]` by a converter of 8 bits: what it makes of the eight colours around each, weighted."""
+    """Convert RGB of 16 bits `[H,W,3]` with a converter of 8 bits, and return 8 bits.
+
+    Each colour is interpolated linearly between the eight converted colours around it.
+    """
     place = samples.astype(np.float32) / 257
     below = np.minimum(place.astype(np.uint8), 254)
     share = place - below
@@ -163,7 +172,7 @@ def _png_profile(image: Image.Image) -> bytes | None:
 
 
 def _coded_profile(primaries: int, transfer: int, matrix: int, full_range: int) -> bytes | None:
-    """The profile of code points of ITU-T H.273, as the PNG chunk cICP holds them."""
+    """Return the profile of code points of ITU-T H.273, as the PNG chunk cICP holds them; None if they are unknown."""
     if primaries in CODED_PRIMARIES and transfer in CODED_CURVES and matrix == 0 and full_range == 1:
         return matrix_profile(CODED_PRIMARIES[primaries], CODED_CURVES[transfer])
     warn_once(f"colours of the code points {primaries}/{transfer}/{matrix}/{full_range} are read as sRGB")
@@ -171,7 +180,7 @@ def _coded_profile(primaries: int, transfer: int, matrix: int, full_range: int) 
 
 
 def _exif_profile(image: Image.Image) -> bytes | None:
-    """Adobe RGB, where Exif says so: by the interoperability index R03, or by the colour space 2."""
+    """Return the profile of Adobe RGB if Exif names it (interoperability index R03, or colour space 2), else None."""
     try:
         exif = image.getexif()
         space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
@@ -184,7 +193,7 @@ def _exif_profile(image: Image.Image) -> bytes | None:
 
 @lru_cache(maxsize=CACHED_PROFILES)
 def _converter(profile: bytes, mode: str) -> Converter | None:
-    """What turns an image of this mode and profile into sRGB; None if nothing can, or if it is sRGB."""
+    """Return a function that converts images of this mode and profile to sRGB; None if it is sRGB or unusable."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         taken = MODES.get(opened.profile.xcolor_space.strip())
@@ -212,7 +221,10 @@ def _transform(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.In
 
 
 def _changes_nothing(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.Intent) -> bool:
-    """Whether this is sRGB itself: each of its many profiles is off by roundings, which no image should suffer."""
+    """Return whether the profile is one of the many of sRGB, which differ by roundings only.
+
+    Such images stay as they are.
+    """
     if mode == "CMYK":
         return False
     steps = np.linspace(0, 255, 18).astype(np.uint8)
@@ -223,7 +235,11 @@ def _changes_nothing(profile: ImageCms.ImageCmsProfile, mode: str, intent: Image
 
 
 def _colorants(primaries: Chromaticities) -> np.ndarray:
-    """`[3,3]`: the XYZ of red, green and blue as columns, their white adapted to D50 (Bradford)."""
+    """Return the XYZ of red, green and blue as columns `[3,3]`, adapted to the white D50 (Bradford).
+
+    Raises:
+        ValueError: if the chromaticities span no colour space.
+    """
     x, y = np.array(primaries[0::2]), np.array(primaries[1::2])
     if not (y > 0).all():
         raise ValueError("chromaticities without light")
@@ -237,7 +253,7 @@ def _colorants(primaries: Chromaticities) -> np.ndarray:
 
 
 def _fixed(numbers: Sequence[float] | np.ndarray) -> bytes:
-    """ICC's s15Fixed16Number."""
+    """Return numbers as ICC's s15Fixed16Number, four bytes each."""
     return struct.pack(f">{len(numbers)}i", *(round(65536 * float(number)) for number in numbers))
 
 
@@ -246,7 +262,7 @@ def _xyz(values: np.ndarray) -> bytes:
 
 
 def _assembled(tags: dict[bytes, bytes]) -> bytes:
-    """An ICC profile of an RGB display with these tags."""
+    """Return an ICC profile of an RGB display with these tags."""
     start = 128 + 4 + 12 * len(tags)
     table, body = struct.pack(">I", len(tags)), b""
     for name, content in tags.items():

@@ -1,4 +1,4 @@
-"""Image files of any kind to upright sRGB images of 8 bits per sample."""
+"""Decode image files of any kind to upright sRGB images of 8 bits per sample."""
 
 from __future__ import annotations
 
@@ -135,6 +135,7 @@ def decode_rgb(source: object, *, max_pixels: int | None = None) -> Image.Image:
 
 @contextmanager
 def _one_line_reason() -> Iterator[None]:
+    """Turn any error within the context into an UnreadableImage with a reason of one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -150,7 +151,10 @@ def _one_line_reason() -> Iterator[None]:
 
 @contextmanager
 def _pixel_limit(max_pixels: int | None) -> Iterator[None]:
-    """Within, Pillow's limit is `max_pixels`. It is one for the process: other threads that set it wait here."""
+    """Set Pillow's limit of pixels to `max_pixels` within the context; None leaves it.
+
+    The limit holds for the whole process, so other threads that set it wait.
+    """
     if max_pixels is None:
         yield
         return
@@ -163,14 +167,17 @@ def _pixel_limit(max_pixels: int | None) -> Iterator[None]:
 
 
 def _refuse_bomb(image: Image.Image) -> None:
-    """Pillow checks files when it opens them: this is for PIL images, and for the later pages of files."""
+    """Raise Pillow's error for an image with too many pixels.
+
+    Pillow checks files when it opens them, but neither PIL images in memory nor the later pages of a file.
+    """
     pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
         raise Image.DecompressionBombError(f"{pixels} pixels are more than {limit}")
 
 
 def _open(source: object) -> Image.Image:
-    """The image, its pixels not yet read."""
+    """Open an image without reading its pixels; see `open_image` for `source`."""
     if isinstance(source, dict):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if isinstance(source, Image.Image):
@@ -223,7 +230,7 @@ def _open_png(data: bytes) -> Image.Image:
 
 
 def _open_tiff(data: bytes) -> Image.Image:
-    """By Pillow, which knows every compression, or else by tifffile, which knows every kind of sample."""
+    """Open a TIFF with Pillow, which knows all compressions, or else with tifffile, which knows all kinds of samples."""
     try:
         image = Image.open(io.BytesIO(data), formats=["TIFF"])
     except UnidentifiedImageError:
@@ -238,7 +245,7 @@ def _open_tiff(data: bytes) -> Image.Image:
 
 @contextmanager
 def _named_reason(head: bytes) -> Iterator[None]:
-    """What Pillow cannot identify, but could with another package, is refused with the package's name."""
+    """Name the package that is needed, if Pillow cannot identify a file of a format that a package adds."""
     try:
         yield
     except UnidentifiedImageError:
@@ -268,12 +275,12 @@ def _expect_native_bytes(image: Image.Image) -> None:
 
 
 def _told(tile: tuple[Any, ...], arguments: object) -> Any:
-    """A tile of an image, whose decoder is told something else. Older releases of Pillow have plain tuples."""
+    """Return a tile with other arguments for its decoder. Older releases of Pillow have plain tuples."""
     return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A copy, turned as its Exif says, unless that cannot be read."""
+    """Return a copy, turned as Exif says if Exif can be read."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
@@ -281,6 +288,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _declared(image: Image.Image) -> Declared:
+    """Return what the file says of its samples."""
     if isinstance(tags := getattr(image, "tag_v2", None), Mapping):
         return Declared.of_tiff(tags)
     if image.mode == "F":
@@ -291,7 +299,7 @@ def _declared(image: Image.Image) -> Declared:
 
 
 def _split(image: Image.Image, declared: Declared) -> tuple[Image.Image | np.ndarray, Image.Image | None]:
-    """Colours of mode L, RGB, CMYK or LAB or gray of 16 bits `[H,W]`, and the alpha."""
+    """Return the colours (mode L, RGB, CMYK or LAB, or gray of 16 bits `[H,W]`) and the alpha, if any."""
     transparent = image.info.pop("transparency", None)
     signed = image.mode == "L" and declared.kind == SIGNED
     if signed or image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -310,7 +318,10 @@ def _unless_opaque(alpha: Image.Image) -> Image.Image | None:
 
 
 def _long_samples(image: Image.Image, declared: Declared, transparent: object) -> tuple[np.ndarray, Image.Image | None]:
-    """Gray `[H,W]` of 16 bits from samples that Pillow's own conversion clips at 255, and the alpha."""
+    """Return gray of 16 bits `[H,W]` and the alpha, if any, for samples of more than 8 bits.
+
+    Pillow's own conversion clips them at 255.
+    """
     values = np.asarray(image)
     if declared.kind == SIGNED and declared.bits in (8, 16):
         values = values.astype(f"i{declared.bits // 8}")
@@ -335,12 +346,12 @@ def _refuse_dim(colour: Image.Image | np.ndarray, deep: bool, declared: Declared
 
 
 def _needs_low_bytes(image: Image.Image) -> bool:
-    """Whether the high bytes of RGB(A) are not enough: for exact colours, or as all of them are 0."""
+    """Return whether RGB(A) needs all 16 bits: for exact colours, or because all high bytes are 0."""
     return bool(NEEDS_ALL_BITS & image.info.keys()) or not np.asarray(image)[..., :3].any()
 
 
 def _join(high: Image.Image, low: Image.Image) -> tuple[np.ndarray, Image.Image | None]:
-    """RGB `[H,W,3]` of 16 bits from images of its high and its low bytes, and the alpha."""
+    """Return RGB of 16 bits `[H,W,3]` from images of its high and its low bytes, and the alpha, if any."""
     samples = np.asarray(high.convert("RGB")).astype(np.uint16) << 8 | np.asarray(low.convert("RGB"))
     if high.mode == "RGBA":
         return samples, _unless_opaque(high.getchannel("A"))

@@ -1,4 +1,4 @@
-"""Undecoded images to square training images `[3,R,R]` in [-1,1]."""
+"""Turn undecoded images into square training images `[3,R,R]` in [-1,1]."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ Box = tuple[float, float, float, float]
 
 
 class RawImage(NamedTuple):
-    """An undecoded image: what `decode_rgb` takes, its path, key or row, and its caption ("" if it has none)."""
+    """An undecoded image.
+
+    Attributes:
+        source: what `decode_rgb` takes.
+        label: its path, key or row.
+        caption: its caption, "" without one.
+    """
 
     source: object
     label: str
@@ -34,7 +40,7 @@ class RawImage(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The label in one line, or else a hash of the content: the same in each epoch, whatever the order."""
+        """Return the label in one line, or a hash of the content, which is the same in each epoch."""
         content = self.source.get("bytes") if isinstance(self.source, dict) else self.source
         if self.label or not isinstance(content, bytes):
             return one_line(self.label) or "a sample without image"
@@ -42,7 +48,7 @@ class RawImage(NamedTuple):
 
 
 class RawImages(Protocol):
-    """Undecoded images by their number: a list, a column of a table, or a selection of these."""
+    """Undecoded images by number: a list, a column of a dataset, or a selection of these."""
 
     def __len__(self) -> int: ...
 
@@ -50,7 +56,7 @@ class RawImages(Protocol):
 
 
 class Sample(TypedDict):
-    """A training image `[3,R,R]` in [-1,1], and the unreadable images that it stands in for."""
+    """A training image `[3,R,R]` in [-1,1], and the names of the unreadable images that it replaces."""
 
     image: Tensor
     position: int
@@ -60,7 +66,7 @@ class Sample(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """How an image becomes a training image: by draws from (seed, position) alone."""
+    """How an image becomes a training image. All random draws depend on (seed, position) alone."""
 
     resolution: int
     seed: int
@@ -68,7 +74,7 @@ class Framing:
     random_flip: bool = False
 
     def sample(self, position: int, candidate: Callable[[int], RawImage]) -> Sample:
-        """The first readable one of candidate(0), candidate(1), ...
+        """Return the first readable image of candidate(0), candidate(1), ... as a training image.
 
         Raises:
             UserError: if the first `DECODE_ATTEMPTS` candidates are all unreadable.
@@ -95,21 +101,21 @@ class Framing:
 
 
 def centre_square(image: Image.Image, *, resolution: int) -> Image.Image:
-    """The central square of an RGB image, scaled to `resolution` x `resolution`."""
+    """Return the central square of an RGB image, scaled to `resolution` x `resolution`."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return _scale(image, (left, top, left + side, top + side), resolution)
 
 
 def random_square(image: Image.Image, *, resolution: int, rng: np.random.Generator) -> Image.Image:
-    """A random part of an RGB image (`CROP_AREA`, `CROP_RATIO`), scaled to `resolution` x `resolution`."""
+    """Return a random part of an RGB image (`CROP_AREA`, `CROP_RATIO`), scaled to `resolution` x `resolution`."""
     return _scale(image, random_box(*image.size, rng=rng), resolution)
 
 
 def random_box(width: int, height: int, *, rng: np.random.Generator) -> Box:
-    """(left, top, right, bottom) inside the image, drawn like torchvision's RandomResizedCrop.
+    """Return a random box (left, top, right, bottom) within an image, drawn like torchvision's RandomResizedCrop.
 
-    An image too long and narrow for any draw to fit yields its central square.
+    If no draw fits a long and narrow image, return its central square.
     """
     for _ in range(CROP_ATTEMPTS):
         area = width * height * rng.uniform(*CROP_AREA)
@@ -124,7 +130,7 @@ def random_box(width: int, height: int, *, rng: np.random.Generator) -> Box:
 
 
 def to_tensor(image: Image.Image, *, flip: bool = False) -> Tensor:
-    """An RGB image as a `[3,H,W]` tensor in [-1,1], mirrored left to right if `flip`."""
+    """Return an RGB image as a `[3,H,W]` tensor in [-1,1], mirrored left to right if `flip`."""
     return from_pil(ImageOps.mirror(image) if flip else image)
 
 

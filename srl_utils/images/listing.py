@@ -1,4 +1,4 @@
-"""Lists the images of a folder, and the files that are passed over with the reason."""
+"""List the images of a folder, and the files that were skipped with the reason."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COMPANIONS = frozenset({
 
 @dataclass(frozen=True)
 class PassedOver:
-    """Files, or samples of tars, that were not looked at: their names by reason."""
+    """Files, or samples of tars, that were skipped: their names by reason."""
 
     names: Mapping[str, list[str]] = field(default_factory=dict)
     kind: str = "files"
@@ -64,10 +64,10 @@ class PassedOver:
 
 
 def list_images(folder: Path) -> tuple[list[Path], PassedOver]:
-    """List the images below `folder`, sorted, and count the other files.
+    """List the images below `folder`, sorted, and the other files.
 
-    A file without a suffix is an image if its first bytes say so. Hidden files are left out of both. So are
-    companions of images, such as captions and tables.
+    A file without a suffix is an image if its first bytes say so. Hidden files appear in neither list, and neither do
+    the usual companions of images, such as captions and tables.
     """
     images, others = [], []
     for path in list_files(folder):
@@ -94,16 +94,16 @@ def suffix_of(name: str) -> str:
 
 
 def is_told_by_content(suffix: str) -> bool:
-    """Return whether the suffix leaves open what the file holds: phones also name JPEG files .heic."""
+    """Return whether the content decides what the file holds: phones also name JPEG files .heic."""
     return suffix == "" or _named_by(suffix) is not None
 
 
 def reason_of(suffix: str, head: bytes) -> str | None:
-    """Return why a file whose suffix is not that of an image is not read; None if `head` begins an image.
+    """Return why a file is not read whose suffix is not that of an image; None if `head` begins an image.
 
     Args:
         suffix: lower-case, "" for none.
-        head: the first bytes, or none where they do not matter.
+        head: the first bytes; empty if they do not matter.
     """
     if suffix in COMPANIONS:
         return NO_FORMAT
@@ -121,7 +121,7 @@ def _named_by(suffix: str) -> str | None:
 
 
 def _accepts(name: str, head: bytes) -> bool:
-    """Return whether the bytes begin a file of this format, and Pillow can decode it."""
+    """Return whether the bytes begin a file of this format that Pillow can decode."""
     if name not in image_formats() or (name == "BMP" and int.from_bytes(head[14:18], "little") not in BMP_HEADERS):
         return False
     accept = Image.OPEN[name][1]
@@ -147,10 +147,14 @@ def few(names: Sequence[str], number: int = 3) -> str:
 
 
 def list_files(folder: Path, suffixes: frozenset[str] | None = None) -> list[Path]:
-    """The files below `folder` with one of these lower-case suffixes, or all of them, sorted; no hidden files or folders.
+    """List the files below `folder`, sorted, without hidden files and folders.
 
-    Links to folders are followed, and each folder is listed once, so a loop of links ends. A folder that may not be
-    read is passed over, and named in the log.
+    Links to folders are followed, and each folder is listed once, so a loop of links ends. A folder that cannot be read
+    is skipped with a warning.
+
+    Args:
+        folder: where to look.
+        suffixes: lower-case suffixes to list; None lists all files.
     """
     found: list[Path] = []
     visited: set[str] = set()

@@ -1,4 +1,4 @@
-"""Where images come from: folders, tars, Hugging Face datasets and the embedded photographs, still undecoded."""
+"""Find images in folders, tars, Hugging Face datasets and scikit-image's photographs, still undecoded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HELD_OUT_SEED = 3  # second word of a seed: keeps these draws apart from those o
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """Where images come from; each field is the command line flag of the same name, where a command has it."""
+    """Where images come from. Each field is the flag of the same name of a command that has the flag."""
 
     dataset_name: str | None = None
     dataset_config_name: str | None = None
@@ -52,11 +52,16 @@ class DataSource:
 
     @classmethod
     def from_flags(cls, args: Namespace) -> DataSource:
-        """Of a command that has some of the flags; what it lacks stays at its default."""
+        """Return the source that a command's flags describe; a flag that the command lacks keeps its default."""
         return cls(**{name: value for name, value in vars(args).items() if name in cls.__dataclass_fields__})
 
     def check(self) -> None:
-        """Raises a UserError if flags conflict, a MissingFile if a folder does not exist; opens nothing."""
+        """Check the settings without opening anything.
+
+        Raises:
+            UserError: if settings conflict.
+            MissingFile: if a folder does not exist.
+        """
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise UserError("give either this or train_data_dir, not both", parameter="dataset_name")
         if self.validation_data_dir and self.validation_split:
@@ -79,7 +84,7 @@ class DatasetImages:
         return len(self.dataset)
 
     def listed(self) -> list[tuple[str, str]]:
-        """Return name and caption of each image; no image is read."""
+        """Return name and caption of each image; decodes nothing."""
         if self.caption_column is None:
             return [(f"row {index}", "") for index in range(len(self))]
         rows = self.dataset.select_columns([self.caption_column])
@@ -101,14 +106,14 @@ class StreamImages:
     caption_column: str | None = None
 
     def __iter__(self) -> Iterator[RawImage]:
-        with _one_line_error("the streamed data set"):
+        with _one_line_error("the streamed dataset"):
             # Unlike iter(dataset), this yields the same order inside a worker of a DataLoader.
             for rows in self.dataset.iter(batch_size=1):
                 row = {name: values[0] for name, values in rows.items()}
                 yield RawImage(row.get(self.column), _label(row, self.column), _caption(row, self.caption_column))
 
     def shuffled(self, *, seed: int, epoch: int) -> StreamImages:
-        """The same images in the order of one epoch."""
+        """Return the same images in the order of an epoch."""
         dataset = self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         dataset.set_epoch(epoch)
         return replace(self, dataset=dataset)
@@ -118,7 +123,7 @@ Images = RawImages | StreamImages
 
 
 class Opened(NamedTuple):
-    """Training and validation images, and what was not looked at in their folders and tars."""
+    """Training and validation images, and the files that were skipped."""
 
     training: Images
     validation: Images
@@ -126,17 +131,22 @@ class Opened(NamedTuple):
 
 
 class OpenedValidation(NamedTuple):
-    """Validation images, and what was not looked at in their folder or tars."""
+    """Validation images, and the files that were skipped."""
 
     images: Images
     passed_over: list[PassedOver]
 
 
 def open_images(source: DataSource, resolution: int, seed: int) -> Opened:
-    """Open training and validation images, disjoint unless the user names overlapping ones.
+    """Open training and validation images. They are disjoint unless the user names overlapping ones.
+
+    Args:
+        source: where the images come from.
+        resolution: side in pixels, for scikit-image's photographs.
+        seed: decides which images are held out for validation.
 
     Raises:
-        UserError: if flags conflict, there is no such data set or split, or it holds no images.
+        UserError: if settings conflict, if there is no such dataset or split, or if it holds no images.
     """
     source.check()
     splits = _open_splits(source, resolution)
@@ -153,12 +163,10 @@ def open_images(source: DataSource, resolution: int, seed: int) -> Opened:
 
 
 def open_validation(source: DataSource, resolution: int, seed: int) -> OpenedValidation:
-    """Open validation images alone: those of the only split if it has another name than `train_split`.
+    """Open the validation images alone.
 
-    Where there is no split but `train_split`, they are the images that the training holds out.
-
-    Raises:
-        UserError: if flags conflict, there is no such data set or split, or it holds no images.
+    They are those of the only split, if it is not `train_split`. If there is no other split than `train_split`, they are
+    the images that the training holds out. Arguments and errors are those of `open_images`.
     """
     if source.validation_data_dir:
         splits = Splits(source, {})
@@ -172,14 +180,14 @@ def open_validation(source: DataSource, resolution: int, seed: int) -> OpenedVal
 
 
 def captioned(images: RawImages) -> tuple[RawImages, list[str]]:
-    """Return the images that have a caption, and the names of those that have none; no image is read."""
+    """Return the images that have a caption, and the names of the others; decodes nothing."""
     listed = _listed(images)
     having = [index for index, (_, caption) in enumerate(listed) if caption]
     return _selected(images, having), [name for name, caption in listed if not caption]
 
 
 def _selected(images: RawImages, indices: Sequence[int]) -> RawImages:
-    """Return some of the images. torch takes anything with a length and numbers for a dataset, unlike its types."""
+    """Return some of the images. torch takes anything with a length and indices for a dataset, unlike its types."""
     return Subset(cast(Dataset[RawImage], images), indices)
 
 
@@ -213,7 +221,7 @@ RawSplit: TypeAlias = list[RawImage] | Tars | datasets.Dataset | datasets.Iterab
 
 
 class HeldOut(NamedTuple):
-    """How many of the training images are to be held out for validation: a share, up to a limit."""
+    """How many training images to hold out for validation: a share, up to a limit."""
 
     share: float
     limit: int | None
@@ -221,7 +229,7 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of a source by name; each is opened when it is asked for."""
+    """The splits of a source by name; a split is opened on demand."""
 
     source: DataSource
     found: Mapping[str, RawSplit]
@@ -233,9 +241,10 @@ class Splits:
         return self._open(_list_folder(flag, self.source, self.passed_over))
 
     def pick(self, wanted: str) -> Images | None:
-        """Return the split of this name or, as the datasets library writes it, parts and sums of splits: `train[:10%]+test`.
+        """Return a split by its name, or by a sum of parts in the notation of the datasets library: `train[:10%]+test`.
 
-        None if there is no such split.
+        Returns:
+            None if there is no such split.
 
         Raises:
             UserError: for parts and sums of streamed splits.
@@ -259,7 +268,7 @@ class Splits:
         return images[0] if len(images) == 1 else ConcatDataset(cast(list[Dataset[RawImage]], images))
 
     def only_other(self) -> Images | None:
-        """Return the only split, if there is one and it is not for training. None if the flags ask for something else."""
+        """Return the only split if it is not for training; None if there are several or the settings name another."""
         if len(self.found) != 1:
             return None
         ((name, split),) = self.found.items()
@@ -269,7 +278,7 @@ class Splits:
         return self._open(split)
 
     def validation(self) -> Images | HeldOut:
-        """Return the split that the flags or the usual names say, or else how many training images to hold out."""
+        """Return the split for validation, or else how many training images to hold out."""
         if self.source.validation_data_dir:
             return self.folder("validation_data_dir")
         wanted = self.source.validation_split
@@ -281,7 +290,7 @@ class Splits:
         return HeldOut(HELD_OUT_SHARE, HELD_OUT_LIMIT) if wanted is None else HeldOut(self._share(wanted), None)
 
     def to_hold_out_of(self) -> Images:
-        """Return the training split, or else the only one there is.
+        """Return the training split, or else the only split.
 
         Raises:
             UserError: if there are several splits of other names.
@@ -359,7 +368,7 @@ def _find_splits(source: DataSource, resolution: int, passed_over: list[PassedOv
 
 
 def _load_splits(source: DataSource, passed_over: list[PassedOver]) -> dict[str, RawSplit]:
-    """Find the splits of a data set of the Hub, or of a folder that the datasets library understands."""
+    """Find the splits of a dataset of the Hub, or of a folder that the datasets library understands."""
     builder = datasets.load_dataset_builder(source.dataset_name, source.dataset_config_name, cache_dir=source.cache_dir)
     if isinstance(builder, WebDataset):
         return {str(name): Tars(list(files)) for name, files in builder.config.data_files.items()}
@@ -379,9 +388,10 @@ def _passed_over_by_library(folder: Path) -> PassedOver:
 
 
 def _training_photographs(resolution: int) -> list[RawImage]:
-    """Tiles of three scales, the coarser ones repeated, since there are fewer of them; half of them recoloured.
+    """Return tiles of scikit-image's photographs at three scales, half of them recoloured.
 
-    They have twice the resolution, so that a random crop of a quarter of the area need not be scaled up.
+    Coarser tiles are fewer, so they are repeated. Tiles have twice the resolution, so that a random crop of a quarter of
+    the area is not scaled up.
     """
     tiles = [tile for across in (1, 2, 4) for tile in _tiles("train", 2 * resolution, across) * (4 // across)]
     return [RawImage(recoloured(tile, seed), label) for seed, (tile, label) in enumerate(tiles)]
@@ -466,7 +476,11 @@ def _hold_out(images: Images, held: HeldOut, seed: int) -> tuple[RawImages, RawI
 
 
 def _image_column(split: datasets.Dataset | datasets.IterableDataset, source: DataSource) -> Images:
-    """The image column of a dataset, set to stay undecoded: one bad image must not end the iteration."""
+    """Open the image column of a dataset without decoding: one bad image must not end the iteration.
+
+    Raises:
+        UserError: if the dataset is empty or lacks a column.
+    """
     column = source.image_column
     columns = list(split.features or next(iter(split), {}))
     if not columns or (isinstance(split, datasets.Dataset) and len(split) == 0):
@@ -484,7 +498,7 @@ def _image_column(split: datasets.Dataset | datasets.IterableDataset, source: Da
 
 
 def _advice_on_folder(source: DataSource) -> str:
-    """Return what to do if the datasets library takes a folder of images for a table of the files beside them."""
+    """Return advice if the datasets library takes a folder of images for a dataset of the files beside them."""
     folder = Path(source.dataset_name or os.devnull)
     if folder.is_dir() and (list_images(folder)[0] or any(map(is_tar, list_files(folder)))):
         return f"; {folder} holds image files or tars: give it as a folder of images instead of a dataset"

@@ -1,4 +1,4 @@
-"""TIFF files that Pillow refuses or misreads: fractions, long integers, packed bits, planes of 16 bits."""
+"""Read TIFF files that Pillow refuses or misreads: fractions, long integers, packed bits, planes of 16 bits."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TiffPages(Image.Image):
 
 
 def misread_by_pillow(tags: Mapping[int, object]) -> bool:
-    """Whether Pillow opens a file with these tags, but takes the wrong bytes or bits for the pixels."""
+    """Return whether Pillow opens a file with these tags but takes the wrong bytes or bits for the pixels."""
     uncompressed = tags.get(COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
     declares_white = MAX_SAMPLE in tags or S_MAX_SAMPLE in tags
     return is_deep(tags) and (declares_white or (uncompressed and tags.get(PLANAR) == SEPARATE_PLANES))
@@ -76,7 +76,7 @@ def is_deep(tags: Mapping[int, Any]) -> bool:
 
 
 def _planes(page: tifffile.TiffPage, declared: Declared) -> tuple[np.ndarray, np.ndarray | None]:
-    """Colours `[H,W,C]` and alpha `[H,W]`, both of 16 bits."""
+    """Return colours `[H,W,C]` and alpha `[H,W]`, if any, of 16 bits."""
     _check(page)
     values = _samples(page)
     if page.photometric == PALETTE:
@@ -93,7 +93,10 @@ def _sixteen_bits(unit: np.ndarray) -> np.ndarray:
 
 
 def _merged(samples: np.ndarray, alpha: np.ndarray | None, page: tifffile.TiffPage) -> Image.Image:
-    """Colours and alpha of 16 bits as an upright image: all bits of gray, and the high bytes of anything else."""
+    """Return colours and alpha of 16 bits as an upright image.
+
+    Gray keeps all its bits; other images keep their high bytes.
+    """
     if samples.shape[-1] == 1 and alpha is None:
         image = Image.fromarray(samples[..., 0])
     else:
@@ -114,7 +117,7 @@ def _alpha(page: tifffile.TiffPage, values: np.ndarray, declared: Declared) -> n
 
 
 def _check(page: tifffile.TiffPage) -> None:
-    """Raises a ValueError if the page is no image that this module reads, is too large, or is cut short."""
+    """Raise a ValueError if the page is not an image that this module reads, is too large, or is cut short."""
     if page.photometric not in COLOUR_SAMPLES or page.imagedepth != 1:
         raise ValueError(f"TIFF with photometric interpretation {page.photometric} and {page.bitspersample} bits")
     pixels = page.imagewidth * page.imagelength
@@ -131,7 +134,7 @@ def _check(page: tifffile.TiffPage) -> None:
 
 
 def _samples(page: tifffile.TiffPage) -> np.ndarray:
-    """`[H,W,S]` of the file's own numbers."""
+    """Return the file's own numbers, `[H,W,S]`."""
     planar = page.planarconfig == SEPARATE_PLANES and page.samplesperpixel > 1
     if page.bitspersample not in WHOLE_BYTES:
         return _unpacked(page, planar)
@@ -142,7 +145,10 @@ def _samples(page: tifffile.TiffPage) -> np.ndarray:
 
 
 def _unpacked(page: tifffile.TiffPage, planar: bool) -> np.ndarray:
-    """The same of samples that fill no whole bytes, such as 12 bits, for which tifffile wants another package."""
+    """Return the file's own numbers `[H,W,S]` if they fill no whole bytes, such as 12 bits.
+
+    tifffile needs another package for these.
+    """
     decompress = tifffile.TIFF.DECOMPRESSORS[page.compression]
     if page.is_tiled or page.predictor != 1 or page.fillorder != 1 or not 8 < page.bitspersample < 32:
         raise ValueError(f"TIFF with {page.bitspersample} bits per sample in tiles or with a predictor")
@@ -163,7 +169,7 @@ def _segments(page: tifffile.TiffPage) -> list[tuple[int, int]]:
 
 
 def _kept(page: tifffile.TiffPage) -> Image.Exif:
-    """What is said about the image apart from its pixels."""
+    """Return the tags that describe the image apart from its pixels."""
     exif = Image.Exif()
     for code in KEPT_TAGS:
         if (value := page.tags.valueof(code)) is not None:

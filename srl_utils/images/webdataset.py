@@ -1,7 +1,7 @@
-"""Reads tars of samples (WebDataset): any member of a sample that is an image, whatever the samples have in common.
+"""Read tars of samples (WebDataset). Any member of a sample may be an image, and samples need not be alike.
 
-Members of one name up to the first dot, such as `0001.jpg` and `0001.txt`, are one sample; the rest of the name is
-the member's field.
+Members whose names agree up to the first dot, such as `0001.jpg` and `0001.txt`, are one sample. The rest of the name
+is the member's field.
 """
 
 from __future__ import annotations
@@ -62,28 +62,29 @@ class Member(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name up to the first dot of its last part."""
+        """Return the name up to the first dot of its last part."""
         folder, name = posixpath.split(self.name)
         return posixpath.join(folder, name.partition(".")[0])
 
     @property
     def field(self) -> str:
-        """The lower-case rest of the name, such as `jpg` or `depth.png`."""
+        """Return the lower-case rest of the name, such as `jpg` or `depth.png`."""
         return posixpath.split(self.name)[1].partition(".")[2].lower()
 
     @property
     def view(self) -> str:
-        """The field without the suffix: "" of `jpg`, `depth` of `depth.png`."""
+        """Return the field without the suffix: "" for `jpg`, `depth` for `depth.png`."""
         return self.field.rpartition(".")[0]
 
     @property
     def why_no_image(self) -> str | None:
+        """Return why the member is not read as an image; None if it is one."""
         suffix = suffix_of(self.name)
         return None if suffix in image_suffixes() else reason_of(suffix, self.content[:HEAD])
 
 
 class TarImage(NamedTuple):
-    """Where an image is."""
+    """The place of an image in a tar, with its caption."""
 
     tar: str
     name: str
@@ -98,7 +99,7 @@ class TarImage(NamedTuple):
 
 @dataclass(frozen=True)
 class TarImages:
-    """Undecoded images inside tars, read from their place there."""
+    """Undecoded images in tars, each read from its place."""
 
     images: Sequence[TarImage]
 
@@ -106,7 +107,7 @@ class TarImages:
         return len(self.images)
 
     def listed(self) -> list[tuple[str, str]]:
-        """Return name and caption of each image; no image is read."""
+        """Return name and caption of each image; decodes nothing."""
         return [(one_line(image.label), image.caption) for image in self.images]
 
     def __getitem__(self, index: int) -> RawImage:
@@ -120,19 +121,19 @@ class TarImages:
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Says which members of a sample are its images, and what their caption is.
+    """Decides which members of a sample are its images, and what their captions are.
 
     Args:
-        image_column: a field such as `depth.png`, or `depth` for it in any format. `jpg`, and likewise the default
-            `image`, takes the image whose field is a format alone, else `image.*`, else every image of the sample.
-        caption_column: a field such as `txt`, or `caption` for `caption.txt`, or a key of the sample's JSON.
+        image_column: a field such as `depth.png`, or `depth` for the field in any format. For `jpg`, as for the default
+            `image`, it is the member whose field is a format alone, else `image.*`, else every image of the sample.
+        caption_column: a field such as `txt`, `caption` for `caption.txt`, or a key of the sample's JSON.
     """
 
     image_column: str
     caption_column: str | None
 
     def bytes_wanted(self, info: tarfile.TarInfo) -> int:
-        """Return how much of a member tells what it is, and what it says; 0 of an image, whose suffix does."""
+        """Return how many bytes of a member to read: 0 of an image with a suffix, all of a text, else its head."""
         suffix = suffix_of(info.name)
         if suffix in image_suffixes():
             return 0
@@ -185,7 +186,7 @@ class SampleReader:
 
 @dataclass
 class Census:
-    """What the samples of tars hold, to be told where nothing of what is wanted is found."""
+    """The fields and JSON keys of samples, for the message if no images or captions are found."""
 
     fields: dict[str, None] = field(default_factory=dict)
     keys: dict[str, None] = field(default_factory=dict)
@@ -201,7 +202,7 @@ class Census:
         self.images += len(images)
 
     def check(self, reader: SampleReader, where: str) -> None:
-        """Raise a UserError where there are no images, or no captions that were asked for."""
+        """Raise a UserError if there are no images, or no captions although they are wanted."""
         members = one_line(", ".join(list(self.fields)[:20])) or "none"
         if not self.images:
             raise UserError(
@@ -224,12 +225,15 @@ def is_tar(path: Path) -> bool:
 def index_tars(
     tars: Sequence[str], reader: SampleReader, *, where: str, cache_dir: str | None
 ) -> tuple[TarImages, PassedOver]:
-    """Find the images of local tars, which can then be read in any order, and the samples that have none.
+    """Find the images of local tars, which can then be read in any order.
 
-    Compressed tars are unpacked to the cache once.
+    Compressed tars are unpacked into the cache once.
+
+    Returns:
+        The images, and the members that were skipped.
 
     Raises:
-        UserError: if there are no images, or no captions of the name that is asked for.
+        UserError: if there are no images, or no captions of the wanted name.
     """
     found: list[TarImage] = []
     passed_over: list[tuple[str, str]] = []
@@ -249,10 +253,10 @@ def index_tars(
 
 
 def stream_tars(tars: Sequence[str], reader: SampleReader, *, where: str) -> datasets.IterableDataset:
-    """Read the images of tars, local or remote, in sequence; rows have `COLUMNS`, each image as the bytes of its file.
+    """Read the images of tars, local or remote, in sequence. Rows have `COLUMNS`; images are the bytes of their files.
 
     Raises:
-        UserError: if the first tars hold no images, or no captions of the name that is asked for.
+        UserError: if the first tars hold no images, or no captions of the wanted name.
     """
     for tar in tars:
         _check_end(tar)
@@ -294,7 +298,7 @@ def unpacked(tar: str, cache_dir: str | None) -> str:
 
 
 def _opener(file: IO[bytes]) -> Opener | None:
-    """Return what unpacks a file, which is left at its beginning; None if it is not compressed."""
+    """Return the function that unpacks a file, or None if it is not compressed; rewinds the file."""
     head = file.read(tarfile.BLOCKSIZE)
     file.seek(0)
     if head[257:262] == b"ustar":  # whose first member may have any name
@@ -303,7 +307,7 @@ def _opener(file: IO[bytes]) -> Opener | None:
 
 
 def _check_end(tar: str) -> None:
-    """Warn of a local file that lacks the zeros that close a tar, which readers in sequence take for its end."""
+    """Warn of a local tar without the zeros that close it: readers in sequence take such a tar for complete."""
     if "://" in tar:
         return
     with suppress(OSError), open(tar, "rb") as file:
@@ -317,7 +321,7 @@ def _check_end(tar: str) -> None:
 
 @contextmanager
 def _ending_early(tar: str) -> Iterator[None]:
-    """Take a tar that breaks off for one that ends there, and say so."""
+    """Treat a tar that breaks off as one that ends there, with a warning."""
     try:
         yield
     except BROKEN as error:
@@ -325,7 +329,7 @@ def _ending_early(tar: str) -> Iterator[None]:
 
 
 def _members_at(place: str, tar: str, reader: SampleReader) -> Iterator[Member]:
-    """List the members of an uncompressed file; of images only the place is read."""
+    """Yield the members of an uncompressed tar; of images only the place is read."""
     with open(place, "rb") as file, _ending_early(tar):
         for archive, info in _infos(file, "r:", tar):
             wanted = reader.bytes_wanted(info)
@@ -334,7 +338,7 @@ def _members_at(place: str, tar: str, reader: SampleReader) -> Iterator[Member]:
 
 
 def _members_of(tar: str, reader: SampleReader) -> Iterator[Member]:
-    """Read the members in sequence, with the whole content of images."""
+    """Yield the members in sequence, with the whole content of images."""
     try:
         with xopen(tar, "rb") as file, _ending_early(tar):
             opener = _opener(file)
@@ -356,7 +360,10 @@ def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _infos(file: IO[bytes], mode: Literal["r:", "r|"], tar: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yield the files of a tar, without those that systems add, such as `._1.jpg`; it may be several in a row."""
+    """Yield the files of a tar, or of several tars in a row.
+
+    Skips what systems add, such as `._1.jpg`.
+    """
     with tarfile.open(fileobj=file, mode=mode, ignore_zeros=True, errors="surrogateescape") as archive:
         for info in archive:
             archive.members = []  # type: ignore[attr-defined]  # undocumented, and would grow without end
@@ -374,7 +381,7 @@ def _plain_name(info: tarfile.TarInfo) -> str:
 
 
 def _in_order_of_samples(members: Iterable[Member]) -> list[Member]:
-    """Bring the members of each sample together, in the order of their first ones."""
+    """Sort members so that each sample is together, in the order of the samples' first members."""
     members = list(members)
     first: dict[str, int] = {}
     for member in members:
@@ -383,7 +390,7 @@ def _in_order_of_samples(members: Iterable[Member]) -> list[Member]:
 
 
 def _grouped(members: Iterable[Member]) -> Iterator[list[Member]]:
-    """Group members in a row of one key; a field that is there already begins the next sample."""
+    """Yield samples: consecutive members of one key. A field that repeats begins the next sample."""
     for _, group in groupby(members, key=lambda member: member.key):
         sample: dict[str, Member] = {}
         for member in group:
