@@ -1,4 +1,4 @@
-"""Read the captions of images in a folder, from metadata files as the datasets library reads them and from text files."""
+"""Read the captions of images in a folder, from metadata files as in the datasets library, and from text files."""
 
 from __future__ import annotations
 

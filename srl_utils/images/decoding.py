@@ -49,7 +49,7 @@ class UnreadableImage(ValueError):
 
 @lru_cache(maxsize=1)
 def image_formats() -> tuple[str, ...]:
-    """Return the names of the formats that Pillow decodes, by itself and with those of its plugins that are installed."""
+    """Return the names of the formats that Pillow decodes, with the plugins that are installed."""
     Image.init()
     with suppress(ImportError):
         import_module("pillow_heif").register_heif_opener()
@@ -230,7 +230,7 @@ def _open_png(data: bytes) -> Image.Image:
 
 
 def _open_tiff(data: bytes) -> Image.Image:
-    """Open a TIFF with Pillow, which knows all compressions, or else with tifffile, which knows all kinds of samples."""
+    """Open a TIFF with Pillow, which knows all compressions, or with tifffile, which knows all kinds of samples."""
     try:
         image = Image.open(io.BytesIO(data), formats=["TIFF"])
     except UnidentifiedImageError:
@@ -334,7 +334,10 @@ def _long_samples(image: Image.Image, declared: Declared, transparent: object) -
 
 
 def _refuse_dim(colour: Image.Image | np.ndarray, deep: bool, declared: Declared) -> None:
-    """Raise an `AmbiguousRange` for 16 bits of which only 12 are used: these files rarely mean the darkness they state."""
+    """Raise an `AmbiguousRange` for 16 bits of which only 12 are used.
+
+    Such files are rarely meant to be as dark as they are.
+    """
     if declared != SIXTEEN_BITS:
         return
     if isinstance(colour, np.ndarray):

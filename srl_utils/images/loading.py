@@ -127,7 +127,8 @@ def _without_worker_traceback(loader: DataLoader[Batch]) -> Generator[Batch, Non
 def _made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
     """Yield the batches, of which a thread makes `BATCHES_AHEAD` ahead of time.
 
-    Decoding lets other threads run. The thread is a daemon, so a batch that never comes does not keep the program alive.
+    Decoding lets other threads run. The thread is a daemon, so a batch that never comes does not keep the program
+    alive.
     """
     wanted: SimpleQueue[bool] = SimpleQueue()
     made: SimpleQueue[Future[Batch]] = SimpleQueue()

@@ -26,9 +26,9 @@ class Chunk(NamedTuple):
 def readable_png(data: bytes) -> tuple[bytes, dict[str, Any]]:
     """Return a PNG that Pillow reads whatever the length of its texts, and entries for `Image.info`.
 
-    Compressed texts above Pillow's limit are replaced by uncompressed ones. The profile and the code points of cICP move
-    to the entries. The transparent gray of a PNG of fewer than 8 bits is scaled as Pillow scales gray. Uncompressed texts
-    beyond `LONGEST_TEXTS` bytes are left out.
+    Compressed texts above Pillow's limit are replaced by uncompressed ones. The profile and the code points of cICP
+    move to the entries. The transparent gray of a PNG of fewer than 8 bits is scaled as Pillow scales gray.
+    Uncompressed texts beyond `LONGEST_TEXTS` bytes are left out.
 
     Raises:
         ValueError: if the compressed texts and the profile have more than `LONGEST_TEXTS` bytes together.

@@ -41,8 +41,8 @@ class Declared(NamedTuple):
     def white(self, values: np.ndarray) -> float:
         """Return the number that is white.
 
-        The declared highest value counts only if it is the largest number of some number of bits and no value is above it:
-        some software writes the brightest value of the image there.
+        The declared highest value counts only if it is the largest number of some number of bits and no value is above
+        it: some software writes the brightest value of the image there.
 
         Raises:
             AmbiguousRange: if neither the file nor the values tell.

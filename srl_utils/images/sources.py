@@ -165,8 +165,8 @@ def open_images(source: DataSource, resolution: int, seed: int) -> Opened:
 def open_validation(source: DataSource, resolution: int, seed: int) -> OpenedValidation:
     """Open the validation images alone.
 
-    They are those of the only split, if it is not `train_split`. If there is no other split than `train_split`, they are
-    the images that the training holds out. Arguments and errors are those of `open_images`.
+    They are those of the only split, if it is not `train_split`. If there is no other split than `train_split`, they
+    are the images that the training holds out. Arguments and errors are those of `open_images`.
     """
     if source.validation_data_dir:
         splits = Splits(source, {})
@@ -390,8 +390,8 @@ def _passed_over_by_library(folder: Path) -> PassedOver:
 def _training_photographs(resolution: int) -> list[RawImage]:
     """Return tiles of scikit-image's photographs at three scales, half of them recoloured.
 
-    Coarser tiles are fewer, so they are repeated. Tiles have twice the resolution, so that a random crop of a quarter of
-    the area is not scaled up.
+    Coarser tiles are fewer, so they are repeated. Tiles have twice the resolution, so that a random crop of a quarter
+    of the area is not scaled up.
     """
     tiles = [tile for across in (1, 2, 4) for tile in _tiles("train", 2 * resolution, across) * (4 // across)]
     return [RawImage(recoloured(tile, seed), label) for seed, (tile, label) in enumerate(tiles)]

@@ -1,4 +1,4 @@
-"""Sanitizing an image file, with all its frames and with what it says of itself."""
+"""Sanitize an image file, with all its frames and its metadata."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ WEBP_HEAD = 2**16  # bytes, in which the first pixels begin
 def sanitize_file(
     source: Path, target: Path, vae: AutoencoderKL, *, tile_above: int, max_pixels: int | None = None
 ) -> list[str]:
-    """Encode and decode every frame of an image file and write it, in the format that the target's suffix names.
+    """Encode and decode every frame of an image file, and write it in the format that the target's suffix names.
 
     Args:
         source: a file of any readable format.
         target: the file to write; its suffix is one of `writable_suffixes`.
         vae: the robust VAE.
-        tile_above: images with a longer side are processed in tiles.
+        tile_above: images with a longer side, in pixels, are processed in tiles.
         max_pixels: the largest image to read, in place of Pillow's limit.
 
     Returns:
@@ -57,8 +57,8 @@ def sanitize_file(
 
     Raises:
         UnreadableImage: if the image or one of its frames cannot be read.
-        UserError: if the target's format cannot hold the image, or is not written; nothing has been computed then.
-        OSError: if there is no writing at `target`.
+        UserError: if the target's format cannot hold the image or cannot be written. Nothing has been computed then.
+        OSError: if `target` cannot be written to.
     """
     form = format_to_write(target)
     with open_image(source, max_pixels=max_pixels) as image:
@@ -85,7 +85,7 @@ def check_size(image: Image.Image, form: Format) -> None:
 
 
 def fitting_target(source: Path, target: Path, *, max_pixels: int | None = None) -> Path:
-    """Return `target`, or a PNG beside it if its format cannot hold the image at `source`."""
+    """Return `target`, or a PNG beside it if the format of `target` cannot hold the image at `source`."""
     form = format_of(target)
     with open_image(source, max_pixels=max_pixels) as image:
         fits = form is not None and form.refusal(image.size) is None
@@ -93,7 +93,7 @@ def fitting_target(source: Path, target: Path, *, max_pixels: int | None = None)
 
 
 def check_writable(target: Path) -> None:
-    """Raise an OSError if no file can be written at `target`; leaves nothing behind."""
+    """Raise an OSError if no file can be written at `target`; leave no file behind."""
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder")
     with suppress(FileNotFoundError):
@@ -120,7 +120,7 @@ def _seek(image: Image.Image, index: int) -> None:
 
 
 def _duration(image: Image.Image) -> float:
-    """In milliseconds, of the frame that was loaded last."""
+    """Return the milliseconds of the frame that was loaded last; 0 if they are not known."""
     try:
         return float(image.info.get("duration", 0))
     except (TypeError, ValueError):
@@ -128,7 +128,7 @@ def _duration(image: Image.Image) -> float:
 
 
 def _alpha_kinds(alpha: Image.Image | None) -> set[str]:
-    """`FULLY` and `PARTLY`, as far as pixels are transparent."""
+    """Return `FULLY` if pixels are fully transparent, and `PARTLY` if pixels are partly transparent."""
     counts = [0] * 256 if alpha is None else alpha.histogram()
     return ({FULLY} if counts[0] else set()) | ({PARTLY} if any(counts[1:255]) else set())
 

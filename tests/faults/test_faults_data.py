@@ -202,7 +202,7 @@ def test_data_that_fail_in_the_middle_cost_no_step(
     def fail_once(ledger: ImageLedger, batch: object) -> None:
         batches.append(batch)
         if len(batches) == 3:
-            raise UserError("the streamed data set cannot be read: gone")
+            raise UserError("the streamed dataset cannot be read: gone")
         honest(ledger, batch)
 
     monkeypatch.setattr(ImageLedger, "update", fail_once)
