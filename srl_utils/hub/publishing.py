@@ -289,9 +289,9 @@ class Publisher:
 def _limit_requests() -> None:
     """Make each later request of this process fail after `REQUEST_TIMEOUT` seconds without a byte from the server."""
     session = get_session()
-    settings = {"event_hooks": session.event_hooks, "follow_redirects": session.follow_redirects}
+    hooks, redirects = session.event_hooks, session.follow_redirects
     # A time limit set on the session itself would be lost when huggingface_hub replaces the session.
-    set_client_factory(lambda: type(session)(**settings, timeout=REQUEST_TIMEOUT))
+    set_client_factory(lambda: type(session)(event_hooks=hooks, follow_redirects=redirects, timeout=REQUEST_TIMEOUT))
 
 
 def _answer(error: BaseException | None) -> Any | None:
