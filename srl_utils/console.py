@@ -1,4 +1,4 @@
-"""What a person reads while a command runs: progress bars, and warnings that are not repeated."""
+"""Show progress bars, and warnings that are not repeated, while a command runs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TERMINAL_SECONDS, FILE_SECONDS = 0.1, 10.0
 
 
 class Lines:
-    """What a bar writes to, where there is no terminal: each update becomes a line, as a file takes nothing back."""
+    """A stream for a progress bar outside a terminal: each update becomes a line, as a file cannot be overwritten."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> None:
-        """Write the line in `text`, which begins with a return; a bar's end without one writes nothing."""
+        """Write the line in `text`, which begins with a carriage return; write nothing for empty text."""
         if line := text.strip():
             self.stream.write(f"{line}\n")
 
@@ -41,14 +41,14 @@ class Lines:
 def progress_bar(total: int | None, *, desc: str, unit: str, initial: int = 0, disable: bool = False) -> tqdm:
     """Return a progress bar on stderr.
 
-    Change its postfix with `refresh=False` and then call `update`, so that a step costs one update at most.
+    Change its postfix with `refresh=False` and then call `update`, so that a step costs at most one update.
 
     Args:
-        total: number of units at the end; None where it is not known.
-        desc: what is being done, in front of the bar.
-        unit: name of what is counted, such as `step`.
+        total: number of units at the end; None if unknown.
+        desc: what is being done; shown in front of the bar.
+        unit: name of a unit, such as `step`.
         initial: units that were done before.
-        disable: whether to show nothing, as for all processes but one.
+        disable: show nothing, as in all processes but one.
     """
     place: dict[str, Any] = {"mininterval": TERMINAL_SECONDS}
     if not sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: atomic writes, checksums, locks, images that are made once."""
+"""Write files completely or not at all: atomic writes, checksums, locks, tensors that are computed once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ LONGEST_NAME = 255  # bytes, of file systems
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a path beside `path` and renames it: a reader sees the old file or the new one."""
+    """Write a file so that a reader sees the old file or the complete new one.
+
+    Args:
+        path: the file.
+        write: writes the file at the path it is given; the file is then renamed to `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     if len(os.fsencode(aside.name)) > LONGEST_NAME:
@@ -36,15 +41,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """In UTF-8; names of files that are no Unicode have their odd bytes escaped."""
+    """Write text in UTF-8; bytes of file names that are not Unicode are escaped."""
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def read_json(path: Path) -> Any:
-    """What `write_text_atomically` has written as JSON.
+    """Return what `write_text_atomically` has written as JSON.
 
     Raises:
-        UnusableFile: an OSError, if the disk has damaged it since.
+        UnusableFile: an OSError, if the file is damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -56,9 +61,9 @@ KEY = "images"
 
 
 def kept_images(path: Path, make: Callable[[], Tensor]) -> Tensor:
-    """`[N,3,H,W]` on the CPU: those at `path`, or else what `make` returns, which is put there.
+    """Return the images `[N,3,H,W]` stored at `path`, on the CPU; make and store them if there are none.
 
-    Processes that need the same ones at a time may all make them: they are to depend on `path` alone.
+    Several processes may make them at a time, so they must depend on `path` alone.
     """
     if not path.exists():
         made = make().cpu().contiguous()
@@ -71,7 +76,7 @@ PIECE = 2**22  # bytes read at a time
 
 
 def seal(folder: Path) -> None:
-    """Writes the manifest of all files below `folder`, once these and it are on the disk itself."""
+    """Write the manifest of all files below `folder`, after flushing them to the disk, and flush it too."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     contents = {path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)] for path in files}
     (folder / MANIFEST).write_text(json.dumps(contents, indent=1), encoding="utf-8")
@@ -80,7 +85,7 @@ def seal(folder: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """What differs from the manifest, such as `optimizer.bin has 100 of 200 bytes`; None if `folder` is whole."""
+    """Return what differs from the manifest, such as `optimizer.bin has 100 of 200 bytes`; None if nothing does."""
     try:
         contents = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return next(filter(None, (_fault_of(folder / name, *expected) for name, expected in contents.items())), None)
@@ -98,7 +103,7 @@ def _fault_of(path: Path, size: int, digest: str) -> str | None:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(PIECE):
@@ -107,7 +112,7 @@ def checksum(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Has the disk write what it holds of a file, or of a folder's names, so that a loss of power finds it there."""
+    """Write a file, or the names in a folder, from memory to the disk, so that it survives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,10 +125,14 @@ LOCK = ".lock"
 
 @contextmanager
 def sole_run(output_dir: Path, *, is_main_process: bool) -> Iterator[None]:
-    """Within, no other run is in such a context for `output_dir`; the system ends it when the main process dies.
+    """Lock `output_dir` for this run within the context. The system ends the lock if the process dies.
+
+    Args:
+        output_dir: the folder of the run; created if missing.
+        is_main_process: other processes of the run take no lock.
 
     Raises:
-        UserError: at once if another one is, or if there is no writing in `output_dir`.
+        UserError: at once if another run holds the lock, or if `output_dir` cannot be written to.
     """
     if not is_main_process:
         yield
@@ -133,10 +142,10 @@ def sole_run(output_dir: Path, *, is_main_process: bool) -> Iterator[None]:
         lock = FileLock(output_dir / LOCK).acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"another run is writing to {output_dir}, and this one does not wait for it; choose another --output_dir, "
-            "or start again when that run has ended"
+            f"another run is writing to {output_dir}; choose another folder, or start again when that run has ended",
+            parameter="output_dir",
         ) from None
     except OSError as error:
-        raise UnusableFile(f"--output_dir {output_dir} cannot be written to: {error.strerror}") from None
+        raise UnusableFile(f"cannot write to {output_dir}: {error.strerror}", parameter="output_dir") from None
     with lock:
         yield

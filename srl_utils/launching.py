@@ -1,4 +1,4 @@
-"""What `accelerate launch` and `accelerate config` ask for through the environment, and the Accelerator made of it."""
+"""Read what `accelerate launch` and `accelerate config` set in the environment, and make an Accelerator of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRUE, FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "o
 USE_CPU = "ACCELERATE_USE_CPU"
 AFFINITY = "ACCELERATE_CPU_AFFINITY"
 SWITCHES = (USE_CPU, "ACCELERATE_DEBUG_MODE", AFFINITY)
-"""Accelerate obeys these by itself."""
+"""Variables that accelerate obeys itself."""
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -32,17 +32,22 @@ DYNAMO = "ACCELERATE_DYNAMO_"
 DYNAMO_SWITCHES = ("FULLGRAPH", "DYNAMIC", "REGIONAL_COMPILATION")
 RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where launchers, mpirun among them, tell a process its number and that of all."""
+"""Variables in which launchers such as mpirun give a process its number and the number of processes."""
 WITHOUT = "change it with `accelerate config`, or unset the variable"
 
 
 class Setting(NamedTuple):
-    """A variable of accelerate that asks for what a flag of the training asks for."""
+    """A variable of accelerate with the meaning of a flag of the training.
+
+    Attributes:
+        variable: name of the environment variable.
+        flag: name of the flag.
+        read: returns the flag's value, or None if the environment does not set it. Raises a UserError.
+    """
 
     variable: str
     flag: str
     read: Callable[[Environment], Any]
-    """The flag's value, or None where the environment asks for nothing. Raises UserError."""
 
 
 def launched_steps(environment: Environment) -> int | None:
@@ -59,7 +64,7 @@ def launched_steps(environment: Environment) -> int | None:
 def launched_precision(environment: Environment) -> str | None:
     """Return the half precision that accelerate is configured for, or None.
 
-    Accelerate's `no` is its default, and so asks for nothing.
+    Accelerate's `no` is its default, so it counts as not configured.
     """
     name = "ACCELERATE_MIXED_PRECISION"
     text = environment.get(name, "no").strip().lower()
@@ -107,7 +112,7 @@ def launched_arguments(environment: Environment, given: Callable[[str], bool]) -
 
 
 def check_launch(environment: Environment) -> None:
-    """Refuse what accelerate is configured for and this project does not support, or what accelerate cannot read.
+    """Refuse configurations of accelerate that this project does not support or that accelerate cannot read.
 
     Raises:
         UserError: in one line, with the variable and its value.
@@ -132,7 +137,7 @@ def check_launch(environment: Environment) -> None:
 def joined_on_cpu(environment: Environment) -> bool:
     """Return whether this is one of several processes without a GPU.
 
-    Accelerate has to be told, and then joins them by gloo. Otherwise each process would work alone.
+    Accelerate must be told so, and then connects them by gloo. Otherwise each process would work alone.
     """
     launched = any(name in environment for name in RANKS) or any(environment.get(name, "1") != "1" for name in SIZES)
     return launched and not torch.accelerator.is_available()
@@ -141,15 +146,16 @@ def joined_on_cpu(environment: Environment) -> bool:
 def launched_accelerator(
     environment: Environment, *, precision: str | None, steps: int = 1, **settings: Any
 ) -> Accelerator:
-    """Return an Accelerator that takes devices and processes from the environment, and all else from its arguments.
+    """Return an Accelerator with devices and processes from the environment, and all else from the arguments.
 
     Args:
-        precision: `no`, `fp16` or `bf16`; None means `no`, or what an earlier Accelerator of this process has.
+        environment: environment variables.
+        precision: `no`, `fp16` or `bf16`; None means `no`, or the precision of an earlier Accelerator of this process.
         steps: forward and backward passes per update. The environment would override a plain argument.
         settings: further arguments of `Accelerator`.
 
     Raises:
-        UserError: in one line, if accelerate cannot be set up as its environment asks.
+        UserError: in one line, if accelerate cannot start with this environment.
     """
     try:
         return Accelerator(
@@ -167,20 +173,20 @@ def launched_accelerator(
 
 
 def on_cpu(environment: Environment) -> bool:
-    """Return whether accelerate is told to leave the GPU alone."""
+    """Return whether accelerate is configured to use the CPU only."""
     device = environment.get(DEVICE)
     return _is_on(environment, USE_CPU) if device is None else device.startswith("cpu")
 
 
 def note_on_compiling(environment: Environment) -> list[str]:
-    """Return a line that evaluations are not compiled, where accelerate is configured to compile."""
+    """Return a line that evaluations are not compiled, if accelerate is configured to compile; else no line."""
     backend = environment.get(f"{DYNAMO}BACKEND", "no")
     idle = backend.strip().lower() == "no"
     return [] if idle else [f"{DYNAMO}BACKEND={one_line(backend)}: without effect, evaluations are not compiled"]
 
 
 def launch_notes(environment: Environment, args: argparse.Namespace) -> list[str]:
-    """Return a line on each variable of accelerate that asks for something, and what has become of it."""
+    """Return a line on each configured variable of accelerate, and whether it is obeyed."""
     notes = []
     for setting in SETTINGS:
         text = environment.get(setting.variable, "no")

@@ -1,4 +1,4 @@
-"""The machine's memory and disk: how memory is kept, what ran out, and which flags need less of it."""
+"""Handle the limits of the machine: memory and disk, what ran out, and which settings need less."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ LOST_PEER = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|Connection was likely closed|gloo|NCCL|Broken pipe",
     re.IGNORECASE,
 )
-WHOLE = "what was saved before is whole: run the same command again, a training with --resume_from_checkpoint latest"
-LOST_WORKER = f"a worker that reads images has ended, as where memory runs out; fewer --dataloader_num_workers need less, and {WHOLE}"
+WHOLE = (
+    "everything saved before is intact: run the same command again, for a training with resume_from_checkpoint latest"
+)
+LOST_WORKER = (
+    "a worker process that reads images has ended, perhaps because memory ran out; a smaller dataloader_num_workers needs "
+    f"less memory. {WHOLE[0].upper()}{WHOLE[1:]}"
+)
 LESS_MEMORY = (
-    "a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing, --mixed_precision "
-    "bf16 or a smaller --resolution need less (in an evaluation --batch_size and --resolution, in sanitize --tile_above)"
+    "use less memory by a smaller train_batch_size with more gradient_accumulation_steps, by gradient_checkpointing, by "
+    "mixed_precision bf16 or by a smaller resolution (in an evaluation by a smaller batch_size or resolution, in sanitize by "
+    "a smaller tile_above)"
 )
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -35,10 +41,11 @@ LARGEST_THRESHOLD = 2**25  # bytes, as glibc takes it
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory that it frees, for work that asks for the same sizes at every step.
+    """Keep freed memory in this process, for work that allocates the same sizes at every step.
 
-    By default glibc hands much of it back to the system, which clears it page by page when it is wanted again: up to a fifth of a
-    training step on the CPU (benchmarks/RESULTS.md). Pieces of over 32 MB go back still. Does nothing where there is no glibc.
+    By default glibc returns much of it to the system, which clears it page by page when it is allocated again: up to a
+    fifth of a training step on the CPU (benchmarks/RESULTS.md). Pieces of over 32 MB are still returned. Without glibc
+    this does nothing.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:
@@ -47,9 +54,9 @@ def keep_freed_memory() -> None:
 
 
 def explained(error: BaseException) -> UserError | None:
-    """What the user can do about `error`: bad input where the system refuses a name, else what the machine lacks.
+    """Return a UserError that says what the user can do about `error`; None if it is of another kind.
 
-    None if `error` is of another kind.
+    The error is bad input if the system refuses a file name, else a ResourceError on what the machine lacks.
     """
     if isinstance(error, OSError) and error.errno in REFUSED:
         return UserError(f"{os.strerror(error.errno)}: {error.filename}")
@@ -65,7 +72,7 @@ def explained(error: BaseException) -> UserError | None:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """One line on an allocation that failed, with its size where it is told and the flags that help; else None."""
+    """Return a line on a failed allocation and the settings that help; None for other errors."""
     text = str(error)
     if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not (
         isinstance(error, RuntimeError) and MEMORY.search(text)
@@ -76,7 +83,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def failed_write(error: BaseException) -> str | None:
-    """Why the disk did not take it, such as `No space left on device`; None if `error` is of another kind."""
+    """Return why the disk did not take a file, such as `No space left on device`; None for other errors."""
     number = error.errno if isinstance(error, OSError) else None
     if told := TOLD_ERRNO.search(str(error)):
         number = int(told[1])
@@ -86,5 +93,5 @@ def failed_write(error: BaseException) -> str | None:
 
 
 def gigabytes(num_bytes: int) -> str:
-    """Such as `1.25 GB`."""
+    """Return a number of bytes as text, such as `1.25 GB`."""
     return f"{num_bytes / 1e9:.3g} GB"

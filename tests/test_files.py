@@ -22,11 +22,11 @@ from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 
 @pytest.mark.parametrize("resume", [(), ("--resume_from_checkpoint", "latest")], ids=["anew", "resuming"])
 def test_a_second_training_refuses_at_once(resume: tuple[str, ...], run: Run, flags: list[str], tmp_path: Path) -> None:
-    """Oracle: the promise: exit code 2, one line that says that nothing is waited for, and no file changed."""
+    """Oracle: the promise: exit code 2, one line that says what to do, and no file changed."""
     with sole_run(tmp_path / "out", is_main_process=True):
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
         code, printed = run(*flags, *resume)
-        assert code == 2 and "another run is writing to" in printed and "does not wait" in printed, printed
+        assert code == 2 and "--output_dir: another run is writing to" in printed and "start again" in printed, printed
         assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 

@@ -1,1 +1,1 @@
-"""The model card, and publishing on the Hugging Face Hub without ever costing a run."""
+"""The model card, and publishing on the Hugging Face Hub. A failed push never ends a training."""

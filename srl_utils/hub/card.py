@@ -1,4 +1,4 @@
-"""The model card: what is known of a run, and nothing else."""
+"""Write the model card from the facts of a run."""
 
 from __future__ import annotations
 
@@ -26,9 +26,15 @@ LICENSE_KEYS = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What the card says. Results are rows in the project's format; what is empty or None is left out.
+    """The facts on the card. Empty facts and None are left out.
 
-    `command` and `arguments` are the published ones, without secrets and without paths of this machine.
+    Attributes:
+        images: training images in all, if some steps had more or fewer than others.
+        changes: a line for each change of flags when the training was resumed.
+        command: the published command, without secrets and without paths of this machine.
+        arguments: the published arguments, likewise.
+        results: rows in the project's format.
+        weights: SHA-256 of each weights file that the card describes; empty before any is saved.
     """
 
     model_id: str
@@ -42,9 +48,7 @@ class CardFacts:
     steps: int
     images_per_step: int
     images: int | None = None
-    """In all, where some steps had more or fewer than others."""
     changes: Sequence[str] = ()
-    """What was changed when the training was resumed, a line each."""
     hardware: str
     minutes: float
     command: str
@@ -56,11 +60,10 @@ class CardFacts:
     results_table: str = ""
     picture: str | None = None
     weights: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of each weights file that the card describes; empty before any is saved."""
 
 
 def render_card(facts: CardFacts) -> str:
-    """The card as text: YAML metadata with a model-index of the judged VAE's results, then prose."""
+    """Return the card as text: YAML metadata with a model-index of the judged VAE's results, then prose."""
     on_hub = not Path(facts.base_model).exists()
     base_name = as_text(facts.base_model) if on_hub else as_code(Path(facts.base_model).resolve().name)
     judged = [row for row in facts.results if row.vae == facts.judged_vae]
@@ -97,9 +100,9 @@ def render_card(facts: CardFacts) -> str:
 
 
 def recorded_weights(card: str) -> dict[str, str] | None:
-    """Return the SHA-256 of each weights file that a card describes; None if the card says nothing of them.
+    """Return the SHA-256 of each weights file that a card describes; None if the card does not name any.
 
-    Empty for the card of a training that has not ended.
+    The card of a training that has not ended gives an empty dictionary.
     """
     if WEIGHTS_HEADING not in card:
         return None
@@ -108,7 +111,7 @@ def recorded_weights(card: str) -> dict[str, str] | None:
 
 @lru_cache(maxsize=1)  # one run asks several times, and may have no network
 def base_license(base_model: str) -> dict[str, str]:
-    """What the base model's own card says of its licence; empty where it has none or cannot be reached."""
+    """Return the licence from the base model's card; empty if it names none or cannot be read."""
     folder = Path(base_model)
     try:
         card = folder / "README.md" if folder.exists() else hf_hub_download(base_model, "README.md")
@@ -124,7 +127,7 @@ def _eval_result(row: Row, facts: CardFacts) -> EvalResult:
         task_name="Reconstruction",
         dataset_type=facts.dataset or "images",
         dataset_name=facts.data,
-        # Results of one configuration are merged into one entry: without it, those of all attacks would be.
+        # huggingface_hub merges the results of one configuration, so each attack needs its own.
         dataset_config=_conditions(row),
         metric_type=row.metric,
         metric_name=f"{row.metric}, {_conditions(row)}",
@@ -133,7 +136,7 @@ def _eval_result(row: Row, facts: CardFacts) -> EvalResult:
 
 
 def _finding(row: Row, facts: CardFacts) -> str | None:
-    """How the PSNR under one attack has changed, in one sentence."""
+    """Return one sentence on how the PSNR under one attack has changed."""
     if row.metric != "psnr":
         return None
     for other in facts.results:
@@ -145,7 +148,7 @@ def _finding(row: Row, facts: CardFacts) -> str | None:
 
 
 def _halves(facts: CardFacts) -> list[tuple[str, float]]:
-    """Each half-precision variant, and by how many dB its clean reconstruction differs."""
+    """Return each half-precision variant, and by how many dB its clean reconstruction differs."""
     clean = {row.vae: row.value for row in facts.results if (row.attack, row.metric) == ("clean", "psnr")}
     prefix = f"{facts.judged_vae}-"
     return [

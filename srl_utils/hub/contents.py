@@ -1,4 +1,4 @@
-"""Which files of a folder are published, whether they belong together, and which files of a repository are outdated."""
+"""Choose the files of a folder to publish, check that they belong together, and find outdated files of a repository."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ from srl_utils.vae.loading import WEIGHTS_NAME, is_weights_file
 CARD = "README.md"
 CONFIG = "config.json"
 RECORDS = re.compile(r"metrics\.jsonl|results\.json|samples/(step-\d+|comparison)\.png")
-"""What a training writes beside weights and card. `checkpoint-*` is not published: optimizer states are no part of the
-model. Nor is `training_args.json`, which names folders of this machine; the card has the arguments without them."""
+"""Files that a training writes beside weights and card. Checkpoints are not published, since optimizer states are not part
+of the model. `training_args.json` is not published, since it names local folders; the card has the other arguments."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What is published of a folder."""
+    """The published files of a folder.
+
+    Attributes:
+        folder: the folder.
+        names: paths inside the folder, with slashes.
+        left_out: weights that the folder's card does not describe.
+    """
 
     folder: Path
     names: list[str]
-    """Paths inside the folder, with slashes."""
     left_out: list[str]
-    """Weights that the folder's card does not describe."""
 
     def sent(self, name: str) -> Path | bytes:
-        """Return what is sent for a file: itself, but for a config that names a folder of this machine."""
+        """Return what is uploaded for a file: its path, or a configuration without the name of a local folder."""
         path = self.folder / name
         if name != CONFIG:
             return path
@@ -42,22 +46,22 @@ class Contents:
         return (json.dumps({**config, "_name_or_path": origin.name}, indent=2) + "\n").encode()
 
     def outdated(self, present: Iterable[str]) -> list[str]:
-        """Return which files of a repository this upload makes outdated: those of an earlier upload not sent again.
+        """Return the files of a repository that an earlier upload left there and this one does not replace.
 
-        These are all weights that diffusers would find beside the new ones, results, journal and pictures. Files that
-        a training never writes stay. The card is left to `describes_others`.
+        These are all weights that diffusers would find beside the new ones, results, journal and sample grids. Files
+        that a training never writes stay. `describes_others` decides about the card.
         """
         others = sorted(set(present) - set(self.names))
         return [name for name in others if is_weights_file(name) or RECORDS.fullmatch(name)]
 
     def describes_others(self, card: str) -> bool:
-        """Return whether a repository's card is that of a training which made other weights than these."""
+        """Return whether a repository's card describes other weights than these."""
         recorded = recorded_weights(card)
         return recorded is not None and (not recorded or _other_file(self.folder, recorded) is not None)
 
 
 def contents(folder: Path) -> Contents:
-    """Return what is published of `folder`.
+    """Return the files of `folder` to publish.
 
     Raises:
         UserError: if the folder's card describes other weights than those beside it.
@@ -72,12 +76,13 @@ def contents(folder: Path) -> Contents:
 
 
 def described_weights(folder: Path) -> dict[str, str] | None:
-    """Return the SHA-256 of each weights file that the folder's card describes, which its files have been held against.
+    """Return the SHA-256 of each weights file that the folder's card describes, after checking the files.
 
-    None where the folder has no card, or one that says nothing of weights, such as one written by hand.
+    Returns:
+        None if there is no card, or if it does not name weights, such as a card written by hand.
 
     Raises:
-        UserError: if one of the files is missing or another one, or if the training has not ended.
+        UserError: if a file is missing or differs, or if the training has not ended.
     """
     card = folder / CARD
     recorded = recorded_weights(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
@@ -98,7 +103,7 @@ def described_weights(folder: Path) -> dict[str, str] | None:
 
 
 def _other_file(folder: Path, recorded: Mapping[str, str]) -> str | None:
-    """The first file of `recorded` that is missing in `folder` or has another SHA-256."""
+    """Return the first file of `recorded` that is missing in `folder` or has another SHA-256; None without one."""
     for name, expected in recorded.items():
         if not (folder / name).is_file() or checksum(folder / name) != expected:
             return name
@@ -106,5 +111,5 @@ def _other_file(folder: Path, recorded: Mapping[str, str]) -> str | None:
 
 
 def _is_published_weights(name: str) -> bool:
-    """Safetensors and their indices; what loads from a pickle can run code."""
+    """Return whether the name is that of safetensors or their index; loading a pickle can run code."""
     return is_weights_file(name) and ".bin" not in name

@@ -1,4 +1,4 @@
-"""Pushing a run's drop-in: what is uploaded, what is tried again, and a process that keeps it from the training."""
+"""Push a run's output folder to the Hub: the upload, its retries, and a background process for it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, set_client_factory
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_session,
+    set_client_factory,
+)
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils._http import default_client_factory
 
 from srl_utils.errors import HubRefusal, UserError
 from srl_utils.hub.contents import CARD, Contents
@@ -26,9 +32,9 @@ from srl_utils.hub.contents import CARD, Contents
 EXIT_PUSH_FAILED = 3
 ATTEMPTS = 5
 FIRST_WAIT, LONGEST_WAIT = 2.0, 120.0  # seconds
-REQUEST_TIMEOUT = 60.0  # seconds without a byte from the server; the client by itself waits for ever
+REQUEST_TIMEOUT = 60.0  # seconds without a byte from the server; huggingface_hub sets no limit
 PUSH_TIME_LIMIT = 3600.0  # seconds for a whole push
-# Trying again would not help these; `ValueError` is also what a malformed repository id or a bad request raises.
+# Errors that a retry cannot mend. A malformed repository id and a bad request are ValueErrors too.
 PERMANENT = (ValueError, TypeError, FileNotFoundError, PermissionError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 RETRIED_STATUS = {408, 425, 429}
 SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")  # as git shows one; a date, such as 20261126, looks the same
@@ -37,22 +43,27 @@ Result = TypeVar("Result")
 
 
 class PushError(UserError, ConnectionError):
-    """The Hub did not take it; the message says why, in one line. A ConnectionError and so an OSError."""
+    """The Hub did not accept an upload, or could not be reached. The message says why, in one line."""
 
 
 def create_repository(repo_id: str, *, token: str | None, private: bool) -> str:
-    """Create the repository where it does not exist and return its full id (`user/name`), the present one if it moved.
+    """Create the repository if it does not exist, and return its full id (`user/name`).
 
-    With `private` it is private when this returns, whatever it was before.
+    A repository that was renamed is found by its old id; the new id is returned.
+
+    Args:
+        repo_id: `user/name`, or `name` alone for the owner of the token.
+        token: a token of the Hub; None uses the token of the login.
+        private: make the repository private, also if it exists and is public.
 
     Raises:
-        HubRefusal: a PermissionError, if the Hub refuses: better in the first seconds than at the end.
-        UserError: a ValueError, if the repository is not private afterwards.
-        PushError: if it cannot be reached, in `ATTEMPTS` with growing waits.
+        HubRefusal: a PermissionError, if the Hub refuses.
+        UserError: a ValueError, if the repository is still public afterwards.
+        PushError: if the Hub cannot be reached after `ATTEMPTS` attempts.
     """
     api = _api(token)
     with _refusals(f"cannot create or open '{repo_id}' on the Hub"):
-        # None leaves the choice to the organisation's setting.
+        # None means the default of the organisation.
         created = with_retries(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True)).repo_id
         info = with_retries(lambda: api.model_info(created))
     if private and info.private is not True:
@@ -61,7 +72,7 @@ def create_repository(repo_id: str, *, token: str | None, private: bool) -> str:
 
 
 def _make_private(api: HfApi, repo_id: str) -> None:
-    """Makes a repository private and reads that back, as `create_repo` ignores the wish where one exists."""
+    """Make an existing repository private and check that it is; `create_repo` does not change it."""
     with _refusals(f"'{repo_id}' is public, cannot be made private, and nothing was uploaded"):
         with_retries(lambda: api.update_repo_settings(repo_id, private=True))
         private = with_retries(lambda: api.model_info(repo_id)).private
@@ -74,11 +85,11 @@ def _make_private(api: HfApi, repo_id: str) -> None:
 
 
 def open_branch(repo_id: str, branch: str, *, token: str | None) -> None:
-    """Create the branch, from `main`, where it does not exist.
+    """Create a branch from `main` if it does not exist.
 
     Raises:
-        UserError: if the name is that of a tag or of a commit, or if the Hub refuses.
-        PushError: if it cannot be reached, in `ATTEMPTS` with growing waits.
+        UserError: if a tag or a commit has this name, or if the Hub refuses.
+        PushError: if the Hub cannot be reached after `ATTEMPTS` attempts.
     """
     api = _api(token)
     with _refusals(f"cannot open the branch '{branch}' of '{repo_id}'"):
@@ -86,9 +97,9 @@ def open_branch(repo_id: str, branch: str, *, token: str | None) -> None:
         if branch in {known.name for known in refs.branches}:
             return
         if branch in {tag.name for tag in refs.tags}:
-            raise UserError(f"'{branch}' is a tag of '{repo_id}'; --revision takes the name of a branch")
+            raise UserError(f"'{branch}' is a tag of '{repo_id}'; give the name of a branch", parameter="branch")
         if SHORT_COMMIT.fullmatch(branch) and any(commit.startswith(branch) for commit in _commits(api, repo_id)):
-            raise UserError(f"'{branch}' is a commit of '{repo_id}'; --revision takes the name of a branch")
+            raise UserError(f"'{branch}' is a commit of '{repo_id}'; give the name of a branch", parameter="branch")
         with_retries(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
 
 
@@ -98,20 +109,20 @@ def _commits(api: HfApi, repo_id: str) -> list[str]:
 
 
 def push(what: Contents, repo_id: str, *, token: str | None, commit_message: str, branch: str | None = None) -> str:
-    """Upload the contents, and delete what they make outdated, as one commit; return the commit's address.
+    """Upload the contents and delete outdated files in one commit; return the commit's address.
 
     Raises:
-        PushError: if the Hub refuses, or still fails after `ATTEMPTS` with growing waits.
+        PushError: if the Hub refuses, or still fails after `ATTEMPTS` attempts.
     """
     api = _api(token)
     try:
         return with_retries(lambda: _commit(api, what, repo_id, commit_message, branch)).commit_url
-    except Exception as error:  # whatever it is, the weights are on the disk and the caller must go on
+    except Exception as error:  # no error of an upload may stop the caller, whose weights are on the disk
         raise PushError(_reason(error)) from error
 
 
 def _commit(api: HfApi, what: Contents, repo_id: str, message: str, branch: str | None) -> CommitInfo:
-    """One attempt; `upload_folder` would make several commits of a large folder, and delete in the first."""
+    """Make the commit, in one attempt. `upload_folder` would split a large folder into several commits."""
     outdated = what.outdated(present := api.list_repo_files(repo_id, revision=branch))
     if CARD in set(present) - set(what.names) and what.describes_others(_download_card(api, repo_id, branch)):
         outdated.append(CARD)
@@ -130,7 +141,11 @@ def _download_card(api: HfApi, repo_id: str, branch: str | None) -> str:
 
 @contextmanager
 def _refusals(what: str) -> Iterator[None]:
-    """Within, an error of the Hub becomes a PushError if it may pass, else a UserError; `what` begins both."""
+    """Turn an error of the Hub within the context into a PushError if it may pass, else into a HubRefusal.
+
+    Args:
+        what: the beginning of the message.
+    """
     try:
         yield
     except UserError:
@@ -148,7 +163,18 @@ def _api(token: str | None) -> HfApi:
 
 
 def with_retries(action: Callable[[], Result], *, sleep: Callable[[float], None] = time.sleep) -> Result:
-    """The result of `action`, called up to `ATTEMPTS` times as long as what it raises may pass."""
+    """Return the result of `action`, called again after a failure that may pass.
+
+    tenacity is not a dependency. huggingface_hub's own retries cover single requests for a few seconds, and neither
+    creating a commit nor a wait that the server asks for.
+
+    Args:
+        action: the call to make.
+        sleep: waits for a number of seconds.
+
+    Raises:
+        Exception: what `action` raises, if `may_pass` is false or after `ATTEMPTS` calls.
+    """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return action()
@@ -162,7 +188,7 @@ def with_retries(action: Callable[[], Result], *, sleep: Callable[[float], None]
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later: not after a refusal, but after a full or broken server or line."""
+    """Return whether the same request may succeed later: after a server or network fault, but not after a refusal."""
     answer = _answer(error)
     if answer is not None:
         return answer.status_code >= 500 or answer.status_code in RETRIED_STATUS
@@ -170,27 +196,30 @@ def may_pass(error: Exception) -> bool:
 
 
 def asked_wait(error: Exception) -> float | None:
-    """The seconds of the server's Retry-After, where it sent one."""
+    """Return the seconds of the server's Retry-After header; None without one."""
     answer = _answer(error)
     value = "" if answer is None else answer.headers.get("Retry-After", "")
     return float(value) if value.isdigit() else None
 
 
 def push_command(folder: Path, repo_id: str, *, private: bool) -> list[str]:
-    """The arguments of Python that publish `folder`; the token comes from the login or HF_TOKEN."""
+    """Return the arguments for Python that publish `folder`; the token comes from the login or HF_TOKEN."""
     command = ["-m", "srl_utils.hub", "push", str(folder), "--repo_id", repo_id]
     return [*command, "--private"] if private else command
 
 
 @dataclass
 class Publisher:
-    """Publishes a run from processes of their own: nothing that the Hub does or fails to do reaches the training.
+    """Publishes a run from a separate process, so that a failing or silent Hub cannot stop the training.
 
-    Args:
-        repo_id: the full id, created before.
-        output_dir: of the run.
-        token: handed over in the environment, never on a command line; None for the one of the login.
-        private: whether the repository is created as a private one, should it have vanished.
+    `HfApi.upload_folder(run_as_future=True)` uploads in a thread of the training process instead: it cannot be stopped,
+    delays the end of the process, and makes several commits of a large folder.
+
+    Attributes:
+        repo_id: full id of an existing repository.
+        output_dir: folder of the run.
+        token: passed to the process in its environment, never on a command line; None uses the token of the login.
+        private: create the repository as private if it has been deleted in the meantime.
     """
 
     repo_id: str
@@ -200,7 +229,7 @@ class Publisher:
     _process: subprocess.Popen | None = field(default=None, init=False, repr=False)
 
     def publish_snapshot(self, save: Callable[[Path], None], commit_message: str) -> None:
-        """Has `save` write a folder and uploads it in the background; skipped while the one before is under way."""
+        """Upload the folder that `save` writes in the background; skip it while the upload before still runs."""
         if self._process is not None and self._process.poll() is None:
             print(f"the push before is still under way; skipped: {commit_message}", file=sys.stderr)
             return
@@ -210,25 +239,25 @@ class Publisher:
             self._process = self._start(self._snapshot, commit_message, output=log)
 
     def publish_result(self) -> bool:
-        """Uploads `output_dir`, after what is under way; whether that succeeded."""
+        """Wait for the upload that still runs, upload `output_dir`, and return whether that succeeded."""
         self._ended_well()
         self.close()
         self._process = self._start(self.output_dir, "End of training", output=None)
         return self._ended_well()
 
     def close(self) -> None:
-        """Ends what is under way: the Hub knows a commit whole or not at all."""
+        """Stop the upload that still runs. The Hub then has its whole commit or nothing of it."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
         shutil.rmtree(self._snapshot, ignore_errors=True)
 
     def command_to_finish(self) -> str:
-        """What the user types to publish `output_dir`."""
+        """Return the command that publishes `output_dir`."""
         return shlex.join(["python", *push_command(self.output_dir, self.repo_id, private=self.private)])
 
     def _ended_well(self) -> bool:
-        """Waits for what is under way, but not for ever: some transfers have no time-out of their own."""
+        """Wait for the process, at most `PUSH_TIME_LIMIT` seconds, and return whether it succeeded."""
         if self._process is None:
             return True
         try:
@@ -258,18 +287,15 @@ class Publisher:
 
 
 def _limit_requests() -> None:
-    """From now on no request of this process waits for a silent server for longer than `REQUEST_TIMEOUT`."""
-
-    def client() -> Any:
-        limited = default_client_factory()
-        limited.timeout = REQUEST_TIMEOUT
-        return limited
-
-    set_client_factory(client)
+    """Make each later request of this process fail after `REQUEST_TIMEOUT` seconds without a byte from the server."""
+    session = get_session()
+    hooks, redirects = session.event_hooks, session.follow_redirects
+    # A time limit set on the session itself would be lost when huggingface_hub replaces the session.
+    set_client_factory(lambda: type(session)(event_hooks=hooks, follow_redirects=redirects, timeout=REQUEST_TIMEOUT))
 
 
 def _answer(error: BaseException | None) -> Any | None:
-    """The server's response behind `error`: uploads of large files wrap theirs in a RuntimeError."""
+    """Return the server's response that caused `error`, or None; uploads of large files wrap it in a RuntimeError."""
     while error is not None:
         if isinstance(error, HfHubHTTPError) and error.response is not None:
             return error.response
@@ -278,7 +304,7 @@ def _answer(error: BaseException | None) -> Any | None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what `error` says, and of what the server said or what else lies behind it."""
+    """Return the first line of `error`, followed by the server's message or the first line of its cause."""
     reason = next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
     if isinstance(error, HfHubHTTPError):
         said = " ".join((error.server_message or "").split())

@@ -1,1 +1,1 @@
-"""Image files and data sets to tensors: pixel ranges, decoding, sources, batches."""
+"""Image files and datasets to tensors: pixel ranges, decoding, sources, batches."""

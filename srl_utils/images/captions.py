@@ -1,4 +1,4 @@
-"""Captions of pictures in a folder, from metadata files as the datasets library reads them and from text files."""
+"""Read the captions of images in a folder, from metadata files as in the datasets library, and from text files."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def lines_of(text: str) -> list[str]:
 
 
 def as_caption(value: object) -> str:
-    """Return one line of text: of several captions, as COCO has them, the first; "" for none."""
+    """Return a caption as one text: the first of several captions, as COCO has them; "" for none."""
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
     return "" if value is None or value != value else str(value).strip()  # NaN, unlike 0, is no caption
 
 
-def folder_captions(folder: Path, pictures: Sequence[Path], column: str) -> list[str]:
-    """Return a caption for each picture, "" for none.
+def folder_captions(folder: Path, images: Sequence[Path], column: str) -> list[str]:
+    """Return a caption for each image, "" for none.
 
     They come from the metadata files in `folder` and below. Where these have none and `column` is one of
     `SIDECAR_COLUMNS`, the first line of `1.txt` or `1.caption` beside `1.png` is the caption.
@@ -69,27 +69,38 @@ def folder_captions(folder: Path, pictures: Sequence[Path], column: str) -> list
     tables = sorted(
         (path for path in list_files(folder) if path.name in METADATA), key=lambda path: (len(path.parts), path)
     )
-    found = _from_sidecars(folder, pictures) if column.lower() in SIDECAR_COLUMNS else {}
+    found = _from_sidecars(folder, images) if column.lower() in SIDECAR_COLUMNS else {}
     if not tables and not found:
         raise UserError(
-            f"--caption_column {column}: {one_line(str(folder))} has no {METADATA[0]}, with a line such as "
-            f'{{"file_name": "1.png", "{column}": "a red circle"}} for each image; '
-            "with --caption_column text, files such as 1.txt beside 1.png do as well"
+            f"there are no captions in {one_line(str(folder))}; add a {METADATA[0]} with a line such as "
+            f'{{"file_name": "1.png", "{column}": "a red circle"}} for each image, or name the column text '
+            "and add files such as 1.txt beside 1.png",
+            parameter="caption_column",
         )
-    known = {_key(path) for path in pictures}
+    known = {_key(path) for path in images}
     columns: dict[str, None] = {}
-    for table in tables:  # of two, the one nearest to a picture is the last
+    for table in tables:  # of two, the one nearest to an image is the last
         found.update(_from_table(table, column, known, columns))
     if not found and column not in columns:
         raise UserError(
-            f"--caption_column {column}: there is no such column in {one_line(str(tables[0]))}; "
-            f"the columns are {one_line(', '.join(map(str, columns)) or 'none')}"
+            f"there is no column '{column}' in {one_line(str(tables[0]))}; "
+            f"the columns are {one_line(', '.join(map(str, columns)) or 'none')}",
+            parameter="caption_column",
         )
-    return [next((found[key] for key in (_key(path), *_sidecar_keys(path)) if key in found), "") for path in pictures]
+    return [next((found[key] for key in (_key(path), *_sidecar_keys(path)) if key in found), "") for path in images]
 
 
 def _from_table(path: Path, column: str, known: set[str], columns: dict[str, None]) -> dict[str, str]:
-    """Return the captions of a metadata file; adds its columns, and names a row whose pictures are not `known`."""
+    """Return the captions of a metadata file by the key of the image.
+
+    Warns of rows whose images are not `known`.
+
+    Args:
+        path: the file.
+        column: the column of the captions.
+        known: keys of the images of the folder.
+        columns: the file's columns are added here.
+    """
     folder = path.parent.absolute().as_posix()
     found: dict[str, str] = {}
     strays: list[str] = []
@@ -109,9 +120,9 @@ def _from_table(path: Path, column: str, known: set[str], columns: dict[str, Non
     return found
 
 
-def _from_sidecars(folder: Path, pictures: Sequence[Path]) -> dict[str, str]:
-    """Return the first lines of text files beside pictures, by the key of the file without its suffix."""
-    wanted = {key for path in pictures for key in _sidecar_keys(path)}
+def _from_sidecars(folder: Path, images: Sequence[Path]) -> dict[str, str]:
+    """Return the first lines of text files beside images, by the key of the file without its suffix."""
+    wanted = {key for path in images for key in _sidecar_keys(path)}
     files = [path for path in list_files(folder, frozenset(SIDECARS)) if path.is_file()]
     # Those that come last count: .txt before .caption.
     ordered = sorted(files, key=lambda path: SIDECARS.index(path.suffix.lower()), reverse=True)
@@ -142,7 +153,7 @@ def _normal(path: str) -> str:
 
 
 def _names(row: Row) -> Iterator[str]:
-    """Return the names of the pictures of a row, in the columns where the datasets library looks for them."""
+    """Yield the names of the images of a row, from the columns in which the datasets library looks for them."""
     for column, value in row.items():
         if value not in (None, "") and re.fullmatch(r"(.*_)?file_names?", str(column)):
             yield from map(str, value if isinstance(value, list) else [value])

@@ -1,4 +1,4 @@
-"""Colour spaces of pictures, from ICC profiles and from the short forms that PNG and Exif have, to sRGB."""
+"""Convert the colours of images to sRGB, from ICC profiles and from the short forms in PNG and Exif."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ STRIP = 128  # rows
 
 
 def profile_of(image: Image.Image) -> bytes | None:
-    """Return the ICC profile of an opened picture, or one that says what its PNG chunks or its Exif say.
+    """Return the ICC profile of an opened image, or one that says what its PNG chunks or its Exif say.
 
     The order is that of the PNG specification: cICP, iCCP, sRGB, then gAMA and cHRM. Exif counts last.
     """
@@ -71,36 +71,39 @@ def profile_of(image: Image.Image) -> bytes | None:
     return _png_profile(image) or _exif_profile(image)
 
 
-def as_rgb(picture: Image.Image | np.ndarray, profile: bytes | None) -> Image.Image:
-    """Return a picture in sRGB, mode RGB.
+def as_rgb(image: Image.Image | np.ndarray, profile: bytes | None) -> Image.Image:
+    """Return an image in sRGB, mode RGB.
 
-    A profile that is broken, or made for pictures of another kind, is ignored, as browsers ignore it.
+    A profile that is broken, or made for images of another kind, is ignored, as browsers ignore it.
 
     Args:
-        picture: of mode L, RGB, CMYK or LAB, or an array of 16 bits, `[H,W]` or `[H,W,3]`.
+        image: of mode L, RGB, CMYK or LAB, or an array of 16 bits, `[H,W]` or `[H,W,3]`.
         profile: ICC profile of its colours; None for sRGB.
     """
     if profile and profile[16:20] == b"GRAY":
-        picture = _gray_of(picture)
-    mode = picture.mode if isinstance(picture, Image.Image) else "L" if picture.ndim == 2 else "RGB"
+        image = _gray_of(image)
+    mode = image.mode if isinstance(image, Image.Image) else "L" if image.ndim == 2 else "RGB"
     converter = _converter(profile, mode) if profile and mode != "LAB" else None
-    if isinstance(picture, np.ndarray):
-        return _deep_as_rgb(picture, converter)
+    if isinstance(image, np.ndarray):
+        return _deep_as_rgb(image, converter)
     if converter is None:
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-    return converter(picture)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    return converter(image)
 
 
-def _gray_of(picture: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
-    """The gray of an RGB picture without colours, as Pillow opens gray PNG of 16 bits with alpha."""
-    if isinstance(picture, np.ndarray) or picture.mode != "RGB":
-        return picture
-    red, green, blue = picture.split()
-    return red if red.tobytes() == green.tobytes() == blue.tobytes() else picture
+def _gray_of(image: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
+    """Return mode L for an RGB image without colours; Pillow opens gray PNG of 16 bits with alpha as such an image."""
+    if isinstance(image, np.ndarray) or image.mode != "RGB":
+        return image
+    red, green, blue = image.split()
+    return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
 
 
 def _deep_as_rgb(samples: np.ndarray, converter: Converter | None) -> Image.Image:
-    """Of 16 bits, strip by strip where the numbers in between take many times the memory of the picture."""
+    """Return an image of 16 bits per sample as sRGB of 8 bits.
+
+    An image with steep curves is converted in strips of `STRIP` rows, as it needs many times its own memory.
+    """
     if converter is None:
         return Image.fromarray((samples / 257).round().astype(np.uint8)).convert("RGB")
     if samples.ndim == 2:
@@ -115,12 +118,18 @@ def _deep_as_rgb(samples: np.ndarray, converter: Converter | None) -> Image.Imag
 
 
 def _is_steep(converter: Converter) -> bool:
-    """Whether neighbouring grays of 8 bits come out further apart than roundings, as those of linear light do."""
+    """Return whether neighbouring grays of 8 bits differ by more than rounding after the conversion.
+
+    This is so for profiles of linear light.
+    """
     return bool(np.diff(np.asarray(converter(RAMP), int), axis=1).max() > SAME)
 
 
 def _interpolated(samples: np.ndarray, converter: Converter) -> np.ndarray:
-    """RGB of 16 bits `[H,W,3]` by a converter of 8 bits: what it makes of the eight colours around each, weighted."""
+    """Convert RGB of 16 bits `[H,W,3]` with a converter of 8 bits, and return 8 bits.
+
+    Each colour is interpolated linearly between the eight converted colours around it.
+    """
     place = samples.astype(np.float32) / 257
     below = np.minimum(place.astype(np.uint8), 254)
     share = place - below
@@ -163,7 +172,7 @@ def _png_profile(image: Image.Image) -> bytes | None:
 
 
 def _coded_profile(primaries: int, transfer: int, matrix: int, full_range: int) -> bytes | None:
-    """The profile of code points of ITU-T H.273, as the PNG chunk cICP holds them."""
+    """Return the profile of code points of ITU-T H.273, as the PNG chunk cICP holds them; None if they are unknown."""
     if primaries in CODED_PRIMARIES and transfer in CODED_CURVES and matrix == 0 and full_range == 1:
         return matrix_profile(CODED_PRIMARIES[primaries], CODED_CURVES[transfer])
     warn_once(f"colours of the code points {primaries}/{transfer}/{matrix}/{full_range} are read as sRGB")
@@ -171,7 +180,7 @@ def _coded_profile(primaries: int, transfer: int, matrix: int, full_range: int) 
 
 
 def _exif_profile(image: Image.Image) -> bytes | None:
-    """Adobe RGB, where Exif says so: by the interoperability index R03, or by the colour space 2."""
+    """Return the profile of Adobe RGB if Exif names it (interoperability index R03, or colour space 2), else None."""
     try:
         exif = image.getexif()
         space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
@@ -184,12 +193,12 @@ def _exif_profile(image: Image.Image) -> bytes | None:
 
 @lru_cache(maxsize=CACHED_PROFILES)
 def _converter(profile: bytes, mode: str) -> Converter | None:
-    """What turns a picture of this mode and profile into sRGB; None if nothing can, or if it is sRGB."""
+    """Return a function that converts images of this mode and profile to sRGB; None if it is sRGB or unusable."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         taken = MODES.get(opened.profile.xcolor_space.strip())
         if opened.profile.device_class not in DEVICES or taken not in (mode, "RGB" if mode == "L" else mode):
-            warn_once("a colour profile made for another kind of picture is ignored")
+            warn_once("a colour profile made for another kind of image is ignored")
             return None
         if any(_changes_nothing(opened, taken, intent) for intent in INTENTS):
             return None
@@ -199,8 +208,8 @@ def _converter(profile: bytes, mode: str) -> Converter | None:
         return None
     if taken == "L":
         table = np.asarray(transform.apply(RAMP))[0]
-        return lambda picture: Image.fromarray(table[np.asarray(picture)])
-    return lambda picture: transform.apply(picture if picture.mode == taken else picture.convert(taken))
+        return lambda image: Image.fromarray(table[np.asarray(image)])
+    return lambda image: transform.apply(image if image.mode == taken else image.convert(taken))
 
 
 def _transform(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.Intent) -> ImageCms.ImageCmsTransform:
@@ -212,7 +221,10 @@ def _transform(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.In
 
 
 def _changes_nothing(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.Intent) -> bool:
-    """Whether this is sRGB itself: each of its many profiles is off by roundings, which no picture should suffer."""
+    """Return whether the profile is one of the many of sRGB, which differ by roundings only.
+
+    Such images stay as they are.
+    """
     if mode == "CMYK":
         return False
     steps = np.linspace(0, 255, 18).astype(np.uint8)
@@ -223,7 +235,11 @@ def _changes_nothing(profile: ImageCms.ImageCmsProfile, mode: str, intent: Image
 
 
 def _colorants(primaries: Chromaticities) -> np.ndarray:
-    """`[3,3]`: the XYZ of red, green and blue as columns, their white adapted to D50 (Bradford)."""
+    """Return the XYZ of red, green and blue as columns `[3,3]`, adapted to the white D50 (Bradford).
+
+    Raises:
+        ValueError: if the chromaticities span no colour space.
+    """
     x, y = np.array(primaries[0::2]), np.array(primaries[1::2])
     if not (y > 0).all():
         raise ValueError("chromaticities without light")
@@ -237,7 +253,7 @@ def _colorants(primaries: Chromaticities) -> np.ndarray:
 
 
 def _fixed(numbers: Sequence[float] | np.ndarray) -> bytes:
-    """ICC's s15Fixed16Number."""
+    """Return numbers as ICC's s15Fixed16Number, four bytes each."""
     return struct.pack(f">{len(numbers)}i", *(round(65536 * float(number)) for number in numbers))
 
 
@@ -246,7 +262,7 @@ def _xyz(values: np.ndarray) -> bytes:
 
 
 def _assembled(tags: dict[bytes, bytes]) -> bytes:
-    """An ICC profile of an RGB display with these tags."""
+    """Return an ICC profile of an RGB display with these tags."""
     start = 128 + 4 + 12 * len(tags)
     table, body = struct.pack(">I", len(tags)), b""
     for name, content in tags.items():

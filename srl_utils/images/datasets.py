@@ -1,8 +1,8 @@
-"""Images from folders, tars and Hugging Face datasets as training samples and as a validation set.
+"""Serve images from folders, tars and Hugging Face datasets as training samples and as a validation set.
 
 A training sample is a function of (seed, position), where position 0, 1, 2, ... counts the samples of a whole run
-over all processes. The order therefore depends on no saved random state, number of workers or number of processes,
-and a run resumes at any position.
+over all processes. So the order does not depend on saved random state, the number of workers or the number of
+processes, and a run resumes at any position.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TrainingSamples(Dataset):
         self.framing = framing
 
     def __getitem__(self, position: int) -> Sample:
-        """The sample at `position`; an unreadable image is replaced by the next one of the epoch."""
+        """Return the sample at `position`; an unreadable image is replaced by the next one of the epoch."""
         epoch, place = divmod(position, len(self.images))
         order = epoch_order(self.framing.seed, epoch, len(self.images))
         return self.framing.sample(position, lambda attempt: self.images[order[(place + attempt) % len(order)]])
@@ -64,7 +64,7 @@ class TrainingSamples(Dataset):
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The permutation of `num_images` indices in which an epoch reads them."""
+    """Return the order in which an epoch reads the images: a permutation of `num_images` indices."""
     return np.random.default_rng((seed, ORDER_SEED, epoch)).permutation(num_images)
 
 
@@ -102,7 +102,7 @@ class StreamSamples(IterableDataset):
     )
 
     def __iter__(self) -> Iterator[Sample]:
-        """The samples; an unreadable image is replaced by the next one of the stream."""
+        """Yield the samples; an unreadable image is replaced by the next one of the stream."""
         start = self.positions.first_position
         stream = self._read(start)
         window: deque[RawImage] = deque()  # what the stream has yielded from position `start` on
@@ -120,7 +120,7 @@ class StreamSamples(IterableDataset):
             yield self.framing.sample(position, candidate)
 
     def _read(self, position: int) -> Iterator[RawImage]:
-        """The undecoded images from `position` on, epoch after epoch; the epochs are of equal length.
+        """Yield the undecoded images from `position` on, epoch after epoch. All epochs have the same length.
 
         Raises:
             UserError: if the stream is empty.
@@ -132,7 +132,7 @@ class StreamSamples(IterableDataset):
                 if length > to_skip:
                     yield raw
             if length == 0:
-                raise UserError("the streamed training data holds no images; check the data set and its split")
+                raise UserError("the streamed training data holds no images; check the dataset and its split")
             skipped_epochs, to_skip = divmod(max(to_skip - length, 0), length)
             epoch += 1 + skipped_epochs
 
@@ -158,10 +158,18 @@ def open_data(
     random_flip: bool,
     num_validation_images: int,
 ) -> TrainingData:
-    """Opens the training and validation images and makes sure that both can be read.
+    """Open the training and validation images, and check that both can be decoded.
+
+    Args:
+        source: where the images come from.
+        resolution: side of the images in pixels.
+        seed: decides order, crops, flips and held-out images.
+        center_crop: take the central square instead of a random part of each training image.
+        random_flip: mirror a random half of the training images.
+        num_validation_images: largest number of validation images.
 
     Raises:
-        UserError: if there are none, if flags conflict, or if none of the images tried can be decoded.
+        UserError: if there are no images, if settings conflict, or if none of the images tried can be decoded.
     """
     framing = Framing(resolution=resolution, seed=seed, center_crop=center_crop, random_flip=random_flip)
     training, validation, passed_over = open_images(source, resolution, seed)
@@ -188,16 +196,18 @@ def open_data(
 
 
 def load_validation_images(source: DataSource, *, num_images: int, resolution: int, seed: int = 0) -> ValidationImages:
-    """Central squares spread evenly over the validation images (of a stream: the first), always the same ones.
+    """Return the central squares of images spread evenly over the validation images, or of the first ones of a stream.
 
-    A `source` with `validation_data_dir` needs no training data. The seed matters for held-out training images. If the
-    source names captions, images without one are left out.
+    The choice is the same in each call. If `source` names captions, images without one are left out.
 
-    Returns:
-        Up to `num_images` images.
+    Args:
+        source: where the images come from; with `validation_data_dir` it needs no training images.
+        num_images: largest number of images.
+        resolution: side of the images in pixels.
+        seed: the seed of the training, which decides the held-out images.
 
     Raises:
-        UserError: if there are no validation images or none of them can be used.
+        UserError: if there are no validation images, or none of them can be used.
     """
     validation, passed_over = open_validation(source, resolution, seed)
     wanted = source.caption_column is not None
@@ -211,7 +221,7 @@ def load_validation_images(source: DataSource, *, num_images: int, resolution: i
 
 
 def _probes(images: Images, number: int) -> Iterator[RawImage]:
-    """Some images from all over, for bad ones are often neighbours; of a stream the first."""
+    """Return some images: spread evenly, since bad images are often neighbours; of a stream the first ones."""
     if isinstance(images, StreamImages):
         return islice(images, number)
     return (
@@ -228,7 +238,7 @@ def _check_readable(images: Images) -> None:
         except UnreadableImage as error:
             problems.append(f"{raw.name}: {error}")
     if not problems:
-        raise UserError("the training data holds no images; check its files and --max_train_samples")
+        raise UserError("the training data holds no images; check its files and max_train_samples")
     raise UserError(f"none of {len(problems)} training images tried can be read; {problems[0]}")
 
 
@@ -263,7 +273,10 @@ def _decode_evenly(images: Images, number: int, resolution: int, *, captioned: b
 
 
 def _stretches(images: Images, number: int, is_candidate: Callable[[RawImage], bool]) -> list[Iterator[RawImage]]:
-    """For each validation image to be shown, the candidates of which the first readable one is taken."""
+    """Return one iterator of candidates for each validation image.
+
+    The first readable candidate becomes the validation image.
+    """
     if isinstance(images, StreamImages):
         # One iterator, repeated: each stretch begins where the one before it ended.
         return [islice(filter(is_candidate, images), number + DECODE_ATTEMPTS)] * number

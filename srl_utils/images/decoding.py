@@ -1,4 +1,4 @@
-"""Picture files of any kind to upright sRGB pictures of 8 bits per sample."""
+"""Decode image files of any kind to upright sRGB images of 8 bits per sample."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ _raised_limit = threading.RLock()
 
 
 class UnreadableImage(ValueError):
-    """A picture that cannot be decoded; the message is a short reason."""
+    """An image that cannot be decoded; the message is a short reason."""
 
 
 @lru_cache(maxsize=1)
-def picture_formats() -> tuple[str, ...]:
-    """Return the names of the formats that Pillow decodes, by itself and with those of its plugins that are installed."""
+def image_formats() -> tuple[str, ...]:
+    """Return the names of the formats that Pillow decodes, with the plugins that are installed."""
     Image.init()
     with suppress(ImportError):
         import_module("pillow_heif").register_heif_opener()
@@ -59,23 +59,23 @@ def picture_formats() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1)
-def picture_suffixes() -> frozenset[str]:
-    """Return the lower-case file suffixes, such as `.png`, of `picture_formats`."""
-    formats = {*picture_formats(), "MPO"}  # of cameras with two lenses; Pillow opens these files as JPEG
+def image_suffixes() -> frozenset[str]:
+    """Return the lower-case file suffixes, such as `.png`, of `image_formats`."""
+    formats = {*image_formats(), "MPO"}  # of cameras with two lenses; Pillow opens these files as JPEG
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 @contextmanager
-def open_picture(source: object, *, max_pixels: int | None = None) -> Iterator[Image.Image]:
-    """Open a picture at its first frame, as a context. `to_srgb` turns each frame into pixels.
+def open_image(source: object, *, max_pixels: int | None = None) -> Iterator[Image.Image]:
+    """Open an image at its first frame, as a context. `to_srgb` turns each frame into pixels.
 
     Args:
         source: a path, a URL that fsspec knows, the bytes of a file, `{"bytes", "path"}`, or a PIL image, which stays
             open afterwards.
-        max_pixels: the largest picture to read, in pixels, in place of `Image.MAX_IMAGE_PIXELS`.
+        max_pixels: the largest image to read, in pixels, in place of `Image.MAX_IMAGE_PIXELS`.
 
     Raises:
-        UnreadableImage: if the picture is missing, is of no known format, or has too many pixels.
+        UnreadableImage: if the image is missing, is of no known format, or has too many pixels.
     """
     with _pixel_limit(max_pixels):
         with _one_line_reason():
@@ -88,9 +88,9 @@ def open_picture(source: object, *, max_pixels: int | None = None) -> Iterator[I
 
 
 def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return the current frame of an opened picture as upright sRGB (mode RGB), and its alpha (mode L).
+    """Return the current frame of an opened image as upright sRGB (mode RGB), and its alpha (mode L).
 
-    The alpha is None where the picture is opaque. `image` is loaded, but not changed.
+    The alpha is None where the image is opaque. `image` is loaded, but not changed.
 
     Raises:
         UnreadableImage: if the pixels are broken, or if their range is ambiguous.
@@ -110,22 +110,22 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         profile = profile_of(image)
         if profile is None:
             _refuse_dim(colour, deep, stated or _declared(image))
-        picture = as_rgb(colour, profile)
-        picture.info = {}  # it says how to read the file, and would be taken for this picture's
-        return picture, alpha
+        rgb = as_rgb(colour, profile)
+        rgb.info = {}  # it describes the file's own colours, not these
+        return rgb, alpha
 
 
 def decode_rgb(source: object, *, max_pixels: int | None = None) -> Image.Image:
-    """Return the first frame of a picture in sRGB (mode RGB), upright, transparent parts over white.
+    """Return the first frame of an image in sRGB (mode RGB), upright, transparent parts over white.
 
     Args:
-        source: as for `open_picture`.
-        max_pixels: as for `open_picture`.
+        source: as for `open_image`.
+        max_pixels: as for `open_image`.
 
     Raises:
-        UnreadableImage: if the picture is missing, broken, too large, or of an ambiguous range of values.
+        UnreadableImage: if the image is missing, broken, too large, or of an ambiguous range of values.
     """
-    with open_picture(source, max_pixels=max_pixels) as image:
+    with open_image(source, max_pixels=max_pixels) as image:
         colour, alpha = to_srgb(image)
     if alpha is None:
         return colour
@@ -135,6 +135,7 @@ def decode_rgb(source: object, *, max_pixels: int | None = None) -> Image.Image:
 
 @contextmanager
 def _one_line_reason() -> Iterator[None]:
+    """Turn any error within the context into an UnreadableImage with a reason of one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -142,7 +143,7 @@ def _one_line_reason() -> Iterator[None]:
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:  # its message may hold an address in memory
-        raise UnreadableImage("no picture of a known format, or its beginning is broken") from error
+        raise UnreadableImage("no image of a known format, or its beginning is broken") from error
     except Exception as error:  # on broken files Pillow raises nearly anything: SyntaxError, struct.error, ...
         reason = (str(error).splitlines() or [""])[0]
         raise UnreadableImage(f"{type(error).__name__}: {reason}") from error
@@ -150,7 +151,10 @@ def _one_line_reason() -> Iterator[None]:
 
 @contextmanager
 def _pixel_limit(max_pixels: int | None) -> Iterator[None]:
-    """Within, Pillow's limit is `max_pixels`. It is one for the process: other threads that set it wait here."""
+    """Set Pillow's limit of pixels to `max_pixels` within the context; None leaves it.
+
+    The limit holds for the whole process, so other threads that set it wait.
+    """
     if max_pixels is None:
         yield
         return
@@ -163,14 +167,17 @@ def _pixel_limit(max_pixels: int | None) -> Iterator[None]:
 
 
 def _refuse_bomb(image: Image.Image) -> None:
-    """Pillow checks files when it opens them: this is for PIL images, and for the later pages of files."""
+    """Raise Pillow's error for an image with too many pixels.
+
+    Pillow checks files when it opens them, but neither PIL images in memory nor the later pages of a file.
+    """
     pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
         raise Image.DecompressionBombError(f"{pixels} pixels are more than {limit}")
 
 
 def _open(source: object) -> Image.Image:
-    """The picture, its pixels not yet read."""
+    """Open an image without reading its pixels; see `open_image` for `source`."""
     if isinstance(source, dict):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if isinstance(source, Image.Image):
@@ -182,7 +189,7 @@ def _open(source: object) -> Image.Image:
         return _open_bytes(bytes(source))
     if isinstance(source, (str, os.PathLike)):
         return _open_file(Path(source))
-    raise UnreadableImage(f"{type(source).__name__} instead of a picture")
+    raise UnreadableImage(f"{type(source).__name__} instead of an image")
 
 
 def _open_file(path: Path) -> Image.Image:
@@ -194,7 +201,7 @@ def _open_file(path: Path) -> Image.Image:
     if boxes or head.startswith((png_chunks.SIGNATURE, *tiff_pages.SIGNATURES)):
         return _open_bytes(path.read_bytes())
     with _named_reason(head):
-        return Image.open(path, formats=picture_formats())
+        return Image.open(path, formats=image_formats())
 
 
 def _open_bytes(data: bytes) -> Image.Image:
@@ -203,7 +210,7 @@ def _open_bytes(data: bytes) -> Image.Image:
     if data.startswith(png_chunks.SIGNATURE):
         return _open_png(data)
     with _named_reason(data[:HEAD]):
-        image = Image.open(io.BytesIO(data), formats=picture_formats())
+        image = Image.open(io.BytesIO(data), formats=image_formats())
     if data.startswith(iso_boxes.JP2):
         image.info["icc_profile"] = iso_boxes.embedded_profile(data)
     elif data[4:8] == iso_boxes.FILE_TYPE and not image.info.get("icc_profile"):
@@ -223,7 +230,7 @@ def _open_png(data: bytes) -> Image.Image:
 
 
 def _open_tiff(data: bytes) -> Image.Image:
-    """By Pillow, which knows every compression, or else by tifffile, which knows every kind of sample."""
+    """Open a TIFF with Pillow, which knows all compressions, or with tifffile, which knows all kinds of samples."""
     try:
         image = Image.open(io.BytesIO(data), formats=["TIFF"])
     except UnidentifiedImageError:
@@ -238,12 +245,12 @@ def _open_tiff(data: bytes) -> Image.Image:
 
 @contextmanager
 def _named_reason(head: bytes) -> Iterator[None]:
-    """What Pillow cannot identify, but could with another package, is refused with the package's name."""
+    """Name the package that is needed, if Pillow cannot identify a file of a format that a package adds."""
     try:
         yield
     except UnidentifiedImageError:
         file_format = foreign_format(head)
-        if file_format is None or file_format in picture_formats():
+        if file_format is None or file_format in image_formats():
             raise
         raise UnreadableImage(f"{file_format} {NEEDED[file_format]}") from None
 
@@ -268,12 +275,12 @@ def _expect_native_bytes(image: Image.Image) -> None:
 
 
 def _told(tile: tuple[Any, ...], arguments: object) -> Any:
-    """A tile of an image, whose decoder is told something else. Older releases of Pillow have plain tuples."""
+    """Return a tile with other arguments for its decoder. Older releases of Pillow have plain tuples."""
     return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A copy, turned as its Exif says, unless that cannot be read."""
+    """Return a copy, turned as Exif says if Exif can be read."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
@@ -281,6 +288,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _declared(image: Image.Image) -> Declared:
+    """Return what the file says of its samples."""
     if isinstance(tags := getattr(image, "tag_v2", None), Mapping):
         return Declared.of_tiff(tags)
     if image.mode == "F":
@@ -291,7 +299,7 @@ def _declared(image: Image.Image) -> Declared:
 
 
 def _split(image: Image.Image, declared: Declared) -> tuple[Image.Image | np.ndarray, Image.Image | None]:
-    """Colours of mode L, RGB, CMYK or LAB or gray of 16 bits `[H,W]`, and the alpha."""
+    """Return the colours (mode L, RGB, CMYK or LAB, or gray of 16 bits `[H,W]`) and the alpha, if any."""
     transparent = image.info.pop("transparency", None)
     signed = image.mode == "L" and declared.kind == SIGNED
     if signed or image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -310,7 +318,10 @@ def _unless_opaque(alpha: Image.Image) -> Image.Image | None:
 
 
 def _long_samples(image: Image.Image, declared: Declared, transparent: object) -> tuple[np.ndarray, Image.Image | None]:
-    """Gray `[H,W]` of 16 bits from samples that Pillow's own conversion clips at 255, and the alpha."""
+    """Return gray of 16 bits `[H,W]` and the alpha, if any, for samples of more than 8 bits.
+
+    Pillow's own conversion clips them at 255.
+    """
     values = np.asarray(image)
     if declared.kind == SIGNED and declared.bits in (8, 16):
         values = values.astype(f"i{declared.bits // 8}")
@@ -323,7 +334,10 @@ def _long_samples(image: Image.Image, declared: Declared, transparent: object) -
 
 
 def _refuse_dim(colour: Image.Image | np.ndarray, deep: bool, declared: Declared) -> None:
-    """Raise an `AmbiguousRange` for 16 bits of which only 12 are used: these files rarely mean the darkness they state."""
+    """Raise an `AmbiguousRange` for 16 bits of which only 12 are used.
+
+    Such files are rarely meant to be as dark as they are.
+    """
     if declared != SIXTEEN_BITS:
         return
     if isinstance(colour, np.ndarray):
@@ -335,12 +349,12 @@ def _refuse_dim(colour: Image.Image | np.ndarray, deep: bool, declared: Declared
 
 
 def _needs_low_bytes(image: Image.Image) -> bool:
-    """Whether the high bytes of RGB(A) are not enough: for exact colours, or as all of them are 0."""
+    """Return whether RGB(A) needs all 16 bits: for exact colours, or because all high bytes are 0."""
     return bool(NEEDS_ALL_BITS & image.info.keys()) or not np.asarray(image)[..., :3].any()
 
 
 def _join(high: Image.Image, low: Image.Image) -> tuple[np.ndarray, Image.Image | None]:
-    """RGB `[H,W,3]` of 16 bits from pictures of its high and its low bytes, and the alpha."""
+    """Return RGB of 16 bits `[H,W,3]` from images of its high and its low bytes, and the alpha, if any."""
     samples = np.asarray(high.convert("RGB")).astype(np.uint16) << 8 | np.asarray(low.convert("RGB"))
     if high.mode == "RGBA":
         return samples, _unless_opaque(high.getchannel("A"))

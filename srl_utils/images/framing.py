@@ -1,4 +1,4 @@
-"""Undecoded pictures to square training images `[3,R,R]` in [-1,1]."""
+"""Turn undecoded images into square training images `[3,R,R]` in [-1,1]."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ Box = tuple[float, float, float, float]
 
 
 class RawImage(NamedTuple):
-    """An undecoded picture: what `decode_rgb` takes, its path, key or row, and its caption ("" if it has none)."""
+    """An undecoded image.
+
+    Attributes:
+        source: what `decode_rgb` takes.
+        label: its path, key or row.
+        caption: its caption, "" without one.
+    """
 
     source: object
     label: str
@@ -34,7 +40,7 @@ class RawImage(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The label in one line, or else a hash of the content: the same in each epoch, whatever the order."""
+        """Return the label in one line, or a hash of the content, which is the same in each epoch."""
         content = self.source.get("bytes") if isinstance(self.source, dict) else self.source
         if self.label or not isinstance(content, bytes):
             return one_line(self.label) or "a sample without image"
@@ -42,7 +48,7 @@ class RawImage(NamedTuple):
 
 
 class RawImages(Protocol):
-    """Undecoded pictures by their number: a list, a column of a table, or a selection of these."""
+    """Undecoded images by number: a list, a column of a dataset, or a selection of these."""
 
     def __len__(self) -> int: ...
 
@@ -50,7 +56,7 @@ class RawImages(Protocol):
 
 
 class Sample(TypedDict):
-    """A training image `[3,R,R]` in [-1,1], and the unreadable images that it stands in for."""
+    """A training image `[3,R,R]` in [-1,1], and the names of the unreadable images that it replaces."""
 
     image: Tensor
     position: int
@@ -60,7 +66,7 @@ class Sample(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """How a picture becomes a training image: by draws from (seed, position) alone."""
+    """How an image becomes a training image. All random draws depend on (seed, position) alone."""
 
     resolution: int
     seed: int
@@ -68,7 +74,7 @@ class Framing:
     random_flip: bool = False
 
     def sample(self, position: int, candidate: Callable[[int], RawImage]) -> Sample:
-        """The first readable one of candidate(0), candidate(1), ...
+        """Return the first readable image of candidate(0), candidate(1), ... as a training image.
 
         Raises:
             UserError: if the first `DECODE_ATTEMPTS` candidates are all unreadable.
@@ -77,39 +83,39 @@ class Framing:
         for attempt in range(DECODE_ATTEMPTS):
             raw = candidate(attempt)
             try:
-                picture = decode_rgb(raw.source)
+                image = decode_rgb(raw.source)
             except UnreadableImage as error:
                 bad.append(raw.name)
                 reason = str(error)
                 continue
-            upscaled = min(picture.size) < self.resolution
-            return Sample(image=self._tensor(picture, position), position=position, bad=bad, upscaled=upscaled)
+            upscaled = min(image.size) < self.resolution
+            return Sample(image=self._tensor(image, position), position=position, bad=bad, upscaled=upscaled)
         raise UserError(f"{DECODE_ATTEMPTS} training images in a row cannot be read, the last is {bad[-1]}: {reason}")
 
-    def _tensor(self, picture: Image.Image, position: int) -> Tensor:
+    def _tensor(self, image: Image.Image, position: int) -> Tensor:
         rng = np.random.default_rng((self.seed, AUGMENTATION_SEED, position))
         flip = self.random_flip and rng.random() < 0.5
         if self.center_crop:
-            return to_tensor(centre_square(picture, resolution=self.resolution), flip=flip)
-        return to_tensor(random_square(picture, resolution=self.resolution, rng=rng), flip=flip)
+            return to_tensor(centre_square(image, resolution=self.resolution), flip=flip)
+        return to_tensor(random_square(image, resolution=self.resolution, rng=rng), flip=flip)
 
 
-def centre_square(picture: Image.Image, *, resolution: int) -> Image.Image:
-    """The central square of an RGB picture, scaled to `resolution` x `resolution`."""
-    side = min(picture.size)
-    left, top = (picture.width - side) / 2, (picture.height - side) / 2
-    return _scale(picture, (left, top, left + side, top + side), resolution)
+def centre_square(image: Image.Image, *, resolution: int) -> Image.Image:
+    """Return the central square of an RGB image, scaled to `resolution` x `resolution`."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return _scale(image, (left, top, left + side, top + side), resolution)
 
 
-def random_square(picture: Image.Image, *, resolution: int, rng: np.random.Generator) -> Image.Image:
-    """A random part of an RGB picture (`CROP_AREA`, `CROP_RATIO`), scaled to `resolution` x `resolution`."""
-    return _scale(picture, random_box(*picture.size, rng=rng), resolution)
+def random_square(image: Image.Image, *, resolution: int, rng: np.random.Generator) -> Image.Image:
+    """Return a random part of an RGB image (`CROP_AREA`, `CROP_RATIO`), scaled to `resolution` x `resolution`."""
+    return _scale(image, random_box(*image.size, rng=rng), resolution)
 
 
 def random_box(width: int, height: int, *, rng: np.random.Generator) -> Box:
-    """(left, top, right, bottom) inside the picture, drawn like torchvision's RandomResizedCrop.
+    """Return a random box (left, top, right, bottom) within an image, drawn like torchvision's RandomResizedCrop.
 
-    A picture too long and narrow for any draw to fit yields its central square.
+    If no draw fits a long and narrow image, return its central square.
     """
     for _ in range(CROP_ATTEMPTS):
         area = width * height * rng.uniform(*CROP_AREA)
@@ -123,10 +129,10 @@ def random_box(width: int, height: int, *, rng: np.random.Generator) -> Box:
     return (left, top, left + side, top + side)
 
 
-def to_tensor(picture: Image.Image, *, flip: bool = False) -> Tensor:
-    """An RGB picture as a `[3,H,W]` tensor in [-1,1], mirrored left to right if `flip`."""
-    return from_pil(ImageOps.mirror(picture) if flip else picture)
+def to_tensor(image: Image.Image, *, flip: bool = False) -> Tensor:
+    """Return an RGB image as a `[3,H,W]` tensor in [-1,1], mirrored left to right if `flip`."""
+    return from_pil(ImageOps.mirror(image) if flip else image)
 
 
-def _scale(picture: Image.Image, box: Box, resolution: int) -> Image.Image:
-    return picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+def _scale(image: Image.Image, box: Box, resolution: int) -> Image.Image:
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)

@@ -1,4 +1,4 @@
-"""The colour space in the boxes of JPEG 2000, HEIF and AVIF files, where Pillow passes over it."""
+"""Read the colour space in the boxes of JPEG 2000, HEIF and AVIF files where Pillow ignores it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def embedded_profile(data: bytes) -> bytes | None:
 def code_points(data: bytes) -> tuple[int, int, int, int] | None:
     """Return the colour space of a HEIF or AVIF file as code points of ITU-T H.273; None if it names none.
 
-    They are those of the RGB pixels that decoders make of it: primaries, transfer, matrix 0 and full range.
+    The code points are those of the decoded RGB pixels: primaries, transfer, matrix 0 and full range.
     """
     for meta in _found(data, (b"meta",)):
         for colour in _found(meta[4:], (b"iprp", b"ipco", b"colr")):  # after the version
@@ -37,7 +37,7 @@ def code_points(data: bytes) -> tuple[int, int, int, int] | None:
 
 
 def _found(data: bytes, kinds: tuple[bytes, ...]) -> Iterator[bytes]:
-    """Contents of the boxes of the last kind, inside boxes of the kinds before it."""
+    """Yield the contents of the boxes of the last kind that are nested in boxes of the kinds before."""
     for kind, content in _boxes(data):
         if kind == kinds[0]:
             if kinds[1:]:
@@ -47,7 +47,7 @@ def _found(data: bytes, kinds: tuple[bytes, ...]) -> Iterator[bytes]:
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and content of each box; the last one may lack its end."""
+    """Yield kind and content of each box; the last box may be cut short."""
     start = 0
     while start + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, start)

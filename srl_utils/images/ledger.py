@@ -16,11 +16,12 @@ STREAM_TRIAL = 200  # images read before the share of bad ones in a stream means
 
 
 class ImageLedger:
-    """Counts what `training_batches` met, and logs the name of each unreadable image once.
+    """Counts the images that `training_batches` read, and logs the name of each unreadable image once.
 
     Args:
-        num_images: of the training set; None for a stream.
-        world_size: processes that read as many images as this one; what they met is told by `add`.
+        num_images: size of the training set; None for a stream.
+        world_size: number of processes, each of which reads as many images as this one. `add` takes the names of
+            unreadable images from the others.
     """
 
     def __init__(self, num_images: int | None, *, world_size: int = 1) -> None:
@@ -31,13 +32,13 @@ class ImageLedger:
         self.bad_images: dict[str, None] = {}
 
     def update(self, batch: Batch) -> None:
-        """Adds one batch of this process."""
+        """Add one batch of this process."""
         self.read += len(batch.positions) * self.world_size
         self.upscaled += batch.upscaled
         self.add(batch.bad_images)
 
     def add(self, bad_images: Sequence[str]) -> None:
-        """Adds the names of unreadable images; those already known count once."""
+        """Add the names of unreadable images; a known name does not count again."""
         for name in bad_images:
             if name not in self.bad_images:
                 self.bad_images[name] = None
@@ -45,21 +46,25 @@ class ImageLedger:
 
     @property
     def share(self) -> float:
-        """Distinct unreadable images per image of the training set, or per image read so far of a stream."""
+        """Return the number of unreadable images as a share of the training set, or of what was read of a stream."""
         return len(self.bad_images) / max(self.num_images or self.read, 1)
 
     def check(self, max_bad_images: float) -> None:
-        """Raises a UserError if `share` is above `max_bad_images`; of a stream, not before `STREAM_TRIAL` images."""
+        """Raise a UserError if `share` is above `max_bad_images`.
+
+        A stream is not checked before `STREAM_TRIAL` images.
+        """
         if self.share <= max_bad_images or (self.num_images is None and self.read < STREAM_TRIAL):
             return
         total = f"{self.num_images} training images" if self.num_images else f"the {self.read} images read so far"
         raise UserError(
-            f"{len(self.bad_images)} of {total} cannot be read ({', '.join(islice(self.bad_images, 3))}, ...); "
-            f"repair or remove them, or allow a larger share than --max_bad_images {max_bad_images:g}"
+            f"{len(self.bad_images)} of {total} cannot be read ({', '.join(islice(self.bad_images, 3))}, ...), which is more "
+            f"than a share of {max_bad_images:g}; repair or remove them, or allow a larger share",
+            parameter="max_bad_images",
         )
 
     def summary(self) -> str:
-        """A line on what was replaced and scaled up; empty where nothing was."""
+        """Return a line on the images that were replaced or scaled up; empty if there were none."""
         parts = []
         if self.bad_images:
             parts.append(f"{len(self.bad_images)} unreadable images were replaced by others")
@@ -68,10 +73,10 @@ class ImageLedger:
         return "; ".join(parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts as JSON values."""
+        """Return the counts as JSON values."""
         return {"read": self.read, "upscaled": self.upscaled, "bad_images": list(self.bad_images)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from the counts of `state_dict`."""
+        """Continue from the counts of `state_dict`."""
         self.read, self.upscaled = state["read"], state["upscaled"]
         self.bad_images = dict.fromkeys(state["bad_images"])

@@ -1,4 +1,4 @@
-"""Lists the pictures of a folder, and the files that are passed over with the reason."""
+"""List the images of a folder, and the files that were skipped with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from srl_utils.errors import one_line
-from srl_utils.images.decoding import HEAD, NEEDED, foreign_format, picture_formats, picture_suffixes
+from srl_utils.images.decoding import HEAD, NEEDED, foreign_format, image_formats, image_suffixes
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +24,9 @@ SUFFIXES = {  # of the formats in `NEEDED`
     "HEIF": frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"}),
     "JXL": frozenset({".jxl"}),
 }
-NO_FORMAT = "no suffix of a picture that Pillow reads"
-NO_SUFFIX = "no suffix, and no picture by its content"
-# Captions, tables, caches of trainers, notes and what systems leave behind: nobody expects pictures there.
+NO_FORMAT = "no suffix of an image that Pillow reads"
+NO_SUFFIX = "no suffix, and no image by its content"
+# Captions, tables, caches of trainers, notes and what systems leave behind: nobody expects images there.
 COMPANIONS = frozenset({
     ".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".npy", ".npz", ".safetensors", ".xml",
     ".yaml", ".yml", ".toml", ".md", ".rst", ".html", ".log", ".ini", ".db", ".aae", ".xmp", ".url", ".lnk", ".py", ".sh",
@@ -36,7 +36,7 @@ COMPANIONS = frozenset({
 
 @dataclass(frozen=True)
 class PassedOver:
-    """Files, or samples of tars, that were not looked at: their names by reason."""
+    """Files, or samples of tars, that were skipped: their names by reason."""
 
     names: Mapping[str, list[str]] = field(default_factory=dict)
     kind: str = "files"
@@ -63,26 +63,26 @@ class PassedOver:
         return f"{len(self)} {self.kind} were not looked at: {reasons}"
 
 
-def list_pictures(folder: Path) -> tuple[list[Path], PassedOver]:
-    """List the pictures below `folder`, sorted, and count the other files.
+def list_images(folder: Path) -> tuple[list[Path], PassedOver]:
+    """List the images below `folder`, sorted, and the other files.
 
-    A file without a suffix is a picture if its first bytes say so. Hidden files are left out of both. So are
-    companions of pictures, such as captions and tables.
+    A file without a suffix is an image if its first bytes say so. Hidden files appear in neither list, and neither do
+    the usual companions of images, such as captions and tables.
     """
-    pictures, others = [], []
+    images, others = [], []
     for path in list_files(folder):
-        reason = why_no_picture(path)
+        reason = why_no_image(path)
         if reason is None:
-            pictures.append(path)
+            images.append(path)
         elif path.suffix.lower() not in COMPANIONS:
             others.append((reason, str(path.relative_to(folder))))
-    return pictures, PassedOver.of(sorted(others))
+    return images, PassedOver.of(sorted(others))
 
 
-def why_no_picture(path: Path) -> str | None:
-    """Return why a file is not read as a picture; None if it is one."""
+def why_no_image(path: Path) -> str | None:
+    """Return why a file is not read as an image; None if it is one."""
     suffix = suffix_of(path.name)
-    if suffix in picture_suffixes():
+    if suffix in image_suffixes():
         return None
     return reason_of(suffix, _head(path) if is_told_by_content(suffix) else b"")
 
@@ -94,16 +94,16 @@ def suffix_of(name: str) -> str:
 
 
 def is_told_by_content(suffix: str) -> bool:
-    """Return whether the suffix leaves open what the file holds: phones also name JPEG files .heic."""
+    """Return whether the content decides what the file holds: phones also name JPEG files .heic."""
     return suffix == "" or _named_by(suffix) is not None
 
 
 def reason_of(suffix: str, head: bytes) -> str | None:
-    """Return why a file whose suffix is not that of a picture is not read; None if `head` begins a picture.
+    """Return why a file is not read whose suffix is not that of an image; None if `head` begins an image.
 
     Args:
         suffix: lower-case, "" for none.
-        head: the first bytes, or none where they do not matter.
+        head: the first bytes; empty if they do not matter.
     """
     if suffix in COMPANIONS:
         return NO_FORMAT
@@ -121,8 +121,8 @@ def _named_by(suffix: str) -> str | None:
 
 
 def _accepts(name: str, head: bytes) -> bool:
-    """Return whether the bytes begin a file of this format, and Pillow can decode it."""
-    if name not in picture_formats() or (name == "BMP" and int.from_bytes(head[14:18], "little") not in BMP_HEADERS):
+    """Return whether the bytes begin a file of this format that Pillow can decode."""
+    if name not in image_formats() or (name == "BMP" and int.from_bytes(head[14:18], "little") not in BMP_HEADERS):
         return False
     accept = Image.OPEN[name][1]
     told = accept is not None and len(head) >= 4 and accept(head[:16])
@@ -147,10 +147,14 @@ def few(names: Sequence[str], number: int = 3) -> str:
 
 
 def list_files(folder: Path, suffixes: frozenset[str] | None = None) -> list[Path]:
-    """The files below `folder` with one of these lower-case suffixes, or all of them, sorted; no hidden files or folders.
+    """List the files below `folder`, sorted, without hidden files and folders.
 
-    Links to folders are followed, and each folder is listed once, so a loop of links ends. A folder that may not be
-    read is passed over, and named in the log.
+    Links to folders are followed, and each folder is listed once, so a loop of links ends. A folder that cannot be read
+    is skipped with a warning.
+
+    Args:
+        folder: where to look.
+        suffixes: lower-case suffixes to list; None lists all files.
     """
     found: list[Path] = []
     visited: set[str] = set()

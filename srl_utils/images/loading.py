@@ -1,4 +1,4 @@
-"""Samples to training batches, made ahead of their use by worker processes or a thread."""
+"""Make training batches of samples ahead of time, in worker processes or in a thread."""
 
 from __future__ import annotations
 
@@ -51,9 +51,18 @@ def training_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """The batches of process `rank`, without end, from `first_position` of the whole run on.
+    """Yield the batches of process `rank` without end, starting at `first_position` of the whole run.
 
-    They are made ahead of their use: by `num_workers` processes, or else by a thread of this one.
+    Batches are made ahead of time by `num_workers` processes, or by a thread if that is 0.
+
+    Args:
+        data: the samples.
+        batch_size: images in a batch of one process.
+        rank: number of this process.
+        world_size: number of processes.
+        first_position: position in the whole run at which to start.
+        num_workers: worker processes; a stream uses one at most.
+        pin_memory: copy batches to pinned memory.
 
     Raises:
         UserError: while iterating, if too many images in a row cannot be read.
@@ -92,12 +101,13 @@ def _collate(samples: list[Sample]) -> Batch:
 
 
 def _ignore_interrupt(worker_id: int) -> None:
-    """Leaves signals sent to the whole group to the main process, which needs the workers to finish its step."""
+    """Ignore signals sent to the whole process group: the main process needs its workers to finish the step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _without_worker_traceback(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
+    """Yield the loader's batches; turn an error of a worker into one line."""
     try:
         yield from loader
     except Exception as error:
@@ -115,9 +125,10 @@ def _without_worker_traceback(loader: DataLoader[Batch]) -> Generator[Batch, Non
 
 
 def _made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same, `BATCHES_AHEAD` of them made by a thread before they are asked for; decoding lets other threads run.
+    """Yield the batches, of which a thread makes `BATCHES_AHEAD` ahead of time.
 
-    The thread keeps no program alive: what it waits for may never come.
+    Decoding lets other threads run. The thread is a daemon, so a batch that never comes does not keep the program
+    alive.
     """
     wanted: SimpleQueue[bool] = SimpleQueue()
     made: SimpleQueue[Future[Batch]] = SimpleQueue()
@@ -150,7 +161,7 @@ def _made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _end_workers(batches: weakref.ref[Generator[Batch, None, None]]) -> None:
-    """At exit multiprocessing sends SIGTERM to its children and waits for them; these workers ignore it."""
+    """End the workers at exit, where multiprocessing would send them SIGTERM, which they ignore, and wait."""
     if (generator := batches()) is not None:
         generator.close()
     for process in multiprocessing.active_children():

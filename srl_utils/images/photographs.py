@@ -1,4 +1,4 @@
-"""The photographs that ship inside scikit-image: real training data on any machine, without a download."""
+"""Load the photographs that scikit-image ships: real training images on any machine, without a download."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ FILES: dict[Split, tuple[str, ...]] = {
 
 
 def load_photographs(split: Split, *, short_side: int) -> list[Image.Image]:
-    """The RGB photographs of `split`; no photograph is in both, and larger ones are scaled to `short_side`."""
+    """Return the RGB photographs of a split, scaled down to `short_side` pixels if they are larger.
+
+    No photograph is in both splits.
+    """
     folder = files("skimage.data")
     photographs = []
     for name in FILES[split]:
@@ -42,9 +45,12 @@ def load_photographs(split: Split, *, short_side: int) -> list[Image.Image]:
 
 
 def photograph_tiles(split: Split, *, side: int, across: int = 2) -> list[Image.Image]:
-    """The photographs of `split` cut into the `side` x `side` tiles that fit, row by row.
+    """Cut the photographs of a split into the `side` x `side` tiles that fit, row by row.
 
-    Their short side is `across` tiles: the fewer, the more of a scene a tile holds, and the more detail.
+    Args:
+        split: which photographs.
+        side: of a tile, in pixels.
+        across: tiles along the short side of a photograph. With fewer, a tile shows more of the scene.
     """
     return [
         photograph.crop((left, top, left + side, top + side))
@@ -55,9 +61,9 @@ def photograph_tiles(split: Split, *, side: int, across: int = 2) -> list[Image.
 
 
 def recoloured(photograph: Image.Image, seed: int) -> Image.Image:
-    """For every second seed the photograph itself, else one with its channels exchanged and some of its light taken.
+    """Return the photograph unchanged for half of the seeds, else with exchanged channels and less brightness.
 
-    Skies and skins of few photographs have few colours, which a network would take for all there are.
+    The few photographs have few colours of skies and skins, and a network would not learn others.
     """
     rng = np.random.default_rng(seed)
     if rng.random() < 0.5:

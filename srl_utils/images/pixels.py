@@ -18,10 +18,10 @@ PIXEL_RANGE = PIXEL_MAX - PIXEL_MIN
 
 
 def parse_pixel_distance(text: str) -> float:
-    """Reads `8/255` or `0.0314` as a distance between [0,1] images.
+    """Return the distance between [0,1] images that a text such as `8/255` or `0.0314` states.
 
     Raises:
-        ValueError: if `text` is no number or fraction, or lies outside [0,1].
+        ValueError: if `text` is not a number or a fraction, or is outside [0,1].
     """
     try:
         value = float(Fraction(text.replace(" ", "")))
@@ -33,30 +33,30 @@ def parse_pixel_distance(text: str) -> float:
 
 
 def format_pixel_distance(distance: float) -> str:
-    """A distance between [0,1] images in levels of 8 bits, such as `8/255`."""
+    """Return a distance between [0,1] images in levels of 8 bits, such as `8/255`."""
     return f"{255 * distance:.3g}/255"
 
 
 def to_model_units(distance: float) -> float:
-    """A distance between [0,1] images as the same distance between [-1,1] images: twice as large."""
+    """Return a distance between [0,1] images as a distance between [-1,1] images, which is twice as large."""
     return distance * PIXEL_RANGE
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Images in [-1,1], any shape, as images in [0,1]."""
+    """Return images in [-1,1], of any shape, as images in [0,1]."""
     return (images - PIXEL_MIN) / PIXEL_RANGE
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """Images in [0,1], any shape, as images in [-1,1]."""
+    """Return images in [0,1], of any shape, as images in [-1,1]."""
     return images * PIXEL_RANGE + PIXEL_MIN
 
 
 def check_images(images: Tensor) -> None:
-    """Refuses anything but a `[N,3,H,W]` float batch in [-1,1].
+    """Refuse anything but a float batch `[N,3,H,W]` in [-1,1].
 
     Raises:
-        ValueError: naming the shape, dtype or range found.
+        ValueError: with the shape, dtype or range that was found.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.numel() == 0:
         raise ValueError(f"expected float images [N,3,H,W], got {images.dtype} {tuple(images.shape)}")
@@ -67,12 +67,12 @@ def check_images(images: Tensor) -> None:
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """An RGB picture as a `[3,H,W]` float32 tensor in [-1,1]."""
+    """Return an RGB image as a `[3,H,W]` float32 tensor in [-1,1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return to_model_range(pixels.permute(2, 0, 1).float() / 255.0)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """A `[3,H,W]` tensor in [-1,1] (values beyond are clipped) as an RGB picture."""
+    """Return a `[3,H,W]` tensor in [-1,1] as an RGB image; values beyond the range are clipped."""
     pixels = to_unit_range(image.detach().float()).clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

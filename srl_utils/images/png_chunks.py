@@ -1,4 +1,4 @@
-"""The chunks of a PNG that Pillow refuses or passes over, brought into a form that it reads."""
+"""Rewrite the chunks of a PNG that Pillow refuses or ignores into a form that it reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GREATEST_RATIO = 1030  # of deflate
 GRAY = 0  # colour type
 COLOURED = (2, 6)
 LOW_BYTES = "low_bytes"
-"""Key of `Image.info`: the low bytes of RGB of 16 bits, whose high bytes are the picture itself."""
+"""Key of `Image.info`: the low bytes of RGB of 16 bits, whose high bytes are the image itself."""
 TEXTS = (b"tEXt", b"iTXt")
 
 
@@ -24,10 +24,10 @@ class Chunk(NamedTuple):
 
 
 def readable_png(data: bytes) -> tuple[bytes, dict[str, Any]]:
-    """Return a PNG that Pillow reads whatever the length of its texts, and what belongs into `Image.info`.
+    """Return a PNG that Pillow reads whatever the length of its texts, and entries for `Image.info`.
 
-    Compressed texts beyond Pillow's limit are replaced by uncompressed ones; the profile moves to the information,
-    as do the code points of cICP. The transparent gray of a PNG of fewer than 8 bits is scaled as Pillow scales gray.
+    Compressed texts above Pillow's limit are replaced by uncompressed ones. The profile and the code points of cICP
+    move to the entries. The transparent gray of a PNG of fewer than 8 bits is scaled as Pillow scales gray.
     Uncompressed texts beyond `LONGEST_TEXTS` bytes are left out.
 
     Raises:
@@ -59,12 +59,12 @@ def readable_png(data: bytes) -> tuple[bytes, dict[str, Any]]:
 
 
 def is_deep(data: bytes) -> bool:
-    """Whether this is a PNG of RGB with 16 bits, of which Pillow keeps 8."""
+    """Return whether this is a PNG of RGB with 16 bits, of which Pillow keeps 8."""
     return len(data) > 25 and data[24] == 16 and data[25] in COLOURED
 
 
 def _chunks(data: bytes) -> Iterator[tuple[int, int, Chunk]]:
-    """Start, end and content of each whole chunk; the pixels' are left empty."""
+    """Yield start, end and content of each complete chunk; the content of pixels is left empty."""
     start = len(SIGNATURE)
     while start + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, start)
@@ -86,7 +86,7 @@ def _scaled(transparent: bytes, bits: int) -> bytes:
 
 
 def _compressed(chunk: Chunk) -> bytes | None:
-    """The compressed part of a text or profile, None where there is none."""
+    """Return the compressed part of a text or profile; None if there is none."""
     if chunk.kind in (b"zTXt", b"iCCP"):
         _, _, rest = chunk.content.partition(b"\0")
         return rest[1:] if rest[:1] == b"\0" else None
@@ -98,7 +98,7 @@ def _compressed(chunk: Chunk) -> bytes | None:
 
 
 def _inflated(chunk: Chunk, budget: int) -> bytes | None:
-    """A text or profile that is too long for Pillow, inflated; None for any other chunk."""
+    """Return the inflated text or profile if it is too long for Pillow; None for any other chunk."""
     compressed = _compressed(chunk)
     if compressed is None or len(compressed) * GREATEST_RATIO < PILLOWS_LIMIT:
         return None
@@ -116,7 +116,7 @@ def _inflated(chunk: Chunk, budget: int) -> bytes | None:
 
 
 def _uncompressed(chunk: Chunk, text: bytes) -> Chunk | None:
-    """The same text in a chunk without compression; None for a profile, which has no such form."""
+    """Return a text in a chunk without compression; None for a profile, which has no such form."""
     name, _, rest = chunk.content.partition(b"\0")
     if chunk.kind == b"zTXt":
         return Chunk(b"tEXt", name + b"\0" + text)

@@ -1,4 +1,4 @@
-"""From the numbers in a file to values in [0,1]: which number is white."""
+"""Turn the numbers in an image file into values in [0,1]: decide which number is white."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIGNED, FLOAT = 2, 3
 
 
 class AmbiguousRange(ValueError):
-    """Values of which nobody can say what is white; the message is a short reason."""
+    """Values whose white is unknown; the message is a short reason."""
 
 
 class Declared(NamedTuple):
@@ -32,7 +32,7 @@ class Declared(NamedTuple):
 
     @classmethod
     def of_tiff(cls, tags: Mapping[int, object]) -> Declared:
-        """By the tags of a page; of several samples the first counts."""
+        """Return what the tags of a page say; of several samples the first counts."""
         bits, kind = _number(tags.get(BITS_PER_SAMPLE)), _number(tags.get(SAMPLE_FORMAT))
         highest = _number(tags.get(S_MAX_SAMPLE, tags.get(MAX_SAMPLE)))
         inverted = _number(tags.get(PHOTOMETRIC)) == WHITE_IS_ZERO
@@ -41,11 +41,11 @@ class Declared(NamedTuple):
     def white(self, values: np.ndarray) -> float:
         """Return the number that is white.
 
-        The declared highest value counts where it is that of a number of bits, and no value is beyond it: some
-        software writes the brightest value of the picture there.
+        The declared highest value counts only if it is the largest number of some number of bits and no value is above
+        it: some software writes the brightest value of the image there.
 
         Raises:
-            AmbiguousRange: if the file does not say it, and the values do not show it.
+            AmbiguousRange: if neither the file nor the values tell.
         """
         highest = self.highest
         if highest and _is_full_scale(highest) and values.max() <= highest * (1 + OVERSHOOT):
@@ -73,7 +73,7 @@ def unit_values(values: np.ndarray, declared: Declared) -> np.ndarray:
 
 
 def _guessed_white(values: np.ndarray) -> float:
-    """The white of fractions and of signed or long integers, for which most files name none."""
+    """Guess the white of fractions and of signed or long integers, for which most files state none."""
     high = float(values.max())
     if high <= 1 + OVERSHOOT:
         return 1.0
@@ -89,12 +89,12 @@ def _guessed_white(values: np.ndarray) -> float:
 
 
 def _is_full_scale(highest: float) -> bool:
-    """Whether `highest` is 1 or the largest number of 8 to 32 bits."""
+    """Return whether `highest` is 1 or the largest number of 8 to 32 bits."""
     return highest == 1 or any(highest == 2**bits - 1 for bits in range(8, 33))
 
 
 def _number(value: object) -> float | None:
-    """The first number of a tag's value."""
+    """Return the first number of a tag's value; None without one."""
     first: Any = value[0] if isinstance(value, (tuple, list)) and value else value
     try:
         return float(first)

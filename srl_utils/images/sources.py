@@ -1,4 +1,4 @@
-"""Where images come from: folders, tars, Hugging Face datasets and the embedded photographs, still undecoded."""
+"""Find images in folders, tars, Hugging Face datasets and scikit-image's photographs, still undecoded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from srl_utils.errors import MissingFile, UserError, one_line
 from srl_utils.images.captions import as_caption, folder_captions
 from srl_utils.images.framing import RawImage, RawImages
-from srl_utils.images.listing import PassedOver, list_files, list_pictures
+from srl_utils.images.listing import PassedOver, list_files, list_images
 from srl_utils.images.photographs import Split, photograph_tiles, recoloured
 from srl_utils.images.webdataset import COLUMNS as TAR_COLUMNS
 from srl_utils.images.webdataset import SampleReader, TarImages, index_tars, is_tar, stream_tars
@@ -30,13 +30,13 @@ LARGEST_TILE = 256  # pixels; every photograph holds one
 VALIDATION_SPLITS = ("validation", "val", "test")
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
 SHUFFLE_BUFFER = 1000
-UNKNOWN_TO_LIBRARY = "a picture that the datasets library passes over"
+UNKNOWN_TO_LIBRARY = "an image that the datasets library passes over"
 HELD_OUT_SEED = 3  # second word of a seed: keeps these draws apart from those of framing.py and datasets.py
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """Where images come from; each field is the command line flag of the same name, where a command has it."""
+    """Where images come from. Each field is the flag of the same name of a command that has the flag."""
 
     dataset_name: str | None = None
     dataset_config_name: str | None = None
@@ -52,19 +52,24 @@ class DataSource:
 
     @classmethod
     def from_flags(cls, args: Namespace) -> DataSource:
-        """Of a command that has some of the flags; what it lacks stays at its default."""
+        """Return the source that a command's flags describe; a flag that the command lacks keeps its default."""
         return cls(**{name: value for name, value in vars(args).items() if name in cls.__dataclass_fields__})
 
     def check(self) -> None:
-        """Raises a UserError if flags conflict, a MissingFile if a folder does not exist; opens nothing."""
+        """Check the settings without opening anything.
+
+        Raises:
+            UserError: if settings conflict.
+            MissingFile: if a folder does not exist.
+        """
         if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise UserError("give either --dataset_name or --train_data_dir, and not both")
+            raise UserError("give either this or train_data_dir, not both", parameter="dataset_name")
         if self.validation_data_dir and self.validation_split:
-            raise UserError("give --validation_data_dir or --validation_split, not both")
-        for flag in ("train_data_dir", "validation_data_dir"):
-            folder = getattr(self, flag)
-            if folder is not None and not Path(folder).is_dir():
-                raise MissingFile(f"--{flag} {folder}: there is no such folder")
+            raise UserError("give either this or validation_split, not both", parameter="validation_data_dir")
+        for name in ("train_data_dir", "validation_data_dir"):
+            folder = getattr(self, name)
+            if folder is not None:
+                _check_folder(folder, name)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class DatasetImages:
         return len(self.dataset)
 
     def listed(self) -> list[tuple[str, str]]:
-        """Return name and caption of each image; no picture is read."""
+        """Return name and caption of each image; decodes nothing."""
         if self.caption_column is None:
             return [(f"row {index}", "") for index in range(len(self))]
         rows = self.dataset.select_columns([self.caption_column])
@@ -101,14 +106,14 @@ class StreamImages:
     caption_column: str | None = None
 
     def __iter__(self) -> Iterator[RawImage]:
-        with _one_line_error("the streamed data set"):
+        with _one_line_error("the streamed dataset"):
             # Unlike iter(dataset), this yields the same order inside a worker of a DataLoader.
             for rows in self.dataset.iter(batch_size=1):
                 row = {name: values[0] for name, values in rows.items()}
                 yield RawImage(row.get(self.column), _label(row, self.column), _caption(row, self.caption_column))
 
     def shuffled(self, *, seed: int, epoch: int) -> StreamImages:
-        """The same images in the order of one epoch."""
+        """Return the same images in the order of an epoch."""
         dataset = self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         dataset.set_epoch(epoch)
         return replace(self, dataset=dataset)
@@ -118,7 +123,7 @@ Images = RawImages | StreamImages
 
 
 class Opened(NamedTuple):
-    """Training and validation images, and what was not looked at in their folders and tars."""
+    """Training and validation images, and the files that were skipped."""
 
     training: Images
     validation: Images
@@ -126,25 +131,30 @@ class Opened(NamedTuple):
 
 
 class OpenedValidation(NamedTuple):
-    """Validation images, and what was not looked at in their folder or tars."""
+    """Validation images, and the files that were skipped."""
 
     images: Images
     passed_over: list[PassedOver]
 
 
 def open_images(source: DataSource, resolution: int, seed: int) -> Opened:
-    """Open training and validation images, disjoint unless the user names overlapping ones.
+    """Open training and validation images. They are disjoint unless the user names overlapping ones.
+
+    Args:
+        source: where the images come from.
+        resolution: side in pixels, for scikit-image's photographs.
+        seed: decides which images are held out for validation.
 
     Raises:
-        UserError: if flags conflict, there is no such data set or split, or it holds no images.
+        UserError: if settings conflict, if there is no such dataset or split, or if it holds no images.
     """
     source.check()
     splits = _open_splits(source, resolution)
     training = splits.pick(source.train_split)
     if training is None:
         raise UserError(
-            f"{source.dataset_name} has no split '{source.train_split}'; its splits are {', '.join(splits.found)}; "
-            "name one: --train_split"
+            f"{source.dataset_name} has no split '{source.train_split}'; name one of its splits: {', '.join(splits.found)}",
+            parameter="train_split",
         )
     validation = splits.validation()
     if isinstance(validation, HeldOut):
@@ -153,12 +163,10 @@ def open_images(source: DataSource, resolution: int, seed: int) -> Opened:
 
 
 def open_validation(source: DataSource, resolution: int, seed: int) -> OpenedValidation:
-    """Open validation images alone: those of the only split if it has another name than `train_split`.
+    """Open the validation images alone.
 
-    Where there is no split but `train_split`, they are the images that the training holds out.
-
-    Raises:
-        UserError: if flags conflict, there is no such data set or split, or it holds no images.
+    They are those of the only split, if it is not `train_split`. If there is no other split than `train_split`, they
+    are the images that the training holds out. Arguments and errors are those of `open_images`.
     """
     if source.validation_data_dir:
         splits = Splits(source, {})
@@ -172,14 +180,14 @@ def open_validation(source: DataSource, resolution: int, seed: int) -> OpenedVal
 
 
 def captioned(images: RawImages) -> tuple[RawImages, list[str]]:
-    """Return the images that have a caption, and the names of those that have none; no picture is read."""
+    """Return the images that have a caption, and the names of the others; decodes nothing."""
     listed = _listed(images)
     having = [index for index, (_, caption) in enumerate(listed) if caption]
     return _selected(images, having), [name for name, caption in listed if not caption]
 
 
 def _selected(images: RawImages, indices: Sequence[int]) -> RawImages:
-    """Return some of the images. torch takes anything with a length and numbers for a dataset, unlike its types."""
+    """Return some of the images. torch takes anything with a length and indices for a dataset, unlike its types."""
     return Subset(cast(Dataset[RawImage], images), indices)
 
 
@@ -213,7 +221,7 @@ RawSplit: TypeAlias = list[RawImage] | Tars | datasets.Dataset | datasets.Iterab
 
 
 class HeldOut(NamedTuple):
-    """How many of the training images are to be held out for validation: a share, up to a limit."""
+    """How many training images to hold out for validation: a share, up to a limit."""
 
     share: float
     limit: int | None
@@ -221,7 +229,7 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of a source by name; each is opened when it is asked for."""
+    """The splits of a source by name; a split is opened on demand."""
 
     source: DataSource
     found: Mapping[str, RawSplit]
@@ -233,9 +241,10 @@ class Splits:
         return self._open(_list_folder(flag, self.source, self.passed_over))
 
     def pick(self, wanted: str) -> Images | None:
-        """Return the split of this name or, as the datasets library writes it, parts and sums of splits: `train[:10%]+test`.
+        """Return a split by its name, or by a sum of parts in the notation of the datasets library: `train[:10%]+test`.
 
-        None if there is no such split.
+        Returns:
+            None if there is no such split.
 
         Raises:
             UserError: for parts and sums of streamed splits.
@@ -246,7 +255,7 @@ class Splits:
             return None
         if self.source.streaming:
             raise UserError(
-                f"{wanted}: parts and sums of splits cannot be streamed; name a whole split or leave out --streaming"
+                f"{wanted}: parts and sums of splits cannot be streamed; name a whole split, or do not stream"
             )
         opened = {name: cast(RawImages, self._open(self.found[name])) for name in _split_names(wanted)}
         try:
@@ -259,7 +268,7 @@ class Splits:
         return images[0] if len(images) == 1 else ConcatDataset(cast(list[Dataset[RawImage]], images))
 
     def only_other(self) -> Images | None:
-        """Return the only split, if there is one and it is not for training. None if the flags ask for something else."""
+        """Return the only split if it is not for training; None if there are several or the settings name another."""
         if len(self.found) != 1:
             return None
         ((name, split),) = self.found.items()
@@ -269,7 +278,7 @@ class Splits:
         return self._open(split)
 
     def validation(self) -> Images | HeldOut:
-        """Return the split that the flags or the usual names say, or else how many training images to hold out."""
+        """Return the split for validation, or else how many training images to hold out."""
         if self.source.validation_data_dir:
             return self.folder("validation_data_dir")
         wanted = self.source.validation_split
@@ -281,7 +290,7 @@ class Splits:
         return HeldOut(HELD_OUT_SHARE, HELD_OUT_LIMIT) if wanted is None else HeldOut(self._share(wanted), None)
 
     def to_hold_out_of(self) -> Images:
-        """Return the training split, or else the only one there is.
+        """Return the training split, or else the only split.
 
         Raises:
             UserError: if there are several splits of other names.
@@ -291,8 +300,8 @@ class Splits:
         if len(self.found) == 1:
             return self._open(next(iter(self.found.values())))
         raise UserError(
-            f"{self.source.dataset_name} has no split for validation; its splits are {', '.join(self.found)}; "
-            "name one: --validation_split"
+            f"{self.source.dataset_name} has no split for validation; name one of its splits: {', '.join(self.found)}",
+            parameter="validation_split",
         )
 
     def _share(self, text: str) -> float:
@@ -302,8 +311,9 @@ class Splits:
             share = 0.0
         if not 0 < share < 1:
             raise UserError(
-                f"--validation_split {text} is no split of the data set (it has {', '.join(self.found)}) "
-                "and no share of the training images between 0 and 1, such as 0.05"
+                f"'{text}' is neither a split of the dataset (it has {', '.join(self.found)}) nor a share of the training "
+                "images between 0 and 1; give one of these, such as 0.05",
+                parameter="validation_split",
             )
         return share
 
@@ -319,7 +329,7 @@ class Splits:
         reader = SampleReader(source.image_column, source.caption_column)
         where = one_line(source.dataset_name or os.path.dirname(tars[0]))
         if any("://" in tar for tar in tars) and not source.streaming:
-            with _one_line_error(f"--dataset_name {where}"):
+            with _one_line_error(where, parameter="dataset_name"):
                 cache = source.cache_dir and os.path.join(source.cache_dir, "downloads")
                 config = datasets.DownloadConfig(cache_dir=cache)
                 tars = datasets.DownloadManager(download_config=config).download(list(tars))
@@ -347,18 +357,18 @@ def _find_splits(source: DataSource, resolution: int, passed_over: list[PassedOv
     if source.dataset_name == PHOTOGRAPHS:
         return {"train": _training_photographs(resolution), "validation": _photographs("validation", resolution)}
     folder = Path(source.dataset_name or "")
-    with _one_line_error(f"--dataset_name {source.dataset_name}"):
+    with _one_line_error(source.dataset_name, parameter="dataset_name"):
         if not ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
             return _load_splits(source, passed_over)
         # Made by save_to_disk: memory-mapped, so that there is nothing to gain from streaming it.
         if source.streaming:
-            raise UserError("--streaming has no effect on a folder made by save_to_disk")
+            raise UserError("it has no effect on a folder made by save_to_disk; leave it out", parameter="streaming")
         loaded = datasets.load_from_disk(source.dataset_name)
     return dict(loaded) if isinstance(loaded, dict) else {source.train_split: loaded}
 
 
 def _load_splits(source: DataSource, passed_over: list[PassedOver]) -> dict[str, RawSplit]:
-    """Find the splits of a data set of the Hub, or of a folder that the datasets library understands."""
+    """Find the splits of a dataset of the Hub, or of a folder that the datasets library understands."""
     builder = datasets.load_dataset_builder(source.dataset_name, source.dataset_config_name, cache_dir=source.cache_dir)
     if isinstance(builder, WebDataset):
         return {str(name): Tars(list(files)) for name, files in builder.config.data_files.items()}
@@ -372,15 +382,16 @@ def _load_splits(source: DataSource, passed_over: list[PassedOver]) -> dict[str,
 
 
 def _passed_over_by_library(folder: Path) -> PassedOver:
-    pictures, others = list_pictures(folder)
-    unknown = [str(path.relative_to(folder)) for path in pictures if path.suffix.lower() not in ImageFolder.EXTENSIONS]
+    images, others = list_images(folder)
+    unknown = [str(path.relative_to(folder)) for path in images if path.suffix.lower() not in ImageFolder.EXTENSIONS]
     return PassedOver({**others.names, UNKNOWN_TO_LIBRARY: unknown} if unknown else others.names)
 
 
 def _training_photographs(resolution: int) -> list[RawImage]:
-    """Tiles of three scales, the coarser ones repeated, since there are fewer of them; half of them recoloured.
+    """Return tiles of scikit-image's photographs at three scales, half of them recoloured.
 
-    They have twice the resolution, so that a random crop of a quarter of the area need not be scaled up.
+    Coarser tiles are fewer, so they are repeated. Tiles have twice the resolution, so that a random crop of a quarter
+    of the area is not scaled up.
     """
     tiles = [tile for across in (1, 2, 4) for tile in _tiles("train", 2 * resolution, across) * (4 // across)]
     return [RawImage(recoloured(tile, seed), label) for seed, (tile, label) in enumerate(tiles)]
@@ -396,53 +407,68 @@ def _tiles(split: Split, side: int, across: int) -> list[tuple[Image.Image, str]
     return [(tile, f"{split} tile {index}") for index, tile in enumerate(tiles)]
 
 
-def _list_folder(flag: str, source: DataSource, passed_over: list[PassedOver]) -> list[RawImage] | Tars:
-    """List the image files below the folder that `flag` names, or else its tar files (WebDataset)."""
-    folder = Path(getattr(source, flag))
-    if not folder.is_dir():
-        raise MissingFile(f"--{flag} {folder}: there is no such folder")
-    pictures, others = list_pictures(folder)
-    if not pictures and (tars := [str(path) for path in list_files(folder) if is_tar(path)]):
+def _list_folder(parameter: str, source: DataSource, passed_over: list[PassedOver]) -> list[RawImage] | Tars:
+    """List the image files below the folder that `parameter` names, or else its tar files (WebDataset)."""
+    folder = Path(getattr(source, parameter))
+    _check_folder(folder, parameter)
+    images, others = list_images(folder)
+    if not images and (tars := [str(path) for path in list_files(folder) if is_tar(path)]):
         return Tars(tars)
-    if not pictures:
+    if not images:
         found = f"; {others.report()}" if others else ""
-        raise UserError(f"--{flag} {folder}: there are no image files (.png, .jpg, ...) and no .tar files in it{found}")
-    _refuse_without_columns(source, flag)
+        raise UserError(
+            f"{folder} holds no image files (.png, .jpg, ...) and no .tar files{found}", parameter=parameter
+        )
+    _refuse_without_columns(source, parameter)
     passed_over.append(others)
     column = source.caption_column
-    captions = folder_captions(folder, pictures, column) if column else [""] * len(pictures)
-    return [RawImage(path, str(path), caption) for path, caption in zip(pictures, captions, strict=True)]
+    captions = folder_captions(folder, images, column) if column else [""] * len(images)
+    return [RawImage(path, str(path), caption) for path, caption in zip(images, captions, strict=True)]
 
 
-def _refuse_without_columns(source: DataSource, flag: str) -> None:
-    """Where the folder of `flag` is all there is, what is meant for a table or a stream would be ignored."""
-    if source.dataset_name or (flag == "validation_data_dir" and source.train_data_dir):
+def _check_folder(folder: str | Path, parameter: str) -> None:
+    """Raise a MissingFile if the folder that `parameter` names does not exist."""
+    if not Path(folder).is_dir():
+        raise MissingFile(f"there is no folder {folder}; check the path", parameter=parameter)
+
+
+def _refuse_without_columns(source: DataSource, parameter: str) -> None:
+    """Refuse settings for tables and streams if all images come from the folder that `parameter` names.
+
+    Raises:
+        UserError: for the first such setting.
+    """
+    if source.dataset_name or (parameter == "validation_data_dir" and source.train_data_dir):
         return
     for name in ("image_column", "streaming"):
         if getattr(source, name) != DataSource.__dataclass_fields__[name].default:
-            raise UserError(f"--{name} has no effect on a folder of image files")
+            raise UserError("it has no effect on a folder of image files; leave it out", parameter=name)
 
 
 @contextmanager
-def _one_line_error(what: str) -> Iterator[None]:
+def _one_line_error(what: str | None, *, parameter: str | None = None) -> Iterator[None]:
+    """Turn any error of the datasets library into a UserError of one line, which starts with `what`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # what a broken connection raises differs between the versions of the libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        advice = "check the name, --dataset_config_name and the network connection"
-        raise UserError(f"{what} cannot be read: {reason}; {advice}") from error
+        advice = "check the name, the configuration (dataset_config_name) and the network connection"
+        raise UserError(f"{what} cannot be read: {reason}; {advice}", parameter=parameter) from error
 
 
 def _hold_out(images: Images, held: HeldOut, seed: int) -> tuple[RawImages, RawImages]:
     if isinstance(images, StreamImages):
         raise UserError(
-            "no images can be held out of streamed training data for validation; "
-            "give --validation_data_dir, or a split of the data set as --validation_split"
+            "no images can be held out of a streamed dataset; name a split of the dataset, or give a folder of validation images",
+            parameter="validation_split",
         )
     if len(images) < 2:
-        raise UserError("a single training image leaves none to hold out; give --validation_data_dir")
+        raise UserError(
+            "a single training image leaves none to hold out; give a folder of validation images",
+            parameter="validation_data_dir",
+        )
     number = min(max(round(held.share * len(images)), 1), held.limit or len(images), len(images) - 1)
     order = np.random.default_rng((seed, HELD_OUT_SEED)).permutation(len(images))
     training, validation = (np.sort(part).tolist() for part in (order[number:], order[:number]))
@@ -450,18 +476,20 @@ def _hold_out(images: Images, held: HeldOut, seed: int) -> tuple[RawImages, RawI
 
 
 def _image_column(split: datasets.Dataset | datasets.IterableDataset, source: DataSource) -> Images:
-    """The image column of a dataset, set to stay undecoded: one bad image must not end the iteration."""
+    """Open the image column of a dataset without decoding: one bad image must not end the iteration.
+
+    Raises:
+        UserError: if the dataset is empty or lacks a column.
+    """
     column = source.image_column
     columns = list(split.features or next(iter(split), {}))
     if not columns or (isinstance(split, datasets.Dataset) and len(split) == 0):
         raise UserError(f"{source.dataset_name or source.train_data_dir} holds no images; check its files and splits")
-    if column not in columns:
-        told = f"--image_column {column}: there is no such column; the columns are {', '.join(columns)}"
-        raise UserError(told + _advice_on_folder(source))
     captions = source.caption_column
-    if captions is not None and captions not in columns:
-        told = f"--caption_column {captions}: there is no such column; the columns are {', '.join(columns)}"
-        raise UserError(told + _advice_on_folder(source))
+    for parameter, name in (("image_column", column), ("caption_column", captions)):
+        if name is not None and name not in columns:
+            told = f"there is no column '{name}'; the columns are {', '.join(columns)}"
+            raise UserError(told + _advice_on_folder(source), parameter=parameter)
     if isinstance((split.features or {}).get(column), datasets.Image):
         split = split.cast_column(column, datasets.Image(decode=False))
     split = split.select_columns([name for name in columns if name in (column, captions, "__key__")])
@@ -470,10 +498,10 @@ def _image_column(split: datasets.Dataset | datasets.IterableDataset, source: Da
 
 
 def _advice_on_folder(source: DataSource) -> str:
-    """Return what to do if the datasets library takes a folder of images for a table of the files beside them."""
+    """Return advice if the datasets library takes a folder of images for a dataset of the files beside them."""
     folder = Path(source.dataset_name or os.devnull)
-    if folder.is_dir() and (list_pictures(folder)[0] or any(map(is_tar, list_files(folder)))):
-        return "; a folder of image files or of tars is read with --train_data_dir"
+    if folder.is_dir() and (list_images(folder)[0] or any(map(is_tar, list_files(folder)))):
+        return f"; {folder} holds image files or tars: give it as a folder of images instead of a dataset"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""TIFF files that Pillow refuses or misreads: fractions, long integers, packed bits, planes of 16 bits."""
+"""Read TIFF files that Pillow refuses or misreads: fractions, long integers, packed bits, planes of 16 bits."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class TiffPages(Image.Image):
         page = self._file.pages[frame].aspage()
         self.declared = Declared.of_tiff({tag.code: tag.value for tag in page.tags})
         samples, alpha = _planes(page, self.declared)
-        picture = _merged(samples, alpha, page)
-        self.im, self._mode, self._size = picture.im, picture.mode, picture.size
+        image = _merged(samples, alpha, page)
+        self.im, self._mode, self._size = image.im, image.mode, image.size
         self.info = {"icc_profile": page.tags.valueof(ICC_PROFILE), "exif": _kept(page).tobytes()}
-        if picture.mode.startswith("RGB"):
+        if image.mode.startswith("RGB"):
             self.info[LOW_BYTES] = _merged(samples << 8, None, page)
         self._frame = frame
 
@@ -63,7 +63,7 @@ class TiffPages(Image.Image):
 
 
 def misread_by_pillow(tags: Mapping[int, object]) -> bool:
-    """Whether Pillow opens a file with these tags, but takes the wrong bytes or bits for the pixels."""
+    """Return whether Pillow opens a file with these tags but takes the wrong bytes or bits for the pixels."""
     uncompressed = tags.get(COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
     declares_white = MAX_SAMPLE in tags or S_MAX_SAMPLE in tags
     return is_deep(tags) and (declares_white or (uncompressed and tags.get(PLANAR) == SEPARATE_PLANES))
@@ -76,7 +76,7 @@ def is_deep(tags: Mapping[int, Any]) -> bool:
 
 
 def _planes(page: tifffile.TiffPage, declared: Declared) -> tuple[np.ndarray, np.ndarray | None]:
-    """Colours `[H,W,C]` and alpha `[H,W]`, both of 16 bits."""
+    """Return colours `[H,W,C]` and alpha `[H,W]`, if any, of 16 bits."""
     _check(page)
     values = _samples(page)
     if page.photometric == PALETTE:
@@ -93,15 +93,18 @@ def _sixteen_bits(unit: np.ndarray) -> np.ndarray:
 
 
 def _merged(samples: np.ndarray, alpha: np.ndarray | None, page: tifffile.TiffPage) -> Image.Image:
-    """Colours and alpha of 16 bits as an upright picture: all bits of gray, and the high bytes of anything else."""
+    """Return colours and alpha of 16 bits as an upright image.
+
+    Gray keeps all its bits; other images keep their high bytes.
+    """
     if samples.shape[-1] == 1 and alpha is None:
-        picture = Image.fromarray(samples[..., 0])
+        image = Image.fromarray(samples[..., 0])
     else:
         planes = [*np.moveaxis(samples, -1, 0), *([] if alpha is None else [alpha])]
         mode = MODES[samples.shape[-1]] + ("" if alpha is None else "A")
-        picture = Image.merge(mode, [Image.fromarray((plane >> 8).astype(np.uint8)) for plane in planes])
-    picture.getexif()[ORIENTATION] = page.tags.valueof(ORIENTATION, 1)
-    return ImageOps.exif_transpose(picture)
+        image = Image.merge(mode, [Image.fromarray((plane >> 8).astype(np.uint8)) for plane in planes])
+    image.getexif()[ORIENTATION] = page.tags.valueof(ORIENTATION, 1)
+    return ImageOps.exif_transpose(image)
 
 
 def _alpha(page: tifffile.TiffPage, values: np.ndarray, declared: Declared) -> np.ndarray | None:
@@ -114,14 +117,14 @@ def _alpha(page: tifffile.TiffPage, values: np.ndarray, declared: Declared) -> n
 
 
 def _check(page: tifffile.TiffPage) -> None:
-    """Raises a ValueError if the page is no picture that this module reads, is too large, or is cut short."""
+    """Raise a ValueError if the page is not an image that this module reads, is too large, or is cut short."""
     if page.photometric not in COLOUR_SAMPLES or page.imagedepth != 1:
         raise ValueError(f"TIFF with photometric interpretation {page.photometric} and {page.bitspersample} bits")
     pixels = page.imagewidth * page.imagelength
     if not 0 < pixels <= (Image.MAX_IMAGE_PIXELS or pixels):
         raise Image.DecompressionBombError(f"{pixels} pixels are more than {Image.MAX_IMAGE_PIXELS}")
     if page.samplesperpixel > COLOUR_SAMPLES[page.photometric] + 4:
-        raise ValueError(f"TIFF with {page.samplesperpixel} samples per pixel, which is no picture")
+        raise ValueError(f"TIFF with {page.samplesperpixel} samples per pixel, which is no image")
     size, segments = page.parent.filehandle.size, _segments(page)
     stored = sum(count for _, count in segments)
     packed = pixels * page.samplesperpixel * page.bitspersample // 8 if page.compression == UNCOMPRESSED else 1
@@ -131,7 +134,7 @@ def _check(page: tifffile.TiffPage) -> None:
 
 
 def _samples(page: tifffile.TiffPage) -> np.ndarray:
-    """`[H,W,S]` of the file's own numbers."""
+    """Return the file's own numbers, `[H,W,S]`."""
     planar = page.planarconfig == SEPARATE_PLANES and page.samplesperpixel > 1
     if page.bitspersample not in WHOLE_BYTES:
         return _unpacked(page, planar)
@@ -142,7 +145,10 @@ def _samples(page: tifffile.TiffPage) -> np.ndarray:
 
 
 def _unpacked(page: tifffile.TiffPage, planar: bool) -> np.ndarray:
-    """The same of samples that fill no whole bytes, such as 12 bits, for which tifffile wants another package."""
+    """Return the file's own numbers `[H,W,S]` if they fill no whole bytes, such as 12 bits.
+
+    tifffile needs another package for these.
+    """
     decompress = tifffile.TIFF.DECOMPRESSORS[page.compression]
     if page.is_tiled or page.predictor != 1 or page.fillorder != 1 or not 8 < page.bitspersample < 32:
         raise ValueError(f"TIFF with {page.bitspersample} bits per sample in tiles or with a predictor")
@@ -163,7 +169,7 @@ def _segments(page: tifffile.TiffPage) -> list[tuple[int, int]]:
 
 
 def _kept(page: tifffile.TiffPage) -> Image.Exif:
-    """What is said about the picture apart from its pixels."""
+    """Return the tags that describe the image apart from its pixels."""
     exif = Image.Exif()
     for code in KEPT_TAGS:
         if (value := page.tags.valueof(code)) is not None:

@@ -1,7 +1,7 @@
-"""Reads tars of samples (WebDataset): any member of a sample that is a picture, whatever the samples have in common.
+"""Read tars of samples (WebDataset). Any member of a sample may be an image, and samples need not be alike.
 
-Members of one name up to the first dot, such as `0001.jpg` and `0001.txt`, are one sample; the rest of the name is
-the member's field.
+Members whose names agree up to the first dot, such as `0001.jpg` and `0001.txt`, are one sample. The rest of the name
+is the member's field.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from datasets.utils.file_utils import xopen
 from srl_utils.console import warn_once
 from srl_utils.errors import UserError, one_line
 from srl_utils.images.captions import SIDECAR_COLUMNS, as_caption, decode_text
-from srl_utils.images.decoding import picture_suffixes
+from srl_utils.images.decoding import image_suffixes
 from srl_utils.images.framing import RawImage
 from srl_utils.images.listing import HEAD, PassedOver, reason_of, suffix_of
 
@@ -43,12 +43,12 @@ ENOUGH = 100  # images that show what samples hold
 LONGEST_TEXT = 2**20  # bytes
 Opener = Callable[..., Any]
 """Unpacks a path or an opened file."""
-ANY_PICTURE = "image"
+ANY_IMAGE = "image"
 """The default name of the column of images."""
 COMPRESSED: dict[bytes, Opener] = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 BROKEN = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
-NO_PICTURE = "samples without a picture"
-OTHER_PICTURE = "another picture of the sample is used"
+NO_IMAGE = "samples without an image"
+OTHER_IMAGE = "another image of the sample is used"
 COLUMNS = ("image", "caption", "__key__")
 
 
@@ -62,28 +62,29 @@ class Member(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name up to the first dot of its last part."""
+        """Return the name up to the first dot of its last part."""
         folder, name = posixpath.split(self.name)
         return posixpath.join(folder, name.partition(".")[0])
 
     @property
     def field(self) -> str:
-        """The lower-case rest of the name, such as `jpg` or `depth.png`."""
+        """Return the lower-case rest of the name, such as `jpg` or `depth.png`."""
         return posixpath.split(self.name)[1].partition(".")[2].lower()
 
     @property
     def view(self) -> str:
-        """The field without the suffix: "" of `jpg`, `depth` of `depth.png`."""
+        """Return the field without the suffix: "" for `jpg`, `depth` for `depth.png`."""
         return self.field.rpartition(".")[0]
 
     @property
-    def why_no_picture(self) -> str | None:
+    def why_no_image(self) -> str | None:
+        """Return why the member is not read as an image; None if it is one."""
         suffix = suffix_of(self.name)
-        return None if suffix in picture_suffixes() else reason_of(suffix, self.content[:HEAD])
+        return None if suffix in image_suffixes() else reason_of(suffix, self.content[:HEAD])
 
 
-class TarPicture(NamedTuple):
-    """Where a picture is."""
+class TarImage(NamedTuple):
+    """The place of an image in a tar, with its caption."""
 
     tar: str
     name: str
@@ -98,73 +99,73 @@ class TarPicture(NamedTuple):
 
 @dataclass(frozen=True)
 class TarImages:
-    """Undecoded pictures inside tars, read from their place there."""
+    """Undecoded images in tars, each read from its place."""
 
-    pictures: Sequence[TarPicture]
+    images: Sequence[TarImage]
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def listed(self) -> list[tuple[str, str]]:
-        """Return name and caption of each image; no picture is read."""
-        return [(one_line(picture.label), picture.caption) for picture in self.pictures]
+        """Return name and caption of each image; decodes nothing."""
+        return [(one_line(image.label), image.caption) for image in self.images]
 
     def __getitem__(self, index: int) -> RawImage:
-        picture = self.pictures[int(index)]
+        image = self.images[int(index)]
         content = None  # of a tar that has become unreadable, which costs these images and not the run
-        with suppress(OSError), open(picture.tar, "rb") as file:
-            file.seek(picture.offset)
-            content = file.read(picture.size)
-        return RawImage(content, picture.label, picture.caption)
+        with suppress(OSError), open(image.tar, "rb") as file:
+            file.seek(image.offset)
+            content = file.read(image.size)
+        return RawImage(content, image.label, image.caption)
 
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Says which members of a sample are its images, and what their caption is.
+    """Decides which members of a sample are its images, and what their captions are.
 
     Args:
-        image_column: a field such as `depth.png`, or `depth` for it in any format. `jpg`, and likewise the default
-            `image`, takes the picture whose field is a format alone, else `image.*`, else every picture of the sample.
-        caption_column: a field such as `txt`, or `caption` for `caption.txt`, or a key of the sample's JSON.
+        image_column: a field such as `depth.png`, or `depth` for the field in any format. For `jpg`, as for the default
+            `image`, it is the member whose field is a format alone, else `image.*`, else every image of the sample.
+        caption_column: a field such as `txt`, `caption` for `caption.txt`, or a key of the sample's JSON.
     """
 
     image_column: str
     caption_column: str | None
 
     def bytes_wanted(self, info: tarfile.TarInfo) -> int:
-        """Return how much of a member tells what it is, and what it says; 0 of a picture, whose suffix does."""
+        """Return how many bytes of a member to read: 0 of an image with a suffix, all of a text, else its head."""
         suffix = suffix_of(info.name)
-        if suffix in picture_suffixes():
+        if suffix in image_suffixes():
             return 0
         is_text = suffix in TEXT_SUFFIXES or info.name.lower().endswith(f".{self.caption_column or ''}".lower())
         return info.size if is_text and info.size <= LONGEST_TEXT else HEAD
 
     def images(self, sample: Sequence[Member]) -> list[tuple[Member, str]]:
-        """Return the pictures that are images, each with its caption."""
+        """Return the images of a sample that are chosen, each with its caption."""
         return [(member, self._caption(sample, member.view)) for member in self._chosen(sample)]
 
     def passed_over(self, sample: Sequence[Member], images: Sequence[tuple[Member, str]]) -> list[tuple[str, str]]:
-        """Return the pictures that are no images and, of a sample without images, its first member: (reason, name)."""
+        """Return (reason, name) of the images that are not chosen and, if none is, of the sample's first member."""
         chosen = {member for member, _ in images}
-        others = [member.name for member in sample if member not in chosen and member.why_no_picture is None]
+        others = [member.name for member in sample if member not in chosen and member.why_no_image is None]
         if images:
-            return [(OTHER_PICTURE, name) for name in others]
+            return [(OTHER_IMAGE, name) for name in others]
         if others:
             return [(f"samples without {self.image_column}", others[0])]
-        reasons = [member.why_no_picture or "" for member in sample]
-        return [(next((reason for reason in reasons if reason.startswith("needs")), NO_PICTURE), sample[0].name)]
+        reasons = [member.why_no_image or "" for member in sample]
+        return [(next((reason for reason in reasons if reason.startswith("needs")), NO_IMAGE), sample[0].name)]
 
     def _chosen(self, sample: Sequence[Member]) -> list[Member]:
         wanted = self.image_column.lower()
-        pictures = sorted(
-            (member for member in sample if member.why_no_picture is None), key=lambda member: member.field != wanted
+        images = sorted(
+            (member for member in sample if member.why_no_image is None), key=lambda member: member.field != wanted
         )
-        if wanted == ANY_PICTURE or f".{wanted}" in picture_suffixes():
-            plain = [member for member in pictures if not member.view]
-            named = [member for member in pictures if member.view == ANY_PICTURE]
-            return plain[:1] or named[:1] or pictures
-        view = wanted.rpartition(".")[0] if suffix_of(wanted) in picture_suffixes() else wanted
-        return [member for member in pictures if wanted == member.field or view == member.view][:1]
+        if wanted == ANY_IMAGE or f".{wanted}" in image_suffixes():
+            plain = [member for member in images if not member.view]
+            named = [member for member in images if member.view == ANY_IMAGE]
+            return plain[:1] or named[:1] or images
+        view = wanted.rpartition(".")[0] if suffix_of(wanted) in image_suffixes() else wanted
+        return [member for member in images if wanted == member.field or view == member.view][:1]
 
     def _caption(self, sample: Sequence[Member], view: str) -> str:
         if self.caption_column is None:
@@ -185,7 +186,7 @@ class SampleReader:
 
 @dataclass
 class Census:
-    """What the samples of tars hold, to be told where nothing of what is wanted is found."""
+    """The fields and JSON keys of samples, for the message if no images or captions are found."""
 
     fields: dict[str, None] = field(default_factory=dict)
     keys: dict[str, None] = field(default_factory=dict)
@@ -201,18 +202,18 @@ class Census:
         self.images += len(images)
 
     def check(self, reader: SampleReader, where: str) -> None:
-        """Raise a UserError where there are no images, or no captions that were asked for."""
+        """Raise a UserError if there are no images, or no captions although they are wanted."""
         members = one_line(", ".join(list(self.fields)[:20])) or "none"
         if not self.images:
             raise UserError(
-                f"{where}: no sample has a picture for --image_column {reader.image_column}; "
-                f"its samples have the members {members}"
+                f"no sample in {where} has an image '{reader.image_column}'; the samples have the members {members}",
+                parameter="image_column",
             )
         if reader.caption_column is not None and not self.captions:
             keys = f", their JSON the keys {one_line(', '.join(list(self.keys)[:20]))}" if self.keys else ""
             raise UserError(
-                f"--caption_column {reader.caption_column}: there is no such column in {where}; "
-                f"its samples have the members {members}{keys}"
+                f"there is no column '{reader.caption_column}' in {where}; the samples have the members {members}{keys}",
+                parameter="caption_column",
             )
 
 
@@ -224,14 +225,17 @@ def is_tar(path: Path) -> bool:
 def index_tars(
     tars: Sequence[str], reader: SampleReader, *, where: str, cache_dir: str | None
 ) -> tuple[TarImages, PassedOver]:
-    """Find the images of local tars, which can then be read in any order, and the samples that have none.
+    """Find the images of local tars, which can then be read in any order.
 
-    Compressed tars are unpacked to the cache once.
+    Compressed tars are unpacked into the cache once.
+
+    Returns:
+        The images, and the members that were skipped.
 
     Raises:
-        UserError: if there are no images, or no captions of the name that is asked for.
+        UserError: if there are no images, or no captions of the wanted name.
     """
-    pictures: list[TarPicture] = []
+    found: list[TarImage] = []
     passed_over: list[tuple[str, str]] = []
     census = Census()
     for tar in tars:
@@ -240,19 +244,19 @@ def index_tars(
         for sample in _grouped(_in_order_of_samples(_members_at(place, tar, reader))):
             images = reader.images(sample)
             census.add(sample, images)
-            pictures += [TarPicture(place, image.name, image.offset, image.size, caption) for image, caption in images]
+            found += [TarImage(place, image.name, image.offset, image.size, caption) for image, caption in images]
             passed_over += [
                 (why, f"{os.path.basename(tar)}: {name}") for why, name in reader.passed_over(sample, images)
             ]
     census.check(reader, where)
-    return TarImages(pictures), PassedOver.of(passed_over, "members of tars")
+    return TarImages(found), PassedOver.of(passed_over, "members of tars")
 
 
 def stream_tars(tars: Sequence[str], reader: SampleReader, *, where: str) -> datasets.IterableDataset:
-    """Read the images of tars, local or remote, in sequence; rows have `COLUMNS`, each image as the bytes of its file.
+    """Read the images of tars, local or remote, in sequence. Rows have `COLUMNS`; images are the bytes of their files.
 
     Raises:
-        UserError: if the first tars hold no images, or no captions of the name that is asked for.
+        UserError: if the first tars hold no images, or no captions of the wanted name.
     """
     for tar in tars:
         _check_end(tar)
@@ -294,7 +298,7 @@ def unpacked(tar: str, cache_dir: str | None) -> str:
 
 
 def _opener(file: IO[bytes]) -> Opener | None:
-    """Return what unpacks a file, which is left at its beginning; None if it is not compressed."""
+    """Return the function that unpacks a file, or None if it is not compressed; rewinds the file."""
     head = file.read(tarfile.BLOCKSIZE)
     file.seek(0)
     if head[257:262] == b"ustar":  # whose first member may have any name
@@ -303,7 +307,7 @@ def _opener(file: IO[bytes]) -> Opener | None:
 
 
 def _check_end(tar: str) -> None:
-    """Warn of a local file that lacks the zeros that close a tar, which readers in sequence take for its end."""
+    """Warn of a local tar without the zeros that close it: readers in sequence take such a tar for complete."""
     if "://" in tar:
         return
     with suppress(OSError), open(tar, "rb") as file:
@@ -317,7 +321,7 @@ def _check_end(tar: str) -> None:
 
 @contextmanager
 def _ending_early(tar: str) -> Iterator[None]:
-    """Take a tar that breaks off for one that ends there, and say so."""
+    """Treat a tar that breaks off as one that ends there, with a warning."""
     try:
         yield
     except BROKEN as error:
@@ -325,7 +329,7 @@ def _ending_early(tar: str) -> Iterator[None]:
 
 
 def _members_at(place: str, tar: str, reader: SampleReader) -> Iterator[Member]:
-    """List the members of an uncompressed file; of pictures only the place is read."""
+    """Yield the members of an uncompressed tar; of images only the place is read."""
     with open(place, "rb") as file, _ending_early(tar):
         for archive, info in _infos(file, "r:", tar):
             wanted = reader.bytes_wanted(info)
@@ -334,7 +338,7 @@ def _members_at(place: str, tar: str, reader: SampleReader) -> Iterator[Member]:
 
 
 def _members_of(tar: str, reader: SampleReader) -> Iterator[Member]:
-    """Read the members in sequence, with the whole content of pictures."""
+    """Yield the members in sequence, with the whole content of images."""
     try:
         with xopen(tar, "rb") as file, _ending_early(tar):
             opener = _opener(file)
@@ -342,7 +346,7 @@ def _members_of(tar: str, reader: SampleReader) -> Iterator[Member]:
                 content = _content(archive, info)
                 beginning = content.read(reader.bytes_wanted(info))
                 member = Member(_plain_name(info), info.offset_data, info.size, beginning)
-                yield member._replace(content=beginning + content.read()) if member.why_no_picture is None else member
+                yield member._replace(content=beginning + content.read()) if member.why_no_image is None else member
     except FileNotFoundError as error:
         raise UserError(f"{one_line(tar)} cannot be read: {error.strerror or error}") from None
 
@@ -356,7 +360,10 @@ def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _infos(file: IO[bytes], mode: Literal["r:", "r|"], tar: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yield the files of a tar, without those that systems add, such as `._1.jpg`; it may be several in a row."""
+    """Yield the files of a tar, or of several tars in a row.
+
+    Skips what systems add, such as `._1.jpg`.
+    """
     with tarfile.open(fileobj=file, mode=mode, ignore_zeros=True, errors="surrogateescape") as archive:
         for info in archive:
             archive.members = []  # type: ignore[attr-defined]  # undocumented, and would grow without end
@@ -374,7 +381,7 @@ def _plain_name(info: tarfile.TarInfo) -> str:
 
 
 def _in_order_of_samples(members: Iterable[Member]) -> list[Member]:
-    """Bring the members of each sample together, in the order of their first ones."""
+    """Sort members so that each sample is together, in the order of the samples' first members."""
     members = list(members)
     first: dict[str, int] = {}
     for member in members:
@@ -383,7 +390,7 @@ def _in_order_of_samples(members: Iterable[Member]) -> list[Member]:
 
 
 def _grouped(members: Iterable[Member]) -> Iterator[list[Member]]:
-    """Group members in a row of one key; a field that is there already begins the next sample."""
+    """Yield samples: consecutive members of one key. A field that repeats begins the next sample."""
     for _, group in groupby(members, key=lambda member: member.key):
         sample: dict[str, Member] = {}
         for member in group:

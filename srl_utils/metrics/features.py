@@ -1,7 +1,7 @@
-"""Metrics that see through a pretrained network: Inception's or a classifier's, of sets of images, CLIP's, of pairs.
+"""Compute metrics on features of pretrained networks: Inception or a classifier for sets of images, CLIP for pairs.
 
-Networks run in float32 without gradient, on the device of the images and in the batches that the caller makes.
-Images are taken as the 8-bit pictures they would be saved as; values beyond [-1,1] are clipped.
+Networks run in float32 without gradient, on the device of the images and in the caller's batches. Images are rounded
+to the 8 bits of a saved file; values outside [-1,1] are clipped.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 INCEPTION = "inception-v3-compat"
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_LAYERS = {"pool": "2048", "logits": "logits_unbiased"}
-"""What torch-fidelity calls them: FID and KID are of the pool, the Inception Score of the logits without bias."""
+"""torch-fidelity's names. FID and KID use the pool, the Inception Score the logits without bias."""
 SUBSET_SIZE, SPLITS = 1000, 10
-"""torch-fidelity's, of KID and of the Inception Score."""
+"""torch-fidelity's defaults for KID and the Inception Score."""
 CLIP_MODEL = "openai/clip-vit-base-patch32"
 NETWORK_TIMEOUT = 10.0
-"""In seconds, for each wait for a server."""
+"""Seconds, for each wait for a server."""
 UNREADABLE = (
     OSError, EOFError, HTTPException, ImportError, RuntimeError, TypeError, ValueError,
     pickle.UnpicklingError, SafetensorError,
 )  # fmt: skip
-"""What loading raises where there is no network, no file, a file cut short or a file of something else."""
+"""Errors of loading without a network, without a file, or from a damaged file or one of another kind."""
 
 
 class Spread(NamedTuple):
@@ -58,21 +58,21 @@ class Spread(NamedTuple):
 
 
 class Features(Protocol):
-    """A network whose view of images is what sets of them are compared by."""
+    """A network whose features compare sets of images."""
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """`pool` `[N,D]` and `logits` `[N,K]`, float32, of images `[N,3,H,W]` in [-1,1]."""
+        """Return `pool` `[N,D]` and `logits` `[N,K]`, float32, of images `[N,3,H,W]` in [-1,1]."""
 
 
 class InceptionFeatures:
-    """Features of the Inception network that FID was defined with (Heusel et al. 2017), as torch-fidelity has it."""
+    """Features of the Inception network that defines FID (Heusel et al. 2017), in torch-fidelity's version."""
 
     def __init__(self, network: FeatureExtractorInceptionV3) -> None:
         self.network = network
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """`pool` `[N,2048]` and `logits` `[N,1008]`, float32, of images `[N,3,H,W]` in [-1,1].
+        """Return `pool` `[N,2048]` and `logits` `[N,1008]`, float32, of images `[N,3,H,W]` in [-1,1].
 
         Raises:
             ValueError: if a pixel is not finite.
@@ -84,10 +84,13 @@ class InceptionFeatures:
 
 
 def load_inception_features(weights: str | Path | None = None) -> InceptionFeatures:
-    """The network on the weights file given, or else on torch-fidelity's, downloaded where it is not cached.
+    """Load the Inception network.
+
+    Args:
+        weights: path of a weights file; None takes torch-fidelity's, and downloads it if it is not cached.
 
     Raises:
-        MissingFile: a FileNotFoundError, if the weights are not to be had.
+        MissingFile: a FileNotFoundError, if the weights are missing and cannot be downloaded.
         UnusableFile: an OSError, if they are not those of this network.
     """
     folder = Path(torch.hub.get_dir(), "checkpoints")
@@ -100,20 +103,20 @@ def load_inception_features(weights: str | Path | None = None) -> InceptionFeatu
         )
     except UNREADABLE as error:
         raise _kind(error, weights or folder / INCEPTION_WEIGHTS)(
-            f"the Inception weights {weights or URL_INCEPTION_V3} cannot be had ({_reason(error)}); put an intact "
-            f"{INCEPTION_WEIGHTS} into {folder} (TORCH_HOME moves it), or name it: --inception_weights PATH"
+            f"cannot load the Inception weights {weights or URL_INCEPTION_V3} ({_reason(error)}); put an intact "
+            f"{INCEPTION_WEIGHTS} into {folder} (TORCH_HOME moves it), or give its path as inception_weights"
         ) from None
     return InceptionFeatures(network)
 
 
 def frechet_distance(features: Tensor, others: Tensor) -> float:
-    """FID (Heusel et al. 2017) of two sets of `pool` features `[N,2048]`, `[M,2048]`.
+    """Return the FID (Heusel et al. 2017) of two sets of `pool` features `[N,2048]` and `[M,2048]`.
 
-    It is biased upwards, the more the fewer the images are: compare only values of equal N and M, and mind that
-    below 2048 images not even the covariance has full rank.
+    FID is biased upwards, and more so for fewer images: compare only values of equal N and M. Below 2048 images the
+    covariance does not have full rank.
 
     Raises:
-        ValueError: below 2 images a set, where there is no covariance.
+        ValueError: if a set has fewer than 2 images, and so no covariance.
     """
     _require(2, "FID", features, others)
     statistics = [fid_features_to_statistics(each.cpu()) for each in (features, others)]
@@ -124,12 +127,19 @@ def frechet_distance(features: Tensor, others: Tensor) -> float:
 def kernel_distance(
     features: Tensor, others: Tensor, *, subset_size: int = SUBSET_SIZE, subsets: int = 100, seed: int = 2020
 ) -> Spread:
-    """KID (Binkowski et al. 2018) of two sets of `pool` features `[N,2048]`, `[M,2048]`; unbiased, so also negative.
+    """Return the KID (Binkowski et al. 2018) of two sets of `pool` features `[N,2048]` and `[M,2048]`.
 
-    Over `subsets` pairs of random subsets; the defaults, seed included, are torch-fidelity's.
+    KID is unbiased, so it may be negative. The defaults, seed included, are torch-fidelity's.
+
+    Args:
+        features: one set.
+        others: the other set.
+        subset_size: images in a random subset.
+        subsets: number of pairs of subsets.
+        seed: of the random subsets.
 
     Raises:
-        ValueError: below `subset_size` images a set, or for subsets of fewer than 2.
+        ValueError: if a set has fewer than `subset_size` images, or if subsets have fewer than 2.
     """
     if subset_size < 2:
         raise ValueError(f"KID needs subsets of at least 2 images, got {subset_size}")
@@ -140,12 +150,12 @@ def kernel_distance(
 
 
 def inception_score(logits: Tensor, *, splits: int = SPLITS, seed: int = 2020) -> Spread:
-    """Inception Score (Salimans et al. 2016) of `logits` `[N,1008]`, over `splits` parts of the shuffled images.
+    """Return the Inception Score (Salimans et al. 2016) of `logits` `[N,1008]`, over splits of the shuffled images.
 
-    Biased as FID is; the defaults, seed included, are torch-fidelity's.
+    Like FID it is biased by the number of images. The defaults, seed included, are torch-fidelity's.
 
     Raises:
-        ValueError: below 2 images a split: one alone scores 1 whatever it shows.
+        ValueError: if a split has fewer than 2 images; a single image scores 1 whatever it shows.
     """
     _require(2 * splits, f"the Inception Score in {splits} splits", logits)
     result = isc_features_to_metric(logits.cpu(), splits, rng_seed=seed)
@@ -153,12 +163,15 @@ def inception_score(logits: Tensor, *, splits: int = SPLITS, seed: int = 2020) -
 
 
 class SetMetric(NamedTuple):
-    """A value for a whole set of images."""
+    """A metric of a set of images.
+
+    Attributes:
+        least: the smallest number of images.
+        value: computes it from the `Features` of the original images and of the images made from them.
+    """
 
     least: int
-    """Images below which it has none."""
     value: Callable[[dict[str, Tensor], dict[str, Tensor]], float]
-    """Of the `Features` of the images and of what was made of them."""
 
 
 FID = SetMetric(2, lambda real, shown: frechet_distance(real["pool"], shown["pool"]))
@@ -168,20 +181,20 @@ SET_METRICS = {
     "kid": SetMetric(2, lambda real, shown: _kernel_distance_of_any(real["pool"], shown["pool"])),
     "is": SetMetric(2 * SPLITS, lambda _, shown: inception_score(shown["logits"], splits=SPLITS).mean),
 }
-"""By the name that results give them: rfid is what the FID of reconstructions is called."""
+"""By their names in the results; rfid is the FID of reconstructions."""
 
 
 def _kernel_distance_of_any(features: Tensor, others: Tensor) -> float:
-    """With fewer images than a usual subset the only subset is all of them."""
+    """Return the KID; sets of up to `SUBSET_SIZE` images are one subset."""
     if len(features) <= SUBSET_SIZE:
         return kernel_distance(features, others, subset_size=len(features), subsets=1).mean
     return kernel_distance(features, others).mean
 
 
 class ClipSimilarity:
-    """Cosine similarities `[N]`, in [-1,1], of CLIP embeddings (Radford et al. 2021), on the model's own processor.
+    """Cosine similarities `[N]` in [-1,1] of CLIP embeddings (Radford et al. 2021), with the model's own processor.
 
-    What is published as CLIPScore (Hessel et al. 2021) multiplies those of images and texts by 100 or by 2.5.
+    CLIPScore (Hessel et al. 2021) is the similarity of image and text times 100 or 2.5.
     """
 
     def __init__(self, model: CLIPModel, processor: CLIPProcessor) -> None:
@@ -189,33 +202,33 @@ class ClipSimilarity:
         self.processor = processor
 
     def image_image(self, images: Tensor, others: Tensor) -> Tensor:
-        """Of each image with its other, both `[N,3,H,W]` in [-1,1].
+        """Return the similarity of each image with its partner, both `[N,3,H,W]` in [-1,1].
 
         Raises:
-            ValueError: if there are not as many of both, or a pixel is not finite.
+            ValueError: if the numbers differ, or a pixel is not finite.
         """
         _check_pairs(images, others)
         return _cosine(self.embed_images(images), self.embed_images(others))
 
     def image_text(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """Of each image, `[N,3,H,W]` in [-1,1], with its text; what a text has beyond CLIP's length is cut off.
+        """Return the similarity of each image `[N,3,H,W]` in [-1,1] with its text, which is cut off at CLIP's length.
 
         Raises:
-            ValueError: if there are not as many of both, or a pixel is not finite.
+            ValueError: if the numbers differ, or a pixel is not finite.
         """
         _check_pairs(images, texts)
         return _cosine(self.embed_images(images), self.embed_texts(texts, images.device))
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """`[N,D]` of images `[N,3,H,W]` in [-1,1]."""
+        """Return embeddings `[N,D]` of images `[N,3,H,W]` in [-1,1]."""
         pixels = _processed(self.processor.image_processor, images)
         with torch.autocast(images.device.type, enabled=False):
             return _embedding(self.model.to(images.device).get_image_features(pixel_values=pixels))
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], device: torch.device) -> Tensor:
-        """`[N,D]`, on that device."""
+        """Return embeddings `[N,D]` of texts, on `device`."""
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.processor.tokenizer(
             list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
@@ -228,9 +241,9 @@ class ClipSimilarity:
 
 
 class ImageClassifier:
-    """A classifier that sees what an image shows, and whose features stand in for Inception's where those do not fit.
+    """A classifier that tells what an image shows. Its features replace Inception's where those do not fit.
 
-    Its labels are words as prompts have them, such as "red circle" or "golden retriever".
+    Its labels are words as in prompts, such as "red circle" or "golden retriever".
     """
 
     def __init__(self, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
@@ -239,7 +252,7 @@ class ImageClassifier:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """`pool` `[N,D]`, the last layer's mean over the image, and `logits` `[N,K]`, float32.
+        """Return `pool` `[N,D]`, the mean of the last layer over the image, and `logits` `[N,K]`, float32.
 
         Raises:
             ValueError: if a pixel is not finite.
@@ -251,10 +264,10 @@ class ImageClassifier:
         return {"pool": last.flatten(2).mean(dim=2) if last.dim() == 4 else last.mean(dim=1), "logits": output.logits}
 
     def shown(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """`[N]`: 1 where the likeliest label of an image is among the words of its text, else 0.
+        """Return `[N]`: 1 if the likeliest label of an image is among the words of its text, else 0.
 
         Raises:
-            ValueError: if there are not as many of both, or a pixel is not finite.
+            ValueError: if the numbers differ, or a pixel is not finite.
         """
         _check_pairs(images, texts)
         labels = [
@@ -264,10 +277,10 @@ class ImageClassifier:
 
 
 def load_image_classifier(name: str) -> ImageClassifier:
-    """The image classifier of that name on the Hub, or in the local folder of that name.
+    """Load an image classifier from the Hub or from a folder.
 
     Raises:
-        MissingFile: a FileNotFoundError, if the model or its processor is not to be had.
+        MissingFile: a FileNotFoundError, if the model or its processor is missing and cannot be downloaded.
         UnusableFile: an OSError, if their files are damaged or of another kind.
         MissingPackage: an ImportError, without transformers.
     """
@@ -279,17 +292,18 @@ def load_image_classifier(name: str) -> ImageClassifier:
         model, processor = _load_whole(AutoModelForImageClassification, AutoImageProcessor, name)
     except UNREADABLE as error:
         raise _kind(error, name)(
-            f"the classifier '{name}' cannot be had ({_reason(error)}); put its config.json, model.safetensors and "
-            "preprocessor_config.json into a folder and name that: --classifier FOLDER"
+            f"cannot load the classifier '{name}' ({_reason(error)}); put its config.json, model.safetensors and "
+            "preprocessor_config.json into a folder, and give the folder as classifier"
         ) from None
     return ImageClassifier(model, processor)
 
 
 def load_clip_similarity(name: str = CLIP_MODEL) -> ClipSimilarity:
-    """The CLIP model of that name on the Hub, or in the local folder of that name.
+    """Load a CLIP model from the Hub or from a folder.
 
     Raises:
-        MissingFile: a FileNotFoundError, if the model, its processor or its tokenizer is not to be had.
+        MissingFile: a FileNotFoundError, if the model, its processor or its tokenizer is missing and cannot be
+            downloaded.
         UnusableFile: an OSError, if their files are damaged or of another kind.
         MissingPackage: an ImportError, without transformers.
     """
@@ -303,19 +317,23 @@ def load_clip_similarity(name: str = CLIP_MODEL) -> ClipSimilarity:
             raise ValueError("it has no tokenizer")
     except UNREADABLE as error:
         raise _kind(error, name)(
-            f"the CLIP model '{name}' cannot be had ({_reason(error)}); put its config.json, model.safetensors, "
-            "preprocessor_config.json and tokenizer.json into a folder and name that: --clip_model FOLDER"
+            f"cannot load the CLIP model '{name}' ({_reason(error)}); put its config.json, model.safetensors, "
+            "preprocessor_config.json and tokenizer.json into a folder, and give the folder as clip_model"
         ) from None
     return ClipSimilarity(model, processor)
 
 
 def _kind(error: Exception, place: str | Path) -> type[UnusableFile]:
-    """MissingFile where what `place` names, or a part of it, is not there."""
+    """Return MissingFile if `place` or a part of it is missing, else UnusableFile."""
     return MissingFile if isinstance(error, FileNotFoundError) or not Path(place).exists() else UnusableFile
 
 
 def _load_whole(model_class: Any, processor_class: Any, name: str) -> tuple[Any, Any]:
-    """For what is absent transformers 5 puts a default, and says little: a config, random weights, an empty vocabulary."""
+    """Load a model and its processor, and refuse a model with missing parts.
+
+    transformers 5 replaces missing parts by defaults without an error: a configuration, random weights, an empty
+    vocabulary.
+    """
     is_folder = Path(name).is_dir()
     if is_folder and not Path(name, "config.json").exists():
         raise FileNotFoundError("it has no config.json")
@@ -327,7 +345,7 @@ def _load_whole(model_class: Any, processor_class: Any, name: str) -> tuple[Any,
 
 
 def _hub_answers(name: str) -> bool:
-    """One question that is not repeated: without a network the libraries' own retries take minutes."""
+    """Return whether the Hub answers, in one request: without a network, transformers' own retries take minutes."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -340,7 +358,10 @@ def _hub_answers(name: str) -> bool:
 
 
 def _cached_inception_weights(folder: Path) -> Path:
-    """Where torch-fidelity looks for its weights; the download is checked and leaves the whole file or none."""
+    """Return the path where torch-fidelity looks for its weights, and download them if they are missing.
+
+    The download is checked, and leaves the complete file or none.
+    """
     path = folder / INCEPTION_WEIGHTS
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -352,7 +373,10 @@ def _cached_inception_weights(folder: Path) -> Path:
 
 @contextmanager
 def _impatience() -> Iterator[None]:
-    """torch.hub waits for a silent server for ever and takes no timeout; the process-wide default is all it obeys."""
+    """Limit the time that sockets wait for a server within the context.
+
+    torch.hub has no argument for it, and obeys only the default of the process.
+    """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
@@ -362,7 +386,7 @@ def _impatience() -> Iterator[None]:
 
 
 def _processed(processor: BaseImageProcessor, images: Tensor) -> Tensor:
-    """On the CPU: transformers 4 resizes with PIL, and so the value does not depend on the device."""
+    """Preprocess images on the CPU, since transformers 4 resizes with PIL: the result is the same for all devices."""
     return processor(list(_to_bytes(images).cpu()), return_tensors="pt")["pixel_values"].to(images.device)
 
 
@@ -387,12 +411,12 @@ def _cosine(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _embedding(features: Any) -> Tensor:
-    """transformers 4 returns the projected embedding, transformers 5 an output that holds it."""
+    """Return the embedding from transformers 4, which returns it, or from the output of transformers 5."""
     return getattr(features, "pooler_output", features)
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what it says; but torch's advice on a suspicious file is to trust it."""
+    """Return the first line of an error, without torch's advice to trust a suspicious file."""
     if isinstance(error, pickle.UnpicklingError):
         return "it holds something other than weights"
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")

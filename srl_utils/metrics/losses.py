@@ -1,4 +1,4 @@
-"""The terms of the SRL-VAE objective (arXiv 2504.17219), each one value per image; the caller reduces."""
+"""Compute the terms of the SRL-VAE objective (arXiv 2504.17219), one value per image; the caller averages."""
 
 from __future__ import annotations
 
@@ -29,27 +29,31 @@ LPIPS_METRICS = {f"lpips-{trunk}": trunk for trunk in LPIPS_TRUNKS}
 
 
 class Target(NamedTuple):
-    """What a reconstruction is held against: the clean images and their perceptual features, if any."""
+    """The clean images that a reconstruction is compared with, and their perceptual features, if any."""
 
     images: Tensor
     features: list[Tensor]
 
     def part(self, start: int, stop: int) -> Target:
-        """Of the images `start` to `stop` alone."""
+        """Return the target of the images from `start` to before `stop`."""
         return Target(self.images[start:stop], [layer[start:stop] for layer in self.features])
 
 
 class ReconstructionTerms(NamedTuple):
-    """Per image `[N]`: the squared error and the perceptual distance, the latter not yet weighted."""
+    """Squared error and perceptual distance per image, each `[N]`; the distance is not yet weighted."""
 
     mse: Tensor
     lpips: Tensor
 
 
 class ReconstructionLoss(nn.Module):
-    """MSE(reconstruction, clean) + weight * LPIPS(reconstruction, clean): inner and outer objective.
+    """MSE(reconstruction, clean) + weight * LPIPS(reconstruction, clean): the inner and the outer objective.
 
-    The MSE is over images in [-1,1]. LPIPS is computed in `full_precision` and passes gradient to the reconstruction.
+    The MSE is over images in [-1,1]. LPIPS runs in `full_precision`, and its gradient reaches the reconstruction.
+
+    Args:
+        perceptual: LPIPS; None leaves it out.
+        weight: of LPIPS.
     """
 
     def __init__(self, perceptual: PerceptualDistance | None = None, *, weight: float = 0.0) -> None:
@@ -67,17 +71,18 @@ class ReconstructionLoss(nn.Module):
 
     @torch.no_grad()
     def target(self, clean: Tensor) -> Target:
-        """Features of the fixed target `[N,3,H,W]`, computed once for all the attack's steps."""
+        """Return the target of clean images `[N,3,H,W]`; its features are computed once for all steps of an attack."""
         return Target(clean, self.perceptual.features(clean) if self.perceptual else [])
 
     def terms(self, reconstruction: Tensor, target: Target) -> ReconstructionTerms:
+        """Return the terms of the loss, not yet weighted."""
         mse = mean_squared_error(reconstruction, target.images)
         if self.perceptual is None:
             return ReconstructionTerms(mse, torch.zeros_like(mse))
         return ReconstructionTerms(mse, self.perceptual.distance(reconstruction, target.features))
 
     def forward(self, reconstruction: Tensor, target: Target) -> Tensor:
-        """`[N]`, to be maximised by the attack and minimised by the training."""
+        """Return the loss `[N]`, which the attack maximises and the training minimises."""
         terms = self.terms(reconstruction, target)
         return terms.mse + self.weight * terms.lpips
 
@@ -103,9 +108,9 @@ class PerceptualDistance(nn.Module):
         return f"lpips-{self.network.pnet_type}"
 
     def in_precision(self, dtype: torch.dtype) -> PerceptualDistance:
-        """A twin whose convolutions run and are held in `dtype`; what is made of their results stays in float32.
+        """Return a twin whose convolutions run in `dtype`; later operations stay in float32.
 
-        For attacks, which take a gradient's sign: its targets' features may be this one's.
+        It is for attacks, which take a gradient's sign. Features of the original may be its targets.
         """
         twin = copy.deepcopy(self)
         twin.network.net.to(dtype)
@@ -113,32 +118,32 @@ class PerceptualDistance(nn.Module):
         return twin
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Channel-normalised features of `[N,3,H,W]` images in [-1,1], one tensor per layer."""
+        """Return channel-normalised features of images `[N,3,H,W]` in [-1,1], one tensor per layer."""
         with torch.autocast(images.device.type, enabled=False):
             activations = self.network.net(self.network.scaling_layer(full_precision(images)).to(self.dtype))
             return [_normalised(full_precision(layer), self.EPSILON) for layer in activations]
 
     def compile_features(self) -> None:
-        """Compile the trunk, whose passes are repeated, for one size of images."""
+        """Compile the trunk for one size of images."""
         self.__dict__["features"] = torch.compile(self.features, dynamic=False)
 
     def distance(self, images: Tensor, target_features: Sequence[Tensor]) -> Tensor:
-        """LPIPS `[N]` between `images` `[N,3,H,W]` in [-1,1] and the target whose features are given."""
+        """Return the LPIPS `[N]` between images `[N,3,H,W]` in [-1,1] and the target with these features."""
         with torch.autocast(images.device.type, enabled=False):
             layers = zip(self.network.lins, self.features(images), target_features, strict=True)
             return sum(weigh((own - fixed).square()).mean(dim=(1, 2, 3)) for weigh, own, fixed in layers)
 
 
 def _normalised(features: Tensor, epsilon: float) -> Tensor:
-    """`[N,C,H,W]`, of length 1 over the channels."""
+    """Return features `[N,C,H,W]` scaled to length 1 over the channels."""
     return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + epsilon)
 
 
 def load_perceptual_distance(net: str) -> PerceptualDistance:
-    """LPIPS with trunk `net` (vgg, alex or squeeze), downloaded by torchvision where it is not cached.
+    """Load LPIPS with the trunk `net` (vgg, alex or squeeze); torchvision downloads weights that are not cached.
 
     Raises:
-        MissingFile: a FileNotFoundError, if the trunk's weights are neither cached nor to be had.
+        MissingFile: a FileNotFoundError, if the weights are missing and cannot be downloaded.
         UnusableFile: an OSError, if their file is damaged.
     """
     try:
@@ -151,14 +156,17 @@ def load_perceptual_distance(net: str) -> PerceptualDistance:
     except (OSError, RuntimeError) as error:  # no network; a file that is cut short
         kind, reason = MissingFile if isinstance(error, OSError) else UnusableFile, str(error).splitlines()[0]
     raise kind(
-        f"the LPIPS trunk '{net}' cannot be had ({reason}); put an intact {LPIPS_TRUNKS[net]} into "
-        "$TORCH_HOME/hub/checkpoints, or do without LPIPS (in a training: --lpips_weight 0)"
+        f"cannot load the LPIPS trunk '{net}' ({reason}); put an intact {LPIPS_TRUNKS[net]} into "
+        "$TORCH_HOME/hub/checkpoints, or do without LPIPS (lpips_weight 0 in a training)"
     )
 
 
 @contextmanager
 def _nothing_but_tensors() -> Iterator[None]:
-    """Within, torch.load unpickles nothing else, whatever its caller asks for: torchvision asks for everything."""
+    """Make torch.load refuse everything but tensors within the context.
+
+    torchvision asks it to unpickle anything, which can run code.
+    """
     before = os.environ.get(WEIGHTS_ONLY)
     os.environ[WEIGHTS_ONLY] = "1"
     try:
@@ -170,18 +178,25 @@ def _nothing_but_tensors() -> Iterator[None]:
 
 
 def mean_squared_error(images: Tensor, target: Tensor) -> Tensor:
-    """Mean over pixels and channels, `[N]`, of `[N,3,H,W]` images in [-1,1]."""
+    """Return the mean squared error over pixels and channels, `[N]`, of images `[N,3,H,W]` in [-1,1]."""
     return (full_precision(images) - full_precision(target)).square().flatten(1).mean(dim=1)
 
 
 def originality_loss(
     mean: Tensor, variance: Tensor, reference_mean: Tensor, reference_variance: Tensor, *, scale: float | Tensor = 1.0
 ) -> Tensor:
-    """How far the posterior of the clean images has moved from the original encoder's, `[N]`.
+    """Return how far the posterior of the clean images has moved from the original encoder's, `[N]`.
 
-    |mean - reference_mean|^2 + |variance - reference_variance|^2 (L_orig of the paper), averaged over the
-    elements of the `[N,C,h,w]` moments. `scale` multiplies the latents, and so its square the variances: 1 for raw
-    latents, `LatentScale.factor`, a number or `[C,1,1]`, for the denoiser's.
+    This is L_orig of the paper, |mean - reference_mean|^2 + |variance - reference_variance|^2, averaged over the
+    elements of the moments `[N,C,h,w]`.
+
+    Args:
+        mean: of the posterior.
+        variance: of the posterior.
+        reference_mean: of the original encoder's posterior.
+        reference_variance: of the original encoder's posterior.
+        scale: multiplies the latents, and its square the variances: 1 for raw latents, `LatentScale.factor` (a number
+            or `[C,1,1]`) for the denoiser's latents.
     """
     mean_error = (scale * (mean - reference_mean)).square()
     variance_error = (scale**2 * (variance - reference_variance)).square()

@@ -1,4 +1,4 @@
-"""Image metrics, one value per image, and the interval around their mean."""
+"""Compute image metrics, one value per image, and the interval of their mean."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from srl_utils.images.pixels import to_unit_range
 
 MAX_PSNR = 100.0
-"""In dB; identical images would have no finite value, and so their mean with others neither."""
+"""In dB. Without it, the PSNR of identical images is infinite, so it cannot be averaged with other images' PSNR."""
 SSIM_WINDOW = 11
 
 
 def psnr(images: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, `[N]`, of `[N,3,H,W]` images in [-1,1] (clipped) and their target.
+    """Return the peak signal-to-noise ratio of each image, `[N]`, in dB, at most `MAX_PSNR`.
 
-    At most `MAX_PSNR`.
+    Args:
+        images: `[N,3,H,W]` in [-1,1]; values beyond are clipped.
+        target: the images to compare with, of the same shape.
     """
     ratio = peak_signal_noise_ratio(_unit(images), _unit(target), data_range=1.0, reduction="none", dim=(1, 2, 3))
     return ratio.clamp(max=MAX_PSNR)
 
 
 def ssim(images: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004, Gaussian window 11, sigma 1.5), `[N]`; arguments as `psnr`.
+    """Return the structural similarity of each image, `[N]` (Wang et al. 2004, Gaussian window 11, sigma 1.5).
 
-    Averaged over the windows that lie within the image, as in the paper and in scikit-image; torchmetrics'
-    own mean includes windows over a mirrored border.
+    The mean is over the windows within the image, as in the paper and in scikit-image. The mean of torchmetrics
+    includes windows over a mirrored border. Arguments are those of `psnr`.
     """
     _, similarities = structural_similarity_index_measure(
         _unit(images), _unit(target), data_range=1.0, sigma=1.5, reduction="none", return_full_image=True
@@ -39,13 +41,18 @@ def ssim(images: Tensor, target: Tensor) -> Tensor:
 
 
 def latent_drift(latents: Tensor, reference_latents: Tensor) -> Tensor:
-    """|z - z0|^2 / |z0|^2, `[N]`, of `[N,C,h,w]` latents: how far they left those a diffusion model knows."""
+    """Return |z - z0|^2 / |z0|^2 of each latent, `[N]`: how far it is from one that a diffusion model knows.
+
+    Args:
+        latents: z, `[N,C,h,w]`.
+        reference_latents: z0, of the same shape.
+    """
     difference = (latents - reference_latents).square().flatten(1).sum(dim=1)
     return difference / reference_latents.square().flatten(1).sum(dim=1)
 
 
 def bootstrap_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95% percentile-bootstrap interval of the mean of `values`, one value per image."""
+    """Return the 95% percentile-bootstrap interval of the mean of `values`, one value per image."""
     sample = np.asarray(values, dtype=np.float64)
     picks = np.random.default_rng(seed).integers(0, len(sample), size=(resamples, len(sample)))
     low, high = np.quantile(sample[picks].mean(axis=1), (0.025, 0.975))

@@ -1,7 +1,7 @@
-"""Puts a robust VAE into any diffusers pipeline, takes it out again, and cleans images with it.
+"""Put a robust VAE into any diffusers pipeline, take it out again, and clean images with it.
 
 with robust_vae(pipe, "user/robust-vae"):
-    image = pipe(prompt, image=photograph).images[0]
+    image = pipe(prompt, image=original).images[0]
 """
 
 from srl_utils.pipelines.sanitizing import sanitize

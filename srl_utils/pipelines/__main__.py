@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from srl_utils.command_line import Parser, exit_code, positive_int
 from srl_utils.errors import ResourceError, UserError, one_line
-from srl_utils.images.decoding import UnreadableImage, open_picture
-from srl_utils.images.listing import PassedOver, list_pictures
+from srl_utils.images.decoding import UnreadableImage, open_image
+from srl_utils.images.listing import PassedOver, list_images
 from srl_utils.pipelines.files import check_size, check_writable, fitting_target, sanitize_file
 from srl_utils.pipelines.formats import format_of, format_to_write
 from srl_utils.pipelines.sanitizing import TILE_ABOVE
@@ -27,11 +27,18 @@ from srl_utils.resources import failed_write
 
 @dataclass
 class Outcome:
-    """What has become of the images so far; each list holds lines that name one."""
+    """What has become of the images so far. The lists hold lines that name an image.
+
+    Attributes:
+        written: number of images written.
+        files: device and inode of each file written.
+        unreadable: images that cannot be read.
+        unwritten: images that cannot be written.
+        lost: images that lost something in their new format.
+    """
 
     written: int = 0
     files: set[tuple[int, int]] = field(default_factory=set)
-    """Device and inode of what was written."""
     unreadable: list[str] = field(default_factory=list)
     unwritten: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -54,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def work(source: Path, target: Path, vae: AutoencoderKL, args: argparse.Namespace, outcome: Outcome) -> None:
-    """Sanitizes one image. What is wrong with it is noted, and the others still have their turn."""
+    """Sanitize one image. An error is noted in `outcome`, so that the other images are still processed."""
     try:
         place = unlike(outcome, fitting_target(source, target, max_pixels=args.max_pixels))
         check_writable(place)
@@ -77,10 +84,10 @@ def work(source: Path, target: Path, vae: AutoencoderKL, args: argparse.Namespac
 
 
 def report(outcome: Outcome, wanted: int, output: Path) -> None:
-    """Prints what was done.
+    """Print what was done.
 
     Raises:
-        UserError: if nothing was written, or an image that was read has not been.
+        UserError: if nothing was written, or an image that was read could not be written.
     """
     if len(outcome.unreadable) == wanted:
         raise UserError(
@@ -98,13 +105,16 @@ def report(outcome: Outcome, wanted: int, output: Path) -> None:
 
 
 def reason_of(error: UnreadableImage) -> str:
-    """In one line, with the flag that helps."""
+    """Return the reason in one line, with the flag that helps."""
     bomb = "DecompressionBomb" in str(error)
-    return f"{error}; --max_pixels reads larger pictures" if bomb else str(error)
+    return f"{error}; --max_pixels reads larger images" if bomb else str(error)
 
 
 def unlike(outcome: Outcome, target: Path) -> Path:
-    """`target`, or a numbered name beside it if this run has written there: some disks take `a.jpg` for `A.JPG`."""
+    """Return `target`, or a numbered name beside it if this run has written to that file already.
+
+    Some disks take `a.jpg` and `A.JPG` for the same file.
+    """
     number = 2
     while True:
         try:
@@ -118,13 +128,17 @@ def unlike(outcome: Outcome, target: Path) -> Path:
 
 
 def check_before(source: Path, target: Path, args: argparse.Namespace) -> None:
-    """Raises a UserError if the only image cannot be written, before a VAE is loaded."""
+    """Check that the only image can be read and written, before a VAE is loaded.
+
+    Raises:
+        UserError: if it cannot.
+    """
     try:
         check_writable(target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
     try:
-        with open_picture(source, max_pixels=args.max_pixels) as image:
+        with open_image(source, max_pixels=args.max_pixels) as image:
             if not args.output.is_dir():
                 check_size(image, format_to_write(target))
     except UnreadableImage as error:
@@ -134,10 +148,12 @@ def check_before(source: Path, target: Path, args: argparse.Namespace) -> None:
 
 
 def plan(source: Path, target: Path) -> tuple[list[tuple[Path, Path]], PassedOver]:
-    """What to read and where to write it, and the files left out; a folder's images keep their places and names.
+    """Return pairs of files to read and to write, and the files that are skipped.
+
+    The images of a folder keep their places and names.
 
     Raises:
-        UserError: if there is nothing to read, or if `target` is `source` or no place to write to.
+        UserError: if there is nothing to read, or if `target` is `source` or cannot be written to.
     """
     if not source.exists():
         raise UserError(f"{source} does not exist")
@@ -152,8 +168,8 @@ def plan(source: Path, target: Path) -> tuple[list[tuple[Path, Path]], PassedOve
         raise UserError(f"{target} is a file; {source} is a folder and needs a folder to write to")
     # os.path bears links that lead to themselves, unlike pathlib
     inside = os.path.join(os.path.realpath(target), "")
-    pictures, passed_over = list_pictures(source)
-    files = [file for file in pictures if not os.path.realpath(file).startswith(inside)]
+    images, passed_over = list_images(source)
+    files = [file for file in images if not os.path.realpath(file).startswith(inside)]
     if not files:
         raise UserError(f"{source} holds no images{f'; {passed_over.report()}' if passed_over else ''}")
     taken = {target / file.relative_to(source) for file in files if format_of(file) is not None}
@@ -161,7 +177,12 @@ def plan(source: Path, target: Path) -> tuple[list[tuple[Path, Path]], PassedOve
 
 
 def writable(place: Path, taken: set[Path]) -> Path:
-    """`place`, or a PNG's beside it where its own format can only be read; that one is added to `taken`."""
+    """Return `place`, or a PNG beside it if images cannot be written in its format.
+
+    Args:
+        place: the file to write.
+        taken: files of other images; a PNG that is chosen is added.
+    """
     if format_of(place) is not None:
         return place
     names = chain([f"{place.name}.png"], (f"{place.name}-{number}.png" for number in count(2)))
@@ -188,7 +209,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )
     command.add_argument(
         "--max_pixels", type=positive_int, default=None,
-        help=f"largest picture to read, in pixels (default: Pillow's {Image.MAX_IMAGE_PIXELS})",
+        help=f"largest image to read, in pixels (default: Pillow's {Image.MAX_IMAGE_PIXELS})",
     )  # fmt: skip
     command.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
@@ -197,11 +218,11 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def device(text: str) -> torch.device:
-    """One that is there."""
+    """Parse the name of a device of this machine."""
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text} is not to be had: {str(error).splitlines()[0]}") from None
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 if __name__ == "__main__":

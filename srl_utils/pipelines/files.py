@@ -1,4 +1,4 @@
-"""Sanitizing a picture file, with all its frames and with what it says of itself."""
+"""Sanitize an image file, with all its frames and its metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from srl_utils.errors import UserError
-from srl_utils.images.decoding import UnreadableImage, open_picture
+from srl_utils.images.decoding import UnreadableImage, open_image
 from srl_utils.pipelines.formats import (
     ANIMATION,
     FULLY,
@@ -27,7 +27,7 @@ from srl_utils.pipelines.formats import (
 from srl_utils.pipelines.metadata import read_metadata
 from srl_utils.pipelines.sanitizing import purify_frame
 
-# Of other formats the further frames are layers, sizes, previews or gain maps of one picture.
+# Of other formats the further frames are layers, sizes, previews or gain maps of one image.
 SEQUENCES = {
     "GIF": ANIMATION,
     "PNG": ANIMATION,
@@ -43,25 +43,25 @@ WEBP_HEAD = 2**16  # bytes, in which the first pixels begin
 def sanitize_file(
     source: Path, target: Path, vae: AutoencoderKL, *, tile_above: int, max_pixels: int | None = None
 ) -> list[str]:
-    """Encode and decode every frame of a picture file and write it, in the format that the target's suffix names.
+    """Encode and decode every frame of an image file, and write it in the format that the target's suffix names.
 
     Args:
         source: a file of any readable format.
         target: the file to write; its suffix is one of `writable_suffixes`.
         vae: the robust VAE.
-        tile_above: pictures with a longer side are processed in tiles.
-        max_pixels: the largest picture to read, in place of Pillow's limit.
+        tile_above: images with a longer side, in pixels, are processed in tiles.
+        max_pixels: the largest image to read, in place of Pillow's limit.
 
     Returns:
         What the written file lacks of `source`, in words.
 
     Raises:
-        UnreadableImage: if the picture or one of its frames cannot be read.
-        UserError: if the target's format cannot hold the picture, or is not written; nothing has been computed then.
-        OSError: if there is no writing at `target`.
+        UnreadableImage: if the image or one of its frames cannot be read.
+        UserError: if the target's format cannot hold the image or cannot be written. Nothing has been computed then.
+        OSError: if `target` cannot be written to.
     """
     form = format_to_write(target)
-    with open_picture(source, max_pixels=max_pixels) as image:
+    with open_image(source, max_pixels=max_pixels) as image:
         check_size(image, form)
         count, sequence = _count_frames(image), SEQUENCES.get(image.format or "", "")
         film, alphas = Film(lossless=_is_lossless_webp(source)), set()
@@ -74,26 +74,26 @@ def sanitize_file(
             if index == 0:  # and loaded, so that what follows its pixels is known
                 metadata, film.loop = read_metadata(image), image.info.get("loop")
                 film.still_first = bool(image.info.get("default_image"))
-        lost = losses(count, sequence or f"pictures in the {image.format} file", alphas, form)
+        lost = losses(count, sequence or f"images in the {image.format} file", alphas, form)
         return lost + write_film(film, metadata, target, form)
 
 
 def check_size(image: Image.Image, form: Format) -> None:
-    """Raise a UserError if `form` cannot hold a picture of this size."""
+    """Raise a UserError if `form` cannot hold an image of this size."""
     if reason := form.refusal(image.size):
         raise UserError(f"{reason}; end the name of the output in .png or .tif")
 
 
 def fitting_target(source: Path, target: Path, *, max_pixels: int | None = None) -> Path:
-    """Return `target`, or a PNG beside it if its format cannot hold the picture at `source`."""
+    """Return `target`, or a PNG beside it if the format of `target` cannot hold the image at `source`."""
     form = format_of(target)
-    with open_picture(source, max_pixels=max_pixels) as image:
+    with open_image(source, max_pixels=max_pixels) as image:
         fits = form is not None and form.refusal(image.size) is None
     return target if fits else target.with_name(f"{target.name}.png")
 
 
 def check_writable(target: Path) -> None:
-    """Raise an OSError if no file can be written at `target`; leaves nothing behind."""
+    """Raise an OSError if no file can be written at `target`; leave no file behind."""
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder")
     with suppress(FileNotFoundError):
@@ -120,7 +120,7 @@ def _seek(image: Image.Image, index: int) -> None:
 
 
 def _duration(image: Image.Image) -> float:
-    """In milliseconds, of the frame that was loaded last."""
+    """Return the milliseconds of the frame that was loaded last; 0 if they are not known."""
     try:
         return float(image.info.get("duration", 0))
     except (TypeError, ValueError):
@@ -128,7 +128,7 @@ def _duration(image: Image.Image) -> float:
 
 
 def _alpha_kinds(alpha: Image.Image | None) -> set[str]:
-    """`FULLY` and `PARTLY`, as far as pixels are transparent."""
+    """Return `FULLY` if pixels are fully transparent, and `PARTLY` if pixels are partly transparent."""
     counts = [0] * 256 if alpha is None else alpha.histogram()
     return ({FULLY} if counts[0] else set()) | ({PARTLY} if any(counts[1:255]) else set())
 

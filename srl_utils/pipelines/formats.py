@@ -1,4 +1,4 @@
-"""The file formats that sanitized pictures are written in: what each can hold, and how it is written."""
+"""Write sanitized images: what each file format can hold, and how it is written."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ GIF_COLOURS = 255  # and one for transparency
 class Format:
     """What a file format holds.
 
-    `longest_side` is in pixels, `most_bytes` counts uncompressed pixels of 4 bytes, `sequence` is the kind of several
-    pictures (`ANIMATION`, `PAGES`, or "" for one picture alone), `options` are for Pillow's `save`.
+    Attributes:
+        name: Pillow's name.
+        longest_side: in pixels.
+        alpha: whether pixels can be transparent.
+        sequence: the kind of several images in a file, `ANIMATION` or `PAGES`; "" for a single image.
+        most_bytes: limit of the uncompressed pixels, 4 bytes each.
+        options: for Pillow's `save`.
     """
 
     name: str
@@ -35,12 +40,12 @@ class Format:
     options: dict[str, object] = field(default_factory=dict)
 
     def refusal(self, size: tuple[int, int]) -> str | None:
-        """Return why a picture of this (width, height) cannot be written, or None."""
+        """Return why an image of this (width, height) cannot be written; None if it can."""
         width, height = size
         if max(size) > self.longest_side:
-            return f"{self.name} holds sides of up to {self.longest_side} pixels, and this picture has {width}x{height}"
+            return f"{self.name} holds sides of up to {self.longest_side} pixels, and this image has {width}x{height}"
         if 4 * width * height > self.most_bytes:
-            return f"{self.name} holds up to {self.most_bytes / GIGABYTE:.0f} GB, and this picture has {width}x{height} pixels"
+            return f"{self.name} holds up to {self.most_bytes / GIGABYTE:.0f} GB, and this image has {width}x{height} pixels"
         return None
 
 
@@ -56,10 +61,14 @@ FORMATS = {
 
 @dataclass
 class Film:
-    """A picture to be written: one frame, or several of the kind that its format holds.
+    """An image to write: one frame, or several of the kind that its format holds.
 
-    `frames` are RGB or RGBA; `durations` are in milliseconds, one for each frame; `loop` is how often an animation is
-    shown (0: for ever, None: once); `still_first` says that the first frame is only for viewers without animation.
+    Attributes:
+        frames: RGB or RGBA.
+        durations: milliseconds of each frame.
+        loop: how often an animation is shown; 0 means forever, None once.
+        still_first: whether the first frame is only for viewers without animation.
+        lossless: whether a WebP is written without loss.
     """
 
     frames: list[Image.Image] = field(default_factory=list)
@@ -70,7 +79,7 @@ class Film:
 
 
 def format_of(path: Path) -> Format | None:
-    """Return the format that the suffix of `path` names, or None if pictures are not written in it."""
+    """Return the format that the suffix of `path` names; None if images cannot be written in it."""
     Image.init()
     return FORMATS.get(Image.registered_extensions().get(path.suffix.lower(), ""))
 
@@ -79,7 +88,7 @@ def format_to_write(path: Path) -> Format:
     """Return the format that the suffix of `path` names.
 
     Raises:
-        UserError: if pictures are not written in it.
+        UserError: if images cannot be written in it.
     """
     form = format_of(path)
     if form is None:
@@ -94,14 +103,14 @@ def writable_suffixes() -> list[str]:
 
 
 def write_film(film: Film, metadata: Metadata, target: Path, form: Format) -> list[str]:
-    """Write a picture; return what `form` could not hold of its metadata and colours.
+    """Write an image; return what `form` could not hold of its metadata and colours.
 
     Raises:
-        OSError: if there is no writing at `target`.
+        OSError: if `target` cannot be written to.
     """
     told, lost = save_options(metadata, form.name)
     if film.still_first and len(film.frames) > 1 and form.name != "PNG":
-        lost.append(f"the still picture before the animation ({form.name} has no place for it)")
+        lost.append(f"the still image before the animation ({form.name} has no place for it)")
         film = replace(film, frames=film.frames[1:], durations=film.durations[1:])
     frames = _uniform(film.frames, form)
     options = {**form.options, **told, **_sequence_options(film, frames, form)}
@@ -117,10 +126,10 @@ def losses(count: int, sequence: str, alphas: set[str], form: Format) -> list[st
     """Return in words what `form` cannot hold.
 
     Args:
-        count: the number of frames or pages of the source.
-        sequence: their kind, as of `Format`.
-        alphas: `FULLY`, `PARTLY` or both, if pixels are so transparent.
-        form: of the file to be written.
+        count: number of frames or pages of the source.
+        sequence: their kind, as in `Format`.
+        alphas: `FULLY`, `PARTLY` or both, if pixels are transparent in this way.
+        form: format of the file to write.
     """
     lost = []
     if alphas and not form.alpha:
@@ -135,7 +144,10 @@ def losses(count: int, sequence: str, alphas: set[str], form: Format) -> list[st
 
 
 def _uniform(frames: Sequence[Image.Image], form: Format) -> list[Image.Image]:
-    """Frames without the `info` of their sources, which Pillow would write; those of an animation in one mode."""
+    """Return the frames of an animation in one mode.
+
+    They lack the `info` of their sources, which Pillow would write.
+    """
     mode = "RGBA" if form.alpha and any(frame.mode == "RGBA" for frame in frames) else "RGB"
     uniform = [frame if form.sequence == PAGES else frame.convert(mode) for frame in frames]
     if form.name == "GIF":
@@ -144,7 +156,7 @@ def _uniform(frames: Sequence[Image.Image], form: Format) -> list[Image.Image]:
 
 
 def _with_palette(frame: Image.Image) -> Image.Image:
-    """In 255 colours, and a 256th for what is transparent."""
+    """Return a frame in 255 colours, with a 256th for transparent pixels."""
     indexed = frame.convert("RGB").quantize(GIF_COLOURS)
     if frame.mode != "RGBA":
         return indexed

@@ -1,4 +1,4 @@
-"""What a picture file says beside its pixels: resolution, copyright and other texts, EXIF, XMP and IPTC."""
+"""Read what an image file says beside its pixels: resolution, copyright and other texts, EXIF, XMP and IPTC."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ORIENTATION, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, INCHES = 0x0112, 0x011
 INCHES_PER_UNIT = {INCHES: 1.0, 3: 1 / 2.54}
 DESCRIPTION, ARTIST, COPYRIGHT = 0x010E, 0x013B, 0x8298
 XMP_TAG, IPTC_TAG = 0x02BC, 0x83BB
-# How pixels are stored, their colours, thumbnails of them, and blocks that are kept on their own.
+# Tags of the storage of pixels, of colours and of thumbnails, and blocks that are handled separately.
 STALE = {
     *range(0x00FE, 0x010E), *range(0x0111, 0x011E), *range(0x0120, 0x0129), 0x012D, *range(0x013D, 0x0160),
     *range(0x0200, 0x020A), *range(0x0211, 0x0215), XMP_TAG, IPTC_TAG, 0x8649, 0x8773,
 }  # fmt: skip
-# In the Exif block: sizes, gamma, and the interoperability entry, which may speak of Adobe RGB.
+# In the Exif block: sizes, gamma, and the interoperability entry, which may name Adobe RGB.
 STALE_EXIF = {0xA002, 0xA003, 0xA500, 0xA005}
 MAKER_NOTE, COLOUR_SPACE, SRGB = 0x927C, 0xA001, 1
 JPEG_START = b"\xff\xd8\xff"
@@ -40,25 +40,32 @@ LARGEST_DPI = 65535  # of a JPEG
 
 @dataclass(frozen=True)
 class Metadata:
-    """What `read_metadata` finds. It holds nothing that describes other pixels than those to be written."""
+    """The metadata of an image. It describes no other pixels than those to be written.
+
+    Attributes:
+        dpi: resolution across and down, in dots per inch.
+        exif: EXIF tags.
+        xmp: the XMP packet.
+        iptc: IPTC fields.
+        texts: texts of a PNG.
+        comment: comment of a JPEG or GIF.
+    """
 
     dpi: tuple[float, float] | None = None
     exif: Image.Exif = field(default_factory=Image.Exif)
     xmp: bytes = b""
     iptc: bytes = b""
     texts: dict[str, str] = field(default_factory=dict)
-    """Of a PNG."""
     comment: bytes = b""
-    """Of a JPEG or GIF."""
 
     def __bool__(self) -> bool:
         return bool(self.exif or self.xmp or self.iptc or self.texts or self.comment)
 
 
 def read_metadata(image: Image.Image) -> Metadata:
-    """Return the metadata of an opened picture, as it holds for its upright sRGB pixels.
+    """Return the metadata of an opened image, as it holds for its upright sRGB pixels.
 
-    Orientation, thumbnails, sizes and colour spaces are left out, and so is each block that is damaged.
+    Orientation, thumbnails, sizes, colour spaces and damaged blocks are left out.
     """
     turned = _orientation(image) in range(5, 9)
     texts = {
@@ -81,7 +88,7 @@ def read_metadata(image: Image.Image) -> Metadata:
 
 
 def save_options(metadata: Metadata, file_format: str) -> tuple[dict[str, object], list[str]]:
-    """Return what Pillow's `save` takes to write `metadata` and sRGB, and a list of what `file_format` cannot hold."""
+    """Return Pillow's options to write `metadata` and sRGB, and a list of what the format cannot hold."""
     exif = _exif_with_resolution(metadata)
     everything = exif.tobytes() if len(exif) else None
     if file_format == "PNG":
@@ -103,7 +110,7 @@ def save_options(metadata: Metadata, file_format: str) -> tuple[dict[str, object
 
 @lru_cache(maxsize=1)
 def srgb_profile() -> bytes:
-    """Return an ICC profile of sRGB, the same at any time."""
+    """Return an ICC profile of sRGB with a fixed date."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     profile[24:36] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)  # the date, else that of today
     return bytes(profile)
@@ -132,13 +139,17 @@ def _resolution(image: Image.Image, turned: bool) -> tuple[float, float] | None:
 
 
 def _exif_resolution(exif: Image.Exif) -> tuple[float, float]:
-    """In dots per inch; the only place for it in WebP, AVIF and HEIF. Raises a KeyError if there is none."""
+    """Return the resolution in dots per inch. WebP, AVIF and HEIF have no other place for it.
+
+    Raises:
+        KeyError: if there is none.
+    """
     unit = INCHES_PER_UNIT[exif.get(RESOLUTION_UNIT, INCHES)]
     return float(exif[X_RESOLUTION]) / unit, float(exif[Y_RESOLUTION]) / unit
 
 
 def _tidy_exif(image: Image.Image) -> Image.Exif:
-    """Rewritten tag by tag: what describes the old pixels or cannot be written is left out, and so are thumbnails."""
+    """Return a copy without thumbnails, tags of the old pixels, and tags that cannot be written."""
     tidy = Image.Exif()
     try:
         source = image.getexif()
@@ -190,7 +201,7 @@ def _iptc(image: Image.Image) -> bytes:
 
 
 def _more_texts(image: Image.Image, texts: dict[str, str], iptc: bytes) -> dict[int, str]:
-    """By EXIF tag, what a PNG's texts or IPTC say: formats without these hold EXIF."""
+    """Return the texts of a PNG or of IPTC by EXIF tag, for formats that hold EXIF alone."""
     found = {tag: texts[key] for key, tag in reversed(PNG_TEXTS.items()) if key in texts}
     try:
         records = IptcImagePlugin.getiptcinfo(image) if iptc and isinstance(image, ImageFile.ImageFile) else None
@@ -204,7 +215,7 @@ def _more_texts(image: Image.Image, texts: dict[str, str], iptc: bytes) -> dict[
 
 
 def _exif_with_resolution(metadata: Metadata) -> Image.Exif:
-    """A copy; WebP has no other place for the resolution."""
+    """Return a copy with the resolution and the comment; WebP has no other place for the resolution."""
     exif = Image.Exif()
     exif.endian = metadata.exif.endian
     exif.update(metadata.exif)
@@ -217,7 +228,7 @@ def _exif_with_resolution(metadata: Metadata) -> Image.Exif:
 
 
 def _with_blocks(exif: Image.Exif, metadata: Metadata) -> Image.Exif:
-    """With XMP and IPTC as a TIFF holds them."""
+    """Add XMP and IPTC to EXIF, as a TIFF holds them."""
     if metadata.xmp:
         exif[XMP_TAG] = metadata.xmp
     if metadata.iptc:
@@ -242,7 +253,7 @@ def _iptc_lost(metadata: Metadata) -> list[str]:
 
 
 def _texts_lost(metadata: Metadata) -> list[str]:
-    """The texts of a PNG that have no place in Exif, such as the settings that an image was generated with."""
+    """Name the texts of a PNG that have no place in EXIF, such as the settings of an image generator."""
     names = sorted(metadata.texts.keys() - PNG_TEXTS.keys())
     return [f"texts of the PNG ({', '.join(names)})"] if names else []
 
@@ -261,7 +272,7 @@ def _jpeg_options(metadata: Metadata, exif: bytes | None) -> tuple[dict[str, obj
 
 
 def _photoshop_block(iptc: bytes) -> bytes:
-    """The segment of a JPEG that holds IPTC fields; empty if there are none, or more than fit."""
+    """Return the segment of a JPEG with IPTC fields; empty if there are none, or if they do not fit."""
     if not iptc:
         return b""
     resource = b"8BIM" + struct.pack(">HHI", IPTC_RESOURCE, 0, len(iptc)) + iptc + b"\0" * (len(iptc) % 2)

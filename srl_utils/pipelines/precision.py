@@ -1,4 +1,4 @@
-"""Reconstructions that half precision cannot spoil."""
+"""Reconstruct images without overflow in half precision."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PROBE_SIDE = 8  # latent pixels
 def reconstruct(images: Tensor, vae: AutoencoderKL, *, tiled: bool = False) -> Tensor:
     """Encode and decode images by the posterior's mean.
 
-    The VAE computes in its own dtype, an fp16 one with `force_upcast` in float32. Images for which half precision
-    gives values that are not finite are computed again by a float32 copy. `vae` itself is left as it is at all times, so
-    threads may share it.
+    The VAE computes in its own dtype; an fp16 VAE with `force_upcast` computes in float32. If half precision gives
+    values of an image that are not finite, a float32 copy computes that image again. `vae` never changes, so threads
+    may share it.
 
     Args:
         images: `[N,3,H,W]` in [-1,1]; sides are multiples of the down-sampling factor.
@@ -33,10 +33,10 @@ def reconstruct(images: Tensor, vae: AutoencoderKL, *, tiled: bool = False) -> T
         tiled: process the images in the VAE's overlapping tiles.
 
     Returns:
-        `[N,3,H,W]` float32, about [-1,1], on the device where `vae` computes.
+        `[N,3,H,W]` float32, about in [-1,1], on the device where `vae` computes.
 
     Raises:
-        UserError: if float32 gives no finite values either.
+        UserError: if float32 does not give finite values either.
     """
     device = execution_device(vae)
     half = vae.dtype in HALF or torch.is_autocast_enabled(device.type)
@@ -60,18 +60,19 @@ def reconstruct(images: Tensor, vae: AutoencoderKL, *, tiled: bool = False) -> T
 
 def execution_device(vae: AutoencoderKL) -> torch.device:
     """Return the device on which `vae` computes; an offloading pipeline keeps its weights elsewhere in between."""
+    # accelerate has no public query for the hooks of a module.
     hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((torch.device(device) for device in devices if device is not None), vae.device)
 
 
 def fit_for(pipe: DiffusionPipeline, vae: AutoencoderKL) -> AutoencoderKL:
-    """Return `vae`, or a copy of it with `force_upcast` where it overflows in half precision and `pipe` can upcast it.
+    """Return `vae`, or a copy with `force_upcast` if it overflows in half precision and `pipe` obeys that setting.
 
-    A picture of noise is encoded and decoded to find out.
+    A random image is encoded and decoded to find out.
 
     Raises:
-        UserError: if `vae` overflows, and `pipe` would not compute it in float32.
+        UserError: if `vae` overflows and `pipe` would not compute it in float32.
     """
     if vae.dtype not in HALF or _upcasts(pipe, vae) or _bears_half(vae):
         return vae
@@ -86,7 +87,7 @@ def fit_for(pipe: DiffusionPipeline, vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def _attempt(images: Tensor, vae: AutoencoderKL, tiled: bool) -> tuple[Tensor, Tensor]:
-    """Reconstructions in float32, and for each on the CPU whether it and its latent are finite."""
+    """Return reconstructions in float32 and, on the CPU, whether each reconstruction and its latent are finite."""
     view = copy.copy(vae)  # its modules are those of `vae`, its tiling is its own
     view.use_tiling = vae.use_tiling or tiled
     with torch.no_grad():
@@ -97,7 +98,7 @@ def _attempt(images: Tensor, vae: AutoencoderKL, tiled: bool) -> tuple[Tensor, T
 
 
 def _in_float32(vae: AutoencoderKL) -> AutoencoderKL:
-    """A copy, offloaded as `vae` is: the hooks are the same, since they lead to the rest of a pipeline."""
+    """Return a float32 copy with the same offload hooks, which lead to the rest of a pipeline."""
     hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
     return copy.deepcopy(vae, {id(hook): hook for hook in hooks if hook is not None}).float()
 
@@ -120,7 +121,10 @@ def _bears_half(vae: AutoencoderKL) -> bool:
 
 
 def _upcasts(pipe: DiffusionPipeline, vae: AutoencoderKL) -> bool:
-    """Whether `pipe` computes `vae` in float32: only those of the SDXL family look at `force_upcast`, and in fp16 only."""
+    """Return whether `pipe` computes `vae` in float32.
+
+    Only pipelines of the SDXL family obey `force_upcast`, and only in fp16.
+    """
     if vae.dtype != torch.float16 or not vae.config.force_upcast:
         return False
     return looks_at(pipe.__class__, "force_upcast")

@@ -1,4 +1,4 @@
-"""Cleaning images: encoded and decoded by a robust VAE, a perturbation does not get through as it came."""
+"""Clean images: encode and decode them with a robust VAE, which weakens perturbations."""
 
 from __future__ import annotations
 
@@ -28,35 +28,36 @@ Images = TypeVar("Images", Image.Image, np.ndarray, Tensor, list)
 def sanitize(
     images: Images, vae: AutoencoderKL | str | PathLike[str], *, tile_above: int = TILE_ABOVE, **loading: Any
 ) -> Images:
-    """Encodes and decodes images through `vae`: a purifier of protected or attacked images.
+    """Encode and decode images with `vae`, to clean protected or attacked images.
 
-    The posterior's mean is decoded, so the result is deterministic. Sides are padded to the VAE's down-sampling factor
-    by repeating the border, and cropped back.
+    The posterior's mean is decoded, so the result is deterministic. Sides are padded to a multiple of the VAE's
+    down-sampling factor by repeating the border, and cropped afterwards.
 
     Args:
-        images: a PIL image of any mode (of an animation the frame it is at), an array `[H,W,3]` or `[N,H,W,3]`, a tensor
+        images: a PIL image of any mode (of an animation the current frame), an array `[H,W,3]` or `[N,H,W,3]`, a tensor
             `[3,H,W]` or `[N,3,H,W]` (floats in [0,1], as pipelines return them, or uint8 in [0,255]), or a list of
-            any of these, of any sizes.
-        vae: an `AutoencoderKL`, a folder, or a Hub id; given an object, it is not loaded for each call.
-        tile_above: images with a longer side are processed in the VAE's overlapping tiles.
+            these, of any sizes.
+        vae: an `AutoencoderKL`, a folder, or a Hub id. A folder or Hub id is loaded in each call.
+        tile_above: images with a longer side, in pixels, are processed in the VAE's overlapping tiles.
         loading: `subfolder`, `revision`, `variant` of a folder or Hub id.
 
     Returns:
-        The same kind, size and dtype. PIL images are upright and sRGB, RGBA with the same alpha where the image has
-        transparency, else RGB; `info` keeps `dpi`, `exif`, `xmp` and `comment`. A half-precision VAE that overflows
-        computes in float32.
+        The same kind, size and dtype. PIL images are upright and sRGB: RGBA with the same alpha if the image is
+        transparent, else RGB. Their `info` keeps `dpi`, `exif`, `xmp` and `comment`. A half-precision VAE that
+        overflows computes in float32.
 
     Raises:
         UserError: if `vae` cannot be loaded, or returns values that are not finite.
-        WrongType: a TypeError and a ValueError, if `images` are none of the above.
-        ValueError: if an array or a tensor has another shape, dtype or range; UnreadableImage, if a PIL image is broken.
+        WrongType: a TypeError and a ValueError, if `images` are of another kind.
+        ValueError: if an array or a tensor has another shape, dtype or range; UnreadableImage, if a PIL image is
+            broken.
     """
     model = resolve_vae(vae, **loading)
     if isinstance(images, (list, tuple)):
         each: Any = [sanitize(image, model, tile_above=tile_above) for image in images]
         return each
     if isinstance(images, Image.Image):
-        return _sanitize_picture(images, model, tile_above)
+        return _sanitize_image(images, model, tile_above)
     if isinstance(images, np.ndarray):
         channels_first = np.moveaxis(images, -1, -3) if images.ndim in (3, 4) else images
         cleaned = _sanitize_tensor(torch.from_numpy(np.ascontiguousarray(channels_first)), model, tile_above)
@@ -69,10 +70,19 @@ def sanitize(
 def purify_frame(
     image: Image.Image, vae: AutoencoderKL, tile_above: int, *, flat: bool = False
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Return the current frame of an opened picture after encoding and decoding, upright, RGB or RGBA, and its alpha.
+    """Encode and decode the current frame of an opened image.
 
-    The alpha stays as it is. Fully transparent parts get the colours around them first, so that what they hide does not
-    shine through at their edges. With `flat`, transparent parts are laid over white instead.
+    The alpha stays the same. Fully transparent parts first get the colours around them, so that hidden colours do not
+    show at the edges.
+
+    Args:
+        image: the opened image.
+        vae: the robust VAE.
+        tile_above: images with a longer side, in pixels, are processed in tiles.
+        flat: put transparent parts over white instead.
+
+    Returns:
+        The frame, upright, RGB or RGBA, and its alpha, if any.
     """
     colour, alpha = to_srgb(image)
     if alpha is not None and flat:
@@ -86,7 +96,7 @@ def purify_frame(
 
 
 def spread_colours(colour: Image.Image, alpha: Image.Image) -> Image.Image:
-    """Return an RGB picture whose fully transparent parts have the visible colours around them.
+    """Return an RGB image whose fully transparent parts have the visible colours around them.
 
     Args:
         colour: RGB.
@@ -102,7 +112,7 @@ def spread_colours(colour: Image.Image, alpha: Image.Image) -> Image.Image:
     return Image.composite(colour, around, alpha.point([0] + [255] * 255))
 
 
-def _sanitize_picture(image: Image.Image, vae: AutoencoderKL, tile_above: int) -> Image.Image:
+def _sanitize_image(image: Image.Image, vae: AutoencoderKL, tile_above: int) -> Image.Image:
     cleaned, _ = purify_frame(image, vae, tile_above)
     metadata = read_metadata(image)
     kept = {"dpi": metadata.dpi, "xmp": metadata.xmp, "comment": metadata.comment, "icc_profile": srgb_profile()}
@@ -113,7 +123,7 @@ def _sanitize_picture(image: Image.Image, vae: AutoencoderKL, tile_above: int) -
 
 
 def _sanitize_tensor(images: Tensor, vae: AutoencoderKL, tile_above: int) -> Tensor:
-    """Images `[...,3,H,W]`, floats in [0,1] or uint8, to the same."""
+    """Return sanitized images `[...,3,H,W]` in the range and dtype of the input: floats in [0,1] or uint8."""
     if images.ndim == 3:
         return _sanitize_tensor(images[None], vae, tile_above)[0]
     whole_numbers = images.dtype == torch.uint8
@@ -125,7 +135,7 @@ def _sanitize_tensor(images: Tensor, vae: AutoencoderKL, tile_above: int) -> Ten
 
 
 def _checked(images: Tensor) -> Tensor:
-    """`images`, if they are floats in [0,1]; `check_images` would speak of [-1,1]."""
+    """Return `images` if they are floats in [0,1]; the message of `check_images` would name [-1,1]."""
     if not images.is_floating_point():
         raise ValueError(f"expected floats in [0,1] or uint8, got {images.dtype}")
     low, high = images.aminmax() if images.numel() else (0, 0)
@@ -135,7 +145,7 @@ def _checked(images: Tensor) -> Tensor:
 
 
 def _purify(images: Tensor, vae: AutoencoderKL, tile_above: int) -> Tensor:
-    """Images `[N,3,H,W]` in [-1,1], any size, to their reconstructions of the same size, float32 in [-1,1]."""
+    """Return reconstructions, float32 in [-1,1], of images `[N,3,H,W]` in [-1,1] of any size."""
     check_images(images)
     height, width = images.shape[-2:]
     factor = downsampling_factor(vae.config)

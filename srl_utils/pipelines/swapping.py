@@ -1,4 +1,4 @@
-"""Exchanging the VAE of a diffusers pipeline, or only its encoder, and everything that must survive that."""
+"""Exchange the VAE of a diffusers pipeline, or only its encoder, and keep the pipeline's settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEMORY_SETTINGS = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_la
 # Architecture that no weight's shape tells of.
 SHAPELESS = ("act_fn", "norm_num_groups")
 ENCODER_PARTS = ("encoder", "quant_conv")
-COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
+COMPILED = "_orig_mod"  # torch.compile has no public way back to the module that it wraps
 _TAKEN_OUT: WeakKeyDictionary[DiffusionPipeline, WeakSet[AutoencoderKL]] = WeakKeyDictionary()
 """The VAEs that each pipeline has had: they fit it, so putting one back needs no `allow_mismatch`."""
 
@@ -41,16 +41,15 @@ def swap_vae(
     variant: str | None = None,
     allow_mismatch: bool = False,
 ) -> AutoencoderKL:
-    """Puts `vae` into `pipe` and returns the VAE that was there: `swap_vae(pipe, previous)` undoes it.
+    """Put `vae` into `pipe` and return the VAE that was there; `swap_vae(pipe, previous)` undoes it.
 
-    Only `pipe` changes: pipelines that share its components, such as those that `from_pipe` makes, keep the VAE that
-    they have, and one that `from_pipe` makes later takes over the new one. Swap each of them.
+    Only `pipe` changes. Pipelines that share its components, such as those from `from_pipe`, keep their VAE; swap each
+    of them. A pipeline that `from_pipe` makes later gets the new VAE.
 
-    The newcomer takes over device, dtype, slicing and tiling, and the pipeline's offloading is put on again around
-    it. A VAE object of the pipeline's dtype is put in as it is, and changes for other pipelines that use it as well;
-    of one with another dtype a converted copy is put in, so that the caller's weights keep their precision. `force_upcast` stays the newcomer's own: it says what its weights
-    bear. One that overflows in a half-precision pipeline all the same is put in as a copy with `force_upcast`, or
-    refused if the pipeline would not look at that.
+    The new VAE takes over device, dtype, slicing, tiling and offloading. A VAE object of the pipeline's dtype is used
+    itself, and so changes for other pipelines that use it. A VAE object of another dtype is copied and converted. The
+    new VAE keeps its own `force_upcast`. If it overflows in a half-precision pipeline all the same, a copy with
+    `force_upcast` is used, or the VAE is refused if the pipeline ignores that setting.
 
     Args:
         pipe: any pipeline with an `AutoencoderKL` as its `.vae`.
@@ -58,15 +57,15 @@ def swap_vae(
         subfolder: folder of the VAE inside `vae`, as in `from_pretrained`.
         revision: branch, tag or commit of a Hub id.
         variant: variant of the weight files, such as fp16.
-        allow_mismatch: accept other scaling and shift factors; the newcomer's then hold. A VAE object that `pipe` had
-            before is accepted in any case.
+        allow_mismatch: accept, and use, other scaling and shift factors. A VAE object that `pipe` had before is always
+            accepted.
 
     Raises:
         MissingFile: a FileNotFoundError, if there is no VAE at that place.
-        WrongType: a TypeError, if `vae` or the VAE of `pipe` is no `AutoencoderKL`.
-        UserError: a ValueError and the base of both, if `vae` cannot be loaded; if it does not fit: other channels,
-            down-sampling, or factors; or if `pipe` has a device map, group offloading, or another
-            pipeline's hooks; or if `vae` overflows in the pipeline's precision.
+        WrongType: a TypeError, if `vae` or the VAE of `pipe` is not an `AutoencoderKL`.
+        UserError: a ValueError and the base of both, if `vae` cannot be loaded; if its channels, down-sampling or
+            factors do not fit; if `pipe` has a device map, group offloading or another pipeline's hooks; or if `vae`
+            overflows in the pipeline's precision.
     """
     previous = _vae_of(pipe)
     replacement = resolve_vae(vae, subfolder=subfolder, revision=revision, variant=variant)
@@ -81,10 +80,10 @@ def swap_vae(
 def robust_vae(
     pipe: DiffusionPipeline, vae: AutoencoderKL | str | PathLike[str], **settings: Any
 ) -> Iterator[AutoencoderKL]:
-    """Within, `pipe` uses `vae`; afterwards its own again, also after an exception. Arguments as for `swap_vae`.
+    """Use `vae` in `pipe` within the context, and the pipeline's own VAE again afterwards, also after an exception.
 
-    It is the same object again, in the dtype to which the pipeline may have been moved within. A VAE object, which
-    another pipeline may use, gets back its own slicing and tiling.
+    The same object returns, in the pipeline's dtype if that has changed within. A VAE object that is passed as `vae`
+    gets back its own slicing and tiling. Arguments and errors are those of `swap_vae`.
     """
     settings_before = _memory_settings(vae) if isinstance(vae, AutoencoderKL) else {}
     dtype = _dtype_beside_vae(pipe)
@@ -112,16 +111,16 @@ def robustify(
     variant: str | None = None,
     allow_mismatch: bool = False,
 ) -> AutoencoderKL:
-    """Puts a copy of the pipeline's own VAE into `pipe`, with the encoder of `vae`; its decoder (fine-tuned, say) stays.
+    """Give the VAE of `pipe` the encoder of `vae`; its own decoder, which may be fine-tuned, stays.
 
-    As with `swap_vae`, only `pipe` changes. The VAE that was there, and with it every pipeline that shares it, keeps
-    its encoder; no weight is shared with the copy. What was compiled is not compiled in the copy.
+    A copy of the pipeline's VAE is used, which shares no weight with the original, so other pipelines with the same VAE
+    keep their encoder. Compiled parts are not compiled in the copy.
 
-    Arguments and errors are those of `swap_vae`; encoders of different architecture are refused as well. Where other
-    factors are accepted, the pipeline's own stay.
+    Arguments and errors are those of `swap_vae`. An encoder of another architecture is refused too. If other factors
+    are accepted, the pipeline's own stay.
 
     Returns:
-        The VAE that was there, the same object: `swap_vae(pipe, previous)` undoes this.
+        The VAE object that was there; `swap_vae(pipe, previous)` undoes the change.
     """
     previous = _vae_of(pipe)
     source = resolve_vae(vae, subfolder=subfolder, revision=revision, variant=variant)
@@ -144,10 +143,10 @@ def resolve_vae(
     revision: str | None = None,
     variant: str | None = None,
 ) -> AutoencoderKL:
-    """`vae` itself, or the one loaded from that folder or Hub id in float32.
+    """Return `vae` itself, or the VAE loaded in float32 from a folder or Hub id.
 
     Raises:
-        WrongType: a TypeError, if it is none of these.
+        WrongType: a TypeError, if it is neither.
         UserError: a ValueError, if it cannot be loaded; see `read_config` and `load_autoencoder`.
     """
     if isinstance(vae, AutoencoderKL):
@@ -174,12 +173,12 @@ def _register(pipe: DiffusionPipeline, vae: AutoencoderKL) -> None:
 
 
 def _had(pipe: DiffusionPipeline, vae: AutoencoderKL) -> bool:
-    """Whether `vae` is in `pipe` or was: putting it back never fails."""
+    """Return whether `vae` is or was in `pipe`: putting it back never fails."""
     return vae is pipe.vae or vae in _TAKEN_OUT.get(pipe, ())
 
 
 def _check_newcomer(candidate: AutoencoderKL, pipe: DiffusionPipeline, allow_mismatch: bool) -> None:
-    """Raises a UserError unless `candidate` fits `pipe` and its weights are at hand."""
+    """Raise a UserError unless `candidate` fits `pipe` and its weights are loaded."""
     if _had(pipe, candidate):
         return
     if _offloaded(candidate):
@@ -201,7 +200,7 @@ def _check_fit(candidate: AutoencoderKL, present: AutoencoderKL, allow_mismatch:
 
 
 def _signature(vae: AutoencoderKL) -> dict[str, Any]:
-    """What two VAEs must have in common to serve the same diffusion model."""
+    """Return what two VAEs must have in common to serve the same diffusion model."""
     signature = {name: vae.config.get(name) for name in (*STRUCTURE, *FACTORS)}
     signature["shift_factor"] = signature["shift_factor"] or None  # 0 shifts nothing either
     signature["down-sampling"] = downsampling_factor(vae.config)
@@ -210,7 +209,10 @@ def _signature(vae: AutoencoderKL) -> dict[str, Any]:
 
 
 def _dtype_beside_vae(pipe: DiffusionPipeline) -> torch.dtype | None:
-    """Of the pipeline's other networks: a call that upcasts the VAE leaves it, a pipeline that is moved does not."""
+    """Return the dtype of the pipeline's other networks.
+
+    It tells apart a call that upcasts the VAE, which does not change it, and a move of the pipeline, which does.
+    """
     networks = (part for part in pipe.components.values() if isinstance(part, ModelMixin) and part is not pipe.vae)
     return next((network.dtype for network in networks), None)
 
@@ -224,7 +226,7 @@ def _check_same_encoder(source: AutoencoderKL, own: AutoencoderKL) -> None:
 
 
 def _architecture(vae: AutoencoderKL) -> dict[str, Any]:
-    """What two encoders must have in common to compute the same with the same weights."""
+    """Return what two encoders must have in common to compute the same with the same weights."""
     shapes = {
         f"{part}.{name}": tuple(tensor.shape)
         for part in _encoder_parts(vae)
@@ -234,20 +236,20 @@ def _architecture(vae: AutoencoderKL) -> dict[str, Any]:
 
 
 def _encoder_parts(vae: AutoencoderKL) -> list[str]:
-    """Those that it has; not every VAE has a `quant_conv`."""
+    """Return the names of the encoder's parts; not every VAE has a `quant_conv`."""
     return [part for part in ENCODER_PARTS if getattr(vae, part) is not None]
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    """`module`, or the one that `torch.compile` wrapped."""
+    """Return `module`, or the module that `torch.compile` wrapped."""
     return getattr(module, COMPILED, module)
 
 
 def _plain_copy(vae: AutoencoderKL) -> AutoencoderKL:
-    """A copy that shares no weight with `vae` and computes by the methods of its class.
+    """Return a copy that shares no weight with `vae` and uses the methods of its class.
 
-    A compiled method that was assigned, as in `vae.decode = torch.compile(vae.decode)`, would still use the weights
-    of `vae`. The copy does not take it over.
+    A compiled method that was assigned, as in `vae.decode = torch.compile(vae.decode)`, would still use the weights of
+    `vae`, so the copy drops it.
     """
     wrapped = {id(part): copy.deepcopy(_plain(part)) for part in vae.children()}
     twin = copy.deepcopy(vae, wrapped)
@@ -260,9 +262,9 @@ def _plain_copy(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def _in_place_of(previous: AutoencoderKL, replacement: AutoencoderKL) -> AutoencoderKL:
-    """`replacement`, or a copy where its dtype must change, set up like `previous`.
+    """Return `replacement` set up like `previous`, or a converted copy if its dtype differs.
 
-    As it is where another pipeline, which shares it, has begun to offload it.
+    A replacement that another pipeline offloads in the meantime stays as it is.
     """
     if _offloaded(replacement):
         return replacement
@@ -280,10 +282,14 @@ def _memory_settings(vae: AutoencoderKL) -> dict[str, Any]:
 
 @contextmanager
 def _offload_suspended(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Within, no component carries an offload hook and all weights are at hand; afterwards as before.
+    """Remove the offload hooks of a pipeline's components within the context, and put them on again afterwards.
+
+    diffusers has public methods to start and end offloading, but none that tells whether, how and to which device a
+    pipeline is offloaded. Hence the private attributes.
 
     Raises:
-        UserError: under a device map, group offloading or another pipeline's hooks, which cannot be put on again.
+        UserError: if the pipeline has a device map, group offloading or another pipeline's hooks, which cannot be put
+            on again.
     """
     if getattr(pipe, "hf_device_map", None) is not None:
         raise UserError("this pipeline has a device map; call pipe.reset_device_map() first")
@@ -306,4 +312,5 @@ def _offload_suspended(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 def _offloaded(vae: AutoencoderKL) -> bool:
+    """Return whether a hook of accelerate is on the VAE; accelerate has no public query for it."""
     return any(isinstance(getattr(part, "_hf_hook", None), ModelHook) for part in vae.modules())

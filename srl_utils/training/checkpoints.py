@@ -1,7 +1,7 @@
-"""Saving without ever losing anything: atomic writes, checkpoints that continue exactly, pruning after saving.
+"""Save a run without losing anything: atomic writes, checkpoints that continue exactly, pruning after saving.
 
-A checkpoint is written aside, sealed with a manifest of its checksums, and renamed; one that does not agree with its
-manifest is passed over for the one before it.
+A checkpoint is written under another name, sealed with a manifest of its checksums, and renamed. One that differs from
+its manifest is skipped in favour of the one before it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "settings.json"
-"""What the run was asked for, inside a checkpoint."""
+"""The settings of the run, inside a checkpoint."""
 ARGUMENTS_FILE = "training_args.json"
-"""The same of the last session, in the output folder."""
+"""The settings of the last session, in the output folder."""
 EMA_FILE = "ema.pt"
 
 
@@ -50,10 +50,15 @@ class Stateful(Protocol):
 
 
 def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str] = ()) -> None:
-    """Writes what `AutoencoderKL.from_pretrained(output_dir)` needs; each file changes in one rename.
+    """Write the files that `AutoencoderKL.from_pretrained(output_dir)` needs; each file is replaced in one rename.
 
-    `variants`, `fp16` or `bf16`, are half-precision weights to write beside the full ones. Full and half-precision weights
-    of an earlier run that are not written anew are removed: they are of another VAE, and diffusers would load them.
+    Full and half-precision weights of an earlier run that are not written again are removed, since diffusers would load
+    them although they belong to another VAE.
+
+    Args:
+        vae: the VAE to save.
+        output_dir: where to write.
+        variants: half-precision weights, `fp16` or `bf16`, to write beside the full ones.
     """
     aside = output_dir / ".drop-in.partial"
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
@@ -73,57 +78,71 @@ def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str
 
 
 def _weights_beside(folder: Path, names: set[str]) -> list[Path]:
-    """Weights in `folder` that are not among `names`; variants that no run writes, such as copies under a name, stay."""
+    """Return the weights in `folder` that are not among `names`.
+
+    Variants that no run writes, such as a user's copies, are left out.
+    """
     written = "|".join(HALF_PRECISION)
     return [path for path in folder.iterdir() if path.name not in names and is_weights_file(path.name, written)]
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The `checkpoint-N` folders of a run; one exists under that name only once it is complete."""
+    """The `checkpoint-N` folders of a run. A folder gets that name only when it is complete.
+
+    Attributes:
+        output_dir: folder of the run.
+        total_limit: checkpoints to keep; None keeps all.
+        num_bytes: approximate size of a checkpoint.
+    """
 
     output_dir: Path
     total_limit: int | None = None
     num_bytes: int = 0
-    """About what one of them takes."""
 
     def check_room(self) -> None:
-        """Raises a ResourceError unless there is room for one beside the one before it."""
+        """Raise a ResourceError unless two checkpoints fit on the disk, the new one and the one before it."""
         free = shutil.disk_usage(self.output_dir).free
         if free < 2 * self.num_bytes:
             raise ResourceError(
                 f"{gigabytes(free)} are free in {self.output_dir}, and two checkpoints of about "
-                f"{gigabytes(self.num_bytes)} must fit beside each other; make room or choose another --output_dir"
+                f"{gigabytes(self.num_bytes)} must fit beside each other; make room or choose another output_dir"
             )
 
     def found(self) -> list[Path]:
-        """The checkpoints, oldest first: whole ones, unless the disk has damaged them since."""
+        """Return the checkpoints, oldest first. Each was complete when it was saved."""
         folders = [path for path in self.output_dir.glob("checkpoint-*") if re.search(r"-\d+$", path.name)]
         replaced = [path for path in self.output_dir.glob(".checkpoint-*.outdated") if not _final(path).exists()]
         return sorted(folders + replaced, key=step_of)
 
-    def resolve(self, resume_from: str, *, tell: Callable[[str], object] = logger.warning) -> Path | None:
-        """The folder to continue from: the newest whole one for `latest` (None where there is none), else the path.
+    def resolve(self, resume_from_checkpoint: str, *, tell: Callable[[str], object] = logger.warning) -> Path | None:
+        """Return the checkpoint to resume from.
 
-        `tell` is called with a line on each that is passed over.
+        Args:
+            resume_from_checkpoint: a folder, or `latest` for the newest undamaged one.
+            tell: called with a line on each damaged checkpoint that is skipped.
+
+        Returns:
+            The folder; None for `latest` if there are no checkpoints.
 
         Raises:
             MissingFile: a FileNotFoundError, if the path is not a checkpoint.
-        UnusableFile: an OSError, if it is damaged, or if all that there are are damaged.
+            UnusableFile: an OSError, if the checkpoint is damaged, or if all are.
         """
-        if resume_from == "latest":
+        if resume_from_checkpoint == "latest":
             return self._newest_whole(tell)
-        for candidate in (Path(resume_from), self.output_dir / resume_from):
+        for candidate in (Path(resume_from_checkpoint), self.output_dir / resume_from_checkpoint):
             if (candidate / STATE_FILE).is_file():
                 if damage := fault(candidate):
                     raise UnusableFile(
-                        f"--resume_from_checkpoint {candidate} is damaged: {damage}; 'latest' passes it over"
+                        f"{candidate} is damaged: {damage}; 'latest' skips it", parameter="resume_from_checkpoint"
                     )
                 return candidate
         present = ", ".join(path.name for path in self.found()) or "none"
         raise MissingFile(
-            f"--resume_from_checkpoint {resume_from} is no checkpoint of this script; "
-            f"'latest' or a folder is expected, {self.output_dir} holds: {present}"
+            f"'{resume_from_checkpoint}' is not a checkpoint of this script; give 'latest' or a checkpoint's folder "
+            f"({self.output_dir} holds: {present})",
+            parameter="resume_from_checkpoint",
         )
 
     def _newest_whole(self, tell: Callable[[str], object]) -> Path | None:
@@ -135,16 +154,16 @@ class Checkpoints:
             tell(f"{folder} is damaged and passed over: {damage}")
         if folders:
             raise UnusableFile(
-                f"none of the checkpoints in {self.output_dir} is whole; remove them to start from the beginning, or "
-                "choose another --output_dir"
+                f"all checkpoints in {self.output_dir} are damaged; remove them to start from the beginning, or "
+                "choose another output_dir"
             )
         return None
 
     def save(self, accelerator: Accelerator, step: int) -> Path:
-        """Saves the state of all processes as `checkpoint-{step}`, then prunes the oldest.
+        """Save the state of all processes as `checkpoint-{step}`, then remove the oldest checkpoints.
 
         Raises:
-            ResourceError: if the disk does not take it; those before it stay as they are.
+            ResourceError: if the disk does not take it; earlier checkpoints stay intact.
         """
         try:
             return self._save(accelerator, step)
@@ -155,8 +174,8 @@ class Checkpoints:
             shutil.rmtree(self.output_dir / f".checkpoint-{step}.partial", ignore_errors=True)
             raise ResourceError(
                 f"checkpoint-{step} cannot be written to {self.output_dir}: {reason}; it takes about "
-                f"{gigabytes(self.num_bytes)}. Those before it are whole: make room and run the same command with "
-                "--resume_from_checkpoint latest"
+                f"{gigabytes(self.num_bytes)}. The checkpoints before it are intact: make room and run the same command "
+                "with resume_from_checkpoint latest"
             ) from None
 
     def _save(self, accelerator: Accelerator, step: int) -> Path:
@@ -175,7 +194,10 @@ class Checkpoints:
         return final
 
     def set_aside(self, step: int) -> list[Path]:
-        """Rename the checkpoints after `step`, of a run that is rewound, and return them: `latest` would go on from them."""
+        """Rename the checkpoints after `step` and return them, when a run goes back to an earlier step.
+
+        Otherwise `latest` would continue from them.
+        """
         later = [folder for folder in self.found() if step_of(folder) > step]
         return [self._renamed(folder) for folder in later]
 
@@ -187,7 +209,7 @@ class Checkpoints:
         return place
 
     def tidy(self, newest: Path) -> None:
-        """Leaves `newest` and the last others, and nothing that an interruption in the middle of a save has left."""
+        """Remove all but `newest` and the last others, and what an interrupted save has left."""
         if self.total_limit is not None:
             others = [folder for folder in self.found() if folder != newest]
             for folder in others[: max(len(others) - self.total_limit + 1, 0)]:
@@ -202,7 +224,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def state_bytes(vae: AutoencoderKL, trained: nn.Module, ema: EMAModel | None) -> int:
-    """About what a checkpoint takes: all weights, two moments of each trained one, and perhaps its average."""
+    """Return the approximate size of a checkpoint in bytes.
+
+    It holds all weights, two moments of each trained weight, and the average of the trained weights, if any.
+    """
     weights, moments = (sum(parameter.numel() for parameter in module.parameters()) for module in (vae, trained))
     return 4 * (weights + moments * (2 if ema is None else 3))
 
@@ -214,10 +239,16 @@ def register_state(
     counters: dict[str, Stateful],
     settings: str = "{}",
 ) -> None:
-    """Makes `accelerator.save_state` and `load_state` carry the VAE, its EMA and the named counters.
+    """Make `accelerator.save_state` and `load_state` include the VAE, its EMA and the counters.
 
-    The VAE is written as a diffusers folder, `checkpoint-N/vae`, instead of accelerate's `model.safetensors`. `settings`
-    is the run's record as JSON, which is saved and not loaded.
+    The VAE is written as a diffusers folder, `checkpoint-N/vae`, instead of accelerate's `model.safetensors`.
+
+    Args:
+        accelerator: gets the hooks.
+        vae: the VAE.
+        ema: average of the trained weights, if any.
+        counters: saved as JSON under these names.
+        settings: the run's record as JSON, which is saved but not loaded.
     """
 
     def save(models: list, weights: list, folder: str) -> None:
@@ -246,12 +277,12 @@ def register_state(
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Loads what `register_state` has registered.
+    """Load the state that `register_state` has registered.
 
-    Where the checkpoint was made in another precision, the gradient scaler that fp16 needs begins anew.
+    If the checkpoint was made in another precision, the gradient scaler of fp16 starts anew.
 
     Raises:
-        UserError: if `checkpoint` is of another VAE or other settings, or holds what is no state at all.
+        UserError: if the checkpoint belongs to another VAE or other settings, or holds no state.
     """
     scaler = accelerator.scaler
     if not (checkpoint / SCALER_NAME).exists():
@@ -265,7 +296,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
 
 
 def _replace_folder(aside: Path, final: Path) -> None:
-    """Renames `aside` to `final`; a folder of that name, from a run that was rewound, gives way, but stays to the end."""
+    """Rename `aside` to `final`. An older folder of that name is renamed first, and removed when the new one is in place."""
     if final.exists():
         os.replace(final, _outdated(final))
     os.replace(aside, final)

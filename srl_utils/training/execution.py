@@ -1,4 +1,4 @@
-"""In what precision the networks run and whether they are compiled: asked for, or chosen for the device."""
+"""Choose the precision of the networks and whether they are compiled, as requested or for the device."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from srl_utils.errors import UserError
 from srl_utils.vae.loading import HALF_PRECISION
 
 EAGER_FLOPS = {"cuda": 50e12, "cpu": 100e9}
-"""Operations per second, of a GPU and of a CPU's core, that a convolutional network in eager float32 may reach."""
+"""Operations per second of a convolutional network in eager float32, on a GPU and on one core of a CPU."""
 REPAYS_COMPILING = 180.0
-"""Seconds of eager work from which on torch.compile, which takes a minute or two at first, saves more than it costs."""
+"""Seconds of eager work from which torch.compile saves more time than it takes, a minute or two."""
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the networks run; `precision` is one of no, bf16 and fp16."""
+    """How the networks run.
+
+    Attributes:
+        precision: `no`, `bf16` or `fp16`.
+        torch_compile: whether they are compiled.
+        reason: what was chosen and why, for the user.
+    """
 
     precision: str
     torch_compile: bool
     reason: str
-    """For the user: what was chosen, and why."""
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -41,39 +46,44 @@ class Execution:
         return f"{self.summary} ({self.reason})"
 
 
-def check_execution(precision: str | None, torch_compile: bool | None, *, leave_gpu: bool = False) -> None:
-    """Refuse what this machine cannot do.
+def check_execution(mixed_precision: str | None, torch_compile: bool | None, *, leave_gpu: bool = False) -> None:
+    """Refuse settings that this machine cannot run.
 
     Args:
+        mixed_precision: `no`, `bf16`, `fp16` or None.
+        torch_compile: whether to compile, or None.
         leave_gpu: whether the run stays on the CPU although there may be a GPU.
 
     Raises:
-        UserError: in one line, with the flag.
+        UserError: in one line, with the parameter.
     """
     on_gpu = torch.cuda.is_available() and not leave_gpu
-    if precision == "fp16" and not on_gpu:
-        raise UserError("fp16 needs a GPU; on the CPU give --mixed_precision bf16 or no")
+    if mixed_precision == "fp16" and not on_gpu:
+        raise UserError("fp16 needs a GPU; on the CPU take bf16 or no", parameter="mixed_precision")
     if torch_compile and not can_compile("cuda" if on_gpu else "cpu"):
         missing = "Triton" if on_gpu else "a C++ compiler (g++)"
-        raise UserError(f"compiling needs {missing}; install it or give --no-torch_compile")
+        raise UserError(f"compiling needs {missing}; install it, or do not compile", parameter="torch_compile")
 
 
 def runs_in_fp16(precision: str | None, force_upcast: bool) -> bool:
-    """Whether fp16 is asked for and not overruled: a VAE with `force_upcast` overflows in it, as diffusers knows."""
+    """Return whether the networks run in fp16.
+
+    A VAE with `force_upcast` does not, since it overflows there, as diffusers knows.
+    """
     return precision == "fp16" and not force_upcast
 
 
 def choose_execution(
     device: torch.device, *, precision: str | None, torch_compile: bool | None, force_upcast: bool, flops: float
 ) -> Execution:
-    """What is asked for, and for what is not (None) a good choice for the device.
+    """Use the requested precision and compiling; choose those that are not given.
 
     Args:
-        device: a GPU, or the CPU with all the threads torch has been given.
-        precision: `no`, `bf16`, `fp16` or None.
-        torch_compile: whether to compile, or None.
-        force_upcast: of the VAE's configuration: it overflows in fp16, and runs in float32 where that is asked for.
-        flops: of the whole run on this device.
+        device: a GPU, or the CPU with all the threads of torch.
+        precision: `no`, `bf16`, `fp16`, or None to choose.
+        torch_compile: whether to compile, or None to choose.
+        force_upcast: from the VAE's configuration: it overflows in fp16, and runs in float32 if fp16 is requested.
+        flops: floating-point operations of the whole run on this device.
     """
     reasons = []
     if torch_compile is None:
@@ -89,7 +99,7 @@ def choose_execution(
 
 
 def can_compile(kind: str) -> bool:
-    """Whether torch.compile has what it needs on a device of this kind."""
+    """Return whether torch.compile has the compiler that it needs on this kind of device."""
     if kind == "cuda":
         return importlib.util.find_spec("triton") is not None
     return kind == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
@@ -109,6 +119,7 @@ def _choose_precision(device: torch.device, compiled: bool) -> tuple[str, str]:
         return ("bf16", "the GPU computes in bf16") if able else ("no", "the GPU lacks bf16")
     if device.type != "cpu":
         return "no", f"float32 on {device.type}"
+    # torch 2.7 has no public query for bf16; `torch.cpu.get_capabilities` came later.
     if not torch.cpu._is_avx512_bf16_supported():
         return "no", "the CPU lacks bf16"
     # Measured (benchmarks/RESULTS.md): bf16 pays on the CPU together with compiling, and hardly without.

@@ -1,4 +1,4 @@
-"""Resuming with other flags: each is applied from there on, or refused; what was applied is recorded and published."""
+"""Resume with other flags: apply each change from there on or refuse it, and record and publish applied changes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ FREE = frozenset({
     "save_variant", "resume_from_checkpoint", "logging_dir", "report_to", "tracker_project_name", "push_to_hub",
     "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token", "mixed_precision", "torch_compile",
 })  # fmt: skip
-"""Flags that are not compared: they leave the trained weights as they are, or stand for others, which are. The recipe
-stands for flags, precision and compiling for the execution that comes of them."""
+"""Flags that are not compared. They do not change the trained weights, or other entries are compared in their place: the
+single flags for the recipe, the execution for precision and compiling."""
 REFUSED = frozenset({"seed", "use_ema", "use_8bit_adam"})
-"""Flags whose state in the checkpoint has no meaning under another value."""
+"""Flags that cannot change, since the state in the checkpoint depends on them."""
 BASE = frozenset({"pretrained_model_name_or_path", "subfolder", "revision", "variant"})
 """Flags that may change as long as they name the same weights."""
 TRAINING_DATA = frozenset({
@@ -42,17 +42,17 @@ APPLIED = TRAINING_DATA | {
     "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay",
     "adam_epsilon", "max_grad_norm", "execution", "allow_tf32",
 }  # fmt: skip
-"""Flags whose new value holds from the resumed step on; the number of processes and the execution are no flags."""
+"""Flags whose new value holds from the resumed step on, and two entries that are not flags: num_processes, execution."""
 TRAINING_IMAGES = "training_images"
-"""Name of the change in the number of images that the same flags find."""
+"""Name of a change in the number of training images that the same flags find."""
 WORDS = {"execution": "{}", TRAINING_IMAGES: "{} training images"}
-"""How the values of what is no flag of the training are told."""
+"""Texts for entries that are not flags."""
 PLACES = frozenset({"pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir"})
 
 
 @dataclass(frozen=True)
 class Change:
-    """A flag that has another value after step `step` than before."""
+    """A flag whose value after step `step` differs from before."""
 
     name: str
     step: int
@@ -62,23 +62,31 @@ class Change:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was read, so that a resume can tell whether it is still the same."""
+    """Digests of the inputs of a run, which tell whether they are the same when it resumes.
+
+    Attributes:
+        base: digest of the original VAE's weights.
+        validation: digest of the validation images.
+        training_images: number of training images; None for a stream.
+    """
 
     base: str
-    """Digest of the original VAE's weights."""
     validation: str
-    """Digest of the validation images."""
     training_images: int | None
-    """None for a stream."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run was asked for, as JSON values, and what has changed on the way."""
+    """The settings of a run as JSON values, and how they changed.
+
+    Attributes:
+        arguments: the flags.
+        inputs: None in records of older versions.
+        changes: what was changed on resuming.
+    """
 
     arguments: Mapping[str, Any]
     inputs: Inputs | None = None
-    """None in the records of older versions."""
     changes: Sequence[Change] = ()
 
     def to_json(self) -> str:
@@ -94,19 +102,25 @@ class Settings:
 
 @dataclass(frozen=True)
 class Earlier:
-    """The checkpoint that a run resumes from."""
+    """The checkpoint that a run resumes from.
+
+    Attributes:
+        checkpoint: its folder.
+        step: steps that were made.
+        samples: samples that were read.
+        settings: the flags that are known; few for an old checkpoint without a record.
+    """
 
     checkpoint: Path
     step: int
     samples: int
     settings: Settings
-    """Only the flags that are known: of an old checkpoint without a record, few."""
 
 
 def read_earlier(checkpoint: Path) -> Earlier:
-    """Return how far a checkpoint's run was and what it was asked for.
+    """Return how far a checkpoint's run was, and its settings.
 
-    The settings of a checkpoint from an older version are taken from the `training_args.json` beside it.
+    Checkpoints of older versions take the settings from `training_args.json` beside them.
 
     Raises:
         UserError: if the checkpoint's files are not those of this script.
@@ -127,25 +141,29 @@ def check_flags(arguments: Mapping[str, Any], earlier: Earlier) -> None:
     """Refuse flags that cannot change, before anything is loaded.
 
     Raises:
-        UserError: with both values of each.
+        UserError: with both values of each flag.
     """
     unknown = earlier.settings.inputs is None  # an older record: equal flags are all there is to go by
     _refuse(earlier, arguments, REFUSED | (BASE | VALIDATION_DATA if unknown else frozenset()))
     steps = arguments["max_train_steps"]
     if steps is not None and steps < earlier.step:
         raise UserError(
-            f"{earlier.checkpoint} has made {earlier.step} steps, more than --max_train_steps {steps}; raise it, or "
-            "resume from an earlier checkpoint"
+            f"{earlier.checkpoint} has made {earlier.step} steps, more than {steps}; give more steps, or resume from an "
+            "earlier checkpoint",
+            parameter="max_train_steps",
         )
 
 
 def settle(current: Settings, earlier: Earlier, *, steps_left: bool = True) -> Settings:
-    """Return `current` with the history of the run: the changes before `earlier`, and those made now.
+    """Return `current` with the history of the run: earlier changes, and those made now.
 
-    Where no steps are left, nothing can change.
+    Args:
+        current: the settings of this run.
+        earlier: the checkpoint.
+        steps_left: False if the training has ended, so that nothing can change.
 
     Raises:
-        UserError: if the original VAE or the validation images are others than before.
+        UserError: if the original VAE or the validation images differ.
     """
     before = earlier.settings
     if before.inputs is not None and current.inputs is not None:
@@ -164,12 +182,12 @@ def _changes(current: Settings, earlier: Earlier) -> Iterator[Change]:
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Return which of the flags differ, in the order of `after`; those that only one side knows do not count."""
+    """Return the names of the flags that differ, in the order of `after`; a flag that one side lacks does not count."""
     return [name for name in after if name in names and name in before and not _same(name, before[name], after[name])]
 
 
 def told(changes: Iterable[Change]) -> list[str]:
-    """Return a line on each flag that changed, such as `--seed 0 until step 3, then 1`, without folders of this machine."""
+    """Return a line on each flag that changed, such as `--seed 0 until step 3, then 1`, without local folders."""
     lines: dict[str, str] = {}
     for change in changes:
         before, after = shortened(change.before), shortened(change.after)
@@ -180,7 +198,7 @@ def told(changes: Iterable[Change]) -> list[str]:
 
 
 def shortened(value: Any) -> Any:
-    """Return `value`, or its last part where it is a path that leaves the folder in which the command was typed."""
+    """Return `value`, or only its last part if it is a path outside the folder in which the command was typed."""
     if not isinstance(value, str):
         return value
     path = Path(value)
@@ -189,7 +207,10 @@ def shortened(value: Any) -> Any:
 
 
 def worded(name: str, value: Any) -> str:
-    """Return the flag as it would be typed, or `no --name` where it would be left out."""
+    """Return the flag as it is typed on the command line, such as `--seed 3`, or `no --seed` if it is left out.
+
+    The model card and the messages on resuming quote the command line, so they name flags.
+    """
     if name in WORDS:
         return WORDS[name].format(_value(value))
     if value is None or value is False or value == []:
@@ -198,7 +219,7 @@ def worded(name: str, value: Any) -> str:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """Return 16 hexadecimal digits that stand for the values of `tensors`, which are on the CPU."""
+    """Return 16 hexadecimal digits that identify the values of `tensors`, which are on the CPU."""
     state = sha256()
     for tensor in tensors:
         state.update(tensor.detach().contiguous().numpy().data)
@@ -209,7 +230,10 @@ def digest(tensors: Iterable[Tensor]) -> str:
 def own_hyperparameters(
     optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR
 ) -> Iterator[None]:
-    """Within, the states of optimizer and scheduler may be loaded; learning rate, decays and the like stay this run's."""
+    """Keep this run's learning rate, decays and other settings while states are loaded within the context.
+
+    torch has no public way to set a scheduler's last learning rates, so `_last_lr` is set.
+    """
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     base_lrs = scheduler.base_lrs
     yield
@@ -224,8 +248,8 @@ def _check_inputs(current: Settings, now: Inputs, before: Inputs, earlier: Earli
     if now.base != before.base:
         _refuse(earlier, current.arguments, BASE)
         raise UserError(
-            f"{earlier.checkpoint} was trained from other weights than --pretrained_model_name_or_path has now; "
-            "restore them, or choose another --output_dir"
+            f"its weights are not those that {earlier.checkpoint} was trained from; restore them, or choose another output_dir",
+            parameter="pretrained_model_name_or_path",
         )
     if now.validation == before.validation:
         return
@@ -233,11 +257,11 @@ def _check_inputs(current: Settings, now: Inputs, before: Inputs, earlier: Earli
     if now.training_images != before.training_images and current.arguments["validation_data_dir"] is None:
         raise UserError(
             f"{earlier.checkpoint} was trained on {before.training_images} images, and there are {now.training_images} now, "
-            "so that other images are held out; restore the data, or choose another --output_dir"
+            "so other images are held out; restore the dataset, or choose another output_dir"
         )
     raise UserError(
-        f"the validation images are others than those that {earlier.checkpoint} was measured on; restore them, or choose "
-        "another --output_dir"
+        f"the validation images are not those that {earlier.checkpoint} was measured on; restore them, or choose another "
+        "output_dir"
     )
 
 
@@ -248,7 +272,7 @@ def _refuse(earlier: Earlier, arguments: Mapping[str, Any], names: Iterable[str]
         here = ", ".join(worded(name, arguments[name]) for name in differing)
         raise UserError(
             f"{earlier.checkpoint} was trained with {there}, and this command says {here}; "
-            "give the same, or choose another --output_dir to start anew"
+            "give the same, or choose another output_dir to start anew"
         )
 
 

@@ -1,4 +1,4 @@
-"""A VAE under judgement, of whatever diffusers class: images to latents and back."""
+"""Judge a VAE of any diffusers class: images to latents and back."""
 
 from __future__ import annotations
 
@@ -24,29 +24,33 @@ from srl_utils.vae.networks import Moments, autocast, split_moments
 
 KINDS = (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTiny, VQModel)
 NO_VARIANCE = -30.0
-"""The logarithm of the variance, at diffusers' lower bound, that stands for an encoder without a posterior."""
+"""The log-variance of an encoder without a posterior: the lowest that diffusers allows."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A VAE under judgement, with its name in the results."""
+    """A VAE under judgement.
+
+    Attributes:
+        name: its name in the results.
+        vae: the model itself, as pipelines take it.
+        encoder: maps images `[N,3,H,W]` in [-1,1] to raw moments `[N,2C,h,w]`.
+        decoder: maps raw latents `[N,C,h,w]` to images.
+    """
 
     name: str
     vae: ModelMixin
-    """The model itself, as pipelines take it."""
     encoder: nn.Module
-    """Maps images `[N,3,H,W]` in [-1,1] to the raw moments `[N,2C,h,w]`."""
     decoder: nn.Module
-    """Maps raw latents `[N,C,h,w]` to images."""
 
     @classmethod
     def of(cls, vae: ModelMixin, name: str, *, autocast_dtype: torch.dtype | None = None) -> Codec:
-        """Return a VAE of any of `KINDS` under a name, in its own precision or within autocast."""
+        """Return the codec of a VAE of any of `KINDS`, in its own precision or within autocast."""
         return cls(name, vae, AnyEncoder(vae, autocast_dtype), AnyDecoder(vae, autocast_dtype))
 
     @cached_property
     def digest(self) -> str:
-        """Of the weights: two VAEs with the same one are the same, wherever they were loaded from."""
+        """Return a digest of the weights. VAEs with equal weights have equal digests."""
         state = sha256()
         for module in (self.encoder, self.decoder):
             for tensor in module.state_dict().values():
@@ -61,7 +65,7 @@ class Codec:
         return split_moments(self.encoder(images))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Raw latents, the posterior's mean."""
+        """Return the raw latents of images: the posterior's mean."""
         return self.moments(images).mean
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -75,10 +79,11 @@ class Codec:
 def load_codec(
     name: str, source: AutoencoderSource, *, device: torch.device, autocast_dtype: torch.dtype | None = None
 ) -> Codec:
-    """The VAE at `source`, frozen, in float32 or within autocast, one of `KINDS`.
+    """Load a VAE of any of `KINDS`, frozen, in float32 or within autocast.
 
     Raises:
-        UserError: a ValueError, if it is none of them or cannot be loaded; see `read_config` and `load_autoencoder`.
+        UserError: a ValueError, if it is of no class in `KINDS` or cannot be loaded; see `read_config` and
+            `load_autoencoder`.
     """
     config = read_config(source, KINDS)
     kind = next(known for known in KINDS if known.__name__ == config["_class_name"])
@@ -88,7 +93,7 @@ def load_codec(
 def frozen_codec(
     vae: ModelMixin, name: str, *, device: torch.device, autocast_dtype: torch.dtype | None = None
 ) -> Codec:
-    """Return a VAE to be judged and never trained, moved in place to `device` and to channels-last memory."""
+    """Freeze a VAE, move it in place to `device` and channels-last memory, and return its codec."""
     vae.to(device).requires_grad_(False).eval()
     if not isinstance(vae, AutoencoderKLTemporalDecoder):  # whose weights have five dimensions
         vae.to(memory_format=torch.channels_last)
@@ -96,7 +101,7 @@ def frozen_codec(
 
 
 class AnyEncoder(nn.Module):
-    """`encode` of any of `KINDS` as moments; one without a posterior has a variance of nearly 0."""
+    """Encodes images to moments with a VAE of any of `KINDS`; without a posterior the variance is nearly 0."""
 
     def __init__(self, vae: ModelMixin, autocast_dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -113,7 +118,7 @@ class AnyEncoder(nn.Module):
 
 
 class AnyDecoder(nn.Module):
-    """`decode` of any of `KINDS`, of a video decoder as of single frames."""
+    """Decodes latents with a VAE of any of `KINDS`; a video decoder decodes single frames."""
 
     def __init__(self, vae: ModelMixin, autocast_dtype: torch.dtype | None = None) -> None:
         super().__init__()

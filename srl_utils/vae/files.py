@@ -1,7 +1,7 @@
-"""What can be wrong with the files of a VAE, said in one line: found on shapes alone, before memory is spent.
+"""Check the files of a VAE and say in one line what is wrong, on shapes alone, before memory is used.
 
-A configuration is a stranger's text. What it says is checked against the signature of the diffusers class that it
-names, so that a new argument of that class needs no line here.
+A configuration may come from a stranger. It is checked against the signature of the diffusers class that it names, so
+a new argument of that class needs no change here.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ DEPTHS = re.compile(r"layers_per_|num_.*_blocks")
 
 
 def completed_config(config: dict[str, Any], kind: type[ModelMixin], name: str) -> dict[str, Any]:
-    """`config` with the defaults of `kind` for what it leaves out, as diffusers reads it.
+    """Return `config` with the defaults of `kind` for missing entries, as diffusers reads it.
 
     Raises:
-        UserError: if it says what `kind` does not know or what cannot be, or describes no network that can be built.
+        UserError: if an entry is unknown or impossible, or if the configuration describes no network.
     """
     parameters = inspect.signature(kind.__init__).parameters
     defaults = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
@@ -54,7 +54,7 @@ def completed_config(config: dict[str, Any], kind: type[ModelMixin], name: str) 
 
 
 def _check_statistics(config: dict[str, Any], name: str) -> None:
-    """Raises a UserError unless mean and deviation of the latents, where both are given, have a value per channel."""
+    """Raise a UserError unless the mean and deviation of the latents, if both are given, have a value per channel."""
     statistics = {key: config.get(key) for key in ("latents_mean", "latents_std")}
     if None in statistics.values():  # diffusers uses neither
         return
@@ -70,7 +70,7 @@ def _check_statistics(config: dict[str, Any], name: str) -> None:
 
 
 def _network(arguments: dict[str, Any], kind: type[ModelMixin], name: str, left_out: list[str]) -> ModelMixin:
-    """The network on the meta device: shapes without memory."""
+    """Build the network on the meta device, which takes no memory."""
     try:
         with torch.device("meta"):
             network = kind(**arguments)
@@ -86,7 +86,10 @@ def _network(arguments: dict[str, Any], kind: type[ModelMixin], name: str, left_
 
 
 def _possible(value: object, default: object, largest: int) -> bool:
-    """Whether `value` is of the kind of `default`: a count from 1 on, a finite number, a text, a list of the same."""
+    """Return whether `value` suits an argument with this default.
+
+    A count is at least 1, a number is finite, and the entries of a list suit the first entry of the default.
+    """
     if isinstance(default, bool):
         return isinstance(value, bool)
     if isinstance(default, int):
@@ -104,18 +107,19 @@ def _possible(value: object, default: object, largest: int) -> bool:
 
 
 def check_parameters(vae: nn.Module, name: str) -> None:
-    """Raises a UserError unless all weights are finite."""
+    """Raise a UserError unless all weights are finite."""
     for key, tensor in vae.state_dict().items():
         if not tensor.isfinite().all():
             raise UserError(f"cannot use the VAE '{name}': its {key} holds NaN or infinite values")
 
 
 def refuse_pickles(name: str, subfolder: str | None, kind: type[ModelMixin]) -> None:
-    """Refuses weights on this machine that come as a pickle or in a single file.
+    """Refuse local weights that are a pickle or a single file.
+
+    A pickle can run code when it is loaded.
 
     Raises:
-        UnusableFile: an OSError, with the command that converts them; diffusers reads nothing but tensors from a
-            pickle.
+        UnusableFile: an OSError, with the command that converts the weights.
     """
     place = Path(name, subfolder or "")
     if place.is_file():
@@ -134,14 +138,17 @@ def refuse_pickles(name: str, subfolder: str | None, kind: type[ModelMixin]) -> 
 
 
 def _pickle(place: Path, pickles: list[str]) -> str:
-    """What loads the pickles of a folder: the one of the name that diffusers gives them, or else the first as a file."""
+    """Return the call that loads a folder's pickles: those that diffusers names, or else the first as a single file."""
     if DIFFUSERS_PICKLE in pickles:
         return f"from_pretrained({str(place)!r}, use_safetensors=False)"
     return _single_file(place / pickles[0])
 
 
 def _single_file(path: Path) -> str:
-    """What loads `path`, with the configuration beside it; without one, diffusers guesses and asks the Hub for it."""
+    """Return the call that loads `path`, with the configuration beside it.
+
+    Without one, diffusers guesses the configuration and asks the Hub for it.
+    """
     beside = f", config={str(path.parent)!r}" if (path.parent / "config.json").is_file() else ""
     return f"from_single_file({str(path)!r}{beside})"
 
@@ -153,7 +160,7 @@ def _conversion(kind: type[ModelMixin], load: str, name: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says, and of what lies at the bottom of it."""
+    """Return the first line of an error's message and, in brackets, that of its deepest cause."""
     said = next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
     origin = error.__cause__ or error.__context__
     while origin is not None and (origin.__cause__ or origin.__context__):

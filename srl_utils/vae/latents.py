@@ -1,6 +1,7 @@
-"""How a diffusion model sees a VAE's raw latents, as the VAE's configuration says it.
+"""Scale a VAE's raw latents for a diffusion model, as the VAE's configuration says.
 
-The formulas are those of diffusers' pipelines: `prepare_latents` encodes by `scale`, and `unscale` precedes the decoder.
+The formulas are those of diffusers' pipelines: `prepare_latents` encodes by `scale`, and `unscale` precedes the
+decoder.
 
 | configuration | pipeline | to the denoiser |
 |---|---|---|
@@ -8,9 +9,9 @@ The formulas are those of diffusers' pipelines: `prepare_latents` encodes by `sc
 | and `shift_factor` | Stable Diffusion 3, Flux | `(latents - shift_factor) * scaling_factor` |
 | and both `latents_mean` and `latents_std` | Playground 2.5 (XL) | `(latents - mean) * scaling_factor / std` |
 
-A pipeline ignores the entries of the other rows: Stable Diffusion 1 and 2 look at `scaling_factor` alone.
-Models that normalise latents elsewhere (Wan and Qwen without a `scaling_factor`, Flux 2 with a batch norm in the VAE)
-belong into `LatentScale.of`.
+A pipeline ignores the entries of the other rows; Stable Diffusion 1 and 2 use `scaling_factor` alone. Models that
+normalise latents elsewhere (Wan and Qwen without a `scaling_factor`, Flux 2 with a batch norm in the VAE) need their
+formula in `LatentScale.of`.
 """
 
 from __future__ import annotations
@@ -41,9 +42,12 @@ class LatentScale:
     def of(cls, config: Mapping[str, Any], pipe: DiffusionPipeline | None = None) -> LatentScale:
         """Return the scale that the configuration of a VAE of any class describes.
 
-        With `pipe`, entries that this pipeline ignores are left out: the scale is the one that its denoiser sees.
-        As in diffusers, an entry that is absent or None changes nothing, a mean without a deviation and the reverse
-        are without effect, and where both are given they take the place of `shift_factor`.
+        As in diffusers, entries that are absent or None change nothing. `latents_mean` and `latents_std` have an effect
+        only together, and then replace `shift_factor`.
+
+        Args:
+            config: the VAE's configuration.
+            pipe: a pipeline; entries of the configuration that it ignores are left out.
         """
         if pipe is not None:
             ignored = {name for name in IGNORED_BY_SOME if not looks_at(pipe.__class__, name)}
@@ -79,5 +83,5 @@ def _per_channel(values: Any) -> Tensor:
 
 
 def _like(value: float | Tensor, latents: Tensor) -> float | Tensor:
-    """A tensor in the dtype and on the device of `latents`; a number goes with all of them."""
+    """Return a tensor in the dtype and on the device of `latents`; a number as it is."""
     return value.to(latents) if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""Layers rebuilt to compute faster; their values and gradients stay the same up to rounding."""
+"""Rebuild layers so that they compute faster; their values and gradients stay the same up to rounding."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ NETWORK = TypeVar("NETWORK", bound=nn.Module)
 
 
 def with_merged_upsampling(network: NETWORK) -> NETWORK:
-    """Rebuilds diffusers' up-sampling, in place, so that its convolution reads each pixel once; for frozen weights.
+    """Merge diffusers' up-sampling and the convolution after it into one layer, in place; for frozen weights.
 
-    An enlarged image shows every pixel four times, and so a 3x3 convolution of it multiplies pixels that are the same. With
-    the weights that meet one pixel added up beforehand, it is a transposed convolution of the small image: 16 products
-    where there were 36, and nothing enlarged is kept in memory.
+    An image enlarged by 2 holds every pixel four times, so a 3x3 convolution multiplies equal pixels several times.
+    Adding up the weights that meet the same pixel gives a transposed convolution of the small image: 16 products
+    instead of 36, and no enlarged image in memory.
     """
     for stage in network.modules():
         if isinstance(stage, nn.ModuleList):
@@ -29,20 +29,27 @@ def with_merged_upsampling(network: NETWORK) -> NETWORK:
 
 
 def _can_merge(layer: Upsample2D) -> bool:
-    """Whether it is nothing but an enlargement by 2 and a 3x3 convolution."""
+    """Return whether the layer is just an enlargement by 2 and a 3x3 convolution."""
     if not (layer.interpolate and layer.use_conv and layer.norm is None and layer.name == "conv"):
         return False
     return layer.conv.kernel_size == (3, 3) and layer.conv.padding == (1, 1)
 
 
 def merged(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
-    """`[N,C,h,w]` to `[N,O,2h,2w]`: nearest-neighbour enlargement by 2, then the 3x3 `convolution` `[N,C,2h,2w]` to `[N,O,2h,2w]`."""
+    """Return nearest-neighbour enlargement by 2 and a 3x3 convolution as one layer.
+
+    Args:
+        convolution: maps `[N,C,2h,2w]` to `[N,O,2h,2w]`.
+
+    Returns:
+        A transposed convolution that maps `[N,C,h,w]` to `[N,O,2h,2w]`.
+    """
     twin = nn.ConvTranspose2d(
         convolution.in_channels, convolution.out_channels, 4, stride=2, padding=1, bias=convolution.bias is not None,
         device=convolution.weight.device, dtype=convolution.weight.dtype,
     )  # fmt: skip
     with torch.no_grad():
-        # Transposed convolutions have their kernels turned round, and the channels that come in first.
+        # A transposed convolution has rotated kernels, and its input channels come first.
         kernels = convolution.weight.flip(2, 3).transpose(0, 1)
         twin.weight.copy_(4 * nn.functional.avg_pool2d(kernels, 2, stride=1, padding=1))
         if twin.bias is not None and convolution.bias is not None:
@@ -51,15 +58,15 @@ def merged(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
 
 
 class ChannelwiseGroupNorm(nn.GroupNorm):
-    """The group normalisation of `layer`, sharing its weights, by sums over channels that a product joins to groups.
+    """Group normalisation that sums each channel, then combines the channels of a group by a matrix product.
 
-    In channels-last memory a group is a few numbers in a row. torch.compile for the CPU then finds each number's group by a
-    division, and computes one number at a time, the exponentials of SiLU behind it as well. Here each channel has its own
-    mean and variance at hand, and the loops run over vectors.
+    It shares the weights of `layer`. In channels-last memory a group is a few numbers in a row, and torch.compile for
+    the CPU computes them one at a time, together with the SiLU that follows. With a mean and a variance for each
+    channel the loops run over vectors.
     """
 
     average: Tensor
-    """`[C,C]`: takes a value per channel to its mean over the channel's group."""
+    """`[C,C]`: maps a value per channel to the mean over the channel's group."""
 
     def __init__(self, layer: nn.GroupNorm) -> None:
         super().__init__(layer.num_groups, layer.num_channels, layer.eps, device="meta")
@@ -69,11 +76,11 @@ class ChannelwiseGroupNorm(nn.GroupNorm):
         self.register_buffer("average", average.to(layer.weight), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[N,C,...]`, of any precision; computed in `full_precision`, as autocast would."""
+        """Normalise features `[N,C,...]` of any precision; computes in `full_precision`, as autocast would."""
         with torch.autocast(features.device.type, enabled=False):
             values = full_precision(features).flatten(2)
             mean = values.mean(dim=2) @ self.average
-            # Through this mean no gradient passes: that of squared deviations from a mean is 0.
+            # The gradient through this mean is 0, as squared deviations are least at the mean.
             variance = (values - mean.detach()[..., None]).square().mean(dim=2) @ self.average
             scale = self.weight * torch.rsqrt(variance + self.eps)
             shift = self.bias - mean * scale
@@ -81,7 +88,7 @@ class ChannelwiseGroupNorm(nn.GroupNorm):
 
 
 def with_channelwise_normalisation(network: NETWORK) -> NETWORK:
-    """Rebuilds the group normalisations, in place; names of weights stay as they are."""
+    """Rebuild the group normalisations of a network, in place; the names of weights stay the same."""
     for module in list(network.modules()):
         for name, layer in module.named_children():
             if type(layer) is nn.GroupNorm:
@@ -90,9 +97,9 @@ def with_channelwise_normalisation(network: NETWORK) -> NETWORK:
 
 
 def with_compilable_layers(network: NETWORK) -> NETWORK:
-    """Rebuilds, in place, the layers that torch.compile turns into slow code on the device that `network` is on.
+    """Rebuild, in place, the layers that torch.compile turns into slow code on the network's device.
 
-    On the CPU that is group normalisation; elsewhere nothing was measured, and nothing is rebuilt.
+    On the CPU these are the group normalisations. Other devices were not measured, so nothing is rebuilt there.
     """
     on_cpu = next(network.parameters()).device.type == "cpu"
     return with_channelwise_normalisation(network) if on_cpu else network

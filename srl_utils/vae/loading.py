@@ -22,7 +22,7 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSource:
-    """Where a VAE comes from; the arguments of `AutoencoderKL.from_pretrained`."""
+    """Where a VAE comes from: the arguments of `AutoencoderKL.from_pretrained`."""
 
     pretrained_model_name_or_path: str
     subfolder: str | None = None
@@ -32,13 +32,17 @@ class AutoencoderSource:
 
 
 def read_config(source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (AutoencoderKL,)) -> dict[str, Any]:
-    """The VAE's configuration with diffusers' defaults for what it leaves out, without loading its weights.
+    """Return the VAE's configuration, with diffusers' defaults for missing entries; loads no weights.
+
+    Args:
+        source: where the VAE is.
+        kinds: the diffusers classes that are allowed.
 
     Raises:
-        MissingFile: a FileNotFoundError, if there is none.
-        UnusableFile: an OSError, if there is no reading it, or if the weights are pickles or a single file.
-        UserError: a ValueError and the base of both, if it is of none of the `kinds`, if it cannot be, or if it does
-            not take RGB images.
+        MissingFile: a FileNotFoundError, if there is no configuration.
+        UnusableFile: an OSError, if it cannot be read, or if the weights are pickles or a single file.
+        UserError: a ValueError and the base of both, if the class is not one of `kinds`, if the configuration is
+            impossible, or if the VAE does not take RGB images.
     """
     arguments = asdict(source)
     arguments.pop("variant")
@@ -48,7 +52,7 @@ def read_config(source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (
         config = AutoencoderKL.load_config(**arguments)
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]
-        hint = "" if source.subfolder else " (for the VAE of a whole pipeline add --subfolder vae)"
+        hint = "" if source.subfolder else " (the VAE of a whole pipeline is in its subfolder vae)"
         fault = UnusableFile if Path(name, source.subfolder or "", CONFIG_NAME).exists() else MissingFile
         if not Path(name).exists():
             hint += "; there is no such folder here, and no such model was read from the Hub"
@@ -65,7 +69,7 @@ def read_config(source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (
 
 
 def load_autoencoder(source: AutoencoderSource, kind: type[VAE] = AutoencoderKL) -> VAE:
-    """The VAE in float32, whatever the precision of the stored weights.
+    """Load a VAE in float32, whatever the precision of the stored weights.
 
     Raises:
         MissingFile: a FileNotFoundError, if there are no weights as safetensors.
@@ -87,7 +91,7 @@ def load_autoencoder(source: AutoencoderSource, kind: type[VAE] = AutoencoderKL)
 
 
 def _loading_error(error: Exception, source: AutoencoderSource) -> type[UserError]:
-    """The kind of what diffusers raises: an OSError for weights that are missing and for those that are damaged."""
+    """Return the class of error to raise: diffusers raises an OSError for missing and for damaged weights."""
     if not isinstance(error, OSError):
         return UserError
     place = Path(source.pretrained_model_name_or_path, source.subfolder or "")
@@ -98,20 +102,22 @@ HALF_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def save_variant(vae: AutoencoderKL, folder: Path, variant: str) -> None:
-    """Writes the weights at half precision beside the full ones, where `from_pretrained(variant=...)` finds them."""
+    """Write the weights in half precision beside the full ones, where `from_pretrained(variant=...)` finds them."""
     weights = {name: tensor.to(HALF_PRECISION[variant]).contiguous() for name, tensor in vae.state_dict().items()}
     save_file(weights, folder / variant_name(variant), metadata={"format": "pt"})
 
 
 def variant_name(variant: str | None) -> str:
-    """Return the file name of the weights of `variant`, None for the full ones."""
+    """Return the file name of the weights of a variant; None means the full weights."""
     return WEIGHTS_NAME if variant is None else WEIGHTS_NAME.replace(".", f".{variant}.", 1)
 
 
 def is_weights_file(name: str, variants: str = r"[\w-]+") -> bool:
-    """Return whether diffusers looks for weights under this file name: whole or in shards, safetensors or a pickle.
+    """Return whether diffusers looks for weights under this name: whole or in shards, safetensors or a pickle.
 
-    `variants` is a pattern of the variants that count beside the full weights; by default all of them do.
+    Args:
+        name: a file name.
+        variants: a pattern of the variants that count beside the full weights; by default all do.
     """
     variant, shard = rf"(\.({variants}))?", r"(-\d+-of-\d+)?"
     stem = WEIGHTS_NAME.partition(".")[0]
@@ -120,16 +126,16 @@ def is_weights_file(name: str, variants: str = r"[\w-]+") -> bool:
 
 
 def inference_dtype(config: dict[str, Any], variant: str) -> torch.dtype | None:
-    """What diffusers computes in with weights of this variant; None for float32, which `force_upcast` asks for."""
+    """Return the dtype in which diffusers computes with weights of this variant; None for float32 (`force_upcast`)."""
     return None if variant == "fp16" and config["force_upcast"] else HALF_PRECISION[variant]
 
 
 def save_autoencoder(vae: AutoencoderKL, folder: Path) -> None:
-    """Writes config and weights as `from_pretrained` reads them, in the one layout that safetensors takes.
+    """Write the configuration and the weights as `from_pretrained` reads them.
 
-    `save_pretrained` refuses channels-last weights, and converting the VAE itself would move the parameters
-    that an optimizer and DistributedDataParallel hold. The config names the VAE that it was loaded from; of a folder of
-    this machine it names the last part alone, as the config is published.
+    `save_pretrained` refuses channels-last weights, and converting the VAE itself would move parameters that an
+    optimizer and DistributedDataParallel hold. The configuration names the VAE that it was loaded from. Of a local
+    folder it names only the last part, since the configuration is published.
     """
     folder.mkdir(parents=True, exist_ok=True)
     origin = vae.config.get("_name_or_path")

@@ -1,4 +1,4 @@
-"""An `AutoencoderKL` as the method sees it: a trainable encoder, a frozen decoder, a frozen reference."""
+"""Split an `AutoencoderKL` into what the method needs: a trainable encoder, a frozen decoder, a frozen reference."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from srl_utils.vae.precision import full_precision
 
 
 def downsampling_factor(config: dict[str, Any]) -> int:
-    """Image pixels per latent pixel along a side: every level but the last halves the image."""
+    """Return the image pixels per latent pixel along a side; every level but the last halves the image."""
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def check_resolution(resolution: int, config: dict[str, Any]) -> None:
-    """Raises a UserError unless `resolution` is a positive multiple of the down-sampling factor."""
+    """Raise a UserError unless `resolution` is a positive multiple of the down-sampling factor."""
     factor = downsampling_factor(config)
     if resolution < factor or resolution % factor:
         nearest = max(factor, round(resolution / factor) * factor)
         raise UserError(
-            f"--resolution {resolution} does not suit this VAE, which divides sides by {factor}; try {nearest}"
+            f"{resolution} is not a multiple of {factor}, by which this VAE divides the sides of an image; try {nearest}",
+            parameter="resolution",
         )
 
 
@@ -38,16 +39,20 @@ class Moments(NamedTuple):
     variance: Tensor
 
     def latent(self, noise: Tensor | None) -> Tensor:
-        """The mean, or the sample that `noise` `[N,C,h,w]` selects."""
+        """Return the mean, or the sample that `noise` `[N,C,h,w]` selects."""
         return self.mean if noise is None else self.mean + self.variance.sqrt() * noise
 
 
 class LatentEncoder(nn.Module):
-    """E_theta: `encoder` and `quant_conv` of a VAE, sharing its parameters.
+    """The trainable encoder E_theta: `encoder` and `quant_conv` of a VAE, sharing its parameters.
 
-    `forward` maps images `[N,3,H,W]` in [-1,1] to the raw moments `[N,2C,h,w]`, in `full_precision`. It is the module
-    that DistributedDataParallel wraps: calling `vae.encode` past the wrapper would leave the gradients of the
-    processes apart. The network runs in `autocast_dtype` where one is given.
+    `forward` maps images `[N,3,H,W]` in [-1,1] to raw moments `[N,2C,h,w]`, in `full_precision`.
+    DistributedDataParallel wraps this module, since calling `vae.encode` past the wrapper would not synchronise the
+    gradients of the processes.
+
+    Args:
+        vae: the VAE.
+        autocast_dtype: the dtype in which the network runs; None runs it in its own.
     """
 
     def __init__(self, vae: AutoencoderKL, *, autocast_dtype: torch.dtype | None = None) -> None:
@@ -65,9 +70,9 @@ class LatentEncoder(nn.Module):
 
 
 class LatentDecoder(nn.Module):
-    """D_phi: `post_quant_conv` and `decoder` of a VAE, frozen. Gradients pass through to the latents.
+    """The frozen decoder D_phi: `post_quant_conv` and `decoder` of a VAE. Gradients pass through to the latents.
 
-    `forward` maps raw latents `[N,C,h,w]` to images `[N,3,H,W]`, in `full_precision`, about [-1,1].
+    `forward` maps raw latents `[N,C,h,w]` to images `[N,3,H,W]`, in `full_precision`, about in [-1,1].
     """
 
     def __init__(self, vae: AutoencoderKL, *, autocast_dtype: torch.dtype | None = None) -> None:
@@ -86,7 +91,7 @@ class LatentDecoder(nn.Module):
 
 
 def split_moments(moments: Tensor) -> Moments:
-    """Raw moments `[N,2C,h,w]` as mean and variance, the log-variance clipped as diffusers does."""
+    """Return raw moments `[N,2C,h,w]` as mean and variance; the log-variance is clipped as in diffusers."""
     posterior = DiagonalGaussianDistribution(moments)
     return Moments(posterior.mean, posterior.var)
 
@@ -95,10 +100,13 @@ NETWORK = TypeVar("NETWORK", LatentEncoder, LatentDecoder)
 
 
 def frozen_copy(network: NETWORK, rebuild: Callable[[NETWORK], NETWORK] = lambda network: network) -> NETWORK:
-    """The network as it is now, never to change, such as E_theta0.
+    """Return a frozen copy of a network, such as E_theta0.
 
-    What autocast would cast at every call, the weights of convolutions and linear layers, is held in its precision;
-    `rebuild` is given the copy before they are cast.
+    Weights of convolutions and linear layers, which autocast would cast at every call, are held in its dtype.
+
+    Args:
+        network: the network; it stays as it is.
+        rebuild: changes the copy before its weights are cast.
     """
     twin = rebuild(copy.deepcopy(network).requires_grad_(False).eval())
     if twin.autocast_dtype is not None:
@@ -109,10 +117,10 @@ def frozen_copy(network: NETWORK, rebuild: Callable[[NETWORK], NETWORK] = lambda
 
 
 class EncoderMirror:
-    """A frozen twin of the encoder that is being trained, for attacks on it.
+    """A frozen twin of the encoder in training, for attacks on it.
 
-    Autograd and compiled backward passes then compute no weight gradients, and no weight is cast more than once a
-    step. Weights held in the same precision share their memory; `refresh` brings the others up to date.
+    With frozen weights, neither autograd nor compiled code computes weight gradients, and each weight is cast at most
+    once a step. Weights of equal precision share memory; `refresh` updates the others.
     """
 
     def __init__(self, original: LatentEncoder) -> None:
@@ -126,17 +134,17 @@ class EncoderMirror:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """After the original's weights have changed, be it by a step of the optimizer or from a checkpoint."""
+        """Copy the original's weights, after an optimizer step or after loading a checkpoint."""
         for own, trained in self._copied:
             own.copy_(trained)
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter of `module` requires gradient within; what did before does again afterwards.
+    """Switch off the gradients of a module's parameters within the context.
 
-    During an attack only the image's gradient is wanted. Autograd would skip the parameters' by itself, but
-    would keep the activations they need, and a compiled backward pass would compute them all the same.
+    An attack needs the image's gradient alone. Autograd would skip those of the parameters by itself, but keep the
+    activations for them, and a compiled backward pass would compute them.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
@@ -149,10 +157,11 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def latent_shape(config: dict[str, Any], resolution: int) -> tuple[int, int, int]:
-    """Shape (C, h, w) of the latent of a square image."""
+    """Return the shape (C, h, w) of the latent of a square image of `resolution` pixels."""
     side = resolution // downsampling_factor(config)
     return (config["latent_channels"], side, side)
 
 
 def autocast(tensor: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Return autocast to `dtype` on the tensor's device; None means no autocast."""
     return nullcontext() if dtype is None else torch.autocast(tensor.device.type, dtype)

@@ -1,4 +1,4 @@
-"""Number formats: what half precision is raised to where results are added up or compared."""
+"""Raise half precision to full where results are added up or compared."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from helpers.runs import Run
 from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError, one_line
 from srl_utils.evaluation.__main__ import main as evaluate
-from srl_utils.images.decoding import UnreadableImage, decode_rgb, picture_suffixes
+from srl_utils.images.decoding import UnreadableImage, decode_rgb, image_suffixes
 from srl_utils.images.ledger import ImageLedger
 from srl_utils.images.listing import list_files
 from srl_utils.images.sources import DataSource, StreamImages, open_images
@@ -41,7 +41,7 @@ def test_what_is_no_picture_is_unreadable(name: str, tmp_path: Path) -> None:
 def test_what_is_only_unusual_is_a_picture(name: str, tmp_path: Path) -> None:
     """Oracle: each of these was written whole by Pillow, under whatever name."""
     fill(tmp_path, {name: UNUSUAL[name]})
-    assert list_files(tmp_path, picture_suffixes()) == [tmp_path / name]
+    assert list_files(tmp_path, image_suffixes()) == [tmp_path / name]
     assert decode_rgb(tmp_path / name).mode == "RGB"
 
 
@@ -58,7 +58,7 @@ def mixture(tmp_path: Path) -> Path:
     return folder
 
 
-LISTED = [name for name in UNREADABLE if Path(name).suffix in picture_suffixes()]
+LISTED = [name for name in UNREADABLE if Path(name).suffix in image_suffixes()]
 
 
 def test_training_finishes_on_a_mixture(
@@ -139,7 +139,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_what_may_not_be_read(guarded: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Oracle: permissions. The file is unreadable with that reason; the folder is passed over and named."""
     with caplog.at_level(logging.WARNING):
-        files = list_files(guarded, picture_suffixes())
+        files = list_files(guarded, image_suffixes())
     assert [file.name for file in files] == ["closed.png", "open.png"]
     assert any(str(guarded / "closed") in message and "Permission denied" in message for message in caplog.messages)
     with pytest.raises(UnreadableImage, match="Permission denied"):
@@ -202,7 +202,7 @@ def test_data_that_fail_in_the_middle_cost_no_step(
     def fail_once(ledger: ImageLedger, batch: object) -> None:
         batches.append(batch)
         if len(batches) == 3:
-            raise UserError("the streamed data set cannot be read: gone")
+            raise UserError("the streamed dataset cannot be read: gone")
         honest(ledger, batch)
 
     monkeypatch.setattr(ImageLedger, "update", fail_once)

@@ -17,7 +17,7 @@ from srl_utils.errors import UserError
 from srl_utils.evaluation.cli.editing import read_prompts
 from srl_utils.images.captions import as_caption, decode_text, folder_captions, lines_of
 from srl_utils.images.datasets import DataSource, ValidationImages, load_validation_images
-from srl_utils.images.listing import list_pictures
+from srl_utils.images.listing import list_images
 
 CAPTIONS = {"1.png": "a red\u2028square", "sub/2.png": 'says "hi",\u0085 twice', "sub/deep/3.png": "drei Äpfel 🍎"}
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def captions_of(folder: Path, column: str = "text") -> dict[str, str]:
-    pictures, _ = list_pictures(folder)
+    pictures, _ = list_images(folder)
     names = [unicodedata.normalize("NFC", path.relative_to(folder).as_posix()) for path in pictures]
     return dict(zip(names, folder_captions(folder, pictures, column), strict=True))
 
@@ -157,7 +157,7 @@ def test_rows_that_name_no_picture_are_told(folder: Path, caplog: pytest.LogCapt
 def test_a_text_that_is_beside_no_picture_is_no_caption(folder: Path) -> None:
     """Oracle: specification; the line says what a folder with captions has."""
     (folder / "README.txt").write_text("how these were made")
-    with pytest.raises(UserError, match=r"has no metadata.jsonl, .* 1.txt beside 1.png"):
+    with pytest.raises(UserError, match=r"no captions in .* metadata.jsonl .* 1.txt beside 1.png"):
         captions_of(folder)
 
 
@@ -228,7 +228,7 @@ def test_long_captions_and_empty_rows_of_csv(folder: Path, caplog: pytest.LogCap
         (
             "metadata.jsonl",
             b'{"file_name": "1.png", "title": "a"}',
-            "no such column in .*; the columns are file_name, title",
+            "no column 'text' in .*; the columns are file_name, title",
         ),
         ("metadata.jsonl", b"", "the columns are none"),
         ("metadata.jsonl", b'{"text": "a"}', "row 1 has no file_name"),

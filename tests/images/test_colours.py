@@ -25,7 +25,7 @@ from PIL import Image, ImageCms
 
 from srl_utils.console import warn_once
 from srl_utils.images.colours import ADOBE_RGB, BT709_CURVE, CODED_PRIMARIES, SRGB, SRGB_CURVE, matrix_profile
-from srl_utils.images.decoding import decode_rgb, open_picture, to_srgb
+from srl_utils.images.decoding import decode_rgb, open_image, to_srgb
 
 P3 = matrix_profile(CODED_PRIMARIES[12], SRGB_CURVE)
 ADOBE = matrix_profile(ADOBE_RGB, (563 / 256,))
@@ -131,7 +131,7 @@ def test_transparency_is_blended_after_the_conversion() -> None:
     transparent.putalpha(Image.fromarray(levels(ALPHA)))
     data = encoded(transparent, icc_profile=P3)
     converted = by_image_cms(PICTURE, P3)
-    with open_picture(data) as image:
+    with open_image(data) as image:
         colour, alpha = to_srgb(image)
     assert np.array_equal(np.asarray(colour), converted) and np.array_equal(np.asarray(alpha), levels(ALPHA))
     assert np.abs(decoded(data) - 255 * over_white(converted / 255, levels(ALPHA) / 255)).max() <= 1

@@ -226,22 +226,31 @@ def assert_one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        ({}, ["--dataset_name", "--train_data_dir"]),
-        ({"dataset_name": "a", "train_data_dir": "b"}, ["--dataset_name", "--train_data_dir"]),
-        ({"train_data_dir": "missing"}, ["--train_data_dir missing", "no such folder"]),
-        ({"train_data_dir": "empty"}, ["--train_data_dir empty", "no image files"]),
-        ({"train_data_dir": "images", "validation_data_dir": "missing"}, ["--validation_data_dir missing"]),
+        ({}, ["dataset_name: ", "train_data_dir"]),
+        ({"dataset_name": "a", "train_data_dir": "b"}, ["dataset_name: ", "train_data_dir"]),
+        ({"train_data_dir": "missing"}, ["train_data_dir: there is no folder missing"]),
+        ({"train_data_dir": "empty"}, ["train_data_dir: empty", "no image files"]),
+        (
+            {"train_data_dir": "images", "validation_data_dir": "missing"},
+            ["validation_data_dir: there is no folder missing"],
+        ),
         ({"train_data_dir": "images", "validation_data_dir": "images", "validation_split": "x"}, ["not both"]),
-        ({"train_data_dir": "images", "validation_split": "1.5"}, ["--validation_split 1.5", "train", "0.05"]),
-        ({"train_data_dir": "one"}, ["--validation_data_dir"]),
-        ({"train_data_dir": "images", "max_train_samples": 0}, ["no images", "--max_train_samples"]),
-        ({"train_data_dir": "tar", "image_column": "depth.png"}, ["--image_column depth.png", "png, json"]),
-        ({"train_data_dir": "broken"}, ["training images tried can be read", "broken", "no picture of a known format"]),
-        ({"dataset_name": "./parquet", "image_column": "img"}, ["--image_column img", "image, text"]),
-        ({"dataset_name": "./parquet", "validation_split": "dev"}, ["--validation_split dev", "train"]),
-        ({"dataset_name": "./parquet", "dataset_config_name": "large"}, ["large", "--dataset_config_name"]),
-        ({"dataset_name": "./parquet", "streaming": True}, ["--validation_split", "--validation_data_dir"]),
-        ({"dataset_name": "./parquet", "streaming": True, "validation_split": "0.1"}, ["--validation_split"]),
+        ({"train_data_dir": "images", "validation_split": "1.5"}, ["validation_split: '1.5'", "train", "0.05"]),
+        ({"train_data_dir": "one"}, ["validation_data_dir: "]),
+        ({"train_data_dir": "images", "max_train_samples": 0}, ["no images", "max_train_samples"]),
+        ({"train_data_dir": "tar", "image_column": "depth.png"}, ["image_column: ", "'depth.png'", "png, json"]),
+        ({"train_data_dir": "broken"}, ["training images tried can be read", "broken", "no image of a known format"]),
+        (
+            {"dataset_name": "./parquet", "image_column": "img"},
+            ["image_column: there is no column 'img'", "image, text"],
+        ),
+        ({"dataset_name": "./parquet", "validation_split": "dev"}, ["validation_split: 'dev'", "train"]),
+        (
+            {"dataset_name": "./parquet", "dataset_config_name": "large"},
+            ["dataset_name: ", "large", "dataset_config_name"],
+        ),
+        ({"dataset_name": "./parquet", "streaming": True}, ["validation_split: ", "folder of validation images"]),
+        ({"dataset_name": "./parquet", "streaming": True, "validation_split": "0.1"}, ["validation_split: "]),
         ({"dataset_name": "./tests", "streaming": True}, ["no split 'train'", "test"]),
         ({"dataset_name": "./empty"}, ["./empty"]),
         ({"dataset_name": "nobody/nothing"}, ["nobody/nothing", "connection"]),
@@ -250,7 +259,7 @@ def assert_one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
 def test_every_mistake_has_one_clear_line(
     flags: dict, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the message names the flag or the folder, and what exists instead."""
+    """Oracle: the message names the parameter or the folder, and what exists instead."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
@@ -389,7 +398,7 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path: Path) -> None:
         for _ in range(1000):
             next(batches)
     told = caught.value if isinstance(caught.value, ResourceError) else explained(caught.value)
-    assert isinstance(told, ResourceError) and "--dataloader_num_workers" in str(told)
+    assert isinstance(told, ResourceError) and "dataloader_num_workers" in str(told)
 
 
 class Watched(Dataset):
@@ -525,7 +534,7 @@ def test_captions_stay_with_their_images(tmp_path: Path) -> None:
         assert loaded.captions == [f"number {number}" for number in identities(loaded.images)]
         assert len(loaded.captions) == 4
     for change in ({"caption_column": "title"}, {"caption_column": "title", "streaming": True}):
-        with pytest.raises(UserError, match="--caption_column title: there is no such column"):
+        with pytest.raises(UserError, match="caption_column: there is no column 'title'"):
             load_validation_images(DataSource(dataset_name=str(table), **change), num_images=4, resolution=RESOLUTION)
 
 
@@ -577,7 +586,7 @@ def test_truncated_files_are_replaced_and_named_once(
     ledger.check(0.17)
     with pytest.raises(UserError) as error:
         ledger.check(0.1)
-    assert_one_line(error, "2 of 12", names[0], "--max_bad_images 0.1")
+    assert_one_line(error, "2 of 12", names[0], "max_bad_images: ", "a share of 0.1")
 
 
 def test_bad_images_of_a_stream(tmp_path: Path) -> None:
@@ -692,14 +701,17 @@ def test_ledger_of_several_processes(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (DataSource(), "--dataset_name or --train_data_dir"),
+        (DataSource(), "^dataset_name: .* train_data_dir"),
         (DataSource(dataset_name="a", train_data_dir="b"), "not both"),
         (DataSource(dataset_name="a", validation_data_dir="b", validation_split="c"), "not both"),
-        (DataSource(train_data_dir="there/is/none"), "there/is/none: there is no such folder"),
-        (DataSource(dataset_name="a", validation_data_dir="there/is/none"), "--validation_data_dir there/is/none"),
+        (DataSource(train_data_dir="there/is/none"), "^train_data_dir: there is no folder there/is/none"),
+        (
+            DataSource(dataset_name="a", validation_data_dir="there/is/none"),
+            "^validation_data_dir: there is no folder there/is/none",
+        ),
     ],
 )
 def test_flags_are_checked_before_anything_is_opened(source: DataSource, message: str) -> None:
-    """Oracle: the rule, in one line that names the flag."""
+    """Oracle: the rule, in one line that names the parameter."""
     with pytest.raises(UserError, match=message):
         source.check()

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from srl_utils.images import decoding
 from srl_utils.images.colours import CODED_PRIMARIES, SRGB_CURVE, matrix_profile
-from srl_utils.images.decoding import UnreadableImage, decode_rgb, open_picture, picture_suffixes, to_srgb
+from srl_utils.images.decoding import UnreadableImage, decode_rgb, image_suffixes, open_image, to_srgb
 
 SAMPLES = levels(COLOURS)
 LONG = b"node: 17, " * 200_000
@@ -54,7 +54,7 @@ def test_long_texts_do_not_matter(name: str, place: str) -> None:
 def test_long_texts_are_kept() -> None:
     """Oracle: the text written, and Pillow's own limits, which stay as they were for the rest of the program."""
     limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-    with open_picture(png(SAMPLES, 8, 2, TEXTS["zTXt"], TEXTS["iTXt"])) as image:
+    with open_image(png(SAMPLES, 8, 2, TEXTS["zTXt"], TEXTS["iTXt"])) as image:
         assert image.text["workflow"].encode() == LONG and image.info["xmp"] == LONG
     assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
@@ -123,7 +123,7 @@ def test_max_pixels_replaces_pillows_limit(monkeypatch: pytest.MonkeyPatch) -> N
         decode_rgb(data)
     assert np.array_equal(decode_rgb(data, max_pixels=pixels), SAMPLES)
     for picture in (data, Image.fromarray(SAMPLES)):
-        with open_picture(picture, max_pixels=pixels) as image:
+        with open_image(picture, max_pixels=pixels) as image:
             assert np.array_equal(to_srgb(image)[0], SAMPLES)
     assert pixels // 4 == Image.MAX_IMAGE_PIXELS
 
@@ -132,7 +132,7 @@ def test_large_pages_are_refused_too() -> None:
     """Oracle: the second page has more pixels than allowed, the first has not."""
     pages = [Image.new("RGB", size) for size in ((4, 4), (40, 40))]
     data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
-    with open_picture(data, max_pixels=1000) as image:
+    with open_image(data, max_pixels=1000) as image:
         to_srgb(image)
         image.seek(1)
         with pytest.raises(UnreadableImage, match="DecompressionBomb"):
@@ -184,12 +184,12 @@ def test_what_is_no_picture_is_refused_in_the_same_words(tmp_path: Path) -> None
             with pytest.raises(UnreadableImage) as caught:
                 decode_rgb(source)
             reasons.add(str(caught.value))
-    assert reasons == {"no picture of a known format, or its beginning is broken"}
+    assert reasons == {"no image of a known format, or its beginning is broken"}
 
 
 def test_an_error_of_the_caller_stays_its_own() -> None:
     """Oracle: the exception raised while a picture is open is no unreadable picture."""
-    with pytest.raises(ZeroDivisionError), open_picture(png(SAMPLES, 8, 2)):
+    with pytest.raises(ZeroDivisionError), open_image(png(SAMPLES, 8, 2)):
         raise ZeroDivisionError
 
 
@@ -210,7 +210,7 @@ FOREIGN = {
 def test_foreign_formats_name_the_package(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the first bytes that the standards of these formats prescribe, whatever the file is called."""
     head, reason = FOREIGN[name]
-    monkeypatch.setattr(decoding, "picture_formats", lambda: ("JPEG", "PNG"))  # as if no plugin were installed
+    monkeypatch.setattr(decoding, "image_formats", lambda: ("JPEG", "PNG"))  # as if no plugin were installed
     (tmp_path / "a.jpg").write_bytes(head + bytes(200))
     for source in (tmp_path / "a.jpg", head + bytes(200)):
         with pytest.raises(UnreadableImage, match=reason):
@@ -222,7 +222,7 @@ def test_heic_is_read_where_its_package_is_installed(extra: str) -> None:
     """Oracle: the flat colour that was written; ImageCms; the size of a picture turned by a quarter."""
     heif = pytest.importorskip("pillow_heif")
     heif.register_heif_opener()
-    assert {".heic", ".heif"} <= picture_suffixes()
+    assert {".heic", ".heif"} <= image_suffixes()
     exif = Image.Exif()
     exif[274] = 6
     options = {"plain": {}, "profile": {"icc_profile": P3}, "turned": {"exif": exif.tobytes()}}[extra]

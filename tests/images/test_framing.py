@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srl_utils.images.decoding import UnreadableImage, decode_rgb, picture_suffixes
+from srl_utils.images.decoding import UnreadableImage, decode_rgb, image_suffixes
 from srl_utils.images.framing import centre_square, random_box, random_square, to_tensor
 from srl_utils.images.listing import list_files
 
@@ -162,5 +162,5 @@ def test_listing_is_sorted_and_survives_a_loop_of_links(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "b" / "loop").symlink_to(tmp_path, target_is_directory=True)
-    found = [path.relative_to(tmp_path).as_posix() for path in list_files(tmp_path, picture_suffixes())]
+    found = [path.relative_to(tmp_path).as_posix() for path in list_files(tmp_path, image_suffixes())]
     assert found == ["a.webp", "b/1.png", "b/2.JPG"]

@@ -15,7 +15,7 @@ from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
 from srl_utils.images import listing
 from srl_utils.images.datasets import DataSource, load_validation_images
-from srl_utils.images.listing import PassedOver, list_pictures
+from srl_utils.images.listing import PassedOver, list_images
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(80)
 NEEDS_HEIF = "needs pillow-heif: pip install pillow-heif"
@@ -30,9 +30,9 @@ def encoded(file_format: str, **options: object) -> bytes:
 @pytest.fixture(autouse=True)
 def without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow as it is without pillow-heif, whether that is installed or not."""
-    formats, suffixes = listing.picture_formats(), listing.picture_suffixes()
-    monkeypatch.setattr(listing, "picture_formats", lambda: tuple(name for name in formats if name != "HEIF"))
-    monkeypatch.setattr(listing, "picture_suffixes", lambda: suffixes - listing.SUFFIXES["HEIF"])
+    formats, suffixes = listing.image_formats(), listing.image_suffixes()
+    monkeypatch.setattr(listing, "image_formats", lambda: tuple(name for name in formats if name != "HEIF"))
+    monkeypatch.setattr(listing, "image_suffixes", lambda: suffixes - listing.SUFFIXES["HEIF"])
 
 
 @pytest.fixture
@@ -59,13 +59,13 @@ def album(tmp_path: Path) -> Path:
 
 def test_every_file_is_a_picture_or_passed_over_or_a_companion(album: Path) -> None:
     """Oracle: what was written under each name."""
-    pictures, passed_over = list_pictures(album)
+    pictures, passed_over = list_images(album)
     assert [path.relative_to(album).as_posix() for path in pictures] == ["0.jpg", "IMG_3.HEIC", "scan.0002", "trip/1"]
     assert passed_over.names == {
         NEEDS_HEIF: ["IMG_4.HEIC", "IMG_6", "trip/IMG_5.heif"],
         "needs pillow-jxl-plugin: pip install pillow-jxl-plugin": ["photo.jxl"],
-        "no suffix of a picture that Pillow reads": ["0.jpg_large", "clip.mov", "raw.dng"],
-        "no suffix, and no picture by its content": ["README", "nothing"],
+        "no suffix of an image that Pillow reads": ["0.jpg_large", "clip.mov", "raw.dng"],
+        "no suffix, and no image by its content": ["README", "nothing"],
     }
     assert len(passed_over) == 9
 
@@ -74,7 +74,7 @@ def test_every_file_is_a_picture_or_passed_over_or_a_companion(album: Path) -> N
 def test_a_picture_without_a_suffix_is_one(file_format: str, tmp_path: Path) -> None:
     """Oracle: Pillow wrote it."""
     (tmp_path / "picture").write_bytes(encoded(file_format))
-    assert list_pictures(tmp_path) == ([tmp_path / "picture"], PassedOver())
+    assert list_images(tmp_path) == ([tmp_path / "picture"], PassedOver())
     assert (
         len(load_validation_images(DataSource(validation_data_dir=str(tmp_path)), num_images=1, resolution=8).images)
         == 1
@@ -86,17 +86,17 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "dangling").symlink_to("nowhere")
-    pictures, passed_over = list_pictures(tmp_path)
+    pictures, passed_over = list_images(tmp_path)
     assert pictures == [] and len(passed_over) == 3
 
 
 def test_with_pillow_heif_they_are_pictures(album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: specification; an opener that is registered under the package's name takes its files."""
-    suffixes = listing.picture_suffixes()
-    monkeypatch.setattr(listing, "picture_suffixes", lambda: suffixes | {".heic", ".heif"})
-    monkeypatch.setattr(listing, "picture_formats", lambda: ("HEIF",))
+    suffixes = listing.image_suffixes()
+    monkeypatch.setattr(listing, "image_suffixes", lambda: suffixes | {".heic", ".heif"})
+    monkeypatch.setattr(listing, "image_formats", lambda: ("HEIF",))
     monkeypatch.setitem(Image.OPEN, "HEIF", (Image.Image, lambda head: head[4:12] == b"ftypheic"))
-    pictures, passed_over = list_pictures(album)
+    pictures, passed_over = list_images(album)
     assert {"IMG_4.HEIC", "IMG_5.heif", "IMG_6"} <= {path.name for path in pictures}
     assert NEEDS_HEIF not in passed_over.names
 
@@ -148,7 +148,9 @@ def test_a_folder_that_the_datasets_library_reads_is_counted_too(album: Path, tm
     """Oracle: the one picture that the library reads, and the others; beside a text the line says how they are read."""
     (album / "metadata.jsonl").unlink()
     source = DataSource(dataset_name=str(album), validation_split="train", cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"the columns are text; a folder of image files or of tars is read with"):
+    with pytest.raises(
+        UserError, match=r"the columns are text; .* holds image files or tars: give it as a folder of images"
+    ):
         load_validation_images(source, num_images=9, resolution=8)
     for name in ("0.txt", "clip.mov"):
         (album / name).unlink()

@@ -24,7 +24,7 @@ from helpers.picture_files import (
 )
 from PIL import Image
 
-from srl_utils.images.decoding import UnreadableImage, decode_rgb, open_picture, to_srgb
+from srl_utils.images.decoding import UnreadableImage, decode_rgb, open_image, to_srgb
 from srl_utils.images.sample_ranges import AmbiguousRange, Declared, unit_values
 
 WHITES = {
@@ -226,7 +226,7 @@ def test_alpha_of_png_with_16_bits() -> None:
     for unit, colour_type in ((RAMP[..., None], 4), (COLOURS, 6)):
         data = png(levels(np.concatenate([unit, ALPHA[..., None]], axis=-1), 16), 16, colour_type)
         assert error(data, over_white(unit if colour_type == 6 else unit[..., 0], ALPHA)) <= 2
-        with open_picture(data) as image:
+        with open_image(data) as image:
             alpha = to_srgb(image)[1]
         assert np.abs(np.asarray(alpha, float) - 255 * ALPHA).max() <= 1
 
@@ -275,7 +275,7 @@ def test_pages_of_tiff(kind: type) -> None:
     with tifffile.TiffWriter(file) as writer:
         for page in pages:
             writer.write(page, photometric="rgb")
-    with open_picture(file.getvalue()) as image:
+    with open_image(file.getvalue()) as image:
         assert image.n_frames == 3
         for number in (2, 0, 1):
             image.seek(number)

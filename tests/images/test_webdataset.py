@@ -27,7 +27,7 @@ from srl_utils.images.datasets import DataSource, TrainingData, load_validation_
 from srl_utils.images.ledger import ImageLedger
 from srl_utils.images.loading import training_batches
 from srl_utils.images.sources import open_images
-from srl_utils.images.webdataset import OTHER_PICTURE
+from srl_utils.images.webdataset import OTHER_IMAGE
 
 Files = Sequence[tuple[str, bytes]]
 MODES = {"map": False, "stream": True}
@@ -161,7 +161,7 @@ def test_one_of_several_pictures_can_be_named(column: str, streaming: bool, tmp_
         source = DataSource(validation_data_dir=str(tmp_path), image_column=column)
         (passed_over,) = load_validation_images(source, num_images=9, resolution=8).passed_over
         assert passed_over.report() == (
-            f"2 members of tars were not looked at: {OTHER_PICTURE} (1: a.tar: 0.png); samples without {column} (1: a.tar: 1.png)"
+            f"2 members of tars were not looked at: {OTHER_IMAGE} (1: a.tar: 0.png); samples without {column} (1: a.tar: 1.png)"
         )
 
 
@@ -233,9 +233,7 @@ def test_captions_come_from_members_and_from_json(streaming: bool, tmp_path: Pat
     assert read(tmp_path, caption_column="text", streaming=streaming) == [(0, "zero"), (1, "ein\u2028s")]
     assert read(tmp_path, caption_column="caption", streaming=streaming) == [(0, "nought"), (1, "one")]
     assert read(tmp_path, caption_column="n", streaming=streaming) == [(0, "0"), (1, "1")]
-    with pytest.raises(
-        UserError, match=r"--caption_column title: there is no such column .* png, txt, json, .* caption, n"
-    ):
+    with pytest.raises(UserError, match=r"caption_column: there is no column 'title' .* png, txt, json, .* caption, n"):
         read(tmp_path, caption_column="title", streaming=streaming)
 
 
@@ -300,7 +298,7 @@ def test_an_image_without_a_caption_is_left_out_and_named(streaming: bool, tmp_p
 def test_tars_without_pictures_are_one_line(streaming: bool, tmp_path: Path) -> None:
     """Oracle: the line says what there is instead."""
     write_tar(tmp_path / "a.tar", [("0.npy", b"\x93NUMPY"), ("0.txt", b"zero")])
-    with pytest.raises(UserError, match=r"no sample has a picture .* members npy, txt"):
+    with pytest.raises(UserError, match=r"no sample in .* has an image .* members npy, txt"):
         read(tmp_path, streaming=streaming)
 
 
@@ -308,7 +306,7 @@ def test_samples_without_a_picture_are_counted_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: what was written; of a phone's pictures the package that reads them is named, if it is missing."""
-    monkeypatch.setattr(listing, "picture_formats", lambda: ("PNG",))  # as without pillow-heif
+    monkeypatch.setattr(listing, "image_formats", lambda: ("PNG",))  # as without pillow-heif
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(60)
     write_tar(
         tmp_path / "tars/a.tar", [(f"{n}.png", picture(n)) for n in range(4)] + [("8.txt", b"x"), ("9.xyz", heic)]
@@ -317,7 +315,7 @@ def test_samples_without_a_picture_are_counted_and_named(
     assert data.num_images == 4
     assert "2 members of tars were not looked at" in data.passed_over[0]
     assert (
-        "samples without a picture (1)" in data.passed_over[0]
+        "samples without an image (1)" in data.passed_over[0]
         and "needs pillow-heif: pip install pillow-heif (1)" in data.passed_over[0]
     )
     assert any("a.tar: 8.txt" in message for message in caplog.messages)

@@ -616,9 +616,9 @@ def test_shown_is_what_the_text_says_in_whole_words(
 
 
 def test_a_classifier_that_cannot_be_had_is_explained(tmp_path, classifier_folder) -> None:
-    """Oracle: specification, one line that names the flag; weights that are missing are not made up."""
+    """Oracle: specification, one line that says what to do; weights that are missing are not made up."""
     message = refusal(load_image_classifier, str(tmp_path))
-    assert "it has no config.json" in message and "--classifier FOLDER" in message
+    assert "it has no config.json" in message and "folder as classifier" in message
     (tmp_path / "config.json").write_bytes((classifier_folder / "config.json").read_bytes())
     refusal(load_image_classifier, str(tmp_path))
 

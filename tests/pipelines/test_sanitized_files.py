@@ -176,7 +176,7 @@ def test_a_picture_of_a_phone_is_one_picture(vae_at: Path, tmp_path: Path, capsy
         tmp_path / "in.jpg", format="MPO", save_all=True, append_images=[draw_picture(10, 12, seed=1)]
     )
     assert sanitize_command(tmp_path / "in.jpg", tmp_path / "out.jpg", "--vae", vae_at) == 0
-    assert "1 of 2 pictures in the MPO file" in capsys.readouterr().err
+    assert "1 of 2 images in the MPO file" in capsys.readouterr().err
     with Image.open(tmp_path / "out.jpg") as after:
         assert after.format == "JPEG" and after.size == (12, 10)
 

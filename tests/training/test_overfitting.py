@@ -38,7 +38,7 @@ def test_only_collapse_is_reported(curve, warned) -> None:
 def test_the_warning_has_the_figures() -> None:
     """Oracle: the figures that were put in."""
     warning = warnings([(22, 21), (27, 17)])[-1]
-    assert "17.00 dB" in warning and "21.00 dB" in warning and "27.00 dB" in warning and "--pgd_steps" in warning
+    assert "17.00 dB" in warning and "21.00 dB" in warning and "27.00 dB" in warning and "pgd_steps" in warning
 
 
 def test_the_training_is_averaged_since_the_last_validation() -> None:

@@ -274,7 +274,7 @@ def test_a_pickle_in_place_of_a_trunk_of_lpips_is_not_run(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     save(Mark(tmp_path / "proof"), tmp_path / "hub/checkpoints" / LPIPS_TRUNKS[net])
-    with pytest.raises(UserError, match=f"the LPIPS trunk '{net}' cannot be had"):
+    with pytest.raises(UserError, match=f"cannot load the LPIPS trunk '{net}'"):
         load_perceptual_distance(net)
     assert not (tmp_path / "proof").exists()
 

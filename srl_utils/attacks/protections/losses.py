@@ -57,7 +57,7 @@ def textural(batch: ProtectedBatch) -> Objective:
     """Return Mist's textural loss, `[N]`: the summed squared distance of sampled latents from the target's.
 
     Source: Liang and Wu, "Mist: Towards Improved Adversarial Examples for Diffusion Models" (arXiv 2305.12683),
-    mist-project/mist, mist_v3.py and Masked_PGD.py. `mist_pattern` draws the target, in place of the authors' picture.
+    mist-project/mist, mist_v3.py and Masked_PGD.py. `mist_pattern` draws the target, in place of the authors' image.
     """
     posterior = batch.target_posterior()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from srl_utils.attacks.draws import Generators
 from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN, from_pil, to_model_range, to_unit_range
 
-PATTERN_SIDE = 1440  # pixels, with 3 columns and 8 rows as in the authors' picture
+PATTERN_SIDE = 1440  # pixels, with 3 columns and 8 rows as in the authors' image
 CELL_WIDTH, CELL_HEIGHT = PATTERN_SIDE // 3, PATTERN_SIDE // 8
 # The word VEIL in a cell of 16 by 6.
 STROKES = (
@@ -28,16 +28,16 @@ def grey(height: int, width: int) -> Tensor:
 
 
 def mist_pattern(height: int, width: int) -> Tensor:
-    """Draw a target like Mist's, `[1,3,H,W]` in [-1,1]: a white word on black, repeated. It is not the authors' picture."""
+    """Draw a target like Mist's, `[1,3,H,W]` in [-1,1]: a white word on black, repeated. It is not the authors' image."""
     unit = CELL_WIDTH / 16
-    picture = Image.new("RGB", (PATTERN_SIDE, PATTERN_SIDE))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (PATTERN_SIDE, PATTERN_SIDE))
+    pen = ImageDraw.Draw(image)
     for left in range(0, PATTERN_SIDE, CELL_WIDTH):
         for top in range(0, PATTERN_SIDE, CELL_HEIGHT):
             for stroke in STROKES:
                 points = [(left + unit * x, top + unit * y) for x, y in stroke]
                 pen.line(points, fill="white", width=round(0.8 * unit), joint="curve")
-    return from_pil(picture.resize((width, height), Image.Resampling.BICUBIC)).unsqueeze(0)
+    return from_pil(image.resize((width, height), Image.Resampling.BICUBIC)).unsqueeze(0)
 
 
 def style_transfer(
