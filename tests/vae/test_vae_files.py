@@ -258,7 +258,7 @@ def test_a_pickle_in_a_pipeline_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "unet/config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="^pipeline: "):
+    with pytest.raises(UserError, match=r"^pipeline: "):
         load_pipeline(AutoencoderSource(pretrained_model_name_or_path=str(tmp_path)))
     assert not (tmp_path / "proof").exists()
 
@@ -283,6 +283,6 @@ def test_code_in_the_folder_of_a_pipeline_is_not_run(tmp_path: Path) -> None:
     """Oracle: the proof that a pipeline's own module would have written on being imported is not there."""
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w')\nclass Evil: pass\n")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": ["evil", "Evil"]}))
-    with pytest.raises(UserError, match="^pipeline: "):
+    with pytest.raises(UserError, match=r"^pipeline: "):
         load_pipeline(AutoencoderSource(pretrained_model_name_or_path=str(tmp_path)))
     assert not (tmp_path / "proof").exists()
