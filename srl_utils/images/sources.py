@@ -63,9 +63,9 @@ class DataSource:
             MissingFile: if a folder does not exist.
         """
         if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise UserError("give either this or train_data_dir, not both", parameter="dataset_name")
+            raise UserError("give either dataset_name or train_data_dir, not both")
         if self.validation_data_dir and self.validation_split:
-            raise UserError("give either this or validation_split, not both", parameter="validation_data_dir")
+            raise UserError("give either validation_data_dir or validation_split, not both")
         for name in ("train_data_dir", "validation_data_dir"):
             folder = getattr(self, name)
             if folder is not None:
