@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 from srl_utils.errors import UserError, one_line, without_tokens
@@ -62,13 +61,8 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"--{flag} has no effect without {need}")
 
 
-def exit_code(command: Callable[[], int], *, flags: Mapping[str, str] = MappingProxyType({})) -> int:
-    """Run a command and return its exit code; print an error that the user can mend in one line.
-
-    Args:
-        command: returns the exit code.
-        flags: names of the flags that set parameters of another name, such as `data_dir` for `validation_data_dir`.
-    """
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code; print an error that the user can mend in one line."""
     if isinstance(sys.stdout, TextIOWrapper):  # as stderr is: names need not be what a terminal can show
         sys.stdout.reconfigure(errors="backslashreplace")
     keep_freed_memory()
@@ -78,15 +72,15 @@ def exit_code(command: Callable[[], int], *, flags: Mapping[str, str] = MappingP
         told = error if isinstance(error, UserError) else explained(error)
         if told is None:
             raise
-        print(f"error: {without_tokens(one_line(worded(told, flags)))}", file=sys.stderr)
+        print(f"error: {without_tokens(one_line(worded(told)))}", file=sys.stderr)
         return told.exit_code
 
 
-def worded(error: UserError, flags: Mapping[str, str] = MappingProxyType({})) -> str:
+def worded(error: UserError) -> str:
     """Return the message of an error, with the flag in place of the parameter it is about."""
     if error.parameter is None:
         return str(error)
-    return f"--{flags.get(error.parameter, error.parameter)}: {error.problem}"
+    return f"--{error.parameter}: {error.problem}"
 
 
 def home_expanded(text: str) -> str:

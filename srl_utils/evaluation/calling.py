@@ -33,13 +33,15 @@ def evaluate(task: str = "reconstruction", *, output_dir: str | PathLike[str], *
         task: `reconstruction`, `generation`, `editing` or `poisoning`.
         output_dir: gets the report; an interrupted evaluation continues from what it holds.
         flags: those of the command, without dashes. A list gives several values, a mapping gives NAME=VALUE pairs, and
-            True gives a flag without a value. None and False leave a flag out.
+            True gives a flag without a value. None and False leave a flag out. `dry_run=True` computes no rows.
 
     Raises:
         UserError: a ValueError, if a flag is wrong, or if something cannot be loaded or measured.
     """
     words = [task, *_words({**flags, "output_dir": output_dir})]
     main(words)
+    if flags.get("dry_run"):
+        return Evaluation([], Path(output_dir, "report.html"))
     rows = json.loads(Path(output_dir, "results.json").read_text(encoding="utf-8"))
     return Evaluation([Row.from_json(row) for row in rows], Path(output_dir, "report.html"))
 

@@ -65,4 +65,4 @@ def branch(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, flags={"branch": "revision"}))
+    sys.exit(exit_code(main))

@@ -84,23 +84,23 @@ def _make_private(api: HfApi, repo_id: str) -> None:
     print(f"{repo_id} was public and is private now", file=sys.stderr)
 
 
-def open_branch(repo_id: str, branch: str, *, token: str | None) -> None:
-    """Create a branch from `main` if it does not exist.
+def open_branch(repo_id: str, revision: str, *, token: str | None) -> None:
+    """Create the branch `revision` from `main` if it does not exist.
 
     Raises:
         UserError: if a tag or a commit has this name, or if the Hub refuses.
         PushError: if the Hub cannot be reached after `ATTEMPTS` attempts.
     """
     api = _api(token)
-    with _refusals(f"cannot open the branch '{branch}' of '{repo_id}'"):
+    with _refusals(f"cannot open the branch '{revision}' of '{repo_id}'"):
         refs = with_retries(lambda: api.list_repo_refs(repo_id))
-        if branch in {known.name for known in refs.branches}:
+        if revision in {known.name for known in refs.branches}:
             return
-        if branch in {tag.name for tag in refs.tags}:
-            raise UserError(f"'{branch}' is a tag of '{repo_id}'; give the name of a branch", parameter="branch")
-        if SHORT_COMMIT.fullmatch(branch) and any(commit.startswith(branch) for commit in _commits(api, repo_id)):
-            raise UserError(f"'{branch}' is a commit of '{repo_id}'; give the name of a branch", parameter="branch")
-        with_retries(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+        if revision in {tag.name for tag in refs.tags}:
+            raise UserError(f"'{revision}' is a tag of '{repo_id}'; give the name of a branch", parameter="revision")
+        if SHORT_COMMIT.fullmatch(revision) and any(commit.startswith(revision) for commit in _commits(api, repo_id)):
+            raise UserError(f"'{revision}' is a commit of '{repo_id}'; give the name of a branch", parameter="revision")
+        with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
 
 
 def _commits(api: HfApi, repo_id: str) -> list[str]:

@@ -56,3 +56,18 @@ def test_the_package_offers_its_helpers() -> None:
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
     with pytest.raises(ImportError):
         from srl_utils import nothing  # noqa: F401
+
+
+def test_a_dry_run_has_no_rows(vae_folder: Path, photographs: Path, tmp_path: Path, capsys) -> None:
+    """Oracle: specification; nothing is computed, and the command's description is printed."""
+    found = evaluate(
+        baseline=vae_folder, vae=vae_folder, data_dir=photographs, resolution=16, num_images=2, attacks=["clean"],
+        metrics=["psnr"], no_checks=True, dry_run=True, output_dir=tmp_path / "dry",
+    )  # fmt: skip
+    assert found.rows == [] and "2 images" in capsys.readouterr().out
+
+
+def test_errors_name_the_argument_of_the_call(vae_folder: Path, tmp_path: Path) -> None:
+    """Oracle: specification; the name that the caller wrote, not that of the library's parameter."""
+    with pytest.raises(UserError, match=r"^data_dir: there is no folder nowhere"):
+        evaluate(baseline=vae_folder, vae=vae_folder, data_dir="nowhere", output_dir=tmp_path)

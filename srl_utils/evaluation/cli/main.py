@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from srl_utils.command_line import Parser
+from srl_utils.errors import UserError
 from srl_utils.evaluation.cli import editing, generation, poisoning, reconstruction
 
 COMMANDS = {"reconstruction": reconstruction, "generation": generation, "editing": editing, "poisoning": poisoning}
@@ -22,8 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
     Raises:
         UserError: if a flag is wrong, or if something cannot be loaded or measured.
     """
-    args = parse_args(arguments)
-    return COMMANDS[args.command].run(args)
+    try:
+        args = parse_args(arguments)
+        return COMMANDS[args.command].run(args)
+    except UserError as error:
+        error.parameter = FLAGS.get(error.parameter or "", error.parameter)
+        raise
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
