@@ -36,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         flush(aside)
         os.replace(aside, path)
     except BaseException:
-        aside.unlink(missing_ok=True)  # on a full disk it would be in the way
+        aside.unlink(missing_ok=True)  # frees the space on a full disk
         raise
 
 
@@ -91,7 +91,7 @@ def fault(folder: Path) -> str | None:
         return next(filter(None, (_fault_of(folder / name, *expected) for name, expected in contents.items())), None)
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # cut, flipped, or not to be read
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # damaged or unreadable
         return f"{MANIFEST} cannot be read"
 
 

@@ -165,7 +165,7 @@ def launched_accelerator(
             dynamo_backend="no",
             **settings,
         )
-    except Exception as error:  # torch and accelerate raise many kinds on what they find in the environment
+    except Exception as error:  # torch and accelerate raise many kinds of errors for a bad environment
         raise UserError(
             f"accelerate cannot start as its environment asks: {one_line(str(error))}; start processes with `accelerate launch`, "
             "or unset what another launcher has set"

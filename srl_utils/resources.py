@@ -14,7 +14,7 @@ from srl_utils.errors import ResourceError, UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
-# safetensors and torch tell of a failed write in words of their own.
+# safetensors and torch have their own messages for a failed write.
 TOLD_ERRNO = re.compile(r"os error (\d+)")
 TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|iostream error")
 MEMORY = re.compile(r"out of memory|can't allocate memory|DefaultCPUAllocator|Cannot allocate memory")

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     source = AutoencoderSource(pretrained_model_name_or_path=str(args.output_dir))
     read_config(source)
-    load_autoencoder(source)  # what does not load here would not load from there
+    load_autoencoder(source)  # refuse a VAE that users could not load
     what = contents(args.output_dir)
     if what.left_out:
         print(f"not published, as {CARD} does not describe them: {', '.join(what.left_out)}", file=sys.stderr)

@@ -19,7 +19,7 @@ from srl_utils.markdown import as_code, as_text
 if TYPE_CHECKING:
     from srl_utils.evaluation.results import Row
 
-TEMPLATE = "model_card.md"  # beside this file; in the repository a link to the one at the top level
+TEMPLATE = "model_card.md"  # beside this file; in the repository, a link to the file at the top level
 WEIGHTS_HEADING = "SHA-256 of the weights that this card describes"
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -87,7 +87,7 @@ def render_card(facts: CardFacts) -> str:
             "base": f"[{base_name}](https://huggingface.co/{base_name})" if on_hub else base_name,
             "data": as_text(facts.data),
             "subfolder": as_code(facts.subfolder) if facts.subfolder else None,
-            "model_literal": json.dumps(facts.model_id),  # in Python's code, where it must stay one text
+            "model_literal": json.dumps(facts.model_id),  # a string literal in the card's Python code
             "weights_heading": WEIGHTS_HEADING,
             "judged": bool(judged),
             "uneven": facts.images is not None and facts.images != facts.steps * facts.images_per_step,
@@ -109,14 +109,14 @@ def recorded_weights(card: str) -> dict[str, str] | None:
     return dict(re.findall(r"^- `([^`/]+)`: `([0-9a-f]{64})`$", card, flags=re.MULTILINE))
 
 
-@lru_cache(maxsize=1)  # one run asks several times, and may have no network
+@lru_cache(maxsize=1)  # a run asks several times, and may have no network
 def base_license(base_model: str) -> dict[str, str]:
     """Return the licence from the base model's card; empty if it names none or cannot be read."""
     folder = Path(base_model)
     try:
         card = folder / "README.md" if folder.exists() else hf_hub_download(base_model, "README.md")
         data = metadata_load(card) or {}
-    except Exception:  # no card, no network, a card that is not YAML: the licence is not known
+    except Exception:  # no card, no network or a damaged card: the licence is unknown
         return {}
     return {key: data[key] for key in LICENSE_KEYS if data.get(key)}
 

@@ -37,7 +37,7 @@ PUSH_TIME_LIMIT = 3600.0  # seconds for a whole push
 # Errors that a retry cannot mend. A malformed repository id and a bad request are ValueErrors too.
 PERMANENT = (ValueError, TypeError, FileNotFoundError, PermissionError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 RETRIED_STATUS = {408, 425, 429}
-SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")  # as git shows one; a date, such as 20261126, looks the same
+SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")  # as git prints it; a branch named like a date may look the same
 
 Result = TypeVar("Result")
 
@@ -150,7 +150,7 @@ def _refusals(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # the HTTP library behind huggingface_hub differs between its versions
+    except Exception as error:  # versions of huggingface_hub use different HTTP libraries
         reason = f"{what}: {_reason(error)}"
         if may_pass(error):
             raise PushError(reason) from None
@@ -282,7 +282,7 @@ class Publisher:
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
-            start_new_session=True,  # Ctrl-C is for the training, which then decides
+            start_new_session=True,  # Ctrl-C goes to the training alone
         )
 
 

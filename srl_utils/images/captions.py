@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption")
 SIDECAR_COLUMNS = ("text", "txt", "caption")
-# UTF-32 before UTF-16, whose mark begins alike.
+# UTF-32 comes before UTF-16, since its mark begins with that of UTF-16.
 MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 SPACE = re.compile(r"\s*")
@@ -54,7 +54,7 @@ def as_caption(value: object) -> str:
     """Return a caption as one text: the first of several captions, as COCO has them; "" for none."""
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
-    return "" if value is None or value != value else str(value).strip()  # NaN, unlike 0, is no caption
+    return "" if value is None or value != value else str(value).strip()  # NaN means no caption, 0 does not
 
 
 def folder_captions(folder: Path, images: Sequence[Path], column: str) -> list[str]:
@@ -79,7 +79,7 @@ def folder_captions(folder: Path, images: Sequence[Path], column: str) -> list[s
         )
     known = {_key(path) for path in images}
     columns: dict[str, None] = {}
-    for table in tables:  # of two, the one nearest to an image is the last
+    for table in tables:  # the last one wins: the table nearest to an image
         found.update(_from_table(table, column, known, columns))
     if not found and column not in columns:
         raise UserError(
@@ -124,7 +124,7 @@ def _from_sidecars(folder: Path, images: Sequence[Path]) -> dict[str, str]:
     """Return the first lines of text files beside images, by the key of the file without its suffix."""
     wanted = {key for path in images for key in _sidecar_keys(path)}
     files = [path for path in list_files(folder, frozenset(SIDECARS)) if path.is_file()]
-    # Those that come last count: .txt before .caption.
+    # The last one wins: .txt over .caption.
     ordered = sorted(files, key=lambda path: SIDECARS.index(path.suffix.lower()), reverse=True)
     keys = {path: f"{_key(path.with_suffix(''))}*" for path in ordered}
     return {keys[path]: caption for path in ordered if keys[path] in wanted and (caption := _first_line(path))}

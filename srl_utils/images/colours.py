@@ -42,14 +42,14 @@ CODED_CURVES: dict[int, Sequence[float]] = {  # ITU-T H.273, table 3
     15: BT709_CURVE,
 }
 ADOBE_GAMMA = 563 / 256
-PNG_GAMMAS = (0.1, 10.0)  # beyond them the file is at fault
+PNG_GAMMAS = (0.1, 10.0)  # values outside are errors of the file
 SRGB_GAMMA = (0.434, 0.478)  # libpng's own tolerance of 5% around 1/2.2
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 D50 = np.array([0.9642, 1.0, 0.8249])
 
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # by the colour space of a profile
 DEVICES = {"scnr", "mntr", "prtr", "spac"}
-SAME = 2  # levels by which roundings of one colour space differ
+SAME = 2  # levels; larger differences are not rounding
 INTENTS = (ImageCms.Intent.PERCEPTUAL, ImageCms.Intent.RELATIVE_COLORIMETRIC)  # the first is used, as in browsers
 RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
 CACHED_PROFILES = 8
@@ -185,7 +185,7 @@ def _exif_profile(image: Image.Image) -> bytes | None:
         exif = image.getexif()
         space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
         index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
-    except Exception:  # Exif is often broken, and says nothing then
+    except Exception:  # Exif is often broken, and then ignored
         return None
     is_adobe = space == 2 or (isinstance(index, str) and index.startswith("R03"))
     return matrix_profile(ADOBE_RGB, (ADOBE_GAMMA,)) if is_adobe else None
@@ -213,7 +213,7 @@ def _converter(profile: bytes, mode: str) -> Converter | None:
 
 
 def _transform(profile: ImageCms.ImageCmsProfile, mode: str, intent: ImageCms.Intent) -> ImageCms.ImageCmsTransform:
-    # Little CMS interpolates gray between few points, which is far off in the shadows.
+    # Little CMS interpolates gray between few points, which is inaccurate in dark parts.
     flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
     return ImageCms.buildTransform(
         profile, ImageCms.createProfile("sRGB"), mode, "RGB", renderingIntent=intent, flags=flags

@@ -35,7 +35,7 @@ ORDER_SEED = 2  # second word of seeds: framing.py has 1 and sources.py 3, so th
 
 
 class ValidationImages(NamedTuple):
-    """Images `[n,3,R,R]` in [-1,1], caption ("" if none was asked for) and name of each, and what was left out."""
+    """Images `[n,3,R,R]` in [-1,1], caption ("" if none is wanted) and name of each, and what was left out."""
 
     images: Tensor
     unreadable: list[str]
@@ -43,9 +43,9 @@ class ValidationImages(NamedTuple):
     captions: list[str]
     names: list[str]
     without_caption: list[str]
-    """The names of images that have none of the captions asked for."""
+    """The names of images without a caption, if captions are wanted."""
     passed_over: list[PassedOver]
-    """What of a folder or of tars was not looked at."""
+    """Files and members of tars that were skipped."""
 
 
 class TrainingSamples(Dataset):
@@ -105,7 +105,7 @@ class StreamSamples(IterableDataset):
         """Yield the samples; an unreadable image is replaced by the next one of the stream."""
         start = self.positions.first_position
         stream = self._read(start)
-        window: deque[RawImage] = deque()  # what the stream has yielded from position `start` on
+        window: deque[RawImage] = deque()  # what the stream has yielded, starting at position `start`
 
         def candidate(attempt: int) -> RawImage:
             while len(window) <= attempt:
@@ -146,7 +146,7 @@ class TrainingData:
     validation_images: Tensor
     description: str
     passed_over: list[str]
-    """Lines on files that were not looked at, without their names."""
+    """Lines on skipped files, without their names."""
 
 
 def open_data(
@@ -177,7 +177,7 @@ def open_data(
         logger.warning("%s", part.report())
     _check_readable(training)
     validation_images = _decode_evenly(validation, num_validation_images, resolution).images
-    # The last part of a path: the description is published with the model.
+    # The description is published with the model, so it holds only the last part of a path.
     place = str(source.dataset_name or source.train_data_dir)
     place = Path(place).resolve().name if Path(place).exists() else place
     samples: TrainingSamples | StreamSamples
@@ -243,7 +243,7 @@ def _check_readable(images: Images) -> None:
 
 
 def _decode_evenly(images: Images, number: int, resolution: int, *, captioned: bool = False) -> ValidationImages:
-    """Decode images from all over; where they must have captions, those without one are passed over."""
+    """Decode images spread evenly over all. If captions are wanted, skip images without one."""
     decoded: list[Tensor] = []
     captions: list[str] = []
     names: list[str] = []
@@ -278,7 +278,7 @@ def _stretches(images: Images, number: int, is_candidate: Callable[[RawImage], b
     The first readable candidate becomes the validation image.
     """
     if isinstance(images, StreamImages):
-        # One iterator, repeated: each stretch begins where the one before it ended.
+        # The same iterator each time, so each stretch begins where the last one ended.
         return [islice(filter(is_candidate, images), number + DECODE_ATTEMPTS)] * number
     bounds = np.linspace(0, len(images), min(number, len(images)) + 1).astype(int).tolist()
     return [

@@ -25,18 +25,18 @@ from srl_utils.images.sample_ranges import SIGNED, AmbiguousRange, Declared, uni
 
 # Pillow only recognises the first five (their pixels need other software) and hands the last to Ghostscript.
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
-SIXTEEN_BIT_FORMATS = {"PNG", "PPM"}  # whose long integers Pillow scales to 16 bits
+SIXTEEN_BIT_FORMATS = {"PNG", "PPM"}  # Pillow scales their long integers to 16 bits
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 AVIF_BRANDS = {b"avif", b"avis"}
 JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
-HEAD = 64  # bytes that tell a format
+HEAD = 64  # bytes that identify a format
 NEEDED = {
     "AVIF": "needs Pillow 11.3 or newer: pip install --upgrade pillow",
     "HEIF": "needs pillow-heif: pip install pillow-heif",
     "JXL": "needs pillow-jxl-plugin: pip install pillow-jxl-plugin",
 }
 NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}  # Pillow's names of raw samples
-NEEDS_ALL_BITS = {"cicp", "icc_profile", "gamma", "chromaticity", "transparency"}  # of `Image.info`
+NEEDS_ALL_BITS = {"cicp", "icc_profile", "gamma", "chromaticity", "transparency"}  # entries of `Image.info`
 SIXTEEN_BITS = Declared(bits=16)
 TWELVE_BITS = 4095
 
@@ -61,7 +61,7 @@ def image_formats() -> tuple[str, ...]:
 @lru_cache(maxsize=1)
 def image_suffixes() -> frozenset[str]:
     """Return the lower-case file suffixes, such as `.png`, of `image_formats`."""
-    formats = {*image_formats(), "MPO"}  # of cameras with two lenses; Pillow opens these files as JPEG
+    formats = {*image_formats(), "MPO"}  # MPO: cameras with two lenses; Pillow opens these files as JPEG
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
@@ -193,7 +193,7 @@ def _open(source: object) -> Image.Image:
 
 
 def _open_file(path: Path) -> Image.Image:
-    if path.exists() and not path.is_file():  # a pipe would wait for ever, a device never end
+    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
         raise UnreadableImage("no regular file")
     with path.open("rb") as file:
         head = file.read(HEAD)
@@ -238,7 +238,7 @@ def _open_tiff(data: bytes) -> Image.Image:
     if not isinstance(image, TiffImageFile) or tiff_pages.misread_by_pillow(image.tag_v2):
         return tiff_pages.TiffPages(data)
     if tiff_pages.is_deep(image.tag_v2):  # Pillow drops the low bytes
-        with suppress(Exception):  # compressed in a way that tifffile does not know
+        with suppress(Exception):  # tifffile may not know the compression
             return tiff_pages.TiffPages(data)
     return image
 
@@ -294,7 +294,7 @@ def _declared(image: Image.Image) -> Declared:
     if image.mode == "F":
         return Declared()
     sixteen_bits = image.mode.startswith("I;16") or image.format in SIXTEEN_BIT_FORMATS
-    highest = 65535 if image.format == "PPM" else None  # Pillow brings its header's maximum to this
+    highest = 65535 if image.format == "PPM" else None  # Pillow scales the maximum in the header to this
     return Declared(bits=16 if sixteen_bits else None, highest=highest)
 
 
@@ -304,7 +304,7 @@ def _split(image: Image.Image, declared: Declared) -> tuple[Image.Image | np.nda
     signed = image.mode == "L" and declared.kind == SIGNED
     if signed or image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _long_samples(image, declared, transparent)
-    if isinstance(transparent, (int, tuple, bytes)):  # a text of a PNG may have any name
+    if isinstance(transparent, (int, tuple, bytes)):  # a text of a PNG may have this name too
         image.info["transparency"] = transparent
     gray = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:

@@ -20,7 +20,7 @@ CROP_AREA = (0.25, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 DECODE_ATTEMPTS = 20
-AUGMENTATION_SEED = 1  # keeps these draws apart from those that order the images
+AUGMENTATION_SEED = 1  # second word of seeds, so that these draws differ from those of the order of images
 
 Box = tuple[float, float, float, float]
 

@@ -9,7 +9,7 @@ JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
 FILE_TYPE = b"ftyp"  # the kind of the first box of HEIF and AVIF
 ICC_METHODS = (2, 3)  # restricted and any ICC profile
 UNSPECIFIED = 2
-# Curves of television cameras are near to sRGB on a display.
+# Transfer curves of television are close to sRGB on a display.
 READ_AS_SRGB = (1, UNSPECIFIED, 6, 14, 15)
 SRGB_PRIMARIES, SRGB_CURVE, RGB, FULL_RANGE = 1, 13, 0, 1
 
@@ -28,7 +28,7 @@ def code_points(data: bytes) -> tuple[int, int, int, int] | None:
     The code points are those of the decoded RGB pixels: primaries, transfer, matrix 0 and full range.
     """
     for meta in _found(data, (b"meta",)):
-        for colour in _found(meta[4:], (b"iprp", b"ipco", b"colr")):  # after the version
+        for colour in _found(meta[4:], (b"iprp", b"ipco", b"colr")):  # skips the version
             if colour[:4] == b"nclx" and len(colour) >= 8:
                 primaries, transfer = struct.unpack_from(">HH", colour, 4)
                 primaries = SRGB_PRIMARIES if primaries == UNSPECIFIED else primaries

@@ -1,4 +1,4 @@
-"""Counts the training images that were read, scaled up, or found unreadable."""
+"""Count the training images that were read, scaled up, or found unreadable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from srl_utils.images.loading import Batch
 
 logger = logging.getLogger(__name__)
 
-STREAM_TRIAL = 200  # images read before the share of bad ones in a stream means anything
+STREAM_TRIAL = 200  # images of a stream to read before the share of unreadable ones is judged
 
 
 class ImageLedger:

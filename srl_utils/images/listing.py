@@ -16,7 +16,7 @@ from srl_utils.images.decoding import HEAD, NEEDED, foreign_format, image_format
 logger = logging.getLogger(__name__)
 
 MAGIC_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF")
-BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # lengths; the two letters before them also begin words
+BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # lengths of headers; the letters BM alone also begin words
 
 
 SUFFIXES = {  # of the formats in `NEEDED`
@@ -26,7 +26,7 @@ SUFFIXES = {  # of the formats in `NEEDED`
 }
 NO_FORMAT = "no suffix of an image that Pillow reads"
 NO_SUFFIX = "no suffix, and no image by its content"
-# Captions, tables, caches of trainers, notes and what systems leave behind: nobody expects images there.
+# Captions, tables, caches of trainers, notes and files of the system, which nobody takes for images.
 COMPANIONS = frozenset({
     ".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".npy", ".npz", ".safetensors", ".xml",
     ".yaml", ".yml", ".toml", ".md", ".rst", ".html", ".log", ".ini", ".db", ".aae", ".xmp", ".url", ".lnk", ".py", ".sh",
@@ -107,7 +107,7 @@ def reason_of(suffix: str, head: bytes) -> str | None:
     """
     if suffix in COMPANIONS:
         return NO_FORMAT
-    # Raw photographs, of many suffixes, begin like a TIFF, which holds no more than their thumbnail.
+    # Raw files of cameras, of many suffixes, begin like a TIFF of their thumbnail.
     if any(_accepts(name, head) for name in MAGIC_FORMATS if not (suffix and name == "TIFF")):
         return None
     if file_format := foreign_format(head) or _named_by(suffix):
@@ -126,13 +126,13 @@ def _accepts(name: str, head: bytes) -> bool:
         return False
     accept = Image.OPEN[name][1]
     told = accept is not None and len(head) >= 4 and accept(head[:16])
-    return bool(told) and not isinstance(told, str)  # a text says which software is missing
+    return bool(told) and not isinstance(told, str)  # Pillow returns a text if software is missing
 
 
 def _head(path: Path) -> bytes:
     """Return the first bytes of a regular file; none of what cannot be read."""
     try:
-        if path.is_file():  # a pipe would wait for ever
+        if path.is_file():  # reading a pipe may never end
             with path.open("rb") as file:
                 return file.read(HEAD)
     except OSError:

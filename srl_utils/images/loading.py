@@ -81,7 +81,7 @@ def training_batches(
         pin_memory=pin_memory,
         collate_fn=_collate,
         worker_init_fn=_ignore_interrupt,
-        # Without one the loader draws from torch's global generator.
+        # Otherwise the loader draws from torch's global generator.
         generator=torch.Generator(),
     )
     batches = _without_worker_traceback(loader)
@@ -118,7 +118,7 @@ def _without_worker_traceback(loader: DataLoader[Batch]) -> Generator[Batch, Non
         if isinstance(error, UserError):  # torch puts the traceback of the worker in front of the message
             kind = type(error)
             raise kind(str(error).strip().rsplit(f"{kind.__name__}: ", 1)[-1]) from None
-        of_a_worker = str(error).startswith("Caught")  # one that lives, and sends what it caught
+        of_a_worker = str(error).startswith("Caught")  # torch's prefix for an error that a living worker has sent
         if loader.num_workers and isinstance(error, (EOFError, OSError)) and not of_a_worker:
             raise ResourceError(LOST_WORKER) from None
         raise

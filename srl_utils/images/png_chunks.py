@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LONGEST_TEXTS = 64 * 2**20  # bytes of all texts and the profile together; Pillow refuses more, and so does this module
-PILLOWS_LIMIT = 2**20  # bytes of one of them that Pillow inflates
-GREATEST_RATIO = 1030  # of deflate
+PILLOWS_LIMIT = 2**20  # bytes; Pillow inflates no more of a single text
+GREATEST_RATIO = 1030  # largest ratio of deflate
 GRAY = 0  # colour type
 COLOURED = (2, 6)
 LOW_BYTES = "low_bytes"
@@ -108,7 +108,7 @@ def _inflated(chunk: Chunk, budget: int) -> bytes | None:
         if not stream.unconsumed_tail:
             return None
         content += stream.decompress(stream.unconsumed_tail, max(budget - len(content), 1))
-    except zlib.error:  # Pillow too takes broken texts for empty ones
+    except zlib.error:  # as Pillow, which treats broken texts as empty
         return b""
     if stream.unconsumed_tail or len(content) > budget:
         raise ValueError(f"its compressed texts have more than {LONGEST_TEXTS >> 20} MB")

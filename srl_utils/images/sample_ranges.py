@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-OVERSHOOT = 0.25  # of the range; resampling leaves values beyond black and white
-NOISE = 1 / 255  # below black, as a share of white
-DIMMEST_BYTES = 16  # the least maximum of values that are taken for those of 8 bits
-DIMMEST_SHARE = 1 / 4  # and for those of more bits, as a share of white
-DARKEST_MEDIAN = 1 / 64  # of what is not black, as a share of white; darker fractions are rather light without a bound
+OVERSHOOT = 0.25  # share of the range by which resampling may exceed black and white
+NOISE = 1 / 255  # share of white by which noise may be below black
+DIMMEST_BYTES = 16  # values of 8 bits have at least this maximum
+DIMMEST_SHARE = 1 / 4  # values of more bits have at least this maximum, as a share of white
+DARKEST_MEDIAN = 1 / 64  # least median of values above black, as a share of white; darker fractions have no known white
 
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE, SAMPLE_FORMAT, S_MAX_SAMPLE = 258, 262, 281, 339, 341  # tags of TIFF
 WHITE_IS_ZERO = 0

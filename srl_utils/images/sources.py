@@ -26,12 +26,12 @@ from srl_utils.images.webdataset import COLUMNS as TAR_COLUMNS
 from srl_utils.images.webdataset import SampleReader, TarImages, index_tars, is_tar, stream_tars
 
 PHOTOGRAPHS = "scikit-image"
-LARGEST_TILE = 256  # pixels; every photograph holds one
+LARGEST_TILE = 256  # pixels; no photograph is smaller
 VALIDATION_SPLITS = ("validation", "val", "test")
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
 SHUFFLE_BUFFER = 1000
 UNKNOWN_TO_LIBRARY = "an image that the datasets library passes over"
-HELD_OUT_SEED = 3  # second word of a seed: keeps these draws apart from those of framing.py and datasets.py
+HELD_OUT_SEED = 3  # second word of seeds, so that these draws differ from those of framing.py and datasets.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +272,7 @@ class Splits:
         if len(self.found) != 1:
             return None
         ((name, split),) = self.found.items()
-        name = str(getattr(split, "split", None) or name)  # a saved table remembers which split it was
+        name = str(getattr(split, "split", None) or name)  # a saved dataset knows the name of its split
         if name == self.source.train_split or self.source.validation_split not in (None, name):
             return None
         return self._open(split)
@@ -360,7 +360,7 @@ def _find_splits(source: DataSource, resolution: int, passed_over: list[PassedOv
     with _one_line_error(source.dataset_name, parameter="dataset_name"):
         if not ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
             return _load_splits(source, passed_over)
-        # Made by save_to_disk: memory-mapped, so that there is nothing to gain from streaming it.
+        # save_to_disk made this folder. It is memory-mapped, so streaming has no advantage.
         if source.streaming:
             raise UserError("it has no effect on a folder made by save_to_disk; leave it out", parameter="streaming")
         loaded = datasets.load_from_disk(source.dataset_name)
@@ -452,7 +452,7 @@ def _one_line_error(what: str | None, *, parameter: str | None = None) -> Iterat
         yield
     except UserError:
         raise
-    except Exception as error:  # what a broken connection raises differs between the versions of the libraries
+    except Exception as error:  # versions of the libraries raise different errors for a broken connection
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         advice = "check the name, the configuration (dataset_config_name) and the network connection"
         raise UserError(f"{what} cannot be read: {reason}; {advice}", parameter=parameter) from error

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 TEXT_SUFFIXES = frozenset({".txt", ".caption", ".text", ".json", ".cls"})
 TAR_END = 1024  # bytes
-ENOUGH = 100  # images that show what samples hold
+ENOUGH = 100  # images after which the fields of samples are known
 LONGEST_TEXT = 2**20  # bytes
 Opener = Callable[..., Any]
 """Unpacks a path or an opened file."""
@@ -112,7 +112,7 @@ class TarImages:
 
     def __getitem__(self, index: int) -> RawImage:
         image = self.images[int(index)]
-        content = None  # of a tar that has become unreadable, which costs these images and not the run
+        content = None  # if the tar has become unreadable, its images are unreadable, and the run continues
         with suppress(OSError), open(image.tar, "rb") as file:
             file.seek(image.offset)
             content = file.read(image.size)
@@ -301,7 +301,7 @@ def _opener(file: IO[bytes]) -> Opener | None:
     """Return the function that unpacks a file, or None if it is not compressed; rewinds the file."""
     head = file.read(tarfile.BLOCKSIZE)
     file.seek(0)
-    if head[257:262] == b"ustar":  # whose first member may have any name
+    if head[257:262] == b"ustar":  # a tar, whose first bytes, a name, may look like a compressed file
         return None
     return next((opener for magic, opener in COMPRESSED.items() if head.startswith(magic)), None)
 
@@ -404,7 +404,7 @@ def _grouped(members: Iterable[Member]) -> Iterator[list[Member]]:
 def _text(content: bytes) -> str:
     try:
         return as_caption(decode_text(content))
-    except ValueError:  # an image without a caption, which is counted and named
+    except ValueError:  # images without a caption are counted and named elsewhere
         return ""
 
 

@@ -96,7 +96,7 @@ def load_inception_features(weights: str | Path | None = None) -> InceptionFeatu
     folder = Path(torch.hub.get_dir(), "checkpoints")
     try:
         path = Path(weights) if weights else _cached_inception_weights(folder)
-        # torch-fidelity unpickles whatever the file holds; this refuses all but tensors.
+        # Refuse a file with anything but tensors, since torch-fidelity would unpickle it.
         torch.load(path, map_location="cpu", weights_only=True)
         network = create_feature_extractor(
             INCEPTION, list(INCEPTION_LAYERS.values()), cuda=False, verbose=False, feature_extractor_weights_path=path
@@ -120,7 +120,7 @@ def frechet_distance(features: Tensor, others: Tensor) -> float:
     """
     _require(2, "FID", features, others)
     statistics = [fid_features_to_statistics(each.cpu()) for each in (features, others)]
-    # Of a set and itself it may be below 0 by rounding.
+    # Rounding may make the distance of a set to itself negative.
     return max(0.0, fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
 
@@ -309,7 +309,7 @@ def load_clip_similarity(name: str = CLIP_MODEL) -> ClipSimilarity:
     """
     if find_spec("transformers") is None:
         raise MissingPackage(f"the CLIP model '{name}' needs transformers; pip install transformers")
-    from transformers import CLIPModel, CLIPProcessor  # seconds to import, and not among the requirements
+    from transformers import CLIPModel, CLIPProcessor  # slow to import, and an optional dependency
 
     try:
         model, processor = _load_whole(CLIPModel, CLIPProcessor, name)
@@ -392,7 +392,7 @@ def _processed(processor: BaseImageProcessor, images: Tensor) -> Tensor:
 
 def _to_bytes(images: Tensor) -> Tensor:
     if not images.isfinite().all():
-        raise ValueError("images hold values that are not finite")  # which bytes would hide
+        raise ValueError("images hold values that are not finite")  # the conversion to bytes would hide them
     return to_unit_range(images.float()).clamp(0, 1).mul(255).round().byte()
 
 

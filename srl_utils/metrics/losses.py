@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from srl_utils.errors import MissingFile, UnusableFile
 from srl_utils.vae.precision import full_precision
 
-WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # which torch reads
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # read by torch
 LPIPS_TRUNKS = {
     "vgg": "vgg16-397923af.pth",
     "alex": "alexnet-owt-7be5be79.pth",
@@ -98,7 +98,7 @@ class PerceptualDistance(nn.Module):
 
     def __init__(self, network: lpips.LPIPS) -> None:
         super().__init__()
-        # The package leaves its linear weights trainable.
+        # The lpips package leaves its linear weights trainable.
         self.network = network.requires_grad_(False).eval()
         self.dtype = next(self.network.net.parameters()).dtype
 
@@ -151,7 +151,7 @@ def load_perceptual_distance(net: str) -> PerceptualDistance:
             # lpips 0.1.4 calls torchvision by a name that torchvision deprecates.
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
             return PerceptualDistance(lpips.LPIPS(net=net, verbose=False))
-    except pickle.UnpicklingError:  # torch's advice is to trust the file
+    except pickle.UnpicklingError:  # torch's message would advise to trust the file
         kind, reason = UnusableFile, "its file holds something other than weights"
     except (OSError, RuntimeError) as error:  # no network; a file that is cut short
         kind, reason = MissingFile if isinstance(error, OSError) else UnusableFile, str(error).splitlines()[0]

@@ -166,7 +166,7 @@ def plan(source: Path, target: Path) -> tuple[list[tuple[Path, Path]], PassedOve
         return [(source, target)], PassedOver()
     if target.is_file():
         raise UserError(f"{target} is a file; {source} is a folder and needs a folder to write to")
-    # os.path bears links that lead to themselves, unlike pathlib
+    # unlike pathlib, os.path accepts links to themselves
     inside = os.path.join(os.path.realpath(target), "")
     images, passed_over = list_images(source)
     files = [file for file in images if not os.path.realpath(file).startswith(inside)]

@@ -27,7 +27,7 @@ from srl_utils.pipelines.formats import (
 from srl_utils.pipelines.metadata import read_metadata
 from srl_utils.pipelines.sanitizing import purify_frame
 
-# Of other formats the further frames are layers, sizes, previews or gain maps of one image.
+# In other formats, further frames are layers, sizes, previews or gain maps of one image.
 SEQUENCES = {
     "GIF": ANIMATION,
     "PNG": ANIMATION,
@@ -71,7 +71,7 @@ def sanitize_file(
             film.frames.append(frame)
             film.durations.append(_duration(image))
             alphas |= _alpha_kinds(alpha)
-            if index == 0:  # and loaded, so that what follows its pixels is known
+            if index == 0:  # now loaded, so the metadata after its pixels is known
                 metadata, film.loop = read_metadata(image), image.info.get("loop")
                 film.still_first = bool(image.info.get("default_image"))
         lost = losses(count, sequence or f"images in the {image.format} file", alphas, form)
@@ -97,7 +97,7 @@ def check_writable(target: Path) -> None:
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder")
     with suppress(FileNotFoundError):
-        os.lstat(target)  # tells of a name that is too long
+        os.lstat(target)  # raises an error for a name that is too long
     folder = next(parent for parent in target.parents if os.path.lexists(parent))
     with tempfile.TemporaryFile(dir=folder):
         pass
@@ -106,7 +106,7 @@ def check_writable(target: Path) -> None:
 def _count_frames(image: Image.Image) -> int:
     try:
         return getattr(image, "n_frames", 1)
-    except Exception as error:  # on broken files Pillow raises nearly anything
+    except Exception as error:  # Pillow raises nearly any error for broken files
         raise UnreadableImage(f"its frames cannot be counted: {error}") from error
 
 

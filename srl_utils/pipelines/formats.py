@@ -16,7 +16,7 @@ ANIMATION, PAGES = "frames", "pages"
 FULLY, PARTLY = "fully", "partly"
 GIGABYTE = 10**9
 CLEAR = 2  # a GIF's disposal: each frame replaces the one before, also where it is transparent
-GIF_COLOURS = 255  # and one for transparency
+GIF_COLOURS = 255  # and one more for transparency
 
 
 @dataclass(frozen=True)

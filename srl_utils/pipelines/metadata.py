@@ -112,7 +112,7 @@ def save_options(metadata: Metadata, file_format: str) -> tuple[dict[str, object
 def srgb_profile() -> bytes:
     """Return an ICC profile of sRGB with a fixed date."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    profile[24:36] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)  # the date, else that of today
+    profile[24:36] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)  # the date, which would be today's
     return bytes(profile)
 
 
@@ -123,16 +123,16 @@ def _some(**options: object) -> dict[str, object]:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # on broken blocks Pillow raises nearly anything
+    except Exception:  # Pillow raises nearly any error for broken blocks
         return 1
 
 
 def _resolution(image: Image.Image, turned: bool) -> tuple[float, float] | None:
     try:
         across, down = (float(value) for value in image.info.get("dpi") or _exif_resolution(image.getexif()))
-    except Exception:  # absent, or no numbers
+    except Exception:  # missing, or not numbers
         return None
-    # Pillow gives a TIFF without resolution 1 dpi.
+    # Pillow reports 1 dpi for a TIFF without resolution.
     if not (1 < across <= LARGEST_DPI and 1 < down <= LARGEST_DPI):
         return None
     return (down, across) if turned else (across, down)

@@ -88,7 +88,7 @@ def fit_for(pipe: DiffusionPipeline, vae: AutoencoderKL) -> AutoencoderKL:
 
 def _attempt(images: Tensor, vae: AutoencoderKL, tiled: bool) -> tuple[Tensor, Tensor]:
     """Return reconstructions in float32 and, on the CPU, whether each reconstruction and its latent are finite."""
-    view = copy.copy(vae)  # its modules are those of `vae`, its tiling is its own
+    view = copy.copy(vae)  # shares the modules of `vae`, but not its tiling
     view.use_tiling = vae.use_tiling or tiled
     with torch.no_grad():
         latents = view.encode(images.to(execution_device(vae), vae.dtype)).latent_dist.mean
@@ -106,7 +106,7 @@ def _in_float32(vae: AutoencoderKL) -> AutoencoderKL:
 def _not_finite(vae: AutoencoderKL) -> UserError:
     name = vae.config.get("_name_or_path") or type(vae).__name__
     try:
-        if vae.device.type != "meta":  # offloaded weights are elsewhere
+        if vae.device.type != "meta":  # offloaded weights cannot be checked here
             check_parameters(vae, name)
     except UserError as error:
         return error

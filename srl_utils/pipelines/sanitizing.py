@@ -106,7 +106,7 @@ def spread_colours(colour: Image.Image, alpha: Image.Image) -> Image.Image:
         return colour
     coarse = colour.copy()
     coarse.putalpha(alpha)
-    coarse = coarse.reduce(2)  # weighted by alpha
+    coarse = coarse.reduce(2)  # Pillow weights the colours by alpha
     coarse_alpha = coarse.getchannel("A").point([0] + [255] * 255)
     around = spread_colours(coarse.convert("RGB"), coarse_alpha).resize(colour.size, Image.Resampling.BILINEAR)
     return Image.composite(colour, around, alpha.point([0] + [255] * 255))

@@ -22,9 +22,9 @@ from srl_utils.vae.networks import downsampling_factor
 
 STRUCTURE = ("in_channels", "out_channels", "latent_channels")
 FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-# What enable_slicing, enable_tiling and their users set on a VAE.
+# Attributes that enable_slicing, enable_tiling and their users set on a VAE.
 MEMORY_SETTINGS = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
-# Architecture that no weight's shape tells of.
+# Parts of the architecture that do not show in the shape of any weight.
 SHAPELESS = ("act_fn", "norm_num_groups")
 ENCODER_PARTS = ("encoder", "quant_conv")
 COMPILED = "_orig_mod"  # torch.compile has no public way back to the module that it wraps
@@ -92,7 +92,7 @@ def robust_vae(
         yield pipe.vae
     except BaseException:
         if _dtype_beside_vae(pipe) == dtype:
-            pipe.vae.to(previous.dtype)  # a call that broke off in fp16 may have left it upcast
+            pipe.vae.to(previous.dtype)  # a call that failed in fp16 may have left it in float32
         raise
     finally:
         if previous.dtype != pipe.vae.dtype:
@@ -130,7 +130,7 @@ def robustify(
         robust = _plain_copy(previous)
         for part in _encoder_parts(source):
             getattr(robust, part).load_state_dict(_plain(getattr(source, part)).state_dict())
-        if source.config.force_upcast:  # fp16 overflows in the new encoder, whatever the old one bore
+        if source.config.force_upcast:  # the new encoder overflows in fp16, even if the old one does not
             robust.register_to_config(force_upcast=True)
         _register(pipe, fit_for(pipe, robust))
     return previous
@@ -202,9 +202,9 @@ def _check_fit(candidate: AutoencoderKL, present: AutoencoderKL, allow_mismatch:
 def _signature(vae: AutoencoderKL) -> dict[str, Any]:
     """Return what two VAEs must have in common to serve the same diffusion model."""
     signature = {name: vae.config.get(name) for name in (*STRUCTURE, *FACTORS)}
-    signature["shift_factor"] = signature["shift_factor"] or None  # 0 shifts nothing either
+    signature["shift_factor"] = signature["shift_factor"] or None  # 0 and None both mean no shift
     signature["down-sampling"] = downsampling_factor(vae.config)
-    # From a file these are lists, from code perhaps tuples.
+    # A file gives lists, code may give tuples.
     return {name: list(value) if isinstance(value, tuple) else value for name, value in signature.items()}
 
 

@@ -61,7 +61,7 @@ def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str
         variants: half-precision weights, `fp16` or `bf16`, to write beside the full ones.
     """
     aside = output_dir / ".drop-in.partial"
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
+    shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed here
     try:
         save_autoencoder(vae, aside)
         for variant in variants:
@@ -74,7 +74,7 @@ def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str
         for file in files:
             os.replace(file, output_dir / file.name)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would be in the way
+        shutil.rmtree(aside, ignore_errors=True)  # frees the space on a full disk
 
 
 def _weights_beside(folder: Path, names: set[str]) -> list[Path]:
@@ -289,7 +289,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
         accelerator.scaler = None
     try:
         accelerator.load_state(str(checkpoint))
-    except Exception as error:  # whatever does not fit: keys, shapes, kinds of files
+    except Exception as error:  # many kinds of errors: keys, shapes, kinds of files
         raise UserError(f"{checkpoint} does not fit this run: {first_line(error)}") from None
     finally:
         accelerator.scaler = scaler

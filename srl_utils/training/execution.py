@@ -122,5 +122,5 @@ def _choose_precision(device: torch.device, compiled: bool) -> tuple[str, str]:
     # torch 2.7 has no public query for bf16; `torch.cpu.get_capabilities` came later.
     if not torch.cpu._is_avx512_bf16_supported():
         return "no", "the CPU lacks bf16"
-    # Measured (benchmarks/RESULTS.md): bf16 pays on the CPU together with compiling, and hardly without.
+    # Measured (benchmarks/RESULTS.md): on the CPU bf16 is faster with compiling, and hardly without.
     return ("bf16", "the CPU computes in bf16") if compiled else ("no", "on the CPU bf16 pays only when compiled")

@@ -143,7 +143,7 @@ def check_flags(arguments: Mapping[str, Any], earlier: Earlier) -> None:
     Raises:
         UserError: with both values of each flag.
     """
-    unknown = earlier.settings.inputs is None  # an older record: equal flags are all there is to go by
+    unknown = earlier.settings.inputs is None  # an older record has no digests, so the flags must be equal
     _refuse(earlier, arguments, REFUSED | (BASE | VALIDATION_DATA if unknown else frozenset()))
     steps = arguments["max_train_steps"]
     if steps is not None and steps < earlier.step:

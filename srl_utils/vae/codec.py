@@ -95,7 +95,7 @@ def frozen_codec(
 ) -> Codec:
     """Freeze a VAE, move it in place to `device` and channels-last memory, and return its codec."""
     vae.to(device).requires_grad_(False).eval()
-    if not isinstance(vae, AutoencoderKLTemporalDecoder):  # whose weights have five dimensions
+    if not isinstance(vae, AutoencoderKLTemporalDecoder):  # its weights have five dimensions
         vae.to(memory_format=torch.channels_last)
     return Codec.of(vae, name, autocast_dtype=autocast_dtype)
 

@@ -56,7 +56,7 @@ def completed_config(config: dict[str, Any], kind: type[ModelMixin], name: str) 
 def _check_statistics(config: dict[str, Any], name: str) -> None:
     """Raise a UserError unless the mean and deviation of the latents, if both are given, have a value per channel."""
     statistics = {key: config.get(key) for key in ("latents_mean", "latents_std")}
-    if None in statistics.values():  # diffusers uses neither
+    if None in statistics.values():  # diffusers uses them only together
         return
     for key, values in statistics.items():
         if not isinstance(values, (tuple, list)) or len(values) != config["latent_channels"]:
@@ -74,7 +74,7 @@ def _network(arguments: dict[str, Any], kind: type[ModelMixin], name: str, left_
     try:
         with torch.device("meta"):
             network = kind(**arguments)
-    except Exception as error:  # on what does not fit together diffusers and torch raise nearly anything
+    except Exception as error:  # diffusers and torch raise nearly any error here
         hint = f"; it leaves out {', '.join(left_out)}" if left_out else ""
         raise UserError(
             f"the configuration of '{name}' describes no {kind.__name__}: {first_line(error)}{hint}"
@@ -100,7 +100,7 @@ def _possible(value: object, default: object, largest: int) -> bool:
         if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= LARGEST_DEPTH:
             return False
         return all(_possible(entry, default[0], largest) for entry in value)
-    if default is None:  # what a VAE may do without are numbers and lists of numbers
+    if default is None:  # optional entries of a VAE are numbers and lists of numbers
         entries: Sequence[object] = value if isinstance(value, (tuple, list)) else [value]
         return value is None or all(_possible(entry, 0.0, largest) for entry in entries)
     return isinstance(value, type(default))

@@ -56,7 +56,7 @@ SPLITS = {"splits": 3, "seed": 3}
 PATIENCE = 5.0
 """In seconds, what a report may lose on a metric that it has to leave out."""
 UNREACHABLE = "http://127.0.0.1:9"
-REPORTED = (INCEPTION_WEIGHTS, "--inception_weights")
+REPORTED = (INCEPTION_WEIGHTS, "as inception_weights")
 
 TEXTS = ["a cat", "the cat ate a great many of the cakes", "cake"]
 CLIP_LIMIT = 8
@@ -68,7 +68,7 @@ LOST_FILES = {
     "no processor": ["processor_config.json", "preprocessor_config.json"],
     "no tokenizer": ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"],
 }
-CLIP_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "--clip_model")
+CLIP_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "folder as clip_model")
 
 
 def draw_patterns(count: int, size: tuple[int, int], cells: int) -> Tensor:

@@ -126,7 +126,7 @@ def test_a_still_picture_is_no_frame(vae_at: Path, tmp_path: Path, suffix: str, 
     )
     target = tmp_path / f"out{suffix}"
     assert sanitize_command(tmp_path / "in.png", target, "--vae", vae_at) == 0
-    assert ("still picture" in capsys.readouterr().err) == (suffix != ".png")
+    assert ("still image" in capsys.readouterr().err) == (suffix != ".png")
     with Image.open(target) as after:
         assert bool(after.info.get("default_image")) == (suffix == ".png")
         times = []
