@@ -52,7 +52,10 @@ def latent_drift(latents: Tensor, reference_latents: Tensor) -> Tensor:
 
 
 def bootstrap_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """Return the 95% percentile-bootstrap interval of the mean of `values`, one value per image."""
+    """Return the 95% percentile-bootstrap interval of the mean of `values`, one value per image.
+
+    A single value is its own interval; `scipy.stats.bootstrap`, otherwise the same, refuses it.
+    """
     sample = np.asarray(values, dtype=np.float64)
     picks = np.random.default_rng(seed).integers(0, len(sample), size=(resamples, len(sample)))
     low, high = np.quantile(sample[picks].mean(axis=1), (0.025, 0.975))
