@@ -40,6 +40,7 @@ from srl_utils.command_line import (
     fraction,
     home_expanded,
     image_side,
+    message_of,
     non_negative_float,
     non_negative_int,
     pixel_distance,
@@ -454,7 +455,7 @@ def stop_without_data(run: Run, error: UserError) -> Stop:
     """
     if isinstance(error, ResourceError) or run.accelerator.num_processes > 1:
         raise error
-    return Stop(str(error), error.exit_code)
+    return Stop(message_of(error), error.exit_code)
 
 
 # --- checks before a run ------------------------------------------------------------------------------
@@ -468,7 +469,7 @@ def check(args: argparse.Namespace) -> tuple[AutoencoderKL, Earlier | None]:
     """
     check_launch(os.environ)
     if args.output_dir.is_file():
-        raise UserError(f"--output_dir {args.output_dir} is a file; a folder is expected")
+        raise UserError(f"{args.output_dir} is a file; give a folder", parameter="output_dir")
     if args.resume_from_checkpoint is None and Checkpoints(args.output_dir).found():
         raise UserError(
             f"{args.output_dir} holds checkpoints of an earlier run; add --resume_from_checkpoint latest to continue "

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from srl_utils.errors import UserError, one_line, without_tokens
+from srl_utils.errors import PARAMETER, UserError, one_line, without_tokens
 from srl_utils.images.pixels import parse_pixel_distance
 from srl_utils.resources import explained, keep_freed_memory
 
@@ -72,15 +72,14 @@ def exit_code(command: Callable[[], int]) -> int:
         told = error if isinstance(error, UserError) else explained(error)
         if told is None:
             raise
-        print(f"error: {without_tokens(one_line(worded(told)))}", file=sys.stderr)
+        print(f"error: {without_tokens(one_line(message_of(told)))}", file=sys.stderr)
         return told.exit_code
 
 
-def worded(error: UserError) -> str:
-    """Return the message of an error, with the flag in place of the parameter it is about."""
-    if error.parameter is None:
-        return str(error)
-    return f"--{error.parameter}: {error.problem}"
+def message_of(error: UserError) -> str:
+    """Return the message of an error, with flags in place of parameters."""
+    problem = PARAMETER.sub(r"--\1", error.problem)
+    return problem if error.parameter is None else f"--{error.parameter}: {problem}"
 
 
 def home_expanded(text: str) -> str:

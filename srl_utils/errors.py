@@ -7,8 +7,10 @@ such cases, so that `except FileNotFoundError` or `except OSError` around a call
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 TOKEN = re.compile(r"hf_\w{4,}")  # of the Hub
+PARAMETER = re.compile(r"`([a-z]\w*)`")  # in messages
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -16,7 +18,8 @@ class UserError(ValueError):
     """Bad input or a bad setting. Command lines print its message without a traceback and exit with `exit_code`.
 
     Args:
-        problem: what is wrong and what to do. It names parameters as a Python call does, such as `max_train_steps`.
+        problem: what is wrong and what to do. Parameters in it stand in backticks, as a Python call has them; a command
+            line shows its flags instead.
         parameter: whose value is wrong, if it is one parameter's. The message starts with it; a command line names
             the flag instead.
     """
@@ -26,6 +29,11 @@ class UserError(ValueError):
     def __init__(self, problem: str, *, parameter: str | None = None) -> None:
         super().__init__(problem)
         self.problem, self.parameter = problem, parameter
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Replace the names of parameters by those that the caller knows, where they differ."""
+        self.problem = PARAMETER.sub(lambda match: f"`{names.get(match[1], match[1])}`", self.problem)
+        self.parameter = names.get(self.parameter or "", self.parameter)
 
     def __str__(self) -> str:
         return self.problem if self.parameter is None else f"{self.parameter}: {self.problem}"

@@ -24,16 +24,17 @@ LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 WHOLE = (
-    "everything saved before is intact: run the same command again, for a training with resume_from_checkpoint latest"
+    "everything saved before is intact: run the same command again, for a training with `resume_from_checkpoint` latest"
 )
 LOST_WORKER = (
-    "a worker process that reads images has ended, perhaps because memory ran out; a smaller dataloader_num_workers needs "
+    "a worker process that reads images has ended, perhaps because memory ran out; a smaller `dataloader_num_workers` needs "
     f"less memory. {WHOLE[0].upper()}{WHOLE[1:]}"
 )
 LESS_MEMORY = (
-    "use less memory by a smaller train_batch_size with more gradient_accumulation_steps, by gradient_checkpointing, by "
-    "mixed_precision bf16 or by a smaller resolution (in an evaluation by a smaller batch_size or resolution, in sanitize by "
-    "a smaller tile_above)"
+    "use less memory by a smaller `train_batch_size` with more `gradient_accumulation_steps`, by "
+    "`gradient_checkpointing`, by "
+    "`mixed_precision` bf16 or by a smaller `resolution` (in an evaluation by a smaller `batch_size` or "
+    "`resolution`, in sanitize by a smaller `tile_above`)"
 )
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

@@ -118,12 +118,12 @@ def select(attacks: Sequence[str], epsilons: Sequence[float], resources: AttackR
 def _missing(name: str, resources: AttackResources) -> str | None:
     protection = PROTECTIONS.get(name)
     if protection and protection.needs_denoiser and resources.pipeline is None:
-        return "it needs a diffusion pipeline; give pipeline"
+        return "it needs a diffusion pipeline; give `pipeline`"
     if protection and protection.needs_target and resources.target is None:
         if protection.drawn_target is None:
-            return "it needs an image to imitate; give target"
+            return "it needs an image to imitate; give `target`"
         if resources.target_pipeline is None:
-            return "it needs an image to imitate, or a text-to-image pipeline to draw one; give target or pipeline"
+            return "it needs an image to imitate, or a text-to-image pipeline to draw one; give `target` or `pipeline`"
     if resources.perceptual is None and (name.endswith("-lpips") or (protection and protection.needs_perceptual)):
         return "it needs LPIPS, whose weights are missing"
     return None

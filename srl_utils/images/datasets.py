@@ -238,7 +238,7 @@ def _check_readable(images: Images) -> None:
         except UnreadableImage as error:
             problems.append(f"{raw.name}: {error}")
     if not problems:
-        raise UserError("the training data holds no images; check its files and max_train_samples")
+        raise UserError("the training data holds no images; check its files and `max_train_samples`")
     raise UserError(f"none of {len(problems)} training images tried can be read; {problems[0]}")
 
 

@@ -36,7 +36,7 @@ HELD_OUT_SEED = 3  # second word of seeds, so that these draws differ from those
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """Where images come from. Each field is the flag of the same name of a command that has the flag."""
+    """Where images come from. Fields are named like the training's flags; the evaluation fills them from its own."""
 
     dataset_name: str | None = None
     dataset_config_name: str | None = None
@@ -63,9 +63,9 @@ class DataSource:
             MissingFile: if a folder does not exist.
         """
         if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise UserError("give either dataset_name or train_data_dir, not both")
+            raise UserError("give one of `dataset_name` and `train_data_dir`, not both and not neither")
         if self.validation_data_dir and self.validation_split:
-            raise UserError("give either validation_data_dir or validation_split, not both")
+            raise UserError("give one of `validation_data_dir` and `validation_split`, not both")
         for name in ("train_data_dir", "validation_data_dir"):
             folder = getattr(self, name)
             if folder is not None:
@@ -362,7 +362,7 @@ def _find_splits(source: DataSource, resolution: int, passed_over: list[PassedOv
             return _load_splits(source, passed_over)
         # save_to_disk made this folder. It is memory-mapped, so streaming has no advantage.
         if source.streaming:
-            raise UserError("it has no effect on a folder made by save_to_disk; leave it out", parameter="streaming")
+            raise UserError("no effect on a folder made by save_to_disk; leave it out", parameter="streaming")
         loaded = datasets.load_from_disk(source.dataset_name)
     return dict(loaded) if isinstance(loaded, dict) else {source.train_split: loaded}
 
@@ -442,7 +442,7 @@ def _refuse_without_columns(source: DataSource, parameter: str) -> None:
         return
     for name in ("image_column", "streaming"):
         if getattr(source, name) != DataSource.__dataclass_fields__[name].default:
-            raise UserError("it has no effect on a folder of image files; leave it out", parameter=name)
+            raise UserError("no effect on a folder of image files; leave it out", parameter=name)
 
 
 @contextmanager
@@ -454,20 +454,18 @@ def _one_line_error(what: str | None, *, parameter: str | None = None) -> Iterat
         raise
     except Exception as error:  # versions of the libraries raise different errors for a broken connection
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        advice = "check the name, the configuration (dataset_config_name) and the network connection"
+        advice = "check its name, its configuration and the network connection"
         raise UserError(f"{what} cannot be read: {reason}; {advice}", parameter=parameter) from error
 
 
 def _hold_out(images: Images, held: HeldOut, seed: int) -> tuple[RawImages, RawImages]:
     if isinstance(images, StreamImages):
         raise UserError(
-            "no images can be held out of a streamed dataset; name a split of the dataset, or give a folder of validation images",
-            parameter="validation_split",
+            "no images can be held out of a streamed dataset; name a split for validation, or give a folder of validation images"
         )
     if len(images) < 2:
         raise UserError(
-            "a single training image leaves none to hold out; give a folder of validation images",
-            parameter="validation_data_dir",
+            "a single image leaves none to hold out for validation; add images, or give a folder of validation images"
         )
     number = min(max(round(held.share * len(images)), 1), held.limit or len(images), len(images) - 1)
     order = np.random.default_rng((seed, HELD_OUT_SEED)).permutation(len(images))

@@ -104,7 +104,7 @@ def load_inception_features(weights: str | Path | None = None) -> InceptionFeatu
     except UNREADABLE as error:
         raise _kind(error, weights or folder / INCEPTION_WEIGHTS)(
             f"cannot load the Inception weights {weights or URL_INCEPTION_V3} ({_reason(error)}); put an intact "
-            f"{INCEPTION_WEIGHTS} into {folder} (TORCH_HOME moves it), or give its path as inception_weights"
+            f"{INCEPTION_WEIGHTS} into {folder} (TORCH_HOME moves it), or give its path as `inception_weights`"
         ) from None
     return InceptionFeatures(network)
 
@@ -293,7 +293,7 @@ def load_image_classifier(name: str) -> ImageClassifier:
     except UNREADABLE as error:
         raise _kind(error, name)(
             f"cannot load the classifier '{name}' ({_reason(error)}); put its config.json, model.safetensors and "
-            "preprocessor_config.json into a folder, and give the folder as classifier"
+            "preprocessor_config.json into a folder, and give the folder as `classifier`"
         ) from None
     return ImageClassifier(model, processor)
 
@@ -318,7 +318,7 @@ def load_clip_similarity(name: str = CLIP_MODEL) -> ClipSimilarity:
     except UNREADABLE as error:
         raise _kind(error, name)(
             f"cannot load the CLIP model '{name}' ({_reason(error)}); put its config.json, model.safetensors, "
-            "preprocessor_config.json and tokenizer.json into a folder, and give the folder as clip_model"
+            "preprocessor_config.json and tokenizer.json into a folder, and give the folder as `clip_model`"
         ) from None
     return ClipSimilarity(model, processor)
 

@@ -157,7 +157,7 @@ def load_perceptual_distance(net: str) -> PerceptualDistance:
         kind, reason = MissingFile if isinstance(error, OSError) else UnusableFile, str(error).splitlines()[0]
     raise kind(
         f"cannot load the LPIPS trunk '{net}' ({reason}); put an intact {LPIPS_TRUNKS[net]} into "
-        "$TORCH_HOME/hub/checkpoints, or do without LPIPS (lpips_weight 0 in a training)"
+        "$TORCH_HOME/hub/checkpoints, or do without LPIPS (`lpips_weight` 0 in a training)"
     )
 
 

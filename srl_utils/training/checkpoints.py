@@ -106,7 +106,7 @@ class Checkpoints:
         if free < 2 * self.num_bytes:
             raise ResourceError(
                 f"{gigabytes(free)} are free in {self.output_dir}, and two checkpoints of about "
-                f"{gigabytes(self.num_bytes)} must fit beside each other; make room or choose another output_dir"
+                f"{gigabytes(self.num_bytes)} must fit beside each other; make room or choose another `output_dir`"
             )
 
     def found(self) -> list[Path]:
@@ -151,11 +151,11 @@ class Checkpoints:
             damage = fault(folder)
             if damage is None:
                 return folder
-            tell(f"{folder} is damaged and passed over: {damage}")
+            tell(f"{folder} is damaged and skipped: {damage}")
         if folders:
             raise UnusableFile(
                 f"all checkpoints in {self.output_dir} are damaged; remove them to start from the beginning, or "
-                "choose another output_dir"
+                "choose another `output_dir`"
             )
         return None
 
@@ -175,7 +175,7 @@ class Checkpoints:
             raise ResourceError(
                 f"checkpoint-{step} cannot be written to {self.output_dir}: {reason}; it takes about "
                 f"{gigabytes(self.num_bytes)}. The checkpoints before it are intact: make room and run the same command "
-                "with resume_from_checkpoint latest"
+                "with `resume_from_checkpoint` latest"
             ) from None
 
     def _save(self, accelerator: Accelerator, step: int) -> Path:

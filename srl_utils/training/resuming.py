@@ -192,7 +192,7 @@ def told(changes: Iterable[Change]) -> list[str]:
     for change in changes:
         before, after = shortened(change.before), shortened(change.after)
         now = f"another {after}" if before == after else _value(after)
-        start = lines.get(change.name, worded(change.name, before))
+        start = lines.get(change.name, as_typed(change.name, before))
         lines[change.name] = f"{start} until step {change.step}, then {now}"
     return list(lines.values())
 
@@ -206,7 +206,7 @@ def shortened(value: Any) -> Any:
     return path.name.strip() or value if leaves else value
 
 
-def worded(name: str, value: Any) -> str:
+def as_typed(name: str, value: Any) -> str:
     """Return the flag as it is typed on the command line, such as `--seed 3`, or `no --seed` if it is left out.
 
     The model card and the messages on resuming quote the command line, so they name flags.
@@ -248,7 +248,7 @@ def _check_inputs(current: Settings, now: Inputs, before: Inputs, earlier: Earli
     if now.base != before.base:
         _refuse(earlier, current.arguments, BASE)
         raise UserError(
-            f"its weights are not those that {earlier.checkpoint} was trained from; restore them, or choose another output_dir",
+            f"its weights are not those that {earlier.checkpoint} was trained from; restore them, or choose another `output_dir`",
             parameter="pretrained_model_name_or_path",
         )
     if now.validation == before.validation:
@@ -257,22 +257,22 @@ def _check_inputs(current: Settings, now: Inputs, before: Inputs, earlier: Earli
     if now.training_images != before.training_images and current.arguments["validation_data_dir"] is None:
         raise UserError(
             f"{earlier.checkpoint} was trained on {before.training_images} images, and there are {now.training_images} now, "
-            "so other images are held out; restore the dataset, or choose another output_dir"
+            "so other images are held out; restore the dataset, or choose another `output_dir`"
         )
     raise UserError(
         f"the validation images are not those that {earlier.checkpoint} was measured on; restore them, or choose another "
-        "output_dir"
+        "`output_dir`"
     )
 
 
 def _refuse(earlier: Earlier, arguments: Mapping[str, Any], names: Iterable[str]) -> None:
     before = earlier.settings.arguments
     if differing := changed(before, arguments, names):
-        there = ", ".join(worded(name, before[name]) for name in differing)
-        here = ", ".join(worded(name, arguments[name]) for name in differing)
+        there = ", ".join(as_typed(name, before[name]) for name in differing)
+        here = ", ".join(as_typed(name, arguments[name]) for name in differing)
         raise UserError(
             f"{earlier.checkpoint} was trained with {there}, and this command says {here}; "
-            "give the same, or choose another output_dir to start anew"
+            "give the same, or choose another `output_dir` to start anew"
         )
 
 

@@ -52,7 +52,8 @@ def read_config(source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (
         config = AutoencoderKL.load_config(**arguments)
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]
-        hint = "" if source.subfolder else " (the VAE of a whole pipeline is in its subfolder vae)"
+        other_folder = Path(name).exists() and not Path(name, "model_index.json").exists()
+        hint = "" if source.subfolder or other_folder else "; for the VAE of a whole pipeline, give the subfolder vae"
         fault = UnusableFile if Path(name, source.subfolder or "", CONFIG_NAME).exists() else MissingFile
         if not Path(name).exists():
             hint += "; there is no such folder here, and no such model was read from the Hub"

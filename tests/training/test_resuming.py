@@ -179,7 +179,7 @@ def test_epochs_count_the_samples_that_were_seen() -> None:
     assert [count(1, 20, size, earlier) for size in (4, 2, 3, 100)] == [5, 8, 6, 3]
     done = Earlier(Path("checkpoint-7"), step=7, samples=21, settings=Settings({}))
     assert count(1, 20, 3, done) == 7
-    with pytest.raises(UserError, match=r"^num_train_epochs: 1 epochs of 20 images are fewer than the 40 images"):
+    with pytest.raises(UserError, match=r"^num_train_epochs: 1 x 20 images are fewer than the 40 that"):
         count(1, 20, 4, Earlier(Path("checkpoint-10"), step=10, samples=40, settings=Settings({})))
 
 

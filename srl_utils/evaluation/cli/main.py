@@ -11,7 +11,7 @@ from srl_utils.evaluation.cli import editing, generation, poisoning, reconstruct
 
 COMMANDS = {"reconstruction": reconstruction, "generation": generation, "editing": editing, "poisoning": poisoning}
 FLAGS = {"validation_data_dir": "data_dir", "train_data_dir": "data_dir", "validation_split": "split"}
-"""Flags of this command by the parameter that they set, where the names differ."""
+"""The flag that sets a parameter of the library, where the names differ."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         args = parse_args(arguments)
         return COMMANDS[args.command].run(args)
     except UserError as error:
-        error.parameter = FLAGS.get(error.parameter or "", error.parameter)
+        error.rename(FLAGS)
         raise
 
 

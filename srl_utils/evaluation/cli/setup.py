@@ -16,7 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor
 
-from srl_utils.command_line import worded
+from srl_utils.command_line import message_of
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import AttackResources
 from srl_utils.evaluation.cli.arguments import CLIP_METRICS, draws_targets, needs_denoiser, needs_perceptual
@@ -108,7 +108,7 @@ def suitable(codecs: Sequence[Codec], check: Callable[[Codec], None], notes: lis
         notes: gets a note for each VAE that fails.
 
     Raises:
-        UserError: the error of `check`, if the baseline or all other VAEs fail.
+        UserError: if the baseline fails, or all other VAEs do.
     """
     check(codecs[0])
     passed, reasons = [codecs[0]], []
@@ -117,7 +117,7 @@ def suitable(codecs: Sequence[Codec], check: Callable[[Codec], None], notes: lis
             check(codec)
             passed.append(codec)
         except UserError as error:
-            reasons.append(f"{codec.name} was left out: {worded(error)}")
+            reasons.append(f"{codec.name} was left out: {message_of(error)}")
     if len(passed) == 1 and len(codecs) > 1:
         raise UserError("; ".join(reasons))
     notes.extend(reasons)
@@ -239,7 +239,7 @@ def build_metrics(args: argparse.Namespace, setup: Setup, classifier: ImageClass
             try:
                 networks[network] = load()
             except UserError as error:
-                setup.notes.append(f"{', '.join(wanted)} left out: {worded(error)}")
+                setup.notes.append(f"{', '.join(wanted)} left out: {message_of(error)}")
                 names = [name for name in names if name not in served]
     perceptual = [networks.pop(name).to(setup.accelerator.device) for name in LPIPS_METRICS if name in networks]
     return Metrics(names=names, perceptual=perceptual, **networks)
@@ -280,7 +280,7 @@ def try_lpips(setup: Setup) -> PerceptualDistance | None:
     try:
         return load_perceptual_distance("vgg").to(setup.accelerator.device)
     except UserError as error:
-        setup.notes.append(worded(error))
+        setup.notes.append(message_of(error))
         return None
 
 
@@ -289,5 +289,5 @@ def try_image_to_image(setup: Setup) -> DiffusionPipeline | None:
     try:
         return None if setup.pipeline is None else as_image_to_image(setup.pipeline)
     except UserError as error:
-        setup.notes.append(worded(error))
+        setup.notes.append(message_of(error))
         return None

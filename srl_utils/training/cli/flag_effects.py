@@ -1,4 +1,4 @@
-"""Which of the training's flags have an effect beside which others, so that none is ignored in silence."""
+"""Decide which flags of the training have an effect, given the others."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def training_effects(args: argparse.Namespace) -> Effects:
     )
     return {
         "revision": (hub_model, "a model of the Hub", "main"),
-        "cache_dir": (hub_model or data_set or args.train_data_dir is not None, "a model or a data set of the Hub"),
-        "dataset_config_name": (data_set, "--dataset_name of a data set with configurations", "default"),
-        "train_split": (data_set, "--dataset_name of a data set with splits"),
-        "image_column": (data_set or args.train_data_dir is not None, "a data set with columns"),
-        "streaming": (data_set or args.train_data_dir is not None, "a data set that can be streamed"),
+        "cache_dir": (hub_model or data_set or args.train_data_dir is not None, "a model or a dataset of the Hub"),
+        "dataset_config_name": (data_set, "--dataset_name of a dataset with configurations", "default"),
+        "train_split": (data_set, "--dataset_name of a dataset with splits"),
+        "image_column": (data_set or args.train_data_dir is not None, "a dataset with columns"),
+        "streaming": (data_set or args.train_data_dir is not None, "a dataset that can be streamed"),
         "dataloader_num_workers": (
-            not (args.streaming and args.dataloader_num_workers > 1), "a data set that is not streamed, beyond 1"
+            not (args.streaming and args.dataloader_num_workers > 1), "a dataset that is not streamed, beyond 1"
         ),
         "pgd_steps": (
             args.epsilon > 0 and not args.gaussian_noise, "an attack: --epsilon above 0, and no --gaussian_noise", 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from srl_utils.command_line import message_of
 from srl_utils.console import progress_bar
 from srl_utils.errors import UserError
 from srl_utils.images.loading import Batch
@@ -154,7 +155,7 @@ def reason_to_stop(run: Run, step: int, interruption: Interruption | None) -> St
     try:
         run.ledger.check(run.args.max_bad_images)
     except UserError as error:
-        return Stop(str(error), error.exit_code)
+        return Stop(message_of(error), error.exit_code)
     if progress.skipped_in_row >= MAX_SKIPPED_IN_ROW:
         first = step - progress.skipped_in_row + 1
         reason = f"the gradient has not been finite since step {first} ({progress.skipped} steps skipped in all)"

@@ -91,8 +91,8 @@ def count_steps(epochs: int, num_images: int | None, samples_per_step: int, earl
     # The last step of a run may go a little beyond the last epoch.
     if earlier and done and -left >= max(samples_per_step, seen / done):
         raise UserError(
-            f"{epochs} epochs of {num_images} images are fewer than the {seen} images that {earlier.checkpoint} has "
-            "seen; raise it, or resume from an earlier checkpoint",
+            f"{epochs} x {num_images} images are fewer than the {seen} that {earlier.checkpoint} has seen; give more "
+            "epochs, or resume from an earlier checkpoint",
             parameter="num_train_epochs",
         )
     return done + math.ceil(max(left, 0) / samples_per_step)
