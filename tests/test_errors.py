@@ -188,10 +188,19 @@ def test_a_command_names_the_flag_of_a_parameter(capsys):
     """Oracle: specification, the flag in place of the parameter's name."""
 
     def command() -> int:
-        raise UserError("no such split; name one of train, test", parameter="train_split")
+        raise UserError("no such split; name one, or leave out `streaming`", parameter="train_split")
 
     assert exit_code(command) == 2
-    assert capsys.readouterr().err == "error: --train_split: no such split; name one of train, test\n"
+    assert capsys.readouterr().err == "error: --train_split: no such split; name one, or leave out --streaming\n"
+
+
+def test_a_caller_with_other_names_renames_parameters():
+    """Oracle: specification; in the message and in front of it, other words stay."""
+    error = UserError(
+        "data_dir is `validation_data_dir`, with `seed`; run `hf auth login`", parameter="validation_data_dir"
+    )
+    error.rename({"validation_data_dir": "data_dir"})
+    assert str(error) == "data_dir: data_dir is `data_dir`, with `seed`; run `hf auth login`"
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)

@@ -274,8 +274,8 @@ def test_what_cannot_run_is_said(images) -> None:
     """Oracle: specification; each protection that needs something names the parameter that gives it."""
     notes = select(list(PROTECTIONS), [EPSILON], AttackResources()).notes
     flags = {note.split(" ")[0]: note for note in notes}
-    assert "give pipeline" in flags["advdm"]
-    assert "give target" in flags["nightshade"]
+    assert "give `pipeline`" in flags["advdm"]
+    assert "give `target`" in flags["nightshade"]
     assert "nightshade" not in str(select(["nightshade"], [EPSILON], AttackResources(target=images(1))).notes)
     for name in ("pgd-x", "pgd-0", "pgd-2x0", "square-5x2", "jpeg-6"):
         with pytest.raises(UserError, match=f"{name} is not known"):

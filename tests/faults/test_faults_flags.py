@@ -286,7 +286,7 @@ def test_a_leading_tilde_is_the_home_folder(flag: str, tmp_path: Path, monkeypat
 def test_a_folder_of_images_has_no_columns_and_no_stream(run: Run, flags: list[str], flag: list[str]) -> None:
     """Oracle: the folder holds image files, of which neither is true."""
     code, printed = run(*flags, *flag)
-    assert code == 2 and f"{flag[0]}: it has no effect on a folder of image files" in printed
+    assert code == 2 and f"{flag[0]}: no effect on a folder of image files" in printed
 
 
 VALUES = {

@@ -56,7 +56,7 @@ SPLITS = {"splits": 3, "seed": 3}
 PATIENCE = 5.0
 """In seconds, what a report may lose on a metric that it has to leave out."""
 UNREACHABLE = "http://127.0.0.1:9"
-REPORTED = (INCEPTION_WEIGHTS, "as inception_weights")
+REPORTED = (INCEPTION_WEIGHTS, "as `inception_weights`")
 
 TEXTS = ["a cat", "the cat ate a great many of the cakes", "cake"]
 CLIP_LIMIT = 8
@@ -68,7 +68,13 @@ LOST_FILES = {
     "no processor": ["processor_config.json", "preprocessor_config.json"],
     "no tokenizer": ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"],
 }
-CLIP_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "folder as clip_model")
+CLIP_FILES = (
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "folder as `clip_model`",
+)
 
 
 def draw_patterns(count: int, size: tuple[int, int], cells: int) -> Tensor:
@@ -618,7 +624,7 @@ def test_shown_is_what_the_text_says_in_whole_words(
 def test_a_classifier_that_cannot_be_had_is_explained(tmp_path, classifier_folder) -> None:
     """Oracle: specification, one line that says what to do; weights that are missing are not made up."""
     message = refusal(load_image_classifier, str(tmp_path))
-    assert "it has no config.json" in message and "folder as classifier" in message
+    assert "it has no config.json" in message and "folder as `classifier`" in message
     (tmp_path / "config.json").write_bytes((classifier_folder / "config.json").read_bytes())
     refusal(load_image_classifier, str(tmp_path))
 

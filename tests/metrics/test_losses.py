@@ -205,7 +205,7 @@ def test_trunk_that_cannot_be_had_is_explained(monkeypatch) -> None:
         load_perceptual_distance("alex")
     message = str(caught.value)
     assert "\n" not in message
-    assert all(part in message for part in ("alex", "no route to host", LPIPS_TRUNKS["alex"], "lpips_weight 0"))
+    assert all(part in message for part in ("alex", "no route to host", LPIPS_TRUNKS["alex"], "`lpips_weight` 0"))
 
 
 @pytest.mark.parametrize(
