@@ -1,4 +1,4 @@
-"""A training's arguments as records, cards and checkpoints keep them."""
+"""A training's arguments and versions, as records, cards and checkpoints keep them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ def json_arguments(args: argparse.Namespace) -> dict[str, Any]:
         for name, value in vars(args).items()
         if name != "hub_token"
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on."""
+    return {name: version(name) for name in ("torch", "diffusers", "accelerate", "datasets")}
 
 
 def autoencoder_source(args: argparse.Namespace) -> AutoencoderSource:

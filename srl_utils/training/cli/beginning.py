@@ -17,8 +17,7 @@ from srl_utils.files import read_json, write_text_atomically
 from srl_utils.hub.publishing import Publisher, create_repository
 from srl_utils.images.datasets import TrainingData
 from srl_utils.training.checkpoints import ARGUMENTS_FILE, Checkpoints, load_checkpoint
-from srl_utils.training.cli.arguments import json_arguments
-from srl_utils.training.cli.finishing import package_versions
+from srl_utils.training.cli.arguments import json_arguments, package_versions
 from srl_utils.training.cli.planning import Plan
 from srl_utils.training.cli.run import Run
 from srl_utils.training.resuming import (

@@ -80,7 +80,7 @@ def build_run(
 
     Args:
         args: flags of the training.
-        accelerator: the run's.
+        accelerator: from `build_accelerator`.
         vae: original VAE in float32; its encoder is trained in place.
         data: training and validation images.
         plan: steps and precision.

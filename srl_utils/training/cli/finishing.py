@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from srl_utils.hub.card import CardFacts, base_license, render_card
 from srl_utils.hub.publishing import EXIT_PUSH_FAILED
 from srl_utils.images.sources import PHOTOGRAPHS
 from srl_utils.training.checkpoints import save_drop_in
+from srl_utils.training.cli.arguments import package_versions
 from srl_utils.training.cli.building import FINE_TUNED, ORIGINAL
 from srl_utils.training.cli.run import Progress, Run, Stop, judged_weights, validate
 from srl_utils.training.resuming import told
@@ -157,8 +157,3 @@ def hardware(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         return f"{accelerator.num_processes} x {torch.cuda.get_device_name()}"
     return f"{accelerator.num_processes} x {accelerator.device.type.upper()} ({torch.get_num_threads()} threads)"
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that results depend on."""
-    return {name: version(name) for name in ("torch", "diffusers", "accelerate", "datasets")}

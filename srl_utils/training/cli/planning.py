@@ -23,8 +23,6 @@ from srl_utils.training.resuming import Earlier
 class Plan:
     """How many samples make a step, how many steps make the run, and how the networks run."""
 
-    samples_per_pass: int
-    """Over all processes; one pass is one forward and backward of the loss."""
     samples_per_step: int
     max_train_steps: int
     arithmetic: StepArithmetic
@@ -50,8 +48,7 @@ def plan_steps(
     Raises:
         UserError: as `count_steps` does.
     """
-    samples_per_pass = args.train_batch_size * accelerator.num_processes
-    samples_per_step = samples_per_pass * args.gradient_accumulation_steps
+    samples_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     steps = args.max_train_steps
     if steps is None:
         steps = count_steps(args.num_train_epochs, data.num_images, samples_per_step, earlier)
@@ -69,7 +66,7 @@ def plan_steps(
         force_upcast=config["force_upcast"],
         flops=arithmetic.image * steps * samples_per_step / accelerator.num_processes,
     )
-    return Plan(samples_per_pass, samples_per_step, steps, arithmetic, execution)
+    return Plan(samples_per_step, steps, arithmetic, execution)
 
 
 def count_steps(epochs: int, num_images: int | None, samples_per_step: int, earlier: Earlier | None) -> int:
