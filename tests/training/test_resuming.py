@@ -319,7 +319,7 @@ def test_other_validation_images_under_the_same_flags_are_refused(
     for path in validation.rglob("*.png"):
         shutil.copy(training / "02.png", path)
     code, printed = run(*command, "--max_train_steps", "3")
-    assert code == 2 and "the validation images are others" in printed, printed
+    assert code == 2 and "the validation images are not those that" in printed, printed
 
 
 def test_without_steps_left_nothing_changes(run: Run, half: list[str], tmp_path: Path) -> None:
