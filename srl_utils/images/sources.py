@@ -63,7 +63,7 @@ class DataSource:
             MissingFile: if a folder does not exist.
         """
         if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise UserError("give one of `dataset_name` and `train_data_dir`, not both and not neither")
+            raise UserError("give exactly one of `dataset_name` and `train_data_dir`")
         if self.validation_data_dir and self.validation_split:
             raise UserError("give one of `validation_data_dir` and `validation_split`, not both")
         for name in ("train_data_dir", "validation_data_dir"):

@@ -226,8 +226,8 @@ def assert_one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        ({}, ["dataset_name: ", "train_data_dir"]),
-        ({"dataset_name": "a", "train_data_dir": "b"}, ["dataset_name: ", "train_data_dir"]),
+        ({}, ["exactly one of `dataset_name` and `train_data_dir`"]),
+        ({"dataset_name": "a", "train_data_dir": "b"}, ["exactly one of `dataset_name` and `train_data_dir`"]),
         ({"train_data_dir": "missing"}, ["train_data_dir: there is no folder missing"]),
         ({"train_data_dir": "empty"}, ["train_data_dir: empty", "no image files"]),
         (
@@ -236,7 +236,7 @@ def assert_one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
         ),
         ({"train_data_dir": "images", "validation_data_dir": "images", "validation_split": "x"}, ["not both"]),
         ({"train_data_dir": "images", "validation_split": "1.5"}, ["validation_split: '1.5'", "train", "0.05"]),
-        ({"train_data_dir": "one"}, ["validation_data_dir: "]),
+        ({"train_data_dir": "one"}, ["a single image leaves none", "folder of validation images"]),
         ({"train_data_dir": "images", "max_train_samples": 0}, ["no images", "max_train_samples"]),
         ({"train_data_dir": "tar", "image_column": "depth.png"}, ["image_column: ", "'depth.png'", "png, json"]),
         ({"train_data_dir": "broken"}, ["training images tried can be read", "broken", "no image of a known format"]),
@@ -247,10 +247,16 @@ def assert_one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
         ({"dataset_name": "./parquet", "validation_split": "dev"}, ["validation_split: 'dev'", "train"]),
         (
             {"dataset_name": "./parquet", "dataset_config_name": "large"},
-            ["dataset_name: ", "large", "dataset_config_name"],
+            ["dataset_name: ", "large", "check its name, its configuration"],
         ),
-        ({"dataset_name": "./parquet", "streaming": True}, ["validation_split: ", "folder of validation images"]),
-        ({"dataset_name": "./parquet", "streaming": True, "validation_split": "0.1"}, ["validation_split: "]),
+        (
+            {"dataset_name": "./parquet", "streaming": True},
+            ["held out of a streamed dataset", "folder of validation images"],
+        ),
+        (
+            {"dataset_name": "./parquet", "streaming": True, "validation_split": "0.1"},
+            ["held out of a streamed dataset"],
+        ),
         ({"dataset_name": "./tests", "streaming": True}, ["no split 'train'", "test"]),
         ({"dataset_name": "./empty"}, ["./empty"]),
         ({"dataset_name": "nobody/nothing"}, ["nobody/nothing", "connection"]),
@@ -702,7 +708,7 @@ def test_ledger_of_several_processes(caplog: pytest.LogCaptureFixture) -> None:
     ("source", "message"),
     [
         (DataSource(), "^dataset_name: .* train_data_dir"),
-        (DataSource(dataset_name="a", train_data_dir="b"), "not both"),
+        (DataSource(dataset_name="a", train_data_dir="b"), "exactly one"),
         (DataSource(dataset_name="a", validation_data_dir="b", validation_split="c"), "not both"),
         (DataSource(train_data_dir="there/is/none"), "^train_data_dir: there is no folder there/is/none"),
         (
