@@ -49,7 +49,7 @@ from srl_utils.command_line import (
 )
 from srl_utils.errors import ResourceError, UserError
 from srl_utils.files import sole_run
-from srl_utils.images.datasets import open_data
+from srl_utils.images.datasets import open_flagged_data
 from srl_utils.images.loading import Batch, training_batches
 from srl_utils.images.sources import DataSource
 from srl_utils.launching import Environment, check_launch, launched_arguments, on_cpu
@@ -307,14 +307,7 @@ def main(args: argparse.Namespace) -> int:
     vae, earlier = check(args)
     accelerator = build_accelerator(args, vae.config)
     publisher = open_repository(args, accelerator)
-    data = open_data(
-        DataSource.from_flags(args),
-        resolution=args.resolution,
-        seed=args.seed,
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        num_validation_images=args.num_validation_images,
-    )
+    data = open_flagged_data(args)
     plan = plan_steps(args, vae.config, accelerator, data, earlier)
     settings = settle_settings(args, accelerator, vae, data, plan, earlier)
     if args.dry_run:

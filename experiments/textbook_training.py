@@ -24,9 +24,8 @@ from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.command_line import Parser, exit_code
 from srl_utils.errors import UserError
 from srl_utils.files import write_text_atomically
-from srl_utils.images.datasets import open_data
+from srl_utils.images.datasets import open_flagged_data
 from srl_utils.images.loading import Batch, training_batches
-from srl_utils.images.sources import DataSource
 from srl_utils.metrics.losses import load_perceptual_distance
 from srl_utils.training.checkpoints import STATE_FILE, save_drop_in
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, save_autoencoder
@@ -104,14 +103,7 @@ def train(settings: argparse.Namespace, step: TextbookStep, output_dir: Path) ->
 
 def open_batches(settings: argparse.Namespace) -> Iterator[Batch]:
     """Return the batches of a run of train_srl_vae.py."""
-    data = open_data(
-        DataSource.from_flags(settings),
-        resolution=settings.resolution,
-        seed=settings.seed,
-        center_crop=settings.center_crop,
-        random_flip=settings.random_flip,
-        num_validation_images=settings.num_validation_images,
-    )
+    data = open_flagged_data(settings)
     return training_batches(data, batch_size=settings.train_batch_size, num_workers=settings.dataloader_num_workers)
 
 

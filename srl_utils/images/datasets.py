@@ -8,6 +8,7 @@ processes, and a run resumes at any position.
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -147,6 +148,18 @@ class TrainingData:
     description: str
     passed_over: list[str]
     """Lines on skipped files, without their names."""
+
+
+def open_flagged_data(args: Namespace) -> TrainingData:
+    """Open the images that the flags of a training describe; see `open_data`."""
+    return open_data(
+        DataSource.from_flags(args),
+        resolution=args.resolution,
+        seed=args.seed,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        num_validation_images=args.num_validation_images,
+    )
 
 
 def open_data(

@@ -1,4 +1,4 @@
-"""Judge a VAE of any diffusers class: images to latents and back."""
+"""Encode and decode with a VAE of any diffusers class that an evaluation compares."""
 
 from __future__ import annotations
 

@@ -257,11 +257,11 @@ def has_enough_images(metric: str, num_images: int, notes: list[str]) -> bool:
 
 
 def build_attack_resources(args: argparse.Namespace, setup: Setup) -> AttackResources:
-    """Load what the attacks need beyond the VAEs; the setup's notes name what is missing.
+    """Load the target image, LPIPS and the image-to-image pipeline that the attacks need; note what is missing.
 
     Args:
         args: `attacks`, `target`, `resolution` and `max_attack_steps`.
-        setup: its notes are extended.
+        setup: gets a note for each missing thing.
     """
     target = None if args.target is None else load_target(args.target, args.resolution).to(setup.accelerator.device)
     perceptual = try_lpips(setup) if needs_perceptual(args.attacks) else None

@@ -155,9 +155,10 @@ def resume(run: Run, earlier: Earlier | None) -> None:
 def begin_records(run: Run) -> int:
     """Remove rows and pictures from the output folder that do not belong to the steps of this run so far.
 
+    Weights stay until new ones are saved.
+
     Returns:
         The step up to which they stay: 0 for a new run, and for a run that resumes from another folder's checkpoint.
-        Weights stay until new ones are saved.
     """
     here, named = run.args.output_dir.resolve(), run.args.resume_from_checkpoint
     elsewhere = named not in (None, "latest") and Path(named).exists() and Path(named).resolve().parent != here
