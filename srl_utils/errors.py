@@ -68,7 +68,7 @@ class ResourceError(UserError, OSError):
 def one_line(text: str) -> str:
     """`text` with control characters, line ends and the bytes of names that are no Unicode as escapes such as `\\n`.
 
-    Names come from data sets and disks: what is printed or written must be one line that any file can hold.
+    Names come from datasets and disks: what is printed or written must be one line that any file can hold.
     """
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 

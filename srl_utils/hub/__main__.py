@@ -11,6 +11,7 @@ from urllib.parse import quote
 from huggingface_hub import constants
 
 from srl_utils.command_line import Parser, exit_code
+from srl_utils.errors import MissingFile
 from srl_utils.hub.contents import CARD, Contents, contents
 from srl_utils.hub.publishing import EXIT_PUSH_FAILED, PushError, create_repository, open_branch, push
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, read_config
@@ -18,6 +19,8 @@ from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, read_conf
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
+    if not args.output_dir.is_dir():
+        raise MissingFile(f"there is no folder {args.output_dir}; give the `output_dir` of a training")
     source = AutoencoderSource(pretrained_model_name_or_path=str(args.output_dir))
     read_config(source)
     load_autoencoder(source)  # refuse a VAE that users could not load

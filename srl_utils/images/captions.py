@@ -139,7 +139,7 @@ def _first_line(path: Path) -> str:
     try:
         return next(iter(lines_of(decode_text(path.read_bytes()))), "")
     except (OSError, ValueError) as error:
-        logger.warning("caption passed over: %s (%s)", one_line(str(path)), one_line(str(error)))
+        logger.warning("caption skipped: %s (%s)", one_line(str(path)), one_line(str(error)))
         return ""
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, IterableDataset
 from srl_utils.errors import UserError
 from srl_utils.images.decoding import UnreadableImage, decode_rgb
 from srl_utils.images.framing import DECODE_ATTEMPTS, Framing, RawImage, RawImages, Sample, centre_square, to_tensor
-from srl_utils.images.listing import PassedOver
+from srl_utils.images.listing import Skipped
 from srl_utils.images.sources import DataSource, Images, StreamImages, captioned, open_images, open_validation
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class ValidationImages(NamedTuple):
     names: list[str]
     without_caption: list[str]
     """The names of images without a caption, if captions are wanted."""
-    passed_over: list[PassedOver]
+    skipped: list[Skipped]
     """Files and members of tars that were skipped."""
 
 
@@ -146,7 +146,7 @@ class TrainingData:
     num_images: int | None
     validation_images: Tensor
     description: str
-    passed_over: list[str]
+    skipped: list[str]
     """Lines on skipped files, without their names."""
 
 
@@ -185,8 +185,8 @@ def open_data(
         UserError: if there are no images, if settings conflict, or if none of the images tried can be decoded.
     """
     framing = Framing(resolution=resolution, seed=seed, center_crop=center_crop, random_flip=random_flip)
-    training, validation, passed_over = open_images(source, resolution, seed)
-    for part in filter(None, passed_over):
+    training, validation, skipped = open_images(source, resolution, seed)
+    for part in filter(None, skipped):
         logger.warning("%s", part.report())
     _check_readable(training)
     validation_images = _decode_evenly(validation, num_validation_images, resolution).images
@@ -204,7 +204,7 @@ def open_data(
         num_images=num_images,
         validation_images=validation_images,
         description=f"{place}: {amount} training images, {len(validation_images)} validation images",
-        passed_over=[part.summary() for part in passed_over if part],
+        skipped=[part.summary() for part in skipped if part],
     )
 
 
@@ -222,7 +222,7 @@ def load_validation_images(source: DataSource, *, num_images: int, resolution: i
     Raises:
         UserError: if there are no validation images, or none of them can be used.
     """
-    validation, passed_over = open_validation(source, resolution, seed)
+    validation, skipped = open_validation(source, resolution, seed)
     wanted = source.caption_column is not None
     without: list[str] = []
     if wanted and not isinstance(validation, StreamImages):
@@ -230,7 +230,7 @@ def load_validation_images(source: DataSource, *, num_images: int, resolution: i
         if without and not validation:
             raise UserError(NO_CAPTIONS.format(len(without), without[0]))
     loaded = _decode_evenly(validation, num_images, resolution, captioned=wanted)
-    return loaded._replace(without_caption=without + loaded.without_caption, passed_over=passed_over)
+    return loaded._replace(without_caption=without + loaded.without_caption, skipped=skipped)
 
 
 def _probes(images: Images, number: int) -> Iterator[RawImage]:
@@ -277,12 +277,12 @@ def _decode_evenly(images: Images, number: int, resolution: int, *, captioned: b
                 break
             except UnreadableImage as error:
                 unreadable.append(raw.name)
-                logger.warning("unreadable validation image, passed over: %s (%s)", raw.name, error)
+                logger.warning("unreadable validation image, skipped: %s (%s)", raw.name, error)
     if not decoded and without:
         raise UserError(NO_CAPTIONS.format(len(without), without[0]))
     if not decoded:
         raise UserError(f"none of {len(unreadable)} validation images can be read; check the validation data")
-    return ValidationImages(torch.stack(decoded), unreadable, captions, names, without, passed_over=[])
+    return ValidationImages(torch.stack(decoded), unreadable, captions, names, without, skipped=[])
 
 
 def _stretches(images: Images, number: int, is_candidate: Callable[[RawImage], bool]) -> list[Iterator[RawImage]]:

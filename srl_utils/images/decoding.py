@@ -145,7 +145,7 @@ def _one_line_reason() -> Iterator[None]:
     except UnidentifiedImageError as error:  # its message may hold an address in memory
         raise UnreadableImage("no image of a known format, or its beginning is broken") from error
     except Exception as error:  # on broken files Pillow raises nearly anything: SyntaxError, struct.error, ...
-        reason = (str(error).splitlines() or [""])[0]
+        reason = (str(getattr(error, "strerror", None) or error).splitlines() or [""])[0]  # without the path
         raise UnreadableImage(f"{type(error).__name__}: {reason}") from error
 
 

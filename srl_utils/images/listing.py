@@ -35,14 +35,14 @@ COMPANIONS = frozenset({
 
 
 @dataclass(frozen=True)
-class PassedOver:
+class Skipped:
     """Files, or samples of tars, that were skipped: their names by reason."""
 
     names: Mapping[str, list[str]] = field(default_factory=dict)
     kind: str = "files"
 
     @classmethod
-    def of(cls, pairs: Iterable[tuple[str, str]], kind: str = "files") -> PassedOver:
+    def of(cls, pairs: Iterable[tuple[str, str]], kind: str = "files") -> Skipped:
         """Group pairs of (reason, name)."""
         names: dict[str, list[str]] = {}
         for reason, name in pairs:
@@ -55,15 +55,15 @@ class PassedOver:
     def summary(self) -> str:
         """Return a line of counts and reasons without names."""
         reasons = "; ".join(f"{reason} ({len(names)})" for reason, names in self.names.items())
-        return f"{len(self)} {self.kind} were not looked at: {reasons}"
+        return f"{len(self)} {self.kind} were skipped: {reasons}"
 
     def report(self) -> str:
         """Return `summary` with the first few names of each reason."""
         reasons = "; ".join(f"{reason} ({len(names)}: {few(names)})" for reason, names in self.names.items())
-        return f"{len(self)} {self.kind} were not looked at: {reasons}"
+        return f"{len(self)} {self.kind} were skipped: {reasons}"
 
 
-def list_images(folder: Path) -> tuple[list[Path], PassedOver]:
+def list_images(folder: Path) -> tuple[list[Path], Skipped]:
     """List the images below `folder`, sorted, and the other files.
 
     A file without a suffix is an image if its first bytes say so. Hidden files appear in neither list, and neither do
@@ -76,7 +76,7 @@ def list_images(folder: Path) -> tuple[list[Path], PassedOver]:
             images.append(path)
         elif path.suffix.lower() not in COMPANIONS:
             others.append((reason, str(path.relative_to(folder))))
-    return images, PassedOver.of(sorted(others))
+    return images, Skipped.of(sorted(others))
 
 
 def why_no_image(path: Path) -> str | None:
@@ -168,4 +168,4 @@ def list_files(folder: Path, suffixes: frozenset[str] | None = None) -> list[Pat
 
 
 def _note_unlisted(error: OSError) -> None:
-    logger.warning("folder passed over: %s (%s)", one_line(str(error.filename)), error.strerror)
+    logger.warning("folder skipped: %s (%s)", one_line(str(error.filename)), error.strerror)

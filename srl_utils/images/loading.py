@@ -11,7 +11,7 @@ import traceback
 import weakref
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, TimeoutError
-from dataclasses import replace
+from dataclasses import fields, replace
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from srl_utils.errors import ResourceError, UserError
 from srl_utils.images.datasets import BatchPositions, StreamSamples, TrainingData
 from srl_utils.images.framing import Sample
+from srl_utils.images.sources import DataSource
 from srl_utils.resources import LOST_WORKER
 
 logger = logging.getLogger(__name__)
@@ -116,12 +117,21 @@ def _without_worker_traceback(loader: DataLoader[Batch]) -> Generator[Batch, Non
         if "DataLoader timed out" in str(error):
             raise UserError(STALLED.format(LONGEST_STALL)) from None
         if isinstance(error, UserError):  # torch puts the traceback of the worker in front of the message
-            kind = type(error)
-            raise kind(str(error).strip().rsplit(f"{kind.__name__}: ", 1)[-1]) from None
+            raise _of_worker(error) from None
         of_a_worker = str(error).startswith("Caught")  # torch's prefix for an error that a living worker has sent
         if loader.num_workers and isinstance(error, (EOFError, OSError)) and not of_a_worker:
             raise ResourceError(LOST_WORKER) from None
         raise
+
+
+def _of_worker(error: UserError) -> UserError:
+    """Return the error as the worker raised it: torch carries over its text alone, and not its parameter."""
+    kind = type(error)
+    problem = str(error).strip().rsplit(f"{kind.__name__}: ", 1)[-1]
+    name, colon, rest = problem.partition(": ")
+    if colon and name in {field.name for field in fields(DataSource)}:
+        return kind(rest, parameter=name)
+    return kind(problem)
 
 
 def _made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from srl_utils.errors import MissingFile, UserError, one_line
 from srl_utils.images.captions import as_caption, folder_captions
 from srl_utils.images.framing import RawImage, RawImages
-from srl_utils.images.listing import PassedOver, list_files, list_images
+from srl_utils.images.listing import Skipped, list_files, list_images
 from srl_utils.images.photographs import Split, photograph_tiles, recoloured
 from srl_utils.images.webdataset import COLUMNS as TAR_COLUMNS
 from srl_utils.images.webdataset import SampleReader, TarImages, index_tars, is_tar, stream_tars
@@ -30,7 +30,7 @@ LARGEST_TILE = 256  # pixels; no photograph is smaller
 VALIDATION_SPLITS = ("validation", "val", "test")
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
 SHUFFLE_BUFFER = 1000
-UNKNOWN_TO_LIBRARY = "an image that the datasets library passes over"
+UNKNOWN_TO_LIBRARY = "an image that the datasets library skips"
 HELD_OUT_SEED = 3  # second word of seeds, so that these draws differ from those of framing.py and datasets.py
 
 
@@ -127,14 +127,14 @@ class Opened(NamedTuple):
 
     training: Images
     validation: Images
-    passed_over: list[PassedOver]
+    skipped: list[Skipped]
 
 
 class OpenedValidation(NamedTuple):
     """Validation images, and the files that were skipped."""
 
     images: Images
-    passed_over: list[PassedOver]
+    skipped: list[Skipped]
 
 
 def open_images(source: DataSource, resolution: int, seed: int) -> Opened:
@@ -159,7 +159,7 @@ def open_images(source: DataSource, resolution: int, seed: int) -> Opened:
     validation = splits.validation()
     if isinstance(validation, HeldOut):
         training, validation = _hold_out(training, validation, seed)
-    return Opened(_limited(training, source.max_train_samples), validation, splits.passed_over)
+    return Opened(_limited(training, source.max_train_samples), validation, splits.skipped)
 
 
 def open_validation(source: DataSource, resolution: int, seed: int) -> OpenedValidation:
@@ -170,13 +170,13 @@ def open_validation(source: DataSource, resolution: int, seed: int) -> OpenedVal
     """
     if source.validation_data_dir:
         splits = Splits(source, {})
-        return OpenedValidation(splits.folder("validation_data_dir"), splits.passed_over)
+        return OpenedValidation(splits.folder("validation_data_dir"), splits.skipped)
     source.check()
     splits = _open_splits(source, resolution)
     validation = splits.only_other() or splits.validation()
     if isinstance(validation, HeldOut):
         _, validation = _hold_out(splits.to_hold_out_of(), validation, seed)
-    return OpenedValidation(validation, splits.passed_over)
+    return OpenedValidation(validation, splits.skipped)
 
 
 def captioned(images: RawImages) -> tuple[RawImages, list[str]]:
@@ -233,12 +233,12 @@ class Splits:
 
     source: DataSource
     found: Mapping[str, RawSplit]
-    passed_over: list[PassedOver] = field(default_factory=list)
-    """What was not looked at in what was opened."""
+    skipped: list[Skipped] = field(default_factory=list)
+    """What was skipped in what was opened."""
 
     def folder(self, flag: str) -> Images:
         """Return the images of the folder that `flag` names."""
-        return self._open(_list_folder(flag, self.source, self.passed_over))
+        return self._open(_list_folder(flag, self.source, self.skipped))
 
     def pick(self, wanted: str) -> Images | None:
         """Return a split by its name, or by a sum of parts in the notation of the datasets library: `train[:10%]+test`.
@@ -337,7 +337,7 @@ class Splits:
             if source.streaming:
                 return StreamImages(stream_tars(tars, reader, where=where), *TAR_COLUMNS[:2])
             images, without = index_tars(tars, reader, where=where, cache_dir=source.cache_dir)
-        self.passed_over.append(without)
+        self.skipped.append(without)
         return images
 
 
@@ -347,19 +347,19 @@ def _split_names(text: str) -> set[str]:
 
 
 def _open_splits(source: DataSource, resolution: int) -> Splits:
-    passed_over: list[PassedOver] = []
-    return Splits(source, _find_splits(source, resolution, passed_over), passed_over)
+    skipped: list[Skipped] = []
+    return Splits(source, _find_splits(source, resolution, skipped), skipped)
 
 
-def _find_splits(source: DataSource, resolution: int, passed_over: list[PassedOver]) -> dict[str, RawSplit]:
+def _find_splits(source: DataSource, resolution: int, skipped: list[Skipped]) -> dict[str, RawSplit]:
     if source.train_data_dir:
-        return {source.train_split: _list_folder("train_data_dir", source, passed_over)}
+        return {source.train_split: _list_folder("train_data_dir", source, skipped)}
     if source.dataset_name == PHOTOGRAPHS:
         return {"train": _training_photographs(resolution), "validation": _photographs("validation", resolution)}
     folder = Path(source.dataset_name or "")
     with _one_line_error(source.dataset_name, parameter="dataset_name"):
         if not ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
-            return _load_splits(source, passed_over)
+            return _load_splits(source, skipped)
         # save_to_disk made this folder. It is memory-mapped, so streaming has no advantage.
         if source.streaming:
             raise UserError("no effect on a folder made by save_to_disk; leave it out", parameter="streaming")
@@ -367,24 +367,24 @@ def _find_splits(source: DataSource, resolution: int, passed_over: list[PassedOv
     return dict(loaded) if isinstance(loaded, dict) else {source.train_split: loaded}
 
 
-def _load_splits(source: DataSource, passed_over: list[PassedOver]) -> dict[str, RawSplit]:
+def _load_splits(source: DataSource, skipped: list[Skipped]) -> dict[str, RawSplit]:
     """Find the splits of a dataset of the Hub, or of a folder that the datasets library understands."""
     builder = datasets.load_dataset_builder(source.dataset_name, source.dataset_config_name, cache_dir=source.cache_dir)
     if isinstance(builder, WebDataset):
         return {str(name): Tars(list(files)) for name, files in builder.config.data_files.items()}
     folder = Path(source.dataset_name or "")
     if isinstance(builder, ImageFolder) and folder.is_dir():
-        passed_over.append(_passed_over_by_library(folder))
+        skipped.append(_skipped_by_library(folder))
     if source.streaming:
         return dict(builder.as_streaming_dataset())
     builder.download_and_prepare()
     return dict(builder.as_dataset())
 
 
-def _passed_over_by_library(folder: Path) -> PassedOver:
+def _skipped_by_library(folder: Path) -> Skipped:
     images, others = list_images(folder)
     unknown = [str(path.relative_to(folder)) for path in images if path.suffix.lower() not in ImageFolder.EXTENSIONS]
-    return PassedOver({**others.names, UNKNOWN_TO_LIBRARY: unknown} if unknown else others.names)
+    return Skipped({**others.names, UNKNOWN_TO_LIBRARY: unknown} if unknown else others.names)
 
 
 def _training_photographs(resolution: int) -> list[RawImage]:
@@ -407,7 +407,7 @@ def _tiles(split: Split, side: int, across: int) -> list[tuple[Image.Image, str]
     return [(tile, f"{split} tile {index}") for index, tile in enumerate(tiles)]
 
 
-def _list_folder(parameter: str, source: DataSource, passed_over: list[PassedOver]) -> list[RawImage] | Tars:
+def _list_folder(parameter: str, source: DataSource, skipped: list[Skipped]) -> list[RawImage] | Tars:
     """List the image files below the folder that `parameter` names, or else its tar files (WebDataset)."""
     folder = Path(getattr(source, parameter))
     _check_folder(folder, parameter)
@@ -420,7 +420,7 @@ def _list_folder(parameter: str, source: DataSource, passed_over: list[PassedOve
             f"{folder} holds no image files (.png, .jpg, ...) and no .tar files{found}", parameter=parameter
         )
     _refuse_without_columns(source, parameter)
-    passed_over.append(others)
+    skipped.append(others)
     column = source.caption_column
     captions = folder_captions(folder, images, column) if column else [""] * len(images)
     return [RawImage(path, str(path), caption) for path, caption in zip(images, captions, strict=True)]

@@ -32,7 +32,7 @@ from srl_utils.errors import UserError, one_line
 from srl_utils.images.captions import SIDECAR_COLUMNS, as_caption, decode_text
 from srl_utils.images.decoding import image_suffixes
 from srl_utils.images.framing import RawImage
-from srl_utils.images.listing import HEAD, PassedOver, reason_of, suffix_of
+from srl_utils.images.listing import HEAD, Skipped, reason_of, suffix_of
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class SampleReader:
         """Return the images of a sample that are chosen, each with its caption."""
         return [(member, self._caption(sample, member.view)) for member in self._chosen(sample)]
 
-    def passed_over(self, sample: Sequence[Member], images: Sequence[tuple[Member, str]]) -> list[tuple[str, str]]:
+    def skipped(self, sample: Sequence[Member], images: Sequence[tuple[Member, str]]) -> list[tuple[str, str]]:
         """Return (reason, name) of the images that are not chosen and, if none is, of the sample's first member."""
         chosen = {member for member, _ in images}
         others = [member.name for member in sample if member not in chosen and member.why_no_image is None]
@@ -224,7 +224,7 @@ def is_tar(path: Path) -> bool:
 
 def index_tars(
     tars: Sequence[str], reader: SampleReader, *, where: str, cache_dir: str | None
-) -> tuple[TarImages, PassedOver]:
+) -> tuple[TarImages, Skipped]:
     """Find the images of local tars, which can then be read in any order.
 
     Compressed tars are unpacked into the cache once.
@@ -236,7 +236,7 @@ def index_tars(
         UserError: if there are no images, or no captions of the wanted name.
     """
     found: list[TarImage] = []
-    passed_over: list[tuple[str, str]] = []
+    skipped: list[tuple[str, str]] = []
     census = Census()
     for tar in tars:
         _check_end(tar)
@@ -245,11 +245,9 @@ def index_tars(
             images = reader.images(sample)
             census.add(sample, images)
             found += [TarImage(place, image.name, image.offset, image.size, caption) for image, caption in images]
-            passed_over += [
-                (why, f"{os.path.basename(tar)}: {name}") for why, name in reader.passed_over(sample, images)
-            ]
+            skipped += [(why, f"{os.path.basename(tar)}: {name}") for why, name in reader.skipped(sample, images)]
     census.check(reader, where)
-    return TarImages(found), PassedOver.of(passed_over, "members of tars")
+    return TarImages(found), Skipped.of(skipped, "members of tars")
 
 
 def stream_tars(tars: Sequence[str], reader: SampleReader, *, where: str) -> datasets.IterableDataset:
@@ -275,8 +273,8 @@ def _rows(tars: Sequence[str], reader: SampleReader) -> Iterator[dict[str, objec
             images = reader.images(sample)
             for image, caption in images:
                 yield dict(zip(COLUMNS, (image.content, caption, f"{tar}: {image.name}"), strict=True))
-            for reason, name in [] if images else reader.passed_over(sample, images):
-                warn_once(f"{one_line(tar)}: {one_line(name)} passed over: {reason}")
+            for reason, name in [] if images else reader.skipped(sample, images):
+                warn_once(f"{one_line(tar)}: {one_line(name)} skipped: {reason}")
 
 
 def unpacked(tar: str, cache_dir: str | None) -> str:
@@ -373,7 +371,7 @@ def _infos(file: IO[bytes], mode: Literal["r:", "r|"], tar: str) -> Iterator[tup
             if info.isfile():
                 yield archive, info
             elif not info.isdir():
-                warn_once(f"{one_line(tar)}: {one_line(info.name)} passed over: a link or a device, and no file")
+                warn_once(f"{one_line(tar)}: {one_line(info.name)} skipped: a link or a device, and no file")
 
 
 def _plain_name(info: tarfile.TarInfo) -> str:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from srl_utils.command_line import Parser, exit_code, positive_int
 from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.images.decoding import UnreadableImage, open_image
-from srl_utils.images.listing import PassedOver, list_images
+from srl_utils.images.listing import Skipped, list_images
 from srl_utils.pipelines.files import check_size, check_writable, fitting_target, sanitize_file
 from srl_utils.pipelines.formats import format_of, format_to_write
 from srl_utils.pipelines.sanitizing import TILE_ABOVE
@@ -46,7 +46,7 @@ class Outcome:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    jobs, passed_over = plan(args.input, args.output)
+    jobs, skipped = plan(args.input, args.output)
     if args.input.is_file():
         check_before(*jobs[0], args)
     vae = resolve_vae(args.vae, subfolder=args.subfolder, revision=args.revision, variant=args.variant)
@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     outcome = Outcome()
     for source, target in tqdm(jobs, desc="sanitize", unit="image"):
         work(source, target, vae, args, outcome)
-    if passed_over:
-        print(passed_over.report(), file=sys.stderr)
+    if skipped:
+        print(skipped.report(), file=sys.stderr)
     report(outcome, len(jobs), args.output)
     return 0
 
@@ -147,7 +147,7 @@ def check_before(source: Path, target: Path, args: argparse.Namespace) -> None:
         ) from None
 
 
-def plan(source: Path, target: Path) -> tuple[list[tuple[Path, Path]], PassedOver]:
+def plan(source: Path, target: Path) -> tuple[list[tuple[Path, Path]], Skipped]:
     """Return pairs of files to read and to write, and the files that are skipped.
 
     The images of a folder keep their places and names.
@@ -163,17 +163,17 @@ def plan(source: Path, target: Path) -> tuple[list[tuple[Path, Path]], PassedOve
         raise UserError(f"{target} is the input; give the result a place of its own")
     if source.is_file():
         format_to_write(target)
-        return [(source, target)], PassedOver()
+        return [(source, target)], Skipped()
     if target.is_file():
         raise UserError(f"{target} is a file; {source} is a folder and needs a folder to write to")
     # unlike pathlib, os.path accepts links to themselves
     inside = os.path.join(os.path.realpath(target), "")
-    images, passed_over = list_images(source)
+    images, skipped = list_images(source)
     files = [file for file in images if not os.path.realpath(file).startswith(inside)]
     if not files:
-        raise UserError(f"{source} holds no images{f'; {passed_over.report()}' if passed_over else ''}")
+        raise UserError(f"{source} holds no images{f'; {skipped.report()}' if skipped else ''}")
     taken = {target / file.relative_to(source) for file in files if format_of(file) is not None}
-    return [(file, writable(target / file.relative_to(source), taken)) for file in files], passed_over
+    return [(file, writable(target / file.relative_to(source), taken)) for file in files], skipped
 
 
 def writable(place: Path, taken: set[Path]) -> Path:

@@ -81,7 +81,7 @@ def test_training_finishes_on_a_mixture(
 
 
 def test_evaluation_finishes_on_a_mixture(mixture: Path, vae_folder: Path, tmp_path: Path) -> None:
-    """Oracle: as above; what was passed over is counted and named in the report."""
+    """Oracle: as above; what was skipped is counted and named in the report."""
     out = tmp_path / "out"
     code = evaluate([
         "reconstruction", "--baseline", str(vae_folder), "--vae", f"same={vae_folder}", "--data_dir", str(mixture),
@@ -137,7 +137,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_what_may_not_be_read(guarded: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Oracle: permissions. The file is unreadable with that reason; the folder is passed over and named."""
+    """Oracle: permissions. The file is unreadable with that reason; the folder is skipped and named."""
     with caplog.at_level(logging.WARNING):
         files = list_files(guarded, image_suffixes())
     assert [file.name for file in files] == ["closed.png", "open.png"]

@@ -431,6 +431,13 @@ def test_a_folder_without_a_card(
     assert set(repository.branches["main"].files) - {".gitattributes"} == {"config.json", WEIGHTS, *kept}
 
 
+def test_a_folder_that_is_not_there(machine: Machine, hub: HubServer, tmp_path: Path) -> None:
+    """Oracle: one line that says so, and not that the Hub lacks such a model; the server has no repository."""
+    code, printed = machine.push(tmp_path / "none", "--repo_id", "user/model")
+    assert code == 2 and "error: there is no folder" in printed and "Hub" not in printed
+    assert not hub.repositories
+
+
 def test_a_config_that_names_a_folder(machine: Machine, hub: HubServer, drop_in: Path, tmp_path: Path) -> None:
     """Oracle: the server's config: that of the folder, but for the machine's path, of which the last part is left."""
     config = json.loads((bare(drop_in, tmp_path) / "config.json").read_text())

@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import datasets
 import numpy as np
@@ -25,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from srl_utils.errors import ResourceError, UserError
+from srl_utils.errors import ResourceError, UnusableFile, UserError
 from srl_utils.images.datasets import DataSource, TrainingData, load_validation_images, open_data
 from srl_utils.images.framing import Sample
 from srl_utils.images.ledger import ImageLedger
@@ -145,7 +146,7 @@ def sources(tmp_path: Path) -> dict[str, DataSource]:
         "parquet stream": DataSource(dataset_name=parquet, streaming=True),
         "tar": DataSource(train_data_dir=tar, image_column="png"),
         "tar stream": DataSource(train_data_dir=tar, image_column="png", streaming=True),
-        "tar as a data set": DataSource(dataset_name=tar, image_column="png"),
+        "tar as a dataset": DataSource(dataset_name=tar, image_column="png"),
         "saved": DataSource(dataset_name=str(write_saved(tmp_path / "saved", splits=False))),
         "saved splits": DataSource(dataset_name=str(write_saved(tmp_path / "splits", splits=True))),
     }
@@ -165,7 +166,7 @@ def test_every_source_yields_the_same_images(tmp_path: Path) -> None:
 
 
 def test_columns_of_bytes_and_paths(tmp_path: Path) -> None:
-    """Oracle: the images written, with no Image feature in the data set."""
+    """Oracle: the images written, with no Image feature in the dataset."""
     paths = sorted(str(path) for path in write_folder(tmp_path / "images").rglob("*.png"))
     for column in ([png(number) for number in range(COUNT)], paths):
         folder = tmp_path / type(column[0]).__name__
@@ -300,6 +301,23 @@ def test_an_empty_stream_ends(tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             first_batches(data, 1, num_workers=num_workers)
         assert_one_line(error, "no images")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_worker_still_names_its_parameter(num_workers: int, tmp_path: Path) -> None:
+    """Oracle: the error as raised, by the main process and by a worker, of which torch sends the text alone."""
+    data = stream_data(tmp_path)
+    data = replace(data, samples=replace(data.samples, images=Refused()))
+    with pytest.raises(UnusableFile) as error:
+        first_batches(data, 1, num_workers=num_workers)
+    assert (error.value.parameter, error.value.problem) == ("image_column", "'depth: of it' holds no image")
+
+
+class Refused:
+    """A stream that fails at its first image."""
+
+    def shuffled(self, seed: int, epoch: int) -> NoReturn:
+        raise UnusableFile("'depth: of it' holds no image", parameter="image_column")
 
 
 # Order
@@ -514,7 +532,7 @@ def test_validation_images_are_spread_evenly(tmp_path: Path) -> None:
 def test_captions_stay_with_their_images(tmp_path: Path) -> None:
     """Oracle: each caption names the number that its image shows; in a folder, a table and a stream of it alike.
 
-    Of several captions it is the first, and an image passed over takes its own with it.
+    Of several captions it is the first, and an image skipped takes its own with it.
     """
     folder = tmp_path / "flat"
     (folder / "nested").mkdir(parents=True)
@@ -545,7 +563,7 @@ def test_captions_stay_with_their_images(tmp_path: Path) -> None:
 
 
 def test_unreadable_validation_images(tmp_path: Path) -> None:
-    """Oracle: an error when none is left, for a folder and for a stream; a stream passes over the bad ones."""
+    """Oracle: an error when none is left, for a folder and for a stream; a stream skips the bad ones."""
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"broken")
     with pytest.raises(UserError) as error:

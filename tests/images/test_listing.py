@@ -15,7 +15,7 @@ from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
 from srl_utils.images import listing
 from srl_utils.images.datasets import DataSource, load_validation_images
-from srl_utils.images.listing import PassedOver, list_images
+from srl_utils.images.listing import Skipped, list_images
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(80)
 NEEDS_HEIF = "needs pillow-heif: pip install pillow-heif"
@@ -57,24 +57,24 @@ def album(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_file_is_a_picture_or_passed_over_or_a_companion(album: Path) -> None:
+def test_every_file_is_a_picture_or_skipped_or_a_companion(album: Path) -> None:
     """Oracle: what was written under each name."""
-    pictures, passed_over = list_images(album)
+    pictures, skipped = list_images(album)
     assert [path.relative_to(album).as_posix() for path in pictures] == ["0.jpg", "IMG_3.HEIC", "scan.0002", "trip/1"]
-    assert passed_over.names == {
+    assert skipped.names == {
         NEEDS_HEIF: ["IMG_4.HEIC", "IMG_6", "trip/IMG_5.heif"],
         "needs pillow-jxl-plugin: pip install pillow-jxl-plugin": ["photo.jxl"],
         "no suffix of an image that Pillow reads": ["0.jpg_large", "clip.mov", "raw.dng"],
         "no suffix, and no image by its content": ["README", "nothing"],
     }
-    assert len(passed_over) == 9
+    assert len(skipped) == 9
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000"])
 def test_a_picture_without_a_suffix_is_one(file_format: str, tmp_path: Path) -> None:
     """Oracle: Pillow wrote it."""
     (tmp_path / "picture").write_bytes(encoded(file_format))
-    assert list_images(tmp_path) == ([tmp_path / "picture"], PassedOver())
+    assert list_images(tmp_path) == ([tmp_path / "picture"], Skipped())
     assert (
         len(load_validation_images(DataSource(validation_data_dir=str(tmp_path)), num_images=1, resolution=8).images)
         == 1
@@ -86,8 +86,8 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "dangling").symlink_to("nowhere")
-    pictures, passed_over = list_images(tmp_path)
-    assert pictures == [] and len(passed_over) == 3
+    pictures, skipped = list_images(tmp_path)
+    assert pictures == [] and len(skipped) == 3
 
 
 def test_with_pillow_heif_they_are_pictures(album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,17 +96,17 @@ def test_with_pillow_heif_they_are_pictures(album: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(listing, "image_suffixes", lambda: suffixes | {".heic", ".heif"})
     monkeypatch.setattr(listing, "image_formats", lambda: ("HEIF",))
     monkeypatch.setitem(Image.OPEN, "HEIF", (Image.Image, lambda head: head[4:12] == b"ftypheic"))
-    pictures, passed_over = list_images(album)
+    pictures, skipped = list_images(album)
     assert {"IMG_4.HEIC", "IMG_5.heif", "IMG_6"} <= {path.name for path in pictures}
-    assert NEEDS_HEIF not in passed_over.names
+    assert NEEDS_HEIF not in skipped.names
 
 
 def test_the_line_names_a_few_and_counts_all() -> None:
     """Oracle: closed form."""
-    passed_over = PassedOver.of([("broken", f"{number}\n") for number in range(5)] + [("odd", "x")])
-    assert passed_over.summary() == "6 files were not looked at: broken (5); odd (1)"
-    assert passed_over.report() == "6 files were not looked at: broken (5: 0\\n, 1\\n, 2\\n, ...); odd (1: x)"
-    assert not PassedOver()
+    skipped = Skipped.of([("broken", f"{number}\n") for number in range(5)] + [("odd", "x")])
+    assert skipped.summary() == "6 files were skipped: broken (5); odd (1)"
+    assert skipped.report() == "6 files were skipped: broken (5: 0\\n, 1\\n, 2\\n, ...); odd (1: x)"
+    assert not Skipped()
 
 
 def test_a_folder_of_nothing_else_says_what_it_needs(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_evaluation_reports_what_it_did_not_look_at(album: Path, vae_folder: Pat
     ]  # fmt: skip
     assert evaluate([str(argument) for argument in arguments]) == 0
     report = (tmp_path / "out/report.md").read_text(encoding="utf-8")
-    assert "9 files were not looked at" in report and NEEDS_HEIF in report and "clip.mov" in report
+    assert "9 files were skipped" in report and NEEDS_HEIF in report and "clip.mov" in report
     assert {row["n"] for row in json.loads((tmp_path / "out/results.json").read_text())} == {4}
 
 
@@ -134,12 +134,12 @@ def test_training_says_what_it_does_not_look_at(
 ) -> None:
     """Oracle: what was written; counted before the training and after it, and named in the log alone."""
     code, printed = run(*flags, "--train_data_dir", album, "--dry_run")
-    assert code == 0 and "album: 3 training images, 1 validation images; 9 files were not looked at" in printed
+    assert code == 0 and "album: 3 training images, 1 validation images; 9 files were skipped" in printed
     assert "IMG_4.HEIC" not in printed.split("Data:")[1]
     for path in photographs.rglob("*.png"):
         (album / path.name).write_bytes(path.read_bytes())
     code, printed = run(*flags, "--train_data_dir", album, "--pgd_steps", "1", "--max_train_steps", "1")
-    assert code == 0 and printed.count("9 files were not looked at") == 1, printed
+    assert code == 0 and printed.count("9 files were skipped") == 1, printed
     assert "IMG_4.HEIC" not in (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert any("IMG_4.HEIC" in message and NEEDS_HEIF in message for message in caplog.messages)
 
@@ -155,6 +155,6 @@ def test_a_folder_that_the_datasets_library_reads_is_counted_too(album: Path, tm
     for name in ("0.txt", "clip.mov"):
         (album / name).unlink()
     loaded = load_validation_images(source, num_images=9, resolution=8)
-    (passed_over,) = loaded.passed_over
-    assert len(loaded.images) == 1 and len(passed_over) == 11
-    assert "that the datasets library passes over (3: " in passed_over.report() and NEEDS_HEIF in passed_over.report()
+    (skipped,) = loaded.skipped
+    assert len(loaded.images) == 1 and len(skipped) == 11
+    assert "that the datasets library skips (3: " in skipped.report() and NEEDS_HEIF in skipped.report()

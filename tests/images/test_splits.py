@@ -1,4 +1,4 @@
-"""Which splits of a data set are trained on and judged on, whatever their names."""
+"""Which splits of a dataset are trained on and judged on, whatever their names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def table(numbers: range, split: str | None = None) -> datasets.Dataset:
 
 
 def source(kind: str, folder: Path, splits: dict[str, range], **flags: object) -> DataSource:
-    """A data set of these splits, the gray levels of each."""
+    """A dataset of these splits, the gray levels of each."""
     if kind == "saved":
         datasets.DatasetDict({name: table(numbers) for name, numbers in splits.items()}).save_to_disk(folder)
     else:

@@ -126,7 +126,7 @@ KINDS: dict[str, list[Files]] = {
 @every_mode
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_member_that_is_a_picture_is_read(kind: str, streaming: bool, tmp_path: Path) -> None:
-    """Oracle: the pictures written, once each, counted from 0; as a folder of tars and as a data set."""
+    """Oracle: the pictures written, once each, counted from 0; as a folder of tars and as a dataset."""
     for index, files in enumerate(KINDS[kind]):
         write_tar(tmp_path / "tars" / f"{index:03d}.tar", files)
     found = numbers(tmp_path / "tars", streaming=streaming)
@@ -159,9 +159,9 @@ def test_one_of_several_pictures_can_be_named(column: str, streaming: bool, tmp_
     assert numbers(tmp_path, image_column=column, streaming=streaming) == [0, 2]
     if not streaming:
         source = DataSource(validation_data_dir=str(tmp_path), image_column=column)
-        (passed_over,) = load_validation_images(source, num_images=9, resolution=8).passed_over
-        assert passed_over.report() == (
-            f"2 members of tars were not looked at: {OTHER_IMAGE} (1: a.tar: 0.png); samples without {column} (1: a.tar: 1.png)"
+        (skipped,) = load_validation_images(source, num_images=9, resolution=8).skipped
+        assert skipped.report() == (
+            f"2 members of tars were skipped: {OTHER_IMAGE} (1: a.tar: 0.png); samples without {column} (1: a.tar: 1.png)"
         )
 
 
@@ -313,16 +313,16 @@ def test_samples_without_a_picture_are_counted_and_named(
     )
     data = training(tmp_path)
     assert data.num_images == 4
-    assert "2 members of tars were not looked at" in data.passed_over[0]
+    assert "2 members of tars were skipped" in data.skipped[0]
     assert (
-        "samples without an image (1)" in data.passed_over[0]
-        and "needs pillow-heif: pip install pillow-heif (1)" in data.passed_over[0]
+        "samples without an image (1)" in data.skipped[0]
+        and "needs pillow-heif: pip install pillow-heif (1)" in data.skipped[0]
     )
     assert any("a.tar: 8.txt" in message for message in caplog.messages)
     (stream,) = {training(tmp_path, streaming=True).samples.images}
     with caplog.at_level(logging.WARNING):
         assert sum(1 for _ in stream) == 4
-    assert any("8.txt passed over" in message for message in caplog.messages)
+    assert any("8.txt skipped" in message for message in caplog.messages)
 
 
 def training(tmp_path: Path, **flags: object) -> TrainingData:
@@ -383,7 +383,7 @@ def test_splits_of_tars_are_told_by_their_names(tmp_path: Path) -> None:
 
 @every_mode
 def test_remote_tars(streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the pictures written, behind a URL, as those of a data set of the Hub are; downloaded, or streamed."""
+    """Oracle: the pictures written, behind a URL, as those of a dataset of the Hub are; downloaded, or streamed."""
     tar = write_tar(tmp_path / "a.tar", [("0.jpg", picture(0, "JPEG")), ("1.png", picture(1))]).read_bytes()
     files = {}
     for split, content in (("train", tar), ("test", gzip.compress(tar))):
@@ -411,7 +411,7 @@ def test_links_inside_a_tar_are_named(streaming: bool, tmp_path: Path, caplog: p
             member.type, member.linkname = kind, target
             tar.addfile(member)
     assert numbers(tmp_path, streaming=streaming) == [0]
-    assert sum("passed over: a link" in message for message in caplog.messages) == 2
+    assert sum("skipped: a link" in message for message in caplog.messages) == 2
 
 
 def test_the_index_reads_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

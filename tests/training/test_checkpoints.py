@@ -260,8 +260,8 @@ def test_no_change_of_a_byte_goes_unseen(tmp_path: Path, data: st.DataObject) ->
         path.write_bytes(before)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path) -> None:
-    """Oracle: the one before it, with a line on each that is passed over; a damaged one asked for is refused."""
+def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path) -> None:
+    """Oracle: the one before it, with a line on each that is skipped; a damaged one asked for is refused."""
     for step in (1, 2, 3):
         checkpoint(tmp_path, step)
     flipped(tmp_path / "checkpoint-3" / STATE_FILE)

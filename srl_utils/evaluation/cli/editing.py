@@ -45,7 +45,7 @@ DEFAULT_ATTACKS = ("clean", "photoguard-encoder", "photoguard-diffusion", "mist-
 def run(args: argparse.Namespace) -> int:
     """Run the evaluation and return its exit code."""
     if (args.prompts is None) == (args.replace is None):
-        raise UserError("say how to edit the images: give either --prompts FILE or --replace OLD=NEW, and not both")
+        raise UserError("say how to edit the images: give either `prompts` or `replace`, and not both")
     classifier = load_classifier(args.classifier, args.metrics)
     setup = exchangeable(prepare(args))
     edits = build_edits(
@@ -138,7 +138,8 @@ def read_prompts(path: Path, count: int) -> list[str]:
     try:
         prompts = lines_of(decode_text(path.read_bytes()))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}", parameter="prompts") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}", parameter="prompts") from None
     if len(prompts) not in (1, count):
         problem = f"{path} has {len(prompts)} lines; {count} images need {count} lines, or one for all"
         raise UserError(problem, parameter="prompts")

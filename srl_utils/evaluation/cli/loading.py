@@ -93,7 +93,7 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
         UserError: if the flags do not say which images to take, or if there are none.
     """
     if (args.dataset_name is None) == (args.data_dir is None):
-        raise UserError("give either --dataset_name or --data_dir, and not both")
+        raise UserError("give either `dataset_name` or `data_dir`, and not both")
     if args.resolution < SSIM_WINDOW:
         raise UserError(f"SSIM needs at least {SSIM_WINDOW} px, got {args.resolution}", parameter="resolution")
     source = DataSource(
@@ -105,7 +105,7 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
         streaming=args.streaming,
     )
     loaded = load_validation_images(source, num_images=args.num_images, resolution=args.resolution, seed=args.seed)
-    notes.extend(part.report() for part in loaded.passed_over if part)
+    notes.extend(part.report() for part in loaded.skipped if part)
     if loaded.without_caption:
         names = few(loaded.without_caption, 20)
         notes.append(f"{len(loaded.without_caption)} images without a caption were left out: {names}")
@@ -149,7 +149,7 @@ def load_classifier(place: str | None, metrics: Sequence[str]) -> ImageClassifie
         UserError: if it cannot be loaded, or if a metric needs one and `place` is None.
     """
     if place is None and "shown" in metrics:
-        raise UserError("--metrics shown needs a classifier that tells what an image shows: give --classifier")
+        raise UserError("shown needs `classifier`, which tells what an image shows", parameter="metrics")
     if place is None:
         return None
     return load_image_classifier(place)

@@ -54,7 +54,7 @@ def finish(run: Run) -> int:
     write_card(run, args.output_dir, saved=[WEIGHTS_NAME, *map(variant_name, args.save_variant)])
     run.accelerator.end_training()
     run.accelerator.print(f"\n{table}\n{variants}\n{time_summary(run.progress)}")
-    left_out = "; ".join(filter(None, [run.ledger.summary(), *run.data.passed_over]))
+    left_out = "; ".join(filter(None, [run.ledger.summary(), *run.data.skipped]))
     run.accelerator.print(f"Saved to {args.output_dir}. {left_out}".rstrip())
     return publish_result(run)
 

@@ -108,7 +108,7 @@ def describe(
     return (
         f"Configuration\n{settings}\n{launched}"
         f"Device {accelerator.device}, {accelerator.num_processes} process(es), {plan.execution}\n"
-        f"Data: {'; '.join([data.description, *data.passed_over])}\n"
+        f"Data: {'; '.join([data.description, *data.skipped])}\n"
         f"Step: {args.train_batch_size} images x {accelerator.num_processes} process(es) x "
         f"{args.gradient_accumulation_steps} accumulated = {plan.samples_per_step} images\n"
         f"Run: {plan.max_train_steps} steps, {seen} images{epochs}\n"
