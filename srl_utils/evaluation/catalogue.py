@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from srl_utils.attacks.corruptions import CORRUPTIONS, Corruption
 from srl_utils.attacks.denoiser import Denoiser
 from srl_utils.attacks.draws import Generators
 from srl_utils.attacks.gradient import APGDConfig, apgd
-from srl_utils.attacks.protections import PROTECTIONS, Protection, Victim, protect
+from srl_utils.attacks.protections import PROTECTIONS, Protection, Victim, protect, target_of
 from srl_utils.attacks.random_search import SquareConfig, square_attack
 from srl_utils.errors import UserError
 from srl_utils.evaluation.perturbations import (
@@ -191,8 +192,14 @@ def _protected(protection: Protection, epsilon: float | None, resources: AttackR
                 protection, victim, clean, generators=generators, epsilon=epsilon, num_steps=steps, target=target
             )
 
+    def goal(codec: Codec, clean: Tensor, generators: Generators) -> Tensor:
+        target = target_of(protection, clean, _target(protection, resources, clean, generators))
+        latents = codec.encode(clean if target is None else target)
+        return torch.zeros_like(latents) if target is None else latents
+
     return Perturbation(
         name=protection.name, objective=AS_PUBLISHED, epsilon=epsilon or 0.0, apply=apply,
+        goal=goal if protection.pulls_latents else None,
         passes=steps * protection.passes_per_step,
         impossible_on=resources.incompatible if protection.needs_denoiser else frozenset(),
     )  # fmt: skip

@@ -5,7 +5,7 @@ The validation during training and the evaluation commands both use `compute`, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, product
@@ -18,7 +18,8 @@ from srl_utils.attacks.draws import image_generators
 from srl_utils.console import progress_bar
 from srl_utils.errors import UserError
 from srl_utils.evaluation.metering import Meter, images_of
-from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT, TRANSFER, Perturbation
+from srl_utils.evaluation.motion import MOTION_METRICS, motion
+from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, TRANSFER, Perturbation
 from srl_utils.evaluation.results import Record, to_records
 from srl_utils.evaluation.tasks.base import Cell, Task
 from srl_utils.vae.codec import Codec
@@ -78,8 +79,12 @@ def batched(cell: Cell, numbers: Sequence[int], batch_size: int) -> Iterator[Job
         yield Job(cell, numbers[start : start + batch_size])
 
 
-def compute(job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter) -> Iterator[Measured]:
+def compute(
+    job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter, unit: Callable[[Codec], float] | None = None
+) -> Iterator[Measured]:
     """Perturb a batch, and yield the outcome of each VAE and each variant of the task.
+
+    How far the latents moved is no matter of the variants: it is in the records of the first one, by its own name.
 
     Args:
         job: the cell and the numbers of its images.
@@ -87,16 +92,20 @@ def compute(job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter) ->
         images: all images, `[n,3,H,W]` in [-1,1], on the CPU.
         seed: with an image's number, it fixes the attack's start and the noise of that image.
         meter: shows the current title and advances by the job's cost.
+        unit: returns the usual distance of two images' latents, in which `latent-travel` is measured; None if the
+            task measures no motion of latents.
 
     Raises:
         UserError: if a VAE returns values that are not finite.
     """
     title = f"{job.cell.title}: {images_of(job.batch, len(images))}"
     with meter.stage(title, job.cost(task.passes)):
-        yield from _compute(job, task, images, seed=seed, meter=meter)
+        yield from _compute(job, task, images, seed=seed, meter=meter, unit=unit)
 
 
-def _compute(job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter) -> Iterator[Measured]:
+def _compute(
+    job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter, unit: Callable[[Codec], float] | None
+) -> Iterator[Measured]:
     cell, numbers = job.cell, job.batch
     clean = images[numbers].to(cell.source.device, memory_format=torch.channels_last)
     with _finite_outputs(cell.source) as finite:
@@ -112,13 +121,34 @@ def _compute(job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter) -
             values = task.measure(cell, codec, outcome, numbers, variant)
             for value in values.values():
                 _check_finite(value[:, None], job, codec)
-        named = replace(cell.perturbation, name=attempted(cell.perturbation.name, variant))
-        records = [
-            record
-            for threat_model in cell.threat_models[codec.name]
-            for record in to_records(codec.name, named, threat_model, numbers, values)
-        ]
+        records = _labelled(cell, codec, numbers, values, variant)
+        if unit is not None and variant == task.variants[0] and cell.perturbation.name != CLEAN.name:
+            records += _labelled(cell, codec, numbers, _motion(job, task, codec, clean, shown, unit(codec), seed))
         yield Measured(codec, variant, outcome, records)
+
+
+def _labelled(
+    cell: Cell, codec: Codec, numbers: Sequence[int], values: Mapping[str, Tensor], variant: str = ""
+) -> list[Record]:
+    """Return one record per image, metric and threat model of the cell's results."""
+    named = replace(cell.perturbation, name=attempted(cell.perturbation.name, variant))
+    return [
+        record
+        for threat_model in cell.threat_models[codec.name]
+        for record in to_records(codec.name, named, threat_model, numbers, values)
+    ]
+
+
+@torch.no_grad()
+def _motion(
+    job: Job, task: Task, codec: Codec, clean: Tensor, shown: Tensor, unit: float, seed: int
+) -> dict[str, Tensor]:
+    """Return how far the latents of `codec` moved, of the wanted `MOTION_METRICS`, `[N]` each."""
+    wanted = [name for name in MOTION_METRICS if name in task.metrics.names]
+    find_goal = job.cell.perturbation.goal
+    with frozen(codec.encoder):
+        goal = None if find_goal is None else find_goal(codec, clean, image_generators(seed, job.batch))
+        return motion(codec, clean, shown, unit=unit, wanted=wanted, goal=goal)
 
 
 def measure(

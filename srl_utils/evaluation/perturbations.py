@@ -18,6 +18,7 @@ Attack = Callable[[Objective, Tensor, Generators], Tensor]
 """Objective, clean images `[N,3,H,W]` in [-1,1] and a generator for each image to attacked images."""
 NO_THREAT, TRANSFER, ADAPTIVE = "none", "transfer", "adaptive"
 """Threat models: no adversary; attacks made on the baseline; attacks made on the evaluated VAE itself."""
+GAUSSIAN_NOISE = "gaussian-noise"
 MSE = ReconstructionLoss()
 AS_PUBLISHED = "as published"
 """Objective of protections in the results: that of their authors."""
@@ -34,6 +35,8 @@ class Perturbation:
     """Budget in units of a [0,1] image."""
     apply: Callable[[Codec, Tensor, Generators], Tensor]
     """VAE, clean images `[N,3,H,W]` in [-1,1] and a generator for each image to perturbed images."""
+    goal: Callable[[Codec, Tensor, Generators], Tensor] | None = None
+    """For an attack that pulls latents: arguments of `apply` to the raw latents that it pulls them to, `[N,C,h,w]`."""
     passes: float = 0
     """Cost of one image, in passes through encoder and decoder."""
     impossible_on: frozenset[str] = frozenset()
@@ -107,7 +110,7 @@ def settling_pgd(epsilon: float, num_steps: int, num_restarts: int) -> PGDConfig
 def noise(epsilon: float) -> Perturbation:
     """Return Gaussian noise of standard deviation `epsilon`: as much energy as an attack, but not adversarial."""
     return Perturbation(
-        name="gaussian-noise",
+        name=GAUSSIAN_NOISE,
         epsilon=epsilon,
         apply=lambda codec, clean, generators: gaussian_noise(clean, epsilon, generators=generators),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ from srl_utils.console import progress_bar
 from srl_utils.errors import UnusableFile, UserError
 from srl_utils.evaluation.cells import Job, attempted, batched, cells_of, compute
 from srl_utils.evaluation.metering import Meter
+from srl_utils.evaluation.motion import MOTION_METRICS, usual_distance
 from srl_utils.evaluation.perturbations import ADAPTIVE, TRANSFER, Perturbation
 from srl_utils.evaluation.results import Record, Row, Setting, to_row, to_rows
 from srl_utils.evaluation.tasks.base import Cell, Task
@@ -121,10 +122,18 @@ class Study:
         """Compute one batch and store its values, and its features if a metric of whole sets is wanted."""
         records: list[Record] = []
         features: dict[str, Tensor] = {}
-        for measured in compute(job, self.task, self.images, seed=self.seed, meter=meter):
+        for measured in compute(job, self.task, self.images, seed=self.seed, meter=meter, unit=self._unit):
             records += measured.records
             features |= self._features(measured.outcome, f"{measured.codec.name}/{measured.variant}/")
         self._write(job, records, features)
+
+    @cached_property
+    def _unit(self) -> Callable[[Codec], float] | None:
+        """Return a function that returns the usual distance of two images' latents, computed once for each VAE."""
+        if not set(MOTION_METRICS).intersection(self.task.metrics.names):
+            return None
+        units = {codec.name: usual_distance(codec, self.images, self.batch_size) for codec in self.codecs}
+        return lambda codec: units[codec.name]
 
     def _features(self, images: Tensor, prefix: str = "") -> dict[str, Tensor]:
         """Return the images' features by layer, on the CPU; empty if no metric of whole sets is wanted."""

@@ -25,6 +25,7 @@ from srl_utils.evaluation.catalogue import AttackResources, select
 from srl_utils.evaluation.cli import main as command
 from srl_utils.evaluation.cli.editing import read_prompts
 from srl_utils.evaluation.metering import Meter
+from srl_utils.evaluation.perturbations import CLEAN
 from srl_utils.evaluation.sanity import Check, CheckSettings
 from srl_utils.evaluation.tasks import editing
 from srl_utils.evaluation.tasks.editing import (
@@ -38,7 +39,7 @@ from srl_utils.evaluation.tasks.editing import (
 )
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
 from srl_utils.evaluation.tasks.generation import largest_difference
-from srl_utils.evaluation.tasks.poisoning import divide, poisonings
+from srl_utils.evaluation.tasks.poisoning import Poison, divide, doses, poisoning
 from srl_utils.images.pixels import to_model_range, to_pil, to_unit_range
 from srl_utils.metrics.losses import PerceptualDistance
 from srl_utils.vae.codec import Codec, load_codec
@@ -286,11 +287,15 @@ def test_division_of_a_data_set() -> None:
         divide(captions, concept="ring", target="star", num_poisons=4, num_held_out=2)
 
 
-def test_no_poison_is_no_threat() -> None:
-    """Oracle: specification of the rows."""
-    none, some = poisonings("nightshade", 8 / 255, [0, 5])
-    assert (none.name, none.adversarial, none.epsilon) == ("nightshade-0", False, 0.0)
-    assert (some.name, some.adversarial, some.epsilon) == ("nightshade-5", True, 8 / 255)
+def test_no_poison_and_a_control_are_no_threat() -> None:
+    """Oracle: specification; attacks have threat models, and no poison is the same for all."""
+    attack = Poison(name="nightshade", attack=lambda targets: CLEAN, epsilon=8 / 255)
+    control = Poison(name="interpolated-50", share=0.5)
+    given = [poisoning(dose) for dose in doses([attack, control], [5, 0, 2, 5])]
+    assert [(each.name, each.adversarial, each.epsilon) for each in given] == [
+        ("no poison", False, 0.0), ("nightshade-2", True, 8 / 255), ("nightshade-5", True, 8 / 255),
+        ("interpolated-50-2", False, 0.0), ("interpolated-50-5", False, 0.0),
+    ]  # fmt: skip
 
 
 # --- commands -------------------------------------------------------------------------------------------
@@ -438,10 +443,12 @@ def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert command.main([*arguments, "--learning_rate", "1e-2"]) == 0
     rows = rows_of(tmp_path / "out")
     assert "robust on 1 image at 0.04" in (tmp_path / "out/report.md").read_text()
-    assert rows["robust", "nightshade-0", "none", "psnr"] != rows["robust", "nightshade-2", "adaptive", "psnr"]
+    assert rows["robust", "no poison", "none", "psnr"] != rows["robust", "nightshade-2", "adaptive", "psnr"]
     assert rows["robust", "nightshade-2", "transfer", "psnr"] != rows["robust", "nightshade-2", "adaptive", "psnr"]
     assert rows["original", "nightshade-2", "transfer", "psnr"] == rows["original", "nightshade-2", "adaptive", "psnr"]
-    assert (tmp_path / "out/figures/curves.png").exists() and (tmp_path / "out/figures/generated.png").exists()
+    assert (tmp_path / "out/figures/curves-number-of-poisons-nightshade.png").exists() and (
+        tmp_path / "out/figures/generated.png"
+    ).exists()
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
@@ -451,6 +458,31 @@ def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows_of(tmp_path / "out") == rows
 
 
+def test_interpolated_latents(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the latents that the model learns: those of the two images, mixed, at the scale of the denoiser."""
+    learnt: dict[str, Tensor] = {}
+
+    def keep(pipeline, latents: Tensor, captions, config, *, seed: int):
+        learnt[f"{len(learnt)}"] = latents
+        return finetune(pipeline, latents, captions, config, seed=seed)
+
+    monkeypatch.setattr("srl_utils.evaluation.tasks.poisoning.finetune", keep)
+    arguments = [
+        "poisoning", *world, "--concept", "ring", "--target_concept", "star", "--num_poisons", "0", "2", "--num_generated", "2",
+        "--protection", "interpolated-25", "interpolated-100", "--finetuning_steps", "1", "--finetuning_batch_size", "2",
+        "--metrics", "psnr", "--no_checks",
+    ]  # fmt: skip
+    assert command.main(arguments) == 0
+    assert {key[1:3] for key in rows_of(tmp_path / "out")} == {
+        ("no poison", "none"), ("interpolated-25-2", "none"), ("interpolated-100-2", "none"),
+    }  # fmt: skip
+    clean, quarter, whole = (learnt[name] for name in ("0", "2", "4"))  # those between are of the other VAE
+    assert quarter[2:].equal(clean[2:]) and whole[2:].equal(clean[2:])
+    assert torch.allclose(quarter[:2], clean[:2] + (whole[:2] - clean[:2]) / 4, atol=1e-5)
+    assert not whole[:2].allclose(clean[:2])
+    assert len(list((tmp_path / "out/figures").glob("curves-*.png"))) == 3  # for each control, and against the way
+
+
 def test_without_poisons_none_are_made(world, tmp_path: Path) -> None:
     """Oracle: what is kept; the control alone is a fine-tuning like any other."""
     arguments = [
@@ -458,7 +490,7 @@ def test_without_poisons_none_are_made(world, tmp_path: Path) -> None:
         "--finetuning_steps", "1", "--finetuning_batch_size", "2", "--metrics", "psnr",
     ]  # fmt: skip
     assert command.main(arguments) == 0
-    assert {key[1:3] for key in rows_of(tmp_path / "out")} == {("nightshade-0", "none")}
+    assert {key[1:3] for key in rows_of(tmp_path / "out")} == {("no poison", "none")}
     assert not (tmp_path / "out/finetuning/poisons").exists()
 
 
@@ -466,9 +498,9 @@ def test_without_poisons_none_are_made(world, tmp_path: Path) -> None:
     ("name", "change", "message"),
     [
         ("editing", ["--replace", "cube=box"], "changes nothing in 6 of 6 captions ('a ring', 'a star', 'a ring b', ...)"),
-        ("editing", [], "either --prompts FILE or --replace"),
+        ("editing", [], "either --prompts or --replace, and not both"),
         ("editing", ["--replace", "ring"], "expected OLD=NEW"),
-        ("editing", ["--replace", "a=b", "--metrics", "shown"], "needs a classifier"),
+        ("editing", ["--replace", "a=b", "--metrics", "shown"], "--metrics: shown needs --classifier"),
         ("editing", ["--replace", "a=b", "--classifier", "none", "--metrics", "psnr"], "--classifier has no effect"),
         ("editing", ["--replace", "a=b", "--edits", "img2img-0.9"], "this pipeline has img2img-0.3, "),
         ("generation", ["--strengths", "0"], "0 would change nothing"),

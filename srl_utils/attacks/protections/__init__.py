@@ -8,7 +8,7 @@ those of the code that each loss names as its source; a setting of a paper that 
 UNCONFIRMED. Rounding a protected image to 8 bits may add up to half a level to its perturbation.
 """
 
-from srl_utils.attacks.protections.making import protect
+from srl_utils.attacks.protections.making import protect, target_of
 from srl_utils.attacks.protections.presets import PROTECTIONS, GlazeConfig, Protection
 from srl_utils.attacks.protections.targets import grey, mist_pattern, style_transfer
 from srl_utils.attacks.protections.victim import ProtectedBatch, Victim
@@ -23,4 +23,5 @@ __all__ = [
     "mist_pattern",
     "protect",
     "style_transfer",
+    "target_of",
 ]

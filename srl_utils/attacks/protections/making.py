@@ -50,7 +50,7 @@ def protect(
     check_images(clean)
     clean = clean.detach()
     _check_needs(protection, victim, target)
-    goal = _target_of(protection, clean, target)
+    goal = target_of(protection, clean, target)
     batch = ProtectedBatch(victim=victim, clean=clean, target=goal, generators=generators)
     loss, config = protection.loss(batch), _adjusted(protection.config, epsilon, num_steps)
     if isinstance(config, GlazeConfig):
@@ -69,8 +69,17 @@ def _check_needs(protection: Protection, victim: Victim, target: Tensor | None) 
         raise UserError(f"{protection.name} needs a target image; pass one as target{drawn or ''}")
 
 
-def _target_of(protection: Protection, clean: Tensor, given: Tensor | None) -> Tensor | None:
-    """Return one target for each of the clean images, or None for a protection without a target."""
+def target_of(protection: Protection, clean: Tensor, given: Tensor | None) -> Tensor | None:
+    """Return one target for each of the clean images, or None for a protection without a target.
+
+    Args:
+        protection: one of `PROTECTIONS`.
+        clean: `[N,3,H,W]` in [-1,1].
+        given: the target, `[1,3,H,W]`, or one per image; None stands for the protection's default.
+
+    Raises:
+        UserError: a ValueError, if the target does not have the images' size.
+    """
     if not protection.has_target:
         return None
     target = given

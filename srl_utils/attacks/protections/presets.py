@@ -84,6 +84,11 @@ class Protection:
         return self.needs_target or self.default_target is not None
 
     @property
+    def pulls_latents(self) -> bool:
+        """Whether it moves latents towards those of its target; without a target, towards 0."""
+        return self.loss in (latent_distance, textural, fused, style_distance)
+
+    @property
     def scalable(self) -> bool:
         """Whether the budget is an L-infinity one, which means the same for all protections."""
         return isinstance(self.config, PGDConfig) and self.config.norm == "linf"

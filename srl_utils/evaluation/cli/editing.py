@@ -10,7 +10,7 @@ from statistics import median_low
 
 from srl_utils.command_line import Effects, expanded_path
 from srl_utils.errors import UserError
-from srl_utils.evaluation.catalogue import select
+from srl_utils.evaluation.catalogue import NOISE, select
 from srl_utils.evaluation.cli.arguments import (
     add_attack_arguments,
     add_metrics_argument,
@@ -32,14 +32,25 @@ from srl_utils.evaluation.cli.setup import (
     prepare,
     quoted,
 )
+from srl_utils.evaluation.motion import MOTION_METRICS
 from srl_utils.evaluation.sanity import CheckSettings
 from srl_utils.evaluation.tasks.editing import Edit, Editing, build_edits, check_steps, replace_words
 from srl_utils.images.captions import decode_text, lines_of
 from srl_utils.images.listing import few
 from srl_utils.metrics.losses import LPIPS_METRICS
 
-METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "clip-text", "shown", "fid", "kid")
-DEFAULT_ATTACKS = ("clean", "photoguard-encoder", "photoguard-diffusion", "mist-fused", "advdm", "glaze", "apgd-100")
+METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "clip-text", "shown", "fid", "kid", *MOTION_METRICS)
+DEFAULT_METRICS = ("psnr", "ssim", "lpips-alex", "clip", "clip-text", "fid", *MOTION_METRICS)
+DEFAULT_ATTACKS = (
+    "clean",
+    NOISE,
+    "photoguard-encoder",
+    "photoguard-diffusion",
+    "mist-fused",
+    "advdm",
+    "glaze",
+    "apgd-100",
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -152,7 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attack_arguments(parser, attacks=DEFAULT_ATTACKS, epsilons=[8 / 255])
     add_pipeline_arguments(parser)
     add = parser.add_argument
-    add_metrics_argument(parser, METRICS, default=["psnr", "ssim", "lpips-alex", "clip", "clip-text", "fid"])
+    add_metrics_argument(parser, METRICS, default=[*DEFAULT_METRICS])
     add("--prompts", type=expanded_path, default=None, help="text file: a line for each image, or one for all")
     add(
         "--replace",

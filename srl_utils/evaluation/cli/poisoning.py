@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from srl_utils.attacks.protections import PROTECTIONS, Protection
+from srl_utils.attacks.protections import PROTECTIONS
 from srl_utils.command_line import Effects, non_negative_float, non_negative_int, positive_int
 from srl_utils.console import progress_bar
 from srl_utils.evaluation.catalogue import AttackResources, select
@@ -37,7 +38,7 @@ from srl_utils.evaluation.sanity import CheckSettings
 from srl_utils.evaluation.study import THREAT_MODELS, Study
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig
 from srl_utils.evaluation.tasks.generation import build_text_to_image
-from srl_utils.evaluation.tasks.poisoning import Poisoning, amount_name, divide, poisonings
+from srl_utils.evaluation.tasks.poisoning import Dose, Poison, Poisoning, divide, doses, poisoning
 from srl_utils.files import write_atomically
 from srl_utils.metrics.losses import LPIPS_METRICS
 
@@ -46,6 +47,7 @@ NUM_PICTURES = 8
 """Generated images of each fine-tuned model in the report."""
 USUAL_EPSILON = 8 / 255
 """Budget of the robustness checks if the budget of the poisons is in another measure, in units of a [0,1] image."""
+INTERPOLATED = re.compile(r"interpolated-(\d{1,3})")
 TARGETED = tuple(name for name, protection in PROTECTIONS.items() if protection.has_target)
 
 
@@ -63,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
         setup.captions, concept=args.concept, target=args.target_concept, num_poisons=max(args.num_poisons),
         num_held_out=args.num_generated,
     )  # fmt: skip
-    protection = PROTECTIONS[args.protection]
-    epsilon = args.epsilon or protection.config.epsilon
+    poisons = [build_poison(name, args, setup) for name in dict.fromkeys(args.protection)]
+    given = {dose.name: dose for dose in doses(poisons, args.num_poisons)}
     task = Poisoning(
         metrics=build_metrics(args, setup, classifier),
         text_to_image=build_text_to_image(
@@ -76,22 +78,22 @@ def run(args: argparse.Namespace) -> int:
         images=setup.images,
         captions=setup.captions,
         concepts=concepts,
-        poison=poison_maker(setup, protection, epsilon, max_steps=args.max_attack_steps),
-        amounts={amount_name(protection.name, amount): amount for amount in args.num_poisons},
+        doses=given,
         finetuning=finetuning,
         classifier=classifier,
         folder=args.output_dir / "finetuning",
         batch_size=args.batch_size,
         seed=args.seed,
     )
-    passes = task.poison(setup.images[:1]).passes * max(args.num_poisons) / len(concepts.held_out)
+    cost = sum(poison.passes for poison in poisons) * max(args.num_poisons) / len(concepts.held_out)
+    scalable = [poison.epsilon for poison in poisons if poison.epsilon]
     return run_study(
         args,
         setup,
         task,
-        poisonings(protection.name, epsilon, sorted(set(args.num_poisons)), passes=passes),
+        [poisoning(dose, passes=cost / len(given)) for dose in given.values()],
         title="Poisoned fine-tuning",
-        check_settings=CheckSettings(epsilon=epsilon if protection.scalable else USUAL_EPSILON),
+        check_settings=CheckSettings(epsilon=min(scalable, default=USUAL_EPSILON)),
         images=setup.images[concepts.held_out],
         prompts=setup.captions,
         draw=partial(draw, task),
@@ -101,10 +103,22 @@ def run(args: argparse.Namespace) -> int:
 def draw(task: Poisoning, study: Study, rows: Rows, records: Sequence[Record]) -> dict[str, Path]:
     """Draw each metric against the number of poisons, and some images that each fine-tuned model generates."""
     vaes, folder = [codec.name for codec in study.codecs], study.output_dir / "figures"
-    curves = draw_curves(rows, vaes, task.amounts, folder, label="number of poisons")
+    curves: dict[str, Path] = {}
+    for poison in dict.fromkeys(dose.poison for dose in task.doses.values() if dose.amount):
+        amounts = {name: dose.amount for name, dose in task.doses.items() if dose.poison == poison or not dose.amount}
+        curves |= draw_curves(rows, vaes, amounts, folder, label=f"number of poisons, {poison.name}")
+    most = max(dose.amount for dose in task.doses.values())
+    shares = {name: round(100 * dose.poison.share) for name, dose in task.doses.items() if is_control(dose, most)}
+    if len(shares) > 2:
+        curves |= draw_curves(rows, vaes, shares, folder, label=f"% of the way, {most} poisons")
     path = folder / "generated.png"
     write_atomically(path, lambda aside: generated_picture(task, study).save(aside, format="PNG"))
     return curves | {"What the fine-tuned models generate from held-out captions": path}
+
+
+def is_control(dose: Dose, amount: int) -> bool:
+    """Return whether a dose is on the curve of interpolated latents: without an attack, of `amount` poisons or none."""
+    return dose.poison.attack is None and dose.amount in (0, amount)
 
 
 def generated_picture(task: Poisoning, study: Study) -> Image.Image:
@@ -122,28 +136,37 @@ def generated_picture(task: Poisoning, study: Study) -> Image.Image:
     return extremes_picture(lines, titles=[""] * len(numbers), cell=80, label=300)
 
 
-def poison_maker(
-    setup: Setup, protection: Protection, epsilon: float, *, max_steps: int | None
-) -> Callable[[Tensor], Perturbation]:
-    """Return a function from targets `[N,3,R,R]` to the perturbation that makes as many images imitate them.
+def build_poison(name: str, args: argparse.Namespace, setup: Setup) -> Poison:
+    """Return the poison of this name: a protection, or interpolated latents.
 
     Args:
+        name: of a protection, or `interpolated-PERCENT`.
+        args: `epsilon`, a budget in the protections' own measure, and `max_attack_steps`, which shortens them.
         setup: has the pipeline; its notes are extended.
-        protection: how poisons are made.
-        epsilon: budget in the protection's own measure.
-        max_steps: shortens the protection.
 
     Raises:
         UserError: if the protection needs something that is missing.
     """
+    if match := INTERPOLATED.fullmatch(name):
+        return Poison(name=name, share=int(match[1]) / 100)
+    protection = PROTECTIONS[name]
     perceptual = try_lpips(setup) if protection.needs_perceptual else None
-    resources = AttackResources(pipeline=setup.pipeline, perceptual=perceptual, max_steps=max_steps)
+    resources = AttackResources(pipeline=setup.pipeline, perceptual=perceptual, max_steps=args.max_attack_steps)
+    epsilon = args.epsilon or protection.config.epsilon
 
     def towards(targets: Tensor) -> Perturbation:
-        return select([protection.name], [epsilon], replace(resources, target=targets)).perturbations[0]
+        return select([name], [epsilon], replace(resources, target=targets)).perturbations[0]
 
-    towards(setup.images[:1])  # raises before any work
-    return towards
+    cost = towards(setup.images[:1]).passes  # raises before any work
+    return Poison(name=name, attack=towards, epsilon=epsilon if protection.scalable else 0.0, passes=cost)
+
+
+def poison_name(text: str) -> str:
+    """Parse the name of a poison."""
+    match = INTERPOLATED.fullmatch(text)
+    if text in TARGETED or (match and 0 < int(match[1]) <= 100):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(TARGETED)}, interpolated-PERCENT (1 to 100)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,7 +177,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_metrics_argument(parser, METRICS, default=["clip", "clip-text", "fid"])
     add("--concept", required=True, help="word of the captions whose images are poisoned")
     add("--target_concept", required=True, help="word of the captions that poisoned images look like to the encoder")
-    add("--protection", choices=TARGETED, default="nightshade", help="how poisons are made")
+    add(
+        "--protection", nargs="+", type=poison_name, default=["nightshade"],
+        help=f"how poisons are made: {', '.join(TARGETED)}, or interpolated-PERCENT: no attack, but latents taken so far to the target's",
+    )  # fmt: skip
     add(
         "--epsilon",
         type=budget,

@@ -21,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from srl_utils.evaluation.report.caveats import Caveat
+from srl_utils.evaluation.report.effects import Effects, effects_on
 from srl_utils.evaluation.report.figures import draw_figures, safe_name
 from srl_utils.evaluation.report.tables import METRIC_TITLES, markdown_table, measured
 from srl_utils.evaluation.results import Difference, Record, Row, Rows, Setting, differences_to
@@ -132,6 +133,7 @@ def write_report(content: ReportContent, output_dir: Path) -> None:
     drawn = draw_figures(content.rows, content.vaes, folder)
     figures = [Figure(title, path) for title, path in drawn.items()] + list(_copied_figures(content.pictures, folder))
     variables = {"content": content, "sections": list(_sections(content)), "figures": figures}
+    variables["effects"] = effects_on(content.baseline, content.rows, content.records)
     variables["failures"] = [(vae, check) for vae, check in _checks(content) if not check.passed]
     variables["checked"] = len(list(_checks(content)))
     variables["legend"] = _legend(content)
@@ -251,6 +253,7 @@ def _render_markdown(variables: Mapping[str, Any]) -> str:
     """Return the Markdown report; all text except `Markup` is escaped."""
     environment = _environment(finalize=_escape_markdown)
     environment.filters["table"] = _markdown_table
+    environment.filters["effects_table"] = _markdown_effects
     return environment.get_template("report.md.jinja").render(variables)
 
 
@@ -282,6 +285,12 @@ def _content_hash(text: str) -> str:
 def _escape_markdown(value: Any) -> Any:
     """Escape a text unless it is `Markup`; return other values unchanged."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else as_text(value)
+
+
+def _markdown_effects(effects: Effects) -> Markup:
+    """Return the table of what the attacks do to the baseline in Markdown."""
+    titles, *lines = effects.table
+    return Markup(markdown_table([titles, *([_escape_markdown(name), *values] for name, *values in lines)]))
 
 
 def _markdown_table(section: Section) -> Markup:

@@ -108,7 +108,7 @@ def draw_curves(
                     lines[f"{vae}, {threat}"] = line
             axes.set(title=metric, xlabel=label)
         _finish(figure, f"Results against the {label}", list(lines.values()), list(lines))
-        return {f"Results against the {label}": _save(figure, folder / "curves.png")}
+        return {f"Results against the {label}": _save(figure, folder / f"curves-{safe_name(label)}.png")}
 
 
 def safe_name(text: str) -> str:

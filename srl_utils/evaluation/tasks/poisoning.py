@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -76,35 +77,64 @@ def _naming(captions: Sequence[str], word: str, *, without: str) -> list[int]:
     ]
 
 
-def poisonings(protection: str, epsilon: float, amounts: Sequence[int], *, passes: float = 0) -> list[Perturbation]:
-    """Return one perturbation for each number of poisons: it stands for poisoned training images, and changes no input.
+@dataclass(frozen=True, kw_only=True)
+class Poison:
+    """A way to give training images the latents of their targets: a protection, or a control without an attack.
+
+    The control interpolates the latents themselves, so it says how far an attack has to go. All the way, the model
+    learns the targets with wrong captions.
+    """
+
+    name: str
+    attack: Callable[[Tensor], Perturbation] | None = None
+    """Targets `[N,3,H,W]` in [-1,1] to the perturbation that makes as many images imitate them; None for the control."""
+    epsilon: float = 0.0
+    """Budget of the attack in units of a [0,1] image; 0 if it is in another measure."""
+    passes: float = 0.0
+    """Cost of one poison, in passes through encoder and decoder."""
+    share: float = 0.0
+    """Share of the way to the targets' latents that the control goes, from 0 to 1."""
+
+
+class Dose(NamedTuple):
+    """How many training images are poisoned, and how."""
+
+    poison: Poison
+    amount: int
+
+    @property
+    def name(self) -> str:
+        """Return how results name it, such as `nightshade-50`."""
+        return f"{self.poison.name}-{self.amount}" if self.amount else self.poison.name
+
+
+NO_DOSE = Dose(Poison(name="no poison"), 0)
+
+
+def doses(poisons: Sequence[Poison], amounts: Sequence[int]) -> list[Dose]:
+    """Return each number of each poison, smaller ones first; the amount 0 is the same for all and comes once."""
+    none = [NO_DOSE] if 0 in amounts else []
+    return none + [Dose(poison, amount) for poison in poisons for amount in sorted({*amounts} - {0})]
+
+
+def poisoning(dose: Dose, *, passes: float = 0) -> Perturbation:
+    """Return the perturbation that stands for poisoned training images; it changes no input.
 
     Args:
-        protection: name of the protection that makes the poisons.
-        epsilon: budget of the poisons.
-        amounts: numbers of poisons.
-        passes: cost of the poisons of one VAE, divided by the number of generated images; all amounts share them.
+        dose: how many training images are poisoned, and how.
+        passes: its share of the cost of the poisons, for one generated image.
     """
-    poisoned = sum(amount > 0 for amount in amounts)
 
     def untouched(codec: Codec, clean: Tensor, generators: object) -> Tensor:
         return clean
 
-    return [
-        Perturbation(
-            name=amount_name(protection, amount),
-            objective=AS_PUBLISHED if amount else None,
-            epsilon=epsilon if amount else 0.0,
-            apply=untouched,
-            passes=passes / poisoned if amount else 0,
-        )
-        for amount in amounts
-    ]
-
-
-def amount_name(protection: str, amount: int) -> str:
-    """Return how results name a number of poisons, such as `nightshade-50`."""
-    return f"{protection}-{amount}"
+    return Perturbation(
+        name=dose.name,
+        objective=AS_PUBLISHED if dose.poison.attack else None,
+        epsilon=dose.poison.epsilon,
+        apply=untouched,
+        passes=passes,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +150,8 @@ class Poisoning:
     """All images of the dataset, `[n,3,H,W]` in [-1,1], on the CPU."""
     captions: Sequence[str]
     concepts: Concepts
-    poison: Callable[[Tensor], Perturbation]
-    """Targets `[N,3,H,W]` in [-1,1] to the perturbation that makes as many images imitate them."""
-    amounts: Mapping[str, int]
-    """Number of poisons by the name of the perturbation."""
+    doses: Mapping[str, Dose]
+    """By the name of the perturbation."""
     finetuning: FinetuningConfig
     classifier: ImageClassifier | None
     folder: Path
@@ -165,26 +193,26 @@ class Poisoning:
 
     def _finetuned(self, cell: Cell, codec: Codec) -> UNet2DConditionModel:
         """Return the fine-tuned model, read from the disk if it exists; wait while another process makes it."""
-        amount = self.amounts[cell.perturbation.name]
-        source = cell.source.digest if amount else "none"
-        path = self.folder / "models" / f"{codec.digest}-{amount}-{source}"
+        dose = self.doses[cell.perturbation.name]
+        made_on = f"-on-{cell.source.digest}" if cell.perturbation.adversarial else ""
+        path = self.folder / "models" / f"{codec.digest}-{dose.name}{made_on}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.exists():
-                unet = self._finetune(cell.source, codec, amount)
+                unet = self._finetune(cell.source, codec, dose)
                 write_atomically(path, partial(save_file, {k: v.contiguous() for k, v in unet.state_dict().items()}))
                 return unet
         unet = copy.deepcopy(self.text_to_image.pipeline.unet)
         unet.load_state_dict(load_file(path))
         return unet
 
-    def _finetune(self, source: Codec, codec: Codec, amount: int) -> UNet2DConditionModel:
-        """Return the model after fine-tuning on latents of `codec`, with `amount` poisons made on `source`."""
-        poisoned = self._poisons(source)[:amount] if amount else self.images[:0]
+    def _finetune(self, source: Codec, codec: Codec, dose: Dose) -> UNet2DConditionModel:
+        """Return the model after fine-tuning on latents of `codec`, some of them of poisons made on `source`."""
         numbers = [*self.concepts.poisonable, *self.concepts.others]
-        images = torch.cat([poisoned, self.images[numbers[amount:]]])
         with torch.no_grad():
-            latents = torch.cat([self._scaled(codec, batch) for batch in images.split(self.batch_size)])
+            clean = self._latents(codec, self.images[numbers[dose.amount :]])
+            latents = torch.cat([self._poisoned_latents(source, codec, dose), clean]) if dose.amount else clean
+            latents = codec.scale(latents, self.text_to_image.pipeline)
         with torch.enable_grad():
             return finetune(
                 self.text_to_image.pipeline,
@@ -194,27 +222,40 @@ class Poisoning:
                 seed=self.seed,
             )
 
-    def _scaled(self, codec: Codec, images: Tensor) -> Tensor:
-        """Return the latents of images at the scale of the denoiser."""
-        return codec.scale(codec.encode(images.to(codec.device)), self.text_to_image.pipeline)
+    def _latents(self, codec: Codec, images: Tensor) -> Tensor:
+        """Return the raw latents of images on the CPU, in batches."""
+        return torch.cat([codec.encode(batch.to(codec.device)) for batch in images.split(self.batch_size)])
 
-    def _poisons(self, source: Codec) -> Tensor:
+    def _poisoned_latents(self, source: Codec, codec: Codec, dose: Dose) -> Tensor:
+        """Return the raw latents of poisoned images: of poisons made on `source`, or interpolated ones."""
+        poison, amount = dose
+        if poison.attack is not None:
+            return self._latents(codec, self._poisons(source, poison)[:amount])
+        own, others = (
+            self._latents(codec, self.images[numbers[:amount]])
+            for numbers in (self.concepts.poisonable, self.concepts.targets)
+        )
+        return own.lerp(others, poison.share)
+
+    def _poisons(self, source: Codec, poison: Poison) -> Tensor:
         """Return all poisons made on `source`, `[n,3,H,W]` in [-1,1] on the CPU; each is made once."""
         places = range(len(self.concepts.poisonable))
         return torch.cat(
             [
-                self._poison_batch(source, places[start : start + self.batch_size])
+                self._poison_batch(source, poison, places[start : start + self.batch_size])
                 for start in range(0, len(places), self.batch_size)
             ]
         )
 
-    def _poison_batch(self, source: Codec, places: Sequence[int]) -> Tensor:
-        path = self.folder / "poisons" / source.digest / f"{places[0]:06d}-{len(places)}.safetensors"
-        return kept_images(path, partial(self._make_poisons, source, places))
+    def _poison_batch(self, source: Codec, poison: Poison, places: Sequence[int]) -> Tensor:
+        name = f"{places[0]:06d}-{len(places)}.safetensors"
+        path = self.folder / "poisons" / poison.name / source.digest / name
+        return kept_images(path, partial(self._make_poisons, source, poison, places))
 
-    def _make_poisons(self, source: Codec, places: Sequence[int]) -> Tensor:
+    def _make_poisons(self, source: Codec, poison: Poison, places: Sequence[int]) -> Tensor:
         clean, targets = (
             self.images[[numbers[place] for place in places]].to(source.device)
             for numbers in (self.concepts.poisonable, self.concepts.targets)
         )
-        return self.poison(targets).apply(source, clean, image_generators(self.seed, places))
+        assert poison.attack is not None  # or else nothing has to be made
+        return poison.attack(targets).apply(source, clean, image_generators(self.seed, places))

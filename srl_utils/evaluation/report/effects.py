@@ -1,0 +1,113 @@
+"""The first table of a report: what each attack does to the original VAE, so whether there is anything to defend against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from srl_utils.evaluation.motion import SHARE, TRAVEL
+from srl_utils.evaluation.perturbations import GAUSSIAN_NOISE, NO_THREAT
+from srl_utils.evaluation.report.tables import METRIC_TITLES, measured
+from srl_utils.evaluation.results import Record, Row, Rows, Setting, paired_difference
+from srl_utils.images.pixels import format_pixel_distance
+
+OUTCOME_METRICS = ("psnr", "clip", "rfid", "fid")
+NO_GRIP = "no grip: noise does as much"
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What the attacks do to one VAE."""
+
+    title: str
+    explanation: str
+    table: Sequence[Sequence[str]]
+    """Lines of cells, the first one with the titles."""
+
+
+def effects_on(vae: str, rows: Rows, records: Sequence[Record]) -> Effects | None:
+    """Return what the attacks of a study do to a VAE; None if it has no attack whose motion of latents was measured.
+
+    An attack has no grip if Gaussian noise of its size lowers the PSNR as much: if the 95% interval of the paired
+    differences does not exclude that. An attack without an L-infinity budget is compared with the weakest noise.
+
+    Args:
+        vae: name of the baseline.
+        rows: of the study.
+        records: of the study.
+    """
+    own = _Measured(vae, rows, records)
+    attacks = own.attacks()
+    if not any(attack.objective for attack in attacks):
+        return None
+    metrics = [name for name in OUTCOME_METRICS if name in {row.metric for row in rows}]
+    titles = [
+        "images",
+        "epsilon",
+        METRIC_TITLES[TRAVEL],
+        METRIC_TITLES[SHARE],
+        *(METRIC_TITLES[name] for name in metrics),
+    ]
+    judged = bool(own.noises)
+    table = [[*titles, "verdict"] if judged else titles]
+    for attack in attacks:
+        for outcome in own.outcomes(attack):
+            values = [own.text(attack, name) for name in (TRAVEL, SHARE)]
+            values += [own.text(attack._replace(attack=outcome), name) for name in metrics]
+            epsilon = format_pixel_distance(attack.epsilon) if attack.epsilon else ""
+            verdict = [own.verdict(attack, outcome)] if judged else []
+            table.append([outcome, epsilon, *values, *verdict])
+    return Effects(f"What the attacks do to {vae}", EXPLANATION, table)
+
+
+EXPLANATION = (
+    "Latents moved: their distance from those of the clean image, over the median distance between two images' latents. "
+    "Share of the way: 0 if the latents are as far from those of the attack's target as before, 1 if they are there. "
+    "An attack that does no more than noise says nothing about a defence."
+)
+
+
+class _Measured:
+    """The values of one VAE under the attacks made on it. For the baseline, both threat models are the same attack."""
+
+    def __init__(self, vae: str, rows: Rows, records: Sequence[Record]) -> None:
+        self.rows: dict[Setting, Row] = {_key(row.setting): row for row in rows if row.vae == vae}
+        self.values: dict[Setting, dict[int, float]] = {}
+        for record in records:
+            if record.vae == vae and record.setting.metric == "psnr":
+                self.values.setdefault(_key(record.setting), {})[record.index] = record.value
+        self.noises = sorted(key.epsilon for key in self.rows if (key.attack, key.metric) == (GAUSSIAN_NOISE, TRAVEL))
+
+    def attacks(self) -> list[Setting]:
+        """Return the settings whose motion of latents was measured."""
+        return [key for key in self.rows if key.metric == TRAVEL]
+
+    def outcomes(self, attack: Setting) -> list[str]:
+        """Return the names of an attack's outcomes: with the variants of the task, such as `pid, img2img-0.5`."""
+        named = [
+            key.attack
+            for key in self.rows
+            if key.metric == "psnr" and key.epsilon == attack.epsilon and key.attack.partition(", ")[0] == attack.attack
+        ]
+        return list(dict.fromkeys(named)) or [attack.attack]
+
+    def text(self, attack: Setting, metric: str) -> str:
+        """Return a mean with its interval; empty if it was not measured."""
+        row = self.rows.get(attack._replace(metric=metric))
+        return "" if row is None else " ".join(measured(metric, row.value, row.ci95))
+
+    def verdict(self, attack: Setting, outcome: str) -> str:
+        """Return `NO_GRIP` if noise does as much as an attack, else an empty text."""
+        if attack.objective is None:
+            return ""
+        epsilon = attack.epsilon if attack.epsilon in self.noises else self.noises[0]
+        under_noise = outcome.replace(attack.attack, GAUSSIAN_NOISE, 1)
+        noise = self.values.get(Setting(under_noise, None, NO_THREAT, epsilon, "psnr"), {})
+        attacked = self.values.get(attack._replace(attack=outcome, metric="psnr"), {})
+        lost = paired_difference(attacked, noise)
+        return NO_GRIP if lost is not None and lost.ci95[1] >= 0 else ""
+
+
+def _key(setting: Setting) -> Setting:
+    """Return the setting without its threat model, which makes no difference on the baseline."""
+    return setting._replace(threat_model=NO_THREAT)
