@@ -197,6 +197,18 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         default="raw",
         help="latents as they are, or at the scale of the denoiser so that one alpha suits every VAE",
     )
+    add(
+        "--latent_weight",
+        type=non_negative_float,
+        default=0.0,
+        help="beta, weight of the distance of attacked images' latents from the original ones; not in the paper",
+    )
+    add(
+        "--latent_attack_share",
+        type=fraction,
+        default=0.0,
+        help="share of a batch whose attack maximises that distance instead of the reconstruction loss; not in the paper",
+    )
     add("--sample_posterior", action="store_true", help="sample the latent instead of taking its mean")
     add("--validation_steps", type=positive_int, default=100, help="validate every that many steps")
     add("--num_validation_images", type=positive_int, default=16, help="held-out images to validate on")
@@ -381,7 +393,7 @@ def optimizer_step(run: Run, batches: Waiting, *, interrupted: bool) -> tuple[Te
         with accelerator.accumulate(encoder):
             clean = method.batch(batch.images, image_generators(run.args.seed, batch.positions))
             attacked = method.attack(clean)  # x + delta
-            loss, terms = method.loss(attacked, clean)  # L_robust + alpha L_orig
+            loss, terms = method.loss(attacked, clean)  # L_robust + alpha L_orig (+ beta L_latent)
             accelerator.backward(loss)
             passes.append(terms)
     gradient_norm = accelerator.clip_grad_norm_(encoder.parameters(), run.args.max_grad_norm)

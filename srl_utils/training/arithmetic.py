@@ -23,18 +23,23 @@ class StepArithmetic:
     """One forward pass each; `perceptual` is 0 without LPIPS."""
     pgd_steps: int
     originality: bool
-    """Whether the encoder and its original encode the clean images."""
+    """Whether the encoder encodes the clean images."""
+    reference: bool
+    """Whether the original encoder encodes them."""
+    latent_attack_share: float
+    """Share of the images whose attack needs no decoder."""
 
     @property
     def attack(self) -> int:
         """Operations of the attack: in each step, a forward pass and a backward pass to the pixels."""
-        return self.pgd_steps * 2 * (self.encoder + self.decoder + self.perceptual)
+        decoded = (1 - self.latent_attack_share) * (self.decoder + self.perceptual)
+        return round(self.pgd_steps * 2 * (self.encoder + decoded))
 
     @property
     def outer(self) -> int:
         """Operations of the update: attacked pass (weight gradients in the encoder only), clean pass, reference, target features."""
         attacked = 3 * self.encoder + 2 * self.decoder + 2 * self.perceptual
-        clean = 4 * self.encoder if self.originality else 0
+        clean = (3 * self.originality + self.reference) * self.encoder
         return attacked + clean + self.perceptual
 
     @property
@@ -56,7 +61,14 @@ class StepArithmetic:
 
 
 def step_arithmetic(
-    config: dict[str, Any], *, resolution: int, pgd_steps: int, lpips_net: str | None, originality: bool = True
+    config: dict[str, Any],
+    *,
+    resolution: int,
+    pgd_steps: int,
+    lpips_net: str | None,
+    originality: bool = True,
+    latent_distance: bool = False,
+    latent_attack_share: float = 0.0,
 ) -> StepArithmetic:
     """Count the operations of a step on shapes alone, without weights or memory.
 
@@ -66,6 +78,8 @@ def step_arithmetic(
         pgd_steps: steps of the attack; 0 without one.
         lpips_net: trunk of LPIPS; None without LPIPS.
         originality: whether the loss has the originality term.
+        latent_distance: whether it has the distance of attacked latents.
+        latent_attack_share: share of the images that are attacked on their latents.
     """
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
@@ -78,6 +92,8 @@ def step_arithmetic(
         perceptual=_count(perceptual.net, image) if perceptual else 0,
         pgd_steps=pgd_steps,
         originality=originality,
+        reference=originality or latent_distance or latent_attack_share > 0,
+        latent_attack_share=latent_attack_share,
     )
 
 

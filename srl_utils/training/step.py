@@ -7,6 +7,12 @@ For images x, the encoder E being trained, its frozen original E0 and the frozen
     L_orig    = |mean E(x) - mean E0(x)|^2 + |variance E(x) - variance E0(x)|^2
     loss      = L_robust + alpha L_orig
 
+Beyond the paper, a share of a batch may be attacked where a denoiser sees it, on the latents, and their distance may be in
+the loss with a weight beta:
+
+    delta     = argmax over |delta| <= epsilon of  L_latent = |mean E(x + delta) - mean E0(x)|^2
+    loss      = L_robust + alpha L_orig + beta L_latent
+
 `benchmarks/textbook.py` computes the same plainly, and a test compares both. What makes this one faster changes results by
 rounding alone: the attack differentiates with respect to the images only, through a frozen mirror of the encoder; frozen
 weights are kept in the precision they run in, including LPIPS's in the attack; features of the clean images are computed
@@ -26,7 +32,7 @@ from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.draws import Generators, draw
 from srl_utils.attacks.gradient import PGDConfig, pgd
 from srl_utils.images.pixels import PIXEL_RANGE
-from srl_utils.metrics.losses import ReconstructionLoss, Target, originality_loss
+from srl_utils.metrics.losses import ReconstructionLoss, Target, mean_squared_error, originality_loss
 from srl_utils.vae.layers import with_compilable_layers, with_merged_upsampling
 from srl_utils.vae.networks import (
     EncoderMirror,
@@ -38,8 +44,8 @@ from srl_utils.vae.networks import (
     split_moments,
 )
 
-TERMS = ("loss", "mse", "lpips", "originality", "attacked_psnr")
-"""Values of a batch, in this order: mean loss, its three unweighted terms, and PSNR under attack in dB."""
+TERMS = ("loss", "mse", "lpips", "originality", "latent", "attacked_psnr")
+"""Values of a batch, in this order: mean loss, its four unweighted terms, and PSNR under attack in dB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +127,10 @@ class CleanBatch:
     """Noise of the posterior `[N,C,h,w]`, kept through the attack; None to take its mean."""
     generators: Generators
     """One CPU generator per image."""
+    reference: Moments | None = None
+    """The original encoder's posterior of the images; None if nothing needs it."""
+    latent_attacks: int = 0
+    """The first so many images are attacked on their latents, the others on their reconstructions."""
 
     def part(self, start: int, stop: int) -> CleanBatch:
         """Return images `start` to `stop`."""
@@ -129,6 +139,8 @@ class CleanBatch:
             target=self.target.part(start, stop),
             latent_noise=None if self.latent_noise is None else self.latent_noise[start:stop],
             generators=self.generators[start:stop],
+            reference=None if self.reference is None else Moments(*(each[start:stop] for each in self.reference)),
+            latent_attacks=min(max(self.latent_attacks - start, 0), stop - start),
         )
 
 
@@ -140,8 +152,12 @@ class Step:
     pgd: PGDConfig
     originality_weight: float = 0.01
     """alpha; with 0 the clean images are not encoded."""
+    latent_weight: float = 0.0
+    """beta, weight of the distance of attacked images' latents from the original encoder's of the clean ones."""
+    latent_attack_share: float = 0.0
+    """Share of a batch, rounded, whose attack maximises that distance instead of the reconstruction loss."""
     latent_scale: float | Tensor = 1.0
-    """Factor on latents before originality is measured: 1 for raw ones, `LatentScale.factor` for the denoiser's."""
+    """Factor on latents before a distance is measured: 1 for raw ones, `LatentScale.factor` for the denoiser's."""
     sample_posterior: bool = False
     """Sample the latent of an attacked image instead of taking the posterior's mean."""
     attack_batch_size: int | None = None
@@ -165,10 +181,21 @@ class Step:
         clean = images.to(networks.device, memory_format=torch.channels_last, non_blocking=True)
         target = networks.loss.target(clean)
         noise = self._latent_noise(clean, generators) if self.sample_posterior else None
-        return CleanBatch(images=clean, target=target, latent_noise=noise, generators=generators)
+        reference = None
+        if self.originality_weight or self.latent_weight or self.latent_attack_share:
+            with torch.no_grad():
+                reference = split_moments(networks.reference(clean))
+        return CleanBatch(
+            images=clean,
+            target=target,
+            latent_noise=noise,
+            generators=generators,
+            reference=reference,
+            latent_attacks=round(self.latent_attack_share * len(clean)),
+        )
 
     def attack(self, clean: CleanBatch) -> Tensor:
-        """Return the attacked images `[N,3,H,W]`: x + delta, with delta = argmax of the reconstruction loss.
+        """Return the attacked images `[N,3,H,W]`: x + delta, with delta = argmax of the reconstruction or latent loss.
 
         With `noise`, return the images with white noise instead.
         """
@@ -180,7 +207,7 @@ class Step:
         return torch.cat([self._pgd(clean.part(start, min(start + size, len(clean.images)))) for start in starts])
 
     def loss(self, attacked: Tensor, clean: CleanBatch) -> tuple[Tensor, Tensor]:
-        """Return L_robust + alpha L_orig, averaged over a batch.
+        """Return L_robust + alpha L_orig + beta L_latent, averaged over a batch.
 
         Args:
             attacked: images that the encoder sees, `[N,3,H,W]` in [-1,1].
@@ -190,37 +217,57 @@ class Step:
             The loss, whose `backward` gives the encoder its gradients, and `TERMS` as a vector.
         """
         networks = self.networks
-        latents, originality = self._encode(attacked, clean)
-        terms = networks.loss.terms(networks.decoder(latents), clean.target)
+        posterior, originality = self._encode(attacked, clean)
+        terms = networks.loss.terms(networks.decoder(posterior.latent(clean.latent_noise)), clean.target)
         robust = terms.mse + networks.loss.weight * terms.lpips
-        loss = (robust + self.originality_weight * originality).mean()
+        latent = self._latent_loss(posterior, clean) if self.latent_weight else torch.zeros_like(robust)
+        loss = (robust + self.originality_weight * originality + self.latent_weight * latent).mean()
         attacked_psnr = -10 * torch.log10(terms.mse / PIXEL_RANGE**2)
-        values = (loss, terms.mse.mean(), terms.lpips.mean(), originality.mean(), attacked_psnr.mean())
-        return loss, torch.stack([value.detach() for value in values])
+        values = (terms.mse, terms.lpips, originality, latent, attacked_psnr)
+        return loss, torch.stack([loss.detach(), *(value.detach().mean() for value in values)])
 
     def _pgd(self, clean: CleanBatch) -> Tensor:
-        networks = self.networks
+        on_latents, on_images = self._split(clean)
 
-        def reconstruction_loss(images: Tensor) -> Tensor:
-            latents = split_moments(networks.mirror.encoder(images)).latent(clean.latent_noise)
-            return networks.attacked_loss(networks.decoder(latents), clean.target)
+        def loss(images: Tensor) -> Tensor:
+            posterior = split_moments(self.networks.mirror.encoder(images))
+            count = len(on_latents.images)
+            if count == 0:
+                return self._attacked_loss(posterior, clean)
+            latent = self._latent_loss(Moments(*(each[:count] for each in posterior)), on_latents)
+            if count == len(images):
+                return latent
+            rest = Moments(*(each[count:] for each in posterior))
+            return torch.cat([latent, self._attacked_loss(rest, on_images)])
 
-        return pgd(reconstruction_loss, clean.images, self.pgd, generators=clean.generators)
+        return pgd(loss, clean.images, self.pgd, generators=clean.generators)
 
-    def _encode(self, attacked: Tensor, clean: CleanBatch) -> tuple[Tensor, Tensor]:
-        """Return the latents of the attacked images, and the originality `[N]` of the clean ones.
+    @staticmethod
+    def _split(clean: CleanBatch) -> tuple[CleanBatch, CleanBatch]:
+        """Return the images that are attacked on their latents, and those on their reconstructions."""
+        return clean.part(0, clean.latent_attacks), clean.part(clean.latent_attacks, len(clean.images))
+
+    def _attacked_loss(self, posterior: Moments, clean: CleanBatch) -> Tensor:
+        """Return the reconstruction loss that the attack maximises, `[N]`."""
+        return self.networks.attacked_loss(self.networks.decoder(posterior.latent(clean.latent_noise)), clean.target)
+
+    def _latent_loss(self, posterior: Moments, clean: CleanBatch) -> Tensor:
+        """Return L_latent, `[N]`: the mean squared distance of latents from the original ones of the clean images."""
+        assert clean.reference is not None  # `batch` has made it, as a weight or a share asks for it
+        return mean_squared_error(self.latent_scale * posterior.mean, self.latent_scale * clean.reference.mean)
+
+    def _encode(self, attacked: Tensor, clean: CleanBatch) -> tuple[Moments, Tensor]:
+        """Return the posterior of the attacked images, and the originality `[N]` of the clean ones.
 
         Both take one pass through the wrapper, whose backward pass averages gradients over the processes.
         """
-        networks, noise = self.networks, clean.latent_noise
+        networks = self.networks
         if self.originality_weight == 0:
-            latents = split_moments(networks.wrapped_encoder(attacked)).latent(noise)
-            return latents, attacked.new_zeros(len(attacked))
+            return split_moments(networks.wrapped_encoder(attacked)), attacked.new_zeros(len(attacked))
+        assert clean.reference is not None
         both = split_moments(networks.wrapped_encoder(torch.cat([attacked, clean.images])))
         disturbed, undisturbed = (Moments(*part) for part in zip(*(half.chunk(2) for half in both), strict=True))
-        with torch.no_grad():
-            reference = split_moments(networks.reference(clean.images))
-        return disturbed.latent(noise), originality_loss(*undisturbed, *reference, scale=self.latent_scale)
+        return disturbed, originality_loss(*undisturbed, *clean.reference, scale=self.latent_scale)
 
     def _latent_noise(self, clean: Tensor, generators: Generators) -> Tensor:
         """Return one sample of the posterior's noise per image: `[N,C,h,w]`."""

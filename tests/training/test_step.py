@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.textbook import TextbookStep
 from srl_utils.attacks.corruptions import gaussian_noise
-from srl_utils.attacks.gradient import PGDConfig
+from srl_utils.attacks.gradient import PGDConfig, pgd
 from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
 from srl_utils.training.step import TERMS, Step, build_networks
 from srl_utils.vae.networks import EncoderMirror, LatentDecoder, LatentEncoder, frozen_copy
@@ -138,6 +138,50 @@ def test_without_originality_clean_images_are_not_encoded(tiny_vae, images, gene
     loss, terms = step(images(3), generators(0, 1, 2))
     assert seen == [3]
     assert loss.item() == pytest.approx(terms[TERMS.index("mse")].item())
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.5, 2), (1.0, 3)])
+def test_attacks_on_latents(share: float, count: int, tiny_vae, images, generators) -> None:
+    """Oracle: PGD on the closed form of each half, image by image: the latents' distance, and the reconstruction's error.
+
+    Half of three images are two. In float64, because a sign of a gradient near 0 is a matter of rounding.
+    """
+    pgd_config = replace(ATTACK, random_start=True)
+    step = replace(
+        our_step(tiny_vae.double(), latent_attack_share=share, latent_scale=0.5, originality_weight=0.0), pgd=pgd_config
+    )
+    clean = images(3, 32).double()
+    attacked = step.attack(step.batch(clean, generators(0, 1, 2)))
+    vae = step.networks.vae
+    with torch.no_grad():
+        original = vae.encode(clean).latent_dist.mean
+
+    def on_latents(number: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: (vae.encode(x).latent_dist.mean - original[number]).square().flatten(1).sum(1)
+
+    def on_images(number: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: (vae.decode(vae.encode(x).latent_dist.mean).sample - clean[number]).square().flatten(1).sum(1)
+
+    for number in range(3):
+        objective = on_latents(number) if number < count else on_images(number)
+        expected = pgd(objective, clean[number : number + 1], pgd_config, generators=generators(number))
+        torch.testing.assert_close(attacked[number : number + 1], expected)
+    for size in (1, 2):  # parts of the batch are attacked alike
+        in_parts = replace(step, attack_batch_size=size)
+        torch.testing.assert_close(in_parts.attack(in_parts.batch(clean, generators(0, 1, 2))), attacked)
+
+
+def test_the_latent_distance_enters_the_loss(tiny_vae, images, generators) -> None:
+    """Oracle: closed form, with the weight, and the square of the scale; its gradient moves the encoder alone."""
+    step = our_step(tiny_vae, latent_weight=0.2, latent_scale=0.5, originality_weight=0.0)
+    clean = step.batch(images(2), generators(0, 1))
+    attacked = step.attack(clean)
+    loss, terms = step.loss(attacked, clean)
+    values = dict(zip(TERMS, terms.tolist(), strict=True))
+    with torch.no_grad():
+        means = [tiny_vae.encode(batch).latent_dist.mean for batch in (attacked, clean.images)]
+    assert values["latent"] == pytest.approx(0.25 * (means[0] - means[1]).square().mean().item(), rel=1e-4)
+    assert loss.item() == pytest.approx(values["mse"] + 0.2 * values["latent"], rel=1e-6)
 
 
 def test_half_precision_takes_the_attack_s_perceptual_loss_alone(tiny_vae, random_lpips, images, generators) -> None:

@@ -107,6 +107,21 @@ def test_output_files(run: Run, flags: list[str], tmp_path: Path) -> None:
     assert [row["step"] for row in steps(out)] == [1, 2, 3, 4]
 
 
+def test_latent_attacks_by_flags(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the journal's terms add up to its loss, and an attack on latents alone counts no decoder."""
+    latent = ["--latent_weight", "0.5", "--latent_attack_share", "1", "--originality_weight", "0.1"]
+    code, printed = run(*flags, *latent)
+    assert code == 0, printed
+    for row in steps(tmp_path / "out"):
+        assert row["latent"] > 0
+        expected = row["mse"] + 0.1 * row["originality"] + 0.5 * row["latent"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+    forward, attack = r"encoder forward +([\d.]+) TFLOP", r"attack \(2 steps\) +([\d.]+) TFLOP"
+    _, printed = run(*flags, *latent, "--resolution", "256", "--output_dir", str(tmp_path / "other"), "--dry_run")
+    counted = [float(re.search(pattern, printed)[1]) for pattern in (forward, attack)]
+    assert counted[1] == pytest.approx(2 * 2 * counted[0], abs=2e-4)
+
+
 def test_the_result_rows_describe_the_saved_weights(run: Run, flags: list[str], tmp_path: Path) -> None:
     """Oracle: the clean PSNR of the saved VAE, measured here from its files on the validation images."""
     from srl_utils.metrics.pixels import psnr

@@ -143,6 +143,8 @@ def build_step(args: argparse.Namespace, accelerator: Accelerator, vae: Autoenco
         pgd=attack_config(args),
         noise=args.gaussian_noise,
         originality_weight=args.originality_weight,
+        latent_weight=args.latent_weight,
+        latent_attack_share=args.latent_attack_share,
         latent_scale=LatentScale.of(vae.config).factor_on(networks.device)
         if args.originality_units == "scaled"
         else 1.0,

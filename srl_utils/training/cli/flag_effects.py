@@ -34,7 +34,10 @@ def training_effects(args: argparse.Namespace) -> Effects:
         "pgd_step_size": attack,
         "no_pgd_random_start": attack,
         "lpips_net": (args.lpips_weight > 0, "a --lpips_weight above 0"),
-        "originality_units": (args.originality_weight > 0, "an --originality_weight above 0"),
+        "originality_units": (
+            args.originality_weight > 0 or args.latent_weight > 0, "an --originality_weight or --latent_weight above 0"
+        ),
+        "latent_attack_share": attack,
         "lr_warmup_steps": (args.lr_scheduler != "constant", "a schedule with warm-up, such as constant_with_warmup", 0),
         "lr_num_cycles": (args.lr_scheduler == "cosine_with_restarts", "--lr_scheduler cosine_with_restarts"),
         "lr_power": (args.lr_scheduler == "polynomial", "--lr_scheduler polynomial"),

@@ -58,6 +58,8 @@ def plan_steps(
         pgd_steps=0 if args.gaussian_noise else args.pgd_steps,
         lpips_net=args.lpips_net if args.lpips_weight else None,
         originality=args.originality_weight > 0,
+        latent_distance=args.latent_weight > 0,
+        latent_attack_share=args.latent_attack_share,
     )
     execution = choose_execution(
         accelerator.device,
