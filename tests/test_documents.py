@@ -190,7 +190,6 @@ def test_the_figure_shows_the_tables() -> None:
     assert "results.png" in prose(figures.DOCS / "results.md")
 
 
-@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Oracle: MkDocs in strict mode; every page of docs/ and the README is there."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]

@@ -20,6 +20,7 @@ LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 OUTSIDE = (
     "README.md",
     "LICENSE",
+    "examples/robust_vae.ipynb",
     "benchmarks/RESULTS.md",
     "benchmarks/data-wait.png",
     "benchmarks/time-to-robustness.png",
