@@ -58,10 +58,10 @@ faults: $(VENV)/.installed-test
 
 # The Hub's tests with the oldest huggingface_hub, the newest 1.x and the newest 2.x: versions as pip's `~=` reads them.
 # What has to be of another version is in .venv-hub, the rest in $(VENV). With the oldest go a diffusers and a datasets
-# that accept it, and no transformers at all: that of $(VENV) is hidden, its version first and then itself.
+# that accept it, and neither transformers nor peft: those of $(VENV) are hidden, their versions first and then they.
 HUB_VERSIONS := 1.0.1 1.0 2.0
 .venv-hub/1.0.1/.installed: OLDEST := diffusers==0.36.0 datasets==4.0.0
-.venv-hub/1.0.1/.installed: HIDDEN := transformers
+.venv-hub/1.0.1/.installed: HIDDEN := transformers peft
 
 test-hub: $(HUB_VERSIONS:%=test-hub-%)
 
@@ -75,9 +75,9 @@ test-hub-%: .venv-hub/%/.installed
 	$(VENV)/bin/pip --python $(@D)/bin/python install --quiet huggingface_hub~=$*
 	$(if $(OLDEST),$(VENV)/bin/pip --python $(@D)/bin/python install --quiet --no-deps $(OLDEST))
 	cd $(@D)/lib/python3*/site-packages && echo $(abspath $(VENV))/lib/python3*/site-packages > venv.pth
-	$(if $(HIDDEN),cd $(@D)/lib/python3*/site-packages && mkdir $(HIDDEN)-0.dist-info && \
-		printf 'Metadata-Version: 2.1\nName: $(HIDDEN)\nVersion: 0\n' > $(HIDDEN)-0.dist-info/METADATA && \
-		echo 'import sys; sys.modules["$(HIDDEN)"] = None' > hidden.pth)
+	cd $(@D)/lib/python3*/site-packages && for name in $(HIDDEN); do mkdir $$name-0.dist-info && \
+		printf "Metadata-Version: 2.1\nName: $$name\nVersion: 0\n" > $$name-0.dist-info/METADATA && \
+		echo "import sys; sys.modules['$$name'] = None" >> hidden.pth; done
 	touch $@
 
 # Needs transformers as well. The diffusion model takes most of the time:
