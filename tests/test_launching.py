@@ -31,6 +31,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 @ON_CPU
 def test_accumulation_of_the_environment_is_that_of_the_flag(
     run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,6 +132,7 @@ def test_an_evaluation_takes_its_precision_or_refuses(
     assert code == 0 or name in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @ON_CPU
 def test_accelerate_launch_with_a_configuration_file(flags: list[str], tmp_path: Path) -> None:
     """Oracle: the real launcher; its file asks for bf16, the environment for three passes, and both are what runs."""

@@ -57,6 +57,7 @@ def test_live_bytes_are_those_of_tensors_in_use() -> None:
     assert live.peak == 12000
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_grows_with_the_batch_and_falls_with_checkpointing() -> None:
     """Oracle: monotonicity, on the full-size shape at a size that is quick to count."""
     args = memory.parse_args(["--resolution", "64", "--lpips_weight", "0"])

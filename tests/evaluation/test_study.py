@@ -304,6 +304,7 @@ def photographs(count: int) -> Tensor:
     return tiles("validation", limit=count)
 
 
+@pytest.mark.slow
 def test_an_honest_vae_passes(miniature_vae) -> None:
     """Oracle: the shipped VAE, which does nothing to its gradients; every question is asked once."""
     honest = codec(miniature_vae, "miniature")
@@ -488,6 +489,7 @@ def test_a_vae_that_the_resolution_does_not_suit_is_left_out(arguments, tmp_path
     assert "does not suit deeper, which returns 20 px" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_kill_change_nothing(arguments, tmp_path: Path) -> None:
     """Oracle: one undisturbed process; every file is the same to the last byte.
 

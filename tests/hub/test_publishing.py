@@ -871,8 +871,10 @@ def test_a_training_that_cannot_be_private_does_not_begin(
 
 
 LATE = [
-    "403 at the commit", "commit rejected", "429 at the commit", "500 during preupload", "cut in mid-file",
-    "silence at the commit",
+    "403 at the commit", "silence at the commit",
+    *(pytest.param(case, marks=pytest.mark.slow) for case in (
+        "commit rejected", "429 at the commit", "500 during preupload", "cut in mid-file",
+    )),
 ]  # fmt: skip
 
 

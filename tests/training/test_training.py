@@ -162,6 +162,7 @@ def test_settings_run_to_the_end(run: Run, flags: list[str], tmp_path: Path, ext
     assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "out" / WEIGHTS).values())
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(run: Run, flags: list[str], tmp_path: Path) -> None:
     """Oracle: the run without it. Recomputing the same operations gives the same bits on the CPU."""
     assert run(*flags)[0] == 0
@@ -224,7 +225,7 @@ def test_it_learns(run: Run, tmp_path: Path) -> None:
     [
         (),
         ("--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
-        ("--use_ema", "--dataloader_num_workers", "2"),
+        pytest.param(("--use_ema", "--dataloader_num_workers", "2"), marks=pytest.mark.slow),
         ("--mixed_precision", "bf16", "--sample_posterior"),
     ],
     ids=["plain", "accumulation", "ema+workers", "bf16+sampling"],
@@ -265,7 +266,7 @@ def test_latest_without_a_checkpoint_begins(run: Run, flags: list[str], tmp_path
     assert_same_weights(tmp_path / "out", tmp_path / "other")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_resume(flags: list[str], run: Run, tmp_path: Path, number: int) -> None:
     """Oracle: the undisturbed run: after the signal and a resume the weights are the same to the last bit."""
     flags = [*flags, "--max_train_steps", "40", "--validation_steps", "1000"]
@@ -366,7 +367,7 @@ sys.exit(script.command_line())
 """
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_processes_follow_one(run: Run, flags: list[str], tmp_path: Path, accumulation: int) -> None:
     """Oracle: one process with twice the batch. The ranks' weights are the same bits after every step.
 
