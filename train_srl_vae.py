@@ -306,9 +306,10 @@ def recipe_arguments(recipe: str) -> dict[str, Any]:
     return json_arguments(parse_args(["--recipe", recipe], environment={}))
 
 
-def published(args: argparse.Namespace) -> PublishedCommand:
+def published(args: argparse.Namespace, *, num_processes: int = 1) -> PublishedCommand:
     """Return the command line as the model card shows it."""
-    return published_command(args, recipe_arguments("paper"), recipe_arguments(args.recipe))
+    recipes = recipe_arguments("paper"), recipe_arguments(args.recipe)
+    return published_command(args, *recipes, num_processes=num_processes)
 
 
 # --- main ---------------------------------------------------------------------------------------------
@@ -329,7 +330,8 @@ def main(args: argparse.Namespace) -> int:
     accelerator.print(f"Running on {accelerator.device} in {plan.execution}")
     with sole_run(args.output_dir, is_main_process=accelerator.is_main_process):
         prepare_output(args, accelerator, settings)
-        run = build_run(args, accelerator, vae, data, plan, publisher, settings, published(args))
+        command = published(args, num_processes=accelerator.num_processes)
+        run = build_run(args, accelerator, vae, data, plan, publisher, settings, command)
         run.checkpoints.check_room()
         resume(run, earlier)
         run.validation.measure_original(resumed=begin_records(run) > 0)

@@ -16,7 +16,7 @@ from srl_utils.attacks.draws import image_generators
 from srl_utils.evaluation.catalogue import AttackResources, select
 from srl_utils.evaluation.motion import MOTION_METRICS, SHARE, TRAVEL, motion, usual_distance
 from srl_utils.evaluation.perturbations import GAUSSIAN_NOISE
-from srl_utils.evaluation.report.effects import NO_GRIP, effects_on
+from srl_utils.evaluation.report.effects import GRIP, NO_GRIP, effects_on
 from srl_utils.evaluation.results import Record, Setting, to_rows
 from srl_utils.evaluation.study import Study
 from srl_utils.evaluation.tasks.base import Metrics, Reconstruction
@@ -157,16 +157,20 @@ def example(**psnr: Sequence[float]) -> list[Record]:
 
 
 def test_an_attack_without_grip_is_told_from_one_with_it() -> None:
-    """Oracle: paired differences by hand: one is 3 dB below noise on each image, the other above it on one."""
+    """Oracle: paired differences by hand: one is 3 dB below noise on each image, one above it on one image; a third
+    moves the latents further than noise, whatever the outcome."""
     records = example(strong=[22.0, 21.0, 23.0, 22.0], weak=[25.0, 24.5, 25.0, 25.5])
+    records += records_of("far", "as published", EPSILON, TRAVEL, [0.2, 0.3, 0.2, 0.3])
+    records += records_of("far, second", "as published", EPSILON, "psnr", [25.0, 24.5, 25.0, 25.5])
+    records += records_of("clean, second", None, 0.0, "psnr", [30.0] * 4)
     effects = effects_on("original", to_rows(records), records)
     assert effects is not None and effects.title == "What the attacks do to original"
     titles, *lines = effects.table
     assert titles == ["images", "epsilon", "latents moved", "share of the way to the target", "PSNR (dB)", "verdict"]
     verdicts = {line[0]: line[-1] for line in lines}
     assert verdicts == {
-        "gaussian-noise, first": "", "gaussian-noise, second": "", "strong, first": "", "strong, second": "",
-        "weak, first": "", "weak, second": NO_GRIP,
+        "gaussian-noise, first": "", "gaussian-noise, second": "", "strong, first": GRIP, "strong, second": GRIP,
+        "weak, first": GRIP, "weak, second": NO_GRIP, "far, second": GRIP, "clean, second": "",
     }  # fmt: skip
     _, *values, mean, _ = next(line for line in lines if line[0] == "strong, second")
     assert values == ["8/255", "0.100 [0.100, 0.100]", ""] and mean.startswith("22.00 [")

@@ -579,6 +579,9 @@ def test_what_is_published_names_no_folder_of_this_machine(photographs: Path, va
     assert published["validation_data_dir"] == "held-out"
     assert published["output_dir"] == "runs/x"
     assert not re.search(rf"alice|~|{vae_folder.parent}", command.line)
+    assert command.line.startswith("accelerate launch train_srl_vae.py ")
+    several = train_srl_vae.published(args, num_processes=2).line
+    assert several.startswith("accelerate launch --multi_gpu --num_processes 2 train_srl_vae.py ")
     data = open_data(
         DataSource(dataset_name=str(photographs), validation_split="0.2"), resolution=16, seed=0, center_crop=False,
         random_flip=False, num_validation_images=3,

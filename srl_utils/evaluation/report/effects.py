@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srl_utils.evaluation.motion import SHARE, TRAVEL
-from srl_utils.evaluation.perturbations import GAUSSIAN_NOISE, NO_THREAT
+from srl_utils.evaluation.perturbations import CLEAN, GAUSSIAN_NOISE, NO_THREAT
 from srl_utils.evaluation.report.tables import METRIC_TITLES, measured
-from srl_utils.evaluation.results import Record, Row, Rows, Setting, paired_difference
+from srl_utils.evaluation.results import Difference, Record, Row, Rows, Setting, paired_difference
 from srl_utils.images.pixels import format_pixel_distance
 
 OUTCOME_METRICS = ("psnr", "clip", "rfid", "fid")
-NO_GRIP = "no grip: noise does as much"
+GRIP, NO_GRIP = "more than noise", "no grip"
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Effects:
 def effects_on(vae: str, rows: Rows, records: Sequence[Record]) -> Effects | None:
     """Return what the attacks of a study do to a VAE; None if it has no attack whose motion of latents was measured.
 
-    An attack has no grip if Gaussian noise of its size lowers the PSNR as much: if the 95% interval of the paired
-    differences does not exclude that. An attack without an L-infinity budget is compared with the weakest noise.
+    An attack does more than noise if it lowers the PSNR or moves the latents more than Gaussian noise of its size does:
+    if the 95% interval of one of the paired differences excludes 0. Else it has no grip. An attack without an L-infinity
+    budget is compared with the weakest noise.
 
     Args:
         vae: name of the baseline.
@@ -62,8 +63,10 @@ def effects_on(vae: str, rows: Rows, records: Sequence[Record]) -> Effects | Non
 
 EXPLANATION = (
     "Latents moved: their distance from those of the clean image, over the median distance between two images' latents. "
-    "Share of the way: 0 if the latents are as far from those of the attack's target as before, 1 if they are there. "
-    "An attack that does no more than noise says nothing about a defence."
+    "Share of the way, for attacks with a target: 0 if the latents are as far from the target's as before, 1 if they are "
+    "there. Epsilon is an attack's largest change of a pixel, and the noise's standard deviation. No grip: neither the PSNR "
+    "nor the latents show, beyond their 95% intervals, that the attack does more than noise of its size. It then says "
+    "nothing about a defence, or there are too few images."
 )
 
 
@@ -74,13 +77,14 @@ class _Measured:
         self.rows: dict[Setting, Row] = {_key(row.setting): row for row in rows if row.vae == vae}
         self.values: dict[Setting, dict[int, float]] = {}
         for record in records:
-            if record.vae == vae and record.setting.metric == "psnr":
+            if record.vae == vae and record.setting.metric in ("psnr", TRAVEL):
                 self.values.setdefault(_key(record.setting), {})[record.index] = record.value
         self.noises = sorted(key.epsilon for key in self.rows if (key.attack, key.metric) == (GAUSSIAN_NOISE, TRAVEL))
 
     def attacks(self) -> list[Setting]:
-        """Return the settings whose motion of latents was measured."""
-        return [key for key in self.rows if key.metric == TRAVEL]
+        """Return the settings whose motion of latents was measured, after that of clean images, which do not move."""
+        clean = Setting(CLEAN.name, None, NO_THREAT, 0.0, TRAVEL)
+        return [clean, *(key for key in self.rows if key.metric == TRAVEL)]
 
     def outcomes(self, attack: Setting) -> list[str]:
         """Return the names of an attack's outcomes: with the variants of the task, such as `pid, img2img-0.5`."""
@@ -89,7 +93,7 @@ class _Measured:
             for key in self.rows
             if key.metric == "psnr" and key.epsilon == attack.epsilon and key.attack.partition(", ")[0] == attack.attack
         ]
-        return list(dict.fromkeys(named)) or [attack.attack]
+        return list(dict.fromkeys(named))
 
     def text(self, attack: Setting, metric: str) -> str:
         """Return a mean with its interval; empty if it was not measured."""
@@ -97,15 +101,22 @@ class _Measured:
         return "" if row is None else " ".join(measured(metric, row.value, row.ci95))
 
     def verdict(self, attack: Setting, outcome: str) -> str:
-        """Return `NO_GRIP` if noise does as much as an attack, else an empty text."""
+        """Return `GRIP` if an attack does more than noise, else `NO_GRIP`; an empty text if it is no attack."""
         if attack.objective is None:
             return ""
         epsilon = attack.epsilon if attack.epsilon in self.noises else self.noises[0]
-        under_noise = outcome.replace(attack.attack, GAUSSIAN_NOISE, 1)
-        noise = self.values.get(Setting(under_noise, None, NO_THREAT, epsilon, "psnr"), {})
-        attacked = self.values.get(attack._replace(attack=outcome, metric="psnr"), {})
-        lost = paired_difference(attacked, noise)
-        return NO_GRIP if lost is not None and lost.ci95[1] >= 0 else ""
+        noise = Setting(GAUSSIAN_NOISE, None, NO_THREAT, epsilon, TRAVEL)
+        lost = self._beyond(noise, attack, outcome.replace(attack.attack, GAUSSIAN_NOISE, 1), outcome, "psnr")
+        moved = self._beyond(noise, attack, GAUSSIAN_NOISE, attack.attack, TRAVEL)
+        more = (lost is not None and lost.ci95[1] < 0) or (moved is not None and moved.ci95[0] > 0)
+        return GRIP if more else NO_GRIP
+
+    def _beyond(
+        self, noise: Setting, attack: Setting, under_noise: str, outcome: str, metric: str
+    ) -> Difference | None:
+        """Return the paired difference of an attack's values from those under noise."""
+        attacked = self.values.get(attack._replace(attack=outcome, metric=metric), {})
+        return paired_difference(attacked, self.values.get(noise._replace(attack=under_noise, metric=metric), {}))
 
 
 def _key(setting: Setting) -> Setting:

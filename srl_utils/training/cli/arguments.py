@@ -44,7 +44,7 @@ class PublishedCommand:
 
 
 def published_command(
-    args: argparse.Namespace, paper: Mapping[str, Any], recipe: Mapping[str, Any]
+    args: argparse.Namespace, paper: Mapping[str, Any], recipe: Mapping[str, Any], *, num_processes: int
 ) -> PublishedCommand:
     """Return the command line that repeats a run, without secrets and without folders of this machine.
 
@@ -52,13 +52,15 @@ def published_command(
         args: arguments of the run.
         paper: `json_arguments` of the default recipe.
         recipe: `json_arguments` of the recipe of the run.
+        num_processes: of the run; each trains on batches of its own.
     """
     arguments = {
         name: shortened(value)
         for name, value in json_arguments(args).items()
         if value != paper[name] or value != recipe[name]
     }
-    words = ["accelerate", "launch", "train_srl_vae.py"]
+    several = ["--multi_gpu", "--num_processes", str(num_processes)] if num_processes > 1 else []
+    words = ["accelerate", "launch", *several, "train_srl_vae.py"]
     for name, value in arguments.items():
         if name == "recipe" or value != recipe[name]:
             words += _words(name, value)
