@@ -18,7 +18,7 @@ from srl_utils.attacks.draws import image_generators
 from srl_utils.console import progress_bar
 from srl_utils.errors import UserError
 from srl_utils.evaluation.metering import Meter, images_of
-from srl_utils.evaluation.motion import MOTION_METRICS, motion
+from srl_utils.evaluation.motion import MOTION_METRICS, SHARE, motion
 from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, TRANSFER, Perturbation
 from srl_utils.evaluation.results import Record, to_records
 from srl_utils.evaluation.tasks.base import Cell, Task
@@ -145,7 +145,7 @@ def _motion(
 ) -> dict[str, Tensor]:
     """Return how far the latents of `codec` moved, of the wanted `MOTION_METRICS`, `[N]` each."""
     wanted = [name for name in MOTION_METRICS if name in task.metrics.names]
-    find_goal = job.cell.perturbation.goal
+    find_goal = job.cell.perturbation.goal if SHARE in wanted else None  # a pipeline may have to draw the target
     with frozen(codec.encoder):
         goal = None if find_goal is None else find_goal(codec, clean, image_generators(seed, job.batch))
         return motion(codec, clean, shown, unit=unit, wanted=wanted, goal=goal)

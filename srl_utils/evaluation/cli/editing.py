@@ -163,7 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attack_arguments(parser, attacks=DEFAULT_ATTACKS, epsilons=[8 / 255])
     add_pipeline_arguments(parser)
     add = parser.add_argument
-    add_metrics_argument(parser, METRICS, default=[*DEFAULT_METRICS])
+    add_metrics_argument(parser, METRICS, default=DEFAULT_METRICS)
     add("--prompts", type=expanded_path, default=None, help="text file: a line for each image, or one for all")
     add(
         "--replace",

@@ -85,13 +85,14 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         seed=args.seed,
     )
-    cost = sum(poison.passes for poison in poisons) * max(args.num_poisons) / len(concepts.held_out)
+    # All doses of a poison share the poisons of the largest.
+    made = max(args.num_poisons) / max(1, len({*args.num_poisons} - {0})) / len(concepts.held_out)
     scalable = [poison.epsilon for poison in poisons if poison.epsilon]
     return run_study(
         args,
         setup,
         task,
-        [poisoning(dose, passes=cost / len(given)) for dose in given.values()],
+        [poisoning(dose, passes=made * dose.poison.passes) for dose in given.values()],
         title="Poisoned fine-tuning",
         check_settings=CheckSettings(epsilon=min(scalable, default=USUAL_EPSILON)),
         images=setup.images[concepts.held_out],

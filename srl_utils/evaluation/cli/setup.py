@@ -257,7 +257,7 @@ def has_enough_images(metric: str, num_images: int, notes: list[str]) -> bool:
 
 
 def build_attack_resources(args: argparse.Namespace, setup: Setup) -> AttackResources:
-    """Load the target image, LPIPS and the image-to-image pipeline that the attacks need; note what is missing.
+    """Load what the attacks need: a target image, LPIPS, an image-to-image pipeline.
 
     Args:
         args: `attacks`, `target`, `resolution` and `max_attack_steps`.

@@ -223,7 +223,7 @@ class Poisoning:
             )
 
     def _latents(self, codec: Codec, images: Tensor) -> Tensor:
-        """Return the raw latents of images on the CPU, in batches."""
+        """Return the raw latents of images, which are on the CPU and encoded in batches."""
         return torch.cat([codec.encode(batch.to(codec.device)) for batch in images.split(self.batch_size)])
 
     def _poisoned_latents(self, source: Codec, codec: Codec, dose: Dose) -> Tensor:
