@@ -28,7 +28,7 @@ from srl_utils.evaluation.perturbations import (
     reconstruction_attack,
     settling_pgd,
 )
-from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.metrics.losses import ImageDistance, PerceptualDistance, ReconstructionLoss
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import frozen
 
@@ -62,6 +62,8 @@ class AttackResources:
     """Image-to-image pipeline that draws the targets of some protections, as their authors do."""
     perceptual: PerceptualDistance | None = None
     """LPIPS for attacks; the report measures LPIPS with another network."""
+    bound: ImageDistance | None = None
+    """Bounds Glaze: LPIPS, or a classifier's features where LPIPS has no weights."""
     target: Tensor | None = None
     """Image that targeted protections imitate instead of their default target, `[1,3,H,W]` in [-1,1]."""
     max_steps: int | None = None
@@ -125,8 +127,10 @@ def _missing(name: str, resources: AttackResources) -> str | None:
             return "it needs an image to imitate; give `target`"
         if resources.target_pipeline is None:
             return "it needs an image to imitate, or a text-to-image pipeline to draw one; give `target` or `pipeline`"
-    if resources.perceptual is None and (name.endswith("-lpips") or (protection and protection.needs_perceptual)):
+    if name.endswith("-lpips") and resources.perceptual is None:
         return "it needs LPIPS, whose weights are missing"
+    if protection and protection.needs_perceptual and resources.bound is None:
+        return "it needs LPIPS, whose weights are missing, or a `classifier` in its place"
     return None
 
 
@@ -185,7 +189,7 @@ def _protected(protection: Protection, epsilon: float | None, resources: AttackR
     denoiser = None if protection.prompt is None else Denoiser.from_pipeline(resources.pipeline, protection.prompt)
 
     def apply(codec: Codec, clean: Tensor, generators: Generators) -> Tensor:
-        victim = Victim.of(codec, resources.pipeline, denoiser=denoiser, perceptual=resources.perceptual)
+        victim = Victim.of(codec, resources.pipeline, denoiser=denoiser, perceptual=resources.bound)
         target = _target(protection, resources, clean, generators)
         with frozen(codec.encoder):
             return protect(

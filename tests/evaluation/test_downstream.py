@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from helpers.runs import build_tiny_vae
+from helpers.runs import ROOT, build_tiny_vae
 from helpers.small_pipelines import SIZE, build_pipeline, small_vae
 from helpers.small_text_encoder import add_text_encoders
 from torch import Tensor
@@ -132,7 +132,7 @@ def test_every_pipeline_edits_in_its_own_way() -> None:
 def test_glaze_heads_for_what_the_pipeline_draws(pipe, codec, images, random_lpips) -> None:
     """Oracle: the attack on the targets that `style_transfer` draws from the same generators, given by hand."""
     shown, target_pipeline = images(2, SIZE), as_image_to_image(pipe)
-    resources = AttackResources(perceptual=PerceptualDistance(random_lpips), max_steps=2)
+    resources = AttackResources(bound=PerceptualDistance(random_lpips), max_steps=2)
 
     def glazed(generators: list[torch.Generator], **further) -> Tensor:
         (glaze,) = select(["glaze"], [8 / 255], replace(resources, **further)).perturbations
@@ -375,6 +375,18 @@ def test_editing_command(world, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in references} == references
 
 
+def test_glaze_is_bounded_by_the_classifier_where_lpips_is_missing(world, tmp_path: Path, monkeypatch) -> None:
+    """Oracle: specification; the report says so. Without a classifier too, Glaze is left out."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    flags = ["--replace", "ring=box", "star=cup", "--edits", INPAINTING, "--metrics", "psnr", "--no_checks"]
+    glazed = [*flags, "--attacks", "clean", "glaze", "--max_attack_steps", "1"]
+    assert command.main(["editing", *world, *glazed, "--classifier", str(ROOT / "miniature/weights/classifier")]) == 0
+    assert ("original", f"glaze, {INPAINTING}", "transfer", "psnr") in rows_of(tmp_path / "out")
+    assert "Glaze is bounded by the distance of the classifier's features" in (tmp_path / "out/report.md").read_text()
+    assert command.main(["editing", *world, *glazed, "--output_dir", str(tmp_path / "without")]) == 0
+    assert "glaze was left out" in (tmp_path / "without/report.md").read_text()
+
+
 def test_images_that_replace_changes_nothing_in_are_left_out(world, tmp_path: Path) -> None:
     """Oracle: the same command on the four other pictures alone, whose numbers as images differ and whose means are over
     as many; the note counts and names the two images and their captions.
@@ -501,7 +513,7 @@ def test_without_poisons_none_are_made(world, tmp_path: Path) -> None:
         ("editing", [], "either --prompts or --replace, and not both"),
         ("editing", ["--replace", "ring"], "expected OLD=NEW"),
         ("editing", ["--replace", "a=b", "--metrics", "shown"], "--metrics: shown needs --classifier"),
-        ("editing", ["--replace", "a=b", "--classifier", "none", "--metrics", "psnr"], "--classifier has no effect"),
+        ("editing", ["--replace", "a=b", "--attacks", "clean", "--classifier", "none", "--metrics", "psnr"], "--classifier has no effect"),
         ("editing", ["--replace", "a=b", "--edits", "img2img-0.9"], "this pipeline has img2img-0.3, "),
         ("generation", ["--strengths", "0"], "0 would change nothing"),
         ("generation", ["--strengths", "0.5", "0.3"], "--num_inference_steps: img2img-0.3 takes none of the 3 steps"),

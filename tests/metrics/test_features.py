@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers.runs import ROOT
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch_fidelity import FeatureExtractorInceptionV3, calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torchvision.models import alexnet
@@ -28,6 +29,8 @@ from transformers import (
     CLIPTokenizer,
     RegNetConfig,
     RegNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessor,
 )
 
@@ -40,6 +43,7 @@ from srl_utils.metrics.features import (
     INCEPTION_WEIGHTS,
     SET_METRICS,
     ClipSimilarity,
+    ImageClassifier,
     InceptionFeatures,
     frechet_distance,
     inception_score,
@@ -48,7 +52,7 @@ from srl_utils.metrics.features import (
     load_image_classifier,
     load_inception_features,
 )
-from srl_utils.metrics.losses import LPIPS_TRUNKS, load_perceptual_distance
+from srl_utils.metrics.losses import LPIPS_TRUNKS, ClassifierDistance, load_perceptual_distance
 
 SET_SIZE, BATCH = 8, 3
 SUBSETS = {"subset_size": 6, "subsets": 4, "seed": 3}
@@ -604,6 +608,31 @@ def test_classifier_features_are_those_of_the_library(classifier_folder, image_s
         found["pool"], expected[0], atol=2e-2, rtol=2e-2
     )  # PIL and torchvision resize differently
     torch.testing.assert_close(found["logits"], expected[1], atol=2e-2, rtol=2e-2)
+
+
+def test_classifier_distance_is_that_of_its_normalised_layers(classifier_folder, image_sets) -> None:
+    """Oracle: the definition, on the layers of transformers' own model; equal images are 0 apart, and attacks find a way."""
+    distance = ClassifierDistance(load_image_classifier(str(classifier_folder)))
+    first, second = image_sets[0][:2], image_sets[0][2:4]
+    model = RegNetForImageClassification.from_pretrained(classifier_folder).eval()
+    with torch.no_grad():  # the processor's mean and deviation, for images in [-1,1]
+        layers = [model((each / 2) / 0.25, output_hidden_states=True).hidden_states for each in (first, second)]
+        lengths = [[normalize(layer, dim=1) for layer in each] for each in layers]
+    apart = [(own - other).square().sum(dim=1).mean(dim=(1, 2)) for own, other in zip(*lengths, strict=True)]
+    features = distance.features(second)
+    expected = torch.stack(apart).mean(dim=0)
+    torch.testing.assert_close(distance.distance(first, features), expected, atol=1e-5, rtol=1e-4)
+    assert distance.distance(second, features).max() < 1e-9
+    moved = first.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(distance.distance(moved, features).sum(), moved)
+    assert gradient.isfinite().all() and gradient.abs().amax(dim=(1, 2, 3)).min() > 0
+
+
+def test_a_classifier_without_maps_gives_no_distance() -> None:
+    """Oracle: specification; the layers of a ViT are sequences."""
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=64)
+    classifier = ImageClassifier(ViTForImageClassification(config), ViTImageProcessor())
+    assert "not convolutional" in refusal(ClassifierDistance, classifier)
 
 
 @pytest.mark.parametrize(

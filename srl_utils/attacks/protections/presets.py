@@ -75,7 +75,7 @@ class Protection:
 
     @property
     def needs_perceptual(self) -> bool:
-        """Whether the victim must have LPIPS."""
+        """Whether the victim must have a perceptual distance."""
         return isinstance(self.config, GlazeConfig)
 
     @property

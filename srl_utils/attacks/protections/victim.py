@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srl_utils.attacks.denoiser import Denoiser
 from srl_utils.attacks.draws import Generators, draw_normal
-from srl_utils.metrics.losses import PerceptualDistance
+from srl_utils.metrics.losses import ImageDistance
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import Moments
 
@@ -27,14 +27,14 @@ class Victim:
         scale: maps raw latents to the denoiser's; it must multiply by a factor and add a shift, of each channel or of
             all.
         denoiser: the diffusion model's UNet. Protections with a `prompt` need it.
-        perceptual: LPIPS. Glaze needs it, and its budget is meant for the VGG version.
+        perceptual: bounds Glaze, whose budget is meant for LPIPS on VGG.
     """
 
     encode: Callable[[Tensor], Moments]
     decode: Callable[[Tensor], Tensor]
     scale: Callable[[Tensor], Tensor]
     denoiser: Denoiser | None = None
-    perceptual: PerceptualDistance | None = None
+    perceptual: ImageDistance | None = None
 
     @classmethod
     def of(
@@ -43,7 +43,7 @@ class Victim:
         pipe: DiffusionPipeline | None = None,
         *,
         denoiser: Denoiser | None = None,
-        perceptual: PerceptualDistance | None = None,
+        perceptual: ImageDistance | None = None,
     ) -> Victim:
         """Return the victim that attacks a VAE.
 
@@ -97,8 +97,8 @@ class ProtectedBatch:
         return self.victim.denoiser
 
     @property
-    def perceptual(self) -> PerceptualDistance:
-        """Return the victim's LPIPS, which `protect` has checked to be there."""
+    def perceptual(self) -> ImageDistance:
+        """Return the distance that bounds Glaze, which `protect` has checked to be there."""
         assert self.victim.perceptual is not None
         return self.victim.perceptual
 

@@ -148,11 +148,14 @@ def check_effects(checked: bool) -> Effects:
     return {"num_check_images": (checked, "the checks, which --no_checks leaves out")}
 
 
-def pipeline_effects(metrics: Sequence[str], classifier: str | None) -> Effects:
-    """Return when the flags of `add_pipeline_arguments` have an effect, with these metrics and this classifier."""
+def pipeline_effects(metrics: Sequence[str], classifier: str | None, attacks: Sequence[str] = ()) -> Effects:
+    """Return when the flags of `add_pipeline_arguments` have an effect, with these metrics, classifier and attacks."""
     sets = has_set_metrics(metrics)
     return {
-        "classifier": (sets or "shown" in metrics, "shown, FID, KID or IS among --metrics"),
+        "classifier": (
+            sets or "shown" in metrics or uses_glaze(attacks),
+            "shown, FID, KID or IS among --metrics, or for Glaze",
+        ),
         "inception_weights": (sets and classifier is None, "FID, KID or IS among --metrics and no --classifier"),
     }
 
@@ -182,8 +185,12 @@ def draws_targets(attacks: Sequence[str]) -> bool:
 
 def needs_perceptual(attacks: Sequence[str]) -> bool:
     """Return whether an attack uses LPIPS."""
-    lpips = any(name.endswith("-lpips") for name in expanded(attacks))
-    return lpips or any(protection.needs_perceptual for protection in protections_of(attacks))
+    return uses_glaze(attacks) or any(name.endswith("-lpips") for name in expanded(attacks))
+
+
+def uses_glaze(attacks: Sequence[str]) -> bool:
+    """Return whether an attack is bounded by a perceptual distance."""
+    return any(protection.needs_perceptual for protection in protections_of(attacks))
 
 
 # --- types of values ---

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     check_steps(edits)
-    selection = select(args.attacks, args.epsilons, build_attack_resources(args, setup))
+    selection = select(args.attacks, args.epsilons, build_attack_resources(args, setup, classifier))
     setup.notes.extend(selection.notes)
     baseline = setup.codecs[0].name
     setup.notes.append(
@@ -189,7 +189,7 @@ def effects(args: argparse.Namespace) -> Effects:
     return {
         **shared_effects(args),
         **attack_effects(args.attacks, checked=not args.no_checks),
-        **pipeline_effects(args.metrics, args.classifier),
+        **pipeline_effects(args.metrics, args.classifier, args.attacks),
         "caption_column": (args.prompts is None, "--replace, which edits captions"),
     }
 

@@ -29,7 +29,15 @@ from srl_utils.evaluation.cli.arguments import (
 )
 from srl_utils.evaluation.cli.loading import load_classifier
 from srl_utils.evaluation.cli.running import run_study
-from srl_utils.evaluation.cli.setup import Setup, build_metrics, check_captions, exchangeable, prepare, try_lpips
+from srl_utils.evaluation.cli.setup import (
+    Setup,
+    build_metrics,
+    check_captions,
+    exchangeable,
+    glaze_bound,
+    prepare,
+    try_lpips,
+)
 from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.evaluation.report.figures import draw_curves
 from srl_utils.evaluation.report.grids import extremes_picture
@@ -40,6 +48,7 @@ from srl_utils.evaluation.tasks.finetuning import FinetuningConfig
 from srl_utils.evaluation.tasks.generation import build_text_to_image
 from srl_utils.evaluation.tasks.poisoning import Dose, Poison, Poisoning, divide, doses, poisoning
 from srl_utils.files import write_atomically
+from srl_utils.metrics.features import ImageClassifier
 from srl_utils.metrics.losses import LPIPS_METRICS
 
 METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "clip-text", "shown", "fid", "kid")
@@ -65,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         setup.captions, concept=args.concept, target=args.target_concept, num_poisons=max(args.num_poisons),
         num_held_out=args.num_generated,
     )  # fmt: skip
-    poisons = [build_poison(name, args, setup) for name in dict.fromkeys(args.protection)]
+    poisons = [build_poison(name, args, setup, classifier) for name in dict.fromkeys(args.protection)]
     given = {dose.name: dose for dose in doses(poisons, args.num_poisons)}
     task = Poisoning(
         metrics=build_metrics(args, setup, classifier),
@@ -137,13 +146,16 @@ def generated_picture(task: Poisoning, study: Study) -> Image.Image:
     return extremes_picture(lines, titles=[""] * len(numbers), cell=80, label=300)
 
 
-def build_poison(name: str, args: argparse.Namespace, setup: Setup) -> Poison:
+def build_poison(
+    name: str, args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None
+) -> Poison:
     """Return the poison of this name: a protection, or interpolated latents.
 
     Args:
         name: of a protection, or `interpolated-PERCENT`.
         args: `epsilon`, a budget in the protections' own measure, and `max_attack_steps`, which shortens them.
         setup: has the pipeline; its notes are extended.
+        classifier: bounds Glaze where LPIPS has no weights.
 
     Raises:
         UserError: if the protection needs something that is missing.
@@ -151,8 +163,8 @@ def build_poison(name: str, args: argparse.Namespace, setup: Setup) -> Poison:
     if match := INTERPOLATED.fullmatch(name):
         return Poison(name=name, share=int(match[1]) / 100)
     protection = PROTECTIONS[name]
-    perceptual = try_lpips(setup) if protection.needs_perceptual else None
-    resources = AttackResources(pipeline=setup.pipeline, perceptual=perceptual, max_steps=args.max_attack_steps)
+    bound = glaze_bound(setup, try_lpips(setup), classifier) if protection.needs_perceptual else None
+    resources = AttackResources(pipeline=setup.pipeline, bound=bound, max_steps=args.max_attack_steps)
     epsilon = args.epsilon or protection.config.epsilon
 
     def towards(targets: Tensor) -> Perturbation:
@@ -224,7 +236,7 @@ def effects(args: argparse.Namespace) -> Effects:
     poisoned = any(args.num_poisons)
     return {
         **shared_effects(args),
-        **pipeline_effects(args.metrics, args.classifier),
+        **pipeline_effects(args.metrics, args.classifier, args.protection),
         **check_effects(not args.no_checks),
         **dict.fromkeys(("epsilon", "threat_models", "max_attack_steps"), (poisoned, "a number of poisons above 0")),
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 from srl_utils.command_line import message_of
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import AttackResources
-from srl_utils.evaluation.cli.arguments import CLIP_METRICS, draws_targets, needs_denoiser, needs_perceptual
+from srl_utils.evaluation.cli.arguments import CLIP_METRICS, draws_targets, needs_denoiser, needs_perceptual, uses_glaze
 from srl_utils.evaluation.cli.loading import (
     errors_about,
     load_codecs,
@@ -34,7 +34,13 @@ from srl_utils.evaluation.tasks.editing import as_image_to_image
 from srl_utils.images.listing import few
 from srl_utils.launching import check_launch, launched_accelerator, launched_precision, note_on_compiling
 from srl_utils.metrics.features import SET_METRICS, ImageClassifier, load_clip_similarity, load_inception_features
-from srl_utils.metrics.losses import LPIPS_METRICS, PerceptualDistance, load_perceptual_distance
+from srl_utils.metrics.losses import (
+    LPIPS_METRICS,
+    ClassifierDistance,
+    ImageDistance,
+    PerceptualDistance,
+    load_perceptual_distance,
+)
 from srl_utils.pipelines import robust_vae
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.files import first_line
@@ -256,12 +262,15 @@ def has_enough_images(metric: str, num_images: int, notes: list[str]) -> bool:
 # --- what attacks need ---
 
 
-def build_attack_resources(args: argparse.Namespace, setup: Setup) -> AttackResources:
+def build_attack_resources(
+    args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None
+) -> AttackResources:
     """Load what the attacks need: a target image, LPIPS, an image-to-image pipeline.
 
     Args:
         args: `attacks`, `target`, `resolution` and `max_attack_steps`.
         setup: gets a note for each missing thing.
+        classifier: bounds Glaze where LPIPS has no weights.
     """
     target = None if args.target is None else load_target(args.target, args.resolution).to(setup.accelerator.device)
     perceptual = try_lpips(setup) if needs_perceptual(args.attacks) else None
@@ -271,7 +280,7 @@ def build_attack_resources(args: argparse.Namespace, setup: Setup) -> AttackReso
         incompatible = find_incompatible(setup.pipeline, setup.codecs, setup.images, setup.notes)
     return AttackResources(
         pipeline=setup.pipeline, incompatible=incompatible, target_pipeline=target_pipeline, perceptual=perceptual,
-        target=target, max_steps=args.max_attack_steps,
+        bound=glaze_bound(setup, perceptual, classifier) if uses_glaze(args.attacks) else None, target=target, max_steps=args.max_attack_steps,
     )  # fmt: skip
 
 
@@ -282,6 +291,21 @@ def try_lpips(setup: Setup) -> PerceptualDistance | None:
     except UserError as error:
         setup.notes.append(message_of(error))
         return None
+
+
+def glaze_bound(
+    setup: Setup, perceptual: PerceptualDistance | None, classifier: ImageClassifier | None
+) -> ImageDistance | None:
+    """Return what bounds Glaze: LPIPS, or the classifier's features, of which a note tells; None without either."""
+    if perceptual is not None or classifier is None:
+        return perceptual
+    try:
+        bound = ClassifierDistance(classifier).to(setup.accelerator.device)
+    except UserError as error:
+        setup.notes.append(message_of(error))
+        return None
+    setup.notes.append(f"Glaze is bounded by {bound.name}, not by LPIPS: its strength is not that of the paper")
+    return bound
 
 
 def try_image_to_image(setup: Setup) -> DiffusionPipeline | None:
