@@ -50,9 +50,7 @@ def train_classifier(scenes: SceneSet, vae: AutoencoderKL, settings: Settings) -
         reconstruct=settings.compiled(partial(reconstructed, vae)),
         scenes=scenes, single=(scenes.labels != NO_LABEL).nonzero().flatten(), settings=settings,
     )  # fmt: skip
-    trained = train(
-        network, loss, settings.work_dir / "classifier.pt", steps=settings.steps, learning_rate=settings.learning_rate
-    )
+    trained = train(network, loss, "classifier.pt", settings)
     return trained.to(memory_format=torch.contiguous_format)  # safetensors takes no other format
 
 
