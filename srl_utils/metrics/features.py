@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 import torch
 from huggingface_hub import constants, hf_hub_url
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorInceptionV3
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
@@ -30,6 +30,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from srl_utils.errors import MissingFile, MissingPackage, UnusableFile
 from srl_utils.images.pixels import to_unit_range
+from srl_utils.metrics.losses import FeatureDistance
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, CLIPModel, CLIPProcessor, PreTrainedModel
@@ -274,6 +275,41 @@ class ImageClassifier:
             self.model.config.id2label[number] for number in self.features(images)["logits"].argmax(dim=1).tolist()
         ]
         return torch.tensor([float(f" {label} " in f" {text} ") for label, text in zip(labels, texts, strict=True)])
+
+
+class ClassifierLayers(nn.Module):
+    """The feature maps of a convolutional image classifier, with a gradient and at the images' own size.
+
+    Raises:
+        UnusableFile: an OSError, if no layer keeps the image's positions, as those of a transformer do not.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, classifier: ImageClassifier) -> None:
+        super().__init__()
+        self.network = classifier.model
+        for name in ("mean", "std"):
+            value = getattr(classifier.processor, f"image_{name}")
+            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1))
+        if not self(torch.zeros(1, 3, 64, 64, device=self.network.device)):
+            raise UnusableFile("the classifier is not convolutional, so it cannot say how different images look")
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the maps `[N,C,h,w]` of images `[N,3,H,W]` in [-1,1], one per layer."""
+        pixels = (to_unit_range(images) - self.mean) / self.std
+        layers = self.network(pixel_values=pixels, output_hidden_states=True).hidden_states
+        return [layer for layer in layers if layer.dim() == 4]
+
+
+def classifier_distance(classifier: ImageClassifier) -> FeatureDistance:
+    """Return how different images look to a classifier; attacks take it where LPIPS has no weights.
+
+    Raises:
+        UnusableFile: an OSError, if the classifier is not convolutional.
+    """
+    return FeatureDistance(ClassifierLayers(classifier), "the distance of the classifier's features")
 
 
 def load_image_classifier(name: str) -> ImageClassifier:

@@ -8,18 +8,14 @@ import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import lpips
 import torch
 from torch import Tensor, nn
 
 from srl_utils.errors import MissingFile, UnusableFile
-from srl_utils.images.pixels import to_unit_range
 from srl_utils.vae.precision import full_precision
-
-if TYPE_CHECKING:
-    from srl_utils.metrics.features import ImageClassifier
 
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # read by torch
 LPIPS_TRUNKS = {
@@ -152,41 +148,28 @@ class PerceptualDistance(nn.Module):
             return sum(weigh((own - fixed).square()).mean(dim=(1, 2, 3)) for weigh, own, fixed in layers)
 
 
-class ClassifierDistance(nn.Module):
-    """The distance of channel-normalised features of an image classifier: LPIPS without fitted weights.
+class FeatureDistance(nn.Module):
+    """The distance of a network's channel-normalised features: LPIPS without fitted weights.
 
     Each layer contributes the squared distance of its normalised features, averaged over positions; the layers are
-    averaged. It is 0 for equal images and between 0 and 2 for features that are not negative. Attacks take it where
-    LPIPS has no weights (Zhang et al., CVPR 2018, find that such features compare images nearly as well).
+    averaged. It is 0 for equal images and at most 4; at most 2, if no feature is negative. Zhang et al. (CVPR 2018) find
+    that the features of a classifier compare images nearly as well without fitted weights.
 
-    Raises:
-        UnusableFile: an OSError, if no layer of the classifier keeps the image's positions, as a transformer's do not.
+    Args:
+        layers: maps images `[N,3,H,W]` in [-1,1] to feature maps `[N,C,h,w]`, one per layer.
+        name: what is computed, in a few words.
     """
 
     EPSILON = 1e-10
-    mean: Tensor
-    std: Tensor
 
-    def __init__(self, classifier: ImageClassifier) -> None:
+    def __init__(self, layers: nn.Module, name: str) -> None:
         super().__init__()
-        self.network = classifier.model
-        for name in ("mean", "std"):
-            value = getattr(classifier.processor, f"image_{name}")
-            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1))
-        if not self.features(torch.zeros(1, 3, 64, 64)):
-            raise UnusableFile("the classifier is not convolutional, so it cannot say how different images look")
-
-    @property
-    def name(self) -> str:
-        """Return what is computed."""
-        return "the distance of the classifier's features"
+        self.layers, self.name = layers, name
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return channel-normalised features of images `[N,3,H,W]` in [-1,1], one tensor per layer."""
         with torch.autocast(images.device.type, enabled=False):
-            pixels = (to_unit_range(full_precision(images)) - self.mean) / self.std
-            layers = self.network(pixel_values=pixels, output_hidden_states=True).hidden_states
-        return [_normalised(layer, self.EPSILON) for layer in layers if layer.dim() == 4]
+            return [_normalised(layer, self.EPSILON) for layer in self.layers(full_precision(images))]
 
     def distance(self, images: Tensor, target_features: Sequence[Tensor]) -> Tensor:
         """Return the distance `[N]` between images `[N,3,H,W]` in [-1,1] and the target with these features."""

@@ -90,7 +90,7 @@ def choose_execution(
         torch_compile, reason = _choose_compiling(device, flops)
         reasons.append(reason)
     if precision is None:
-        precision, reason = _choose_precision(device, torch_compile)
+        precision, reason = choose_precision(device, torch_compile)
         reasons.append(reason)
     elif precision == "fp16" and not runs_in_fp16(precision, force_upcast):
         precision = "no"
@@ -113,7 +113,8 @@ def _choose_compiling(device: torch.device, flops: float) -> tuple[bool, str]:
     return pays, "long enough to repay compiling" if pays else "too short to repay compiling"
 
 
-def _choose_precision(device: torch.device, compiled: bool) -> tuple[str, str]:
+def choose_precision(device: torch.device, compiled: bool) -> tuple[str, str]:
+    """Return the precision that is fastest on a device, `bf16` or `no`, and the reason."""
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "the GPU computes in bf16") if able else ("no", "the GPU lacks bf16")

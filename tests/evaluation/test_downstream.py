@@ -14,6 +14,7 @@ from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDif
 from helpers.runs import ROOT, build_tiny_vae
 from helpers.small_pipelines import SIZE, build_pipeline, small_vae
 from helpers.small_text_encoder import add_text_encoders
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,7 +41,7 @@ from srl_utils.evaluation.tasks.editing import (
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
 from srl_utils.evaluation.tasks.generation import largest_difference
 from srl_utils.evaluation.tasks.poisoning import Poison, divide, doses, poisoning
-from srl_utils.images.pixels import to_model_range, to_pil, to_unit_range
+from srl_utils.images.pixels import from_pil, to_model_range, to_pil, to_unit_range
 from srl_utils.metrics.losses import PerceptualDistance
 from srl_utils.vae.codec import Codec, load_codec
 from srl_utils.vae.loading import AutoencoderSource
@@ -267,7 +268,7 @@ def test_finetuning_learns(pipe) -> None:
 
 
 def test_division_of_a_data_set() -> None:
-    """Oracle: closed form on ten captions; every image has one part, and words count, not their pieces."""
+    """Oracle: closed form on ten captions; no other image names the concept, and words count, not their pieces."""
     captions = [
         "a ring",
         "a star",
@@ -282,7 +283,7 @@ def test_division_of_a_data_set() -> None:
     ]
     parts = divide(captions, concept="ring", target="star", num_poisons=2, num_held_out=2)
     assert (parts.poisonable, parts.held_out, parts.targets) == ([0, 2], [8, 9], [1, 6])
-    assert parts.others == [1, 3, 4, 5, 6, 7]
+    assert parts.others == [1, 3, 6, 7]
     with pytest.raises(UserError, match="5 captions name 'ring' and 2 'star'; 4 poisons and 2 held-out"):
         divide(captions, concept="ring", target="star", num_poisons=4, num_held_out=2)
 
@@ -470,7 +471,7 @@ def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows_of(tmp_path / "out") == rows
 
 
-def test_interpolated_latents(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpolated_latents(world, pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the latents that the model learns: those of the two images, mixed, at the scale of the denoiser."""
     learnt: dict[str, Tensor] = {}
 
@@ -489,9 +490,13 @@ def test_interpolated_latents(world, tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("no poison", "none"), ("interpolated-25-2", "none"), ("interpolated-100-2", "none"),
     }  # fmt: skip
     clean, quarter, whole = (learnt[name] for name in ("0", "2", "4"))  # those between are of the other VAE
-    assert quarter[2:].equal(clean[2:]) and whole[2:].equal(clean[2:])
-    assert torch.allclose(quarter[:2], clean[:2] + (whole[:2] - clean[:2]) / 4, atol=1e-5)
-    assert not whole[:2].allclose(clean[:2])
+    assert len(clean) > 0 and quarter[2:].equal(clean) and whole[2:].equal(clean)
+    pictures = torch.stack([from_pil(Image.open(tmp_path / f"photos/{number}.png")) for number in (0, 2)])
+    codec = saved_codec("original", tmp_path, seed=0)
+    with torch.no_grad():
+        own = codec.scale(codec.encode(pictures), pipe)
+    assert torch.allclose(quarter[:2], own + (whole[:2] - own) / 4, atol=1e-5)
+    assert not whole[:2].allclose(own)
     assert len(list((tmp_path / "out/figures").glob("curves-*.png"))) == 3  # for each control, and against the way
 
 

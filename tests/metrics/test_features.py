@@ -45,6 +45,7 @@ from srl_utils.metrics.features import (
     ClipSimilarity,
     ImageClassifier,
     InceptionFeatures,
+    classifier_distance,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -52,7 +53,7 @@ from srl_utils.metrics.features import (
     load_image_classifier,
     load_inception_features,
 )
-from srl_utils.metrics.losses import LPIPS_TRUNKS, ClassifierDistance, load_perceptual_distance
+from srl_utils.metrics.losses import LPIPS_TRUNKS, load_perceptual_distance
 
 SET_SIZE, BATCH = 8, 3
 SUBSETS = {"subset_size": 6, "subsets": 4, "seed": 3}
@@ -612,7 +613,7 @@ def test_classifier_features_are_those_of_the_library(classifier_folder, image_s
 
 def test_classifier_distance_is_that_of_its_normalised_layers(classifier_folder, image_sets) -> None:
     """Oracle: the definition, on the layers of transformers' own model; equal images are 0 apart, and attacks find a way."""
-    distance = ClassifierDistance(load_image_classifier(str(classifier_folder)))
+    distance = classifier_distance(load_image_classifier(str(classifier_folder)))
     first, second = image_sets[0][:2], image_sets[0][2:4]
     model = RegNetForImageClassification.from_pretrained(classifier_folder).eval()
     with torch.no_grad():  # the processor's mean and deviation, for images in [-1,1]
@@ -632,7 +633,7 @@ def test_a_classifier_without_maps_gives_no_distance() -> None:
     """Oracle: specification; the layers of a ViT are sequences."""
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=64)
     classifier = ImageClassifier(ViTForImageClassification(config), ViTImageProcessor())
-    assert "not convolutional" in refusal(ClassifierDistance, classifier)
+    assert "not convolutional" in refusal(classifier_distance, classifier)
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,15 @@ from srl_utils.evaluation.tasks.base import Metrics
 from srl_utils.evaluation.tasks.editing import as_image_to_image
 from srl_utils.images.listing import few
 from srl_utils.launching import check_launch, launched_accelerator, launched_precision, note_on_compiling
-from srl_utils.metrics.features import SET_METRICS, ImageClassifier, load_clip_similarity, load_inception_features
+from srl_utils.metrics.features import (
+    SET_METRICS,
+    ImageClassifier,
+    classifier_distance,
+    load_clip_similarity,
+    load_inception_features,
+)
 from srl_utils.metrics.losses import (
     LPIPS_METRICS,
-    ClassifierDistance,
     ImageDistance,
     PerceptualDistance,
     load_perceptual_distance,
@@ -300,7 +305,7 @@ def glaze_bound(
     if perceptual is not None or classifier is None:
         return perceptual
     try:
-        bound = ClassifierDistance(classifier).to(setup.accelerator.device)
+        bound = classifier_distance(classifier).to(setup.accelerator.device)
     except UserError as error:
         setup.notes.append(message_of(error))
         return None

@@ -38,7 +38,7 @@ class Concepts:
     poisonable: Sequence[int]
     """Training images whose captions name the concept."""
     others: Sequence[int]
-    """Training images that stay clean."""
+    """Training images that stay clean; their captions do not name the concept."""
     targets: Sequence[int]
     """For each poisonable image, an image whose caption names the other concept."""
     held_out: Sequence[int]
@@ -47,6 +47,9 @@ class Concepts:
 
 def divide(captions: Sequence[str], *, concept: str, target: str, num_poisons: int, num_held_out: int) -> Concepts:
     """Divide a dataset: hold out the last images of the concept, and make the first ones poisonable.
+
+    What is left of the concept is not used: in the fine-tuning all images of the concept are poisons, and the model knows
+    the concept from its own training.
 
     Args:
         captions: one for each image.
@@ -66,7 +69,7 @@ def divide(captions: Sequence[str], *, concept: str, target: str, num_poisons: i
             f"images need {needed} and 1; give more images or other concepts"
         )
     poisonable, held_out = named[:num_poisons], named[len(named) - num_held_out :]
-    others = [number for number in range(len(captions)) if number not in {*poisonable, *held_out}]
+    others = [number for number, caption in enumerate(captions) if concept not in caption.split()]
     targets = [aims[place % len(aims)] for place in range(num_poisons)]
     return Concepts(poisonable=poisonable, others=others, targets=targets, held_out=held_out)
 
@@ -208,9 +211,9 @@ class Poisoning:
 
     def _finetune(self, source: Codec, codec: Codec, dose: Dose) -> UNet2DConditionModel:
         """Return the model after fine-tuning on latents of `codec`, some of them of poisons made on `source`."""
-        numbers = [*self.concepts.poisonable, *self.concepts.others]
+        numbers = [*self.concepts.poisonable[: dose.amount], *self.concepts.others]
         with torch.no_grad():
-            clean = self._latents(codec, self.images[numbers[dose.amount :]])
+            clean = self._latents(codec, self.images[self.concepts.others])
             latents = torch.cat([self._poisoned_latents(source, codec, dose), clean]) if dose.amount else clean
             latents = codec.scale(latents, self.text_to_image.pipeline)
         with torch.enable_grad():
