@@ -82,7 +82,7 @@ def _most_similar(captions: Sequence[str], numbers: Sequence[int], aims: Sequenc
     The latents of similar scenes are close, so that a poison can go further towards its target.
     """
     words = {number: set(captions[number].split()) for number in {*numbers, *aims}}
-    uses = Counter({aim: 0 for aim in aims})
+    uses: Counter[int] = Counter()
     chosen = []
     for number in numbers:
         common = {aim: len(words[number] & words[aim]) / len(words[number] | words[aim]) for aim in aims}
