@@ -92,10 +92,10 @@ def reconstruction_rows(codec: Codec, images: Tensor, title: str) -> list[Row]:
 
 
 def latent_share(codec: Codec, images: Tensor) -> float:
-    """Return the share of the way to another image's latents that PhotoGuard's encoder attack goes, in the mean."""
+    """Return the share of the way to another image's latents that Nightshade goes, in the mean."""
     targets = images.roll(1, dims=0)
     protected = protect(
-        PROTECTIONS["photoguard-encoder"], Victim.of(codec), images, target=targets, epsilon=PULL_EPSILON,
+        PROTECTIONS["nightshade"], Victim.of(codec), images, target=targets, epsilon=PULL_EPSILON,
         num_steps=PULL_STEPS, generators=image_generators(0, range(len(images))),
     )  # fmt: skip
     with torch.no_grad():
@@ -150,7 +150,7 @@ Another build gives a similar autoencoder with other bits: compiled code and ano
 
 The table has the PSNR in dB on unseen images, by `python -m miniature.measure`. `pgd-50x2` is PGD on the mean squared
 error with 50 steps, 2 restarts and epsilon 8/255. The noise has standard deviation 8/255. The last column says how far
-PhotoGuard's encoder attack, with epsilon 16/255 and 100 steps, pulls the latents towards those of another image.
+Nightshade, with epsilon 16/255 and 100 steps, pulls the latents towards those of another image.
 
 {table}
 """
