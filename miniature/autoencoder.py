@@ -69,7 +69,7 @@ def build(args: argparse.Namespace) -> None:
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """Return the autoencoder with random weights: SD-VAE's blocks and attention, fewer channels in each, and 8 latents."""
+    """Return the autoencoder with random weights: SD-VAE's blocks and attention, fewer channels in each, and 12 latents."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,

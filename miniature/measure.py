@@ -117,6 +117,7 @@ def write_measurements(vae: AutoencoderKL, folder: Path, *, build: dict[str, obj
     (folder / "README.md").write_text(
         README.format(
             parameters=f"{parameters / 1e6:.2f}",
+            latents=vae.config.latent_channels,
             scaling_factor=vae.config.scaling_factor,
             build=", ".join(f"{key} {value}" for key, value in build.items()),
             table=table(results),
@@ -137,7 +138,7 @@ def table(results: dict[str, Measurement]) -> str:
 README = """# The miniature autoencoder
 
 A `diffusers.AutoencoderKL` of {parameters} million parameters for images of 64 px, or another multiple of 8. It has the
-blocks of Stable Diffusion's VAE with fewer channels, 8 latent channels, and weights in float16.
+blocks of Stable Diffusion's VAE with fewer channels, {latents} latent channels, and weights in float16.
 
 `make miniature` trained it on drawn scenes, dead leaves and augmented crops of scikit-image's training photographs, and
 on no other photographs; `srl_utils/images/photographs.py` lists them. Encoder and decoder were first trained apart, on

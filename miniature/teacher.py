@@ -15,8 +15,8 @@ from miniature.imagenet import ImageNetLayers
 
 FACTOR = 8
 """Pixels of an image for each latent, horizontally and vertically."""
-PIXEL_CHANNELS, FEATURE_CHANNELS = 4, 4
-PIXEL_SCALE = 0.3
+PIXEL_CHANNELS, FEATURE_CHANNELS = 4, 8
+PIXEL_SCALE = 0.25
 """Standard deviation of the channels that hold pixels. A small change of the image cannot move these far."""
 
 
@@ -59,7 +59,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Return latents `[N,8,H/8,W/8]` of images `[N,3,H,W]` in [-1,1]."""
+        """Return latents `[N,12,H/8,W/8]` of images `[N,3,H,W]` in [-1,1]."""
         pixels = PIXEL_SCALE * self.pixels(pixel_unshuffle(images, FACTOR))
         return torch.cat([pixels, self.features(self.layers(images)[-1])], dim=1)
 
