@@ -26,6 +26,8 @@ LPIPS_TRUNKS = {
 """File names of torchvision's weights."""
 LPIPS_METRICS = {f"lpips-{trunk}": trunk for trunk in LPIPS_TRUNKS}
 """Trunks by the name that the metric has in results."""
+EPSILON = 1e-10
+"""Added to the squared length of features before they are normalised."""
 
 
 class Target(NamedTuple):
@@ -108,8 +110,6 @@ class PerceptualDistance(nn.Module):
     here eps stands inside the square root, which changes the value by less than 1e-4.
     """
 
-    EPSILON = 1e-10
-
     def __init__(self, network: lpips.LPIPS) -> None:
         super().__init__()
         # The lpips package leaves its linear weights trainable.
@@ -135,7 +135,7 @@ class PerceptualDistance(nn.Module):
         """Return channel-normalised features of images `[N,3,H,W]` in [-1,1], one tensor per layer."""
         with torch.autocast(images.device.type, enabled=False):
             activations = self.network.net(self.network.scaling_layer(full_precision(images)).to(self.dtype))
-            return [_normalised(full_precision(layer), self.EPSILON) for layer in activations]
+            return [_normalised(full_precision(layer)) for layer in activations]
 
     def compile_features(self) -> None:
         """Compile the trunk for one size of images."""
@@ -160,8 +160,6 @@ class FeatureDistance(nn.Module):
         name: what is computed, in a few words.
     """
 
-    EPSILON = 1e-10
-
     def __init__(self, layers: nn.Module, name: str) -> None:
         super().__init__()
         self.layers, self.name = layers, name
@@ -169,7 +167,7 @@ class FeatureDistance(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """Return channel-normalised features of images `[N,3,H,W]` in [-1,1], one tensor per layer."""
         with torch.autocast(images.device.type, enabled=False):
-            return [_normalised(layer, self.EPSILON) for layer in self.layers(full_precision(images))]
+            return [_normalised(layer) for layer in self.layers(full_precision(images))]
 
     def distance(self, images: Tensor, target_features: Sequence[Tensor]) -> Tensor:
         """Return the distance `[N]` between images `[N,3,H,W]` in [-1,1] and the target with these features."""
@@ -177,9 +175,9 @@ class FeatureDistance(nn.Module):
         return torch.stack([(own - fixed).square().sum(dim=1).mean(dim=(1, 2)) for own, fixed in pairs]).mean(dim=0)
 
 
-def _normalised(features: Tensor, epsilon: float) -> Tensor:
+def _normalised(features: Tensor) -> Tensor:
     """Return features `[N,C,H,W]` scaled to length 1 over the channels."""
-    return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + epsilon)
+    return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + EPSILON)
 
 
 def load_perceptual_distance(net: str) -> PerceptualDistance:

@@ -60,7 +60,7 @@ def test_the_fast_step_is_the_textbooks(
     by 1% to 25% of what they moved, depending on the processor. The package's LPIPS has its eps outside the square root
     (`PerceptualDistance`); a vanishing eps takes that difference away.
     """
-    monkeypatch.setattr(PerceptualDistance, "EPSILON", 1e-20)
+    monkeypatch.setattr("srl_utils.metrics.losses.EPSILON", 1e-20)
     perceptual = exact_lpips if lpips_weight else None
     vae = either_tiny_vae.double()
     plain = TextbookStep(

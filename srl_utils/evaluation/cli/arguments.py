@@ -154,7 +154,7 @@ def pipeline_effects(metrics: Sequence[str], classifier: str | None, attacks: Se
     return {
         "classifier": (
             sets or "shown" in metrics or uses_glaze(attacks),
-            "shown, FID, KID or IS among --metrics, or for Glaze",
+            "shown, FID, KID or IS among --metrics, or Glaze",
         ),
         "inception_weights": (sets and classifier is None, "FID, KID or IS among --metrics and no --classifier"),
     }

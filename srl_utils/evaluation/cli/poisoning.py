@@ -146,9 +146,7 @@ def generated_picture(task: Poisoning, study: Study) -> Image.Image:
     return extremes_picture(lines, titles=[""] * len(numbers), cell=80, label=300)
 
 
-def build_poison(
-    name: str, args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None
-) -> Poison:
+def build_poison(name: str, args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None) -> Poison:
     """Return the poison of this name: a protection, or interpolated latents.
 
     Args:
