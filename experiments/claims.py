@@ -14,14 +14,18 @@ from statistics import mean, stdev
 
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT, TRANSFER
 from srl_utils.evaluation.report.tables import markdown_table
+from srl_utils.evaluation.tasks.poisoning import NO_DOSE
 
 ORIGINAL, ROBUST, CONTROL = "original", "robust", "no attack"
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
-UNTESTED = "cannot be judged: the attacks take nothing from the original"
+UNTESTED = "cannot be judged: the attack takes nothing from the original"
 WANTED = {TRANSFER: 0.7, ADAPTIVE: 0.4}
 """Shares of an edit's loss that have to be won back for a claim to hold; the control may have half of it at most."""
+NO_POISON = NO_DOSE.name
 LEAST_LOSS = {"fid": 1.0, "clip-text": 0.01}
 """A smaller loss is not told from none: the attack has no grip."""
+LEAST_DAMAGE = 0.1
+"""A smaller loss of images as prompted says nothing of poisons: it is three of 32 images."""
 
 
 def trained_name(variant: str, seed: int) -> str:
@@ -136,6 +140,37 @@ def edits_claims(results: Results, attacks: Iterable[str]) -> list[Claim]:
                     Claim(text, f"{title} won back", None, control, robust, share_verdict(control, robust, wanted))
                 )
     return claims
+
+
+def poison_claims(results: Results, poison: str) -> list[Claim]:
+    """Return the claims on poisoned fine-tuning, one for each threat model: the damage is halved at least.
+
+    Damage is the loss of images as prompted, between fine-tunings of one VAE without poisons and with them.
+    """
+    claims = []
+    for threat in WANTED:
+        original, control, robust = (damage(results, name, poison, threat) for name in (ORIGINAL, CONTROL, ROBUST))
+        verdict = damage_verdict(original[0], control, robust) if original and robust else UNTESTED
+        text = f"fine-tuning on {poison}, {threat}"
+        claims.append(Claim(text, "images as prompted lost", *original[:1] or [None], control, robust, verdict))
+    return claims
+
+
+def damage(results: Results, variant: str, poison: str, threat: str) -> list[float]:
+    """Return the share of images as prompted that poisons cost a variant, for each seed."""
+    unharmed = results.of(variant, NO_POISON, NO_THREAT, "shown")
+    harmed = results.of(variant, poison, threat, "shown")
+    return [before - after for before, after in zip(unharmed, harmed, strict=True)] if harmed else []
+
+
+def damage_verdict(original: float, control: Sequence[float], robust: Sequence[float]) -> str:
+    """Return whether at least half of the original's damage is averted, and twice as much as by the control."""
+    if original < LEAST_DAMAGE:
+        return UNTESTED
+    averted, by_control = original - mean(robust), original - mean(control) if control else 0.0
+    if averted >= original / 2 and averted >= 2 * by_control:
+        return HOLDS
+    return IN_PART if averted > max(0.0, by_control) else FAILS
 
 
 def share_verdict(control: Sequence[float], robust: Sequence[float], wanted: float) -> str:

@@ -18,7 +18,9 @@ from experiments.claims import (
     Results,
     beyond_spread,
     compared,
+    damage_verdict,
     edits_claims,
+    poison_claims,
     share_verdict,
     spread,
     trained_name,
@@ -103,6 +105,37 @@ def test_verdict_on_values(control: list[float], robust: list[float], verdict: s
     setting = ("clean", "none", "psnr")
     values = {(ORIGINAL, *setting): 24.0, (CONTROL, *setting): control[0], (ROBUST, *setting): robust[0]}
     assert compared("x", "dB", results(values), setting, higher=True).verdict == verdict
+
+
+def test_damage_of_poisons(results) -> None:
+    """Oracle: by hand; a fine-tuning without poisons is the VAE's own, and a threat model that was not run is not judged."""
+    shown = {ORIGINAL: (0.9, 0.3), CONTROL: (0.8, 0.3), ROBUST: (0.9, 0.8)}
+    values: dict = {}
+    for vae, (unharmed, harmed) in shown.items():
+        values |= {
+            (vae, "no poison", "none", "shown"): unharmed,
+            (vae, "nightshade-96", "transfer", "shown"): harmed,
+        }
+    transfer, adaptive = poison_claims(results(values), "nightshade-96")
+    assert transfer.original == pytest.approx(0.6) and transfer.verdict == HOLDS
+    assert transfer.control == pytest.approx([0.5]) and transfer.robust == pytest.approx([0.1])
+    assert adaptive.verdict == UNTESTED and adaptive.original is None
+
+
+@pytest.mark.parametrize(
+    ("original", "control", "robust", "verdict"),
+    [
+        (0.6, [0.5], [0.3], HOLDS),
+        (0.6, [0.4], [0.3], IN_PART),
+        (0.6, [], [0.4], IN_PART),
+        (0.6, [0.2], [0.3], FAILS),
+        (0.6, [0.6], [0.7], FAILS),
+        (0.05, [0.05], [0.0], UNTESTED),
+    ],
+)
+def test_verdict_on_damage(original: float, control: list[float], robust: list[float], verdict: str) -> None:
+    """Oracle: specification; half of the damage is averted, and twice as much as by the control."""
+    assert damage_verdict(original, control, robust) == verdict
 
 
 def test_seeds_decide_what_is_a_gain() -> None:
