@@ -34,11 +34,11 @@ def trained_name(variant: str, seed: int) -> str:
 
 
 class Results:
-    """Mean values of one evaluation, by VAE, attack with its edit, threat model and metric."""
+    """Mean values of evaluations, by VAE, attack with its edit, threat model and metric."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the `results.json` of an evaluation."""
-        rows = json.loads(path.read_text(encoding="utf-8"))
+    def __init__(self, *paths: Path) -> None:
+        """Read the `results.json` of each evaluation."""
+        rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
         self.values: dict[tuple[str, str, str, str], float] = {
             (row["vae"], row["attack"], row["threat_model"], row["metric"]): row["value"] for row in rows
         }

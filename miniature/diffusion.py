@@ -102,10 +102,10 @@ def build_pipeline(
     trained = train(network, loss, "diffusion.pt", settings)
     trained = trained.to(memory_format=torch.contiguous_format)  # safetensors takes no other format
     return StableDiffusionPipeline(
-        vae=vae,
+        vae=vae.half(),  # half the file size; diffusers loads it in float32
         text_encoder=trained.text_encoder,
         tokenizer=tokenizer,
-        unet=trained.unet.half(),  # half the file size; diffusers loads it in float32
+        unet=trained.unet.half(),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
