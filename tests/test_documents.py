@@ -24,7 +24,6 @@ from helpers.documents import (
     commands,
     inline_code,
     links,
-    prose,
 )
 from helpers.runs import ROOT
 
