@@ -219,6 +219,21 @@ def test_latents_are_those_that_a_pipeline_would_make(scenes, tmp_path: Path) ->
         torch.testing.assert_close(latents[:3].float(), mean * vae.config.scaling_factor, rtol=2e-3, atol=2e-3)
 
 
+def test_each_scene_is_reconstructed_once(scenes) -> None:
+    """Oracle: the function itself, within the rounding to 8 bits, and a count of the scenes that it was given."""
+    given: list[Tensor] = []
+
+    def darker(images: Tensor) -> Tensor:
+        given.extend(images)
+        return 0.5 * images - 0.8
+
+    reconstructions = classifier.Reconstructions(scenes, darker, "cpu")
+    for numbers in (torch.tensor([2, 0]), torch.tensor([0, 1, 2])):
+        expected = (0.5 * scenes.pixels(numbers) - 0.8).clamp(-1, 1)
+        torch.testing.assert_close(reconstructions.pixels(numbers), expected, rtol=0, atol=1.01 / 255)
+    assert len(given) == 3
+
+
 def test_half_of_the_classifier_s_images_are_mirrored() -> None:
     """Oracle: each image is itself or its mirror image, and both occur."""
     images = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
