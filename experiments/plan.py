@@ -171,7 +171,7 @@ def networks(scale: Scale) -> list[object]:
     """Return the flags that name the miniature's networks and their settings."""
     return [
         "--pipeline", WEIGHTS / "sd", "--clip_model", WEIGHTS / "clip", "--classifier", WEIGHTS / "classifier",
-        "--caption_column", "text", "--guidance_scale", "5", "--num_inference_steps", scale.inference_steps,
+        "--caption_column", "text", "--guidance_scale", "2.5", "--num_inference_steps", scale.inference_steps,
     ]  # fmt: skip
 
 

@@ -162,8 +162,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, default=Path("miniature/weights"))
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/miniature"), help="saved scenes")
     parser.add_argument("--num_images", type=int, default=512)
-    parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--num_inference_steps", type=int, default=20)
+    parser.add_argument("--guidance_scale", type=float, default=2.5)
     return parser.parse_args()
 
 
