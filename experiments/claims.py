@@ -7,7 +7,7 @@ measured on the original VAE; a variant wins back the share of it that its own e
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -128,10 +128,14 @@ def clean_value(results: Results, edit: str, metric: str) -> float:
     return results.of(ORIGINAL, f"clean, {name}", NO_THREAT, metric)[0]
 
 
-def edits_claims(results: Results, attacks: Iterable[str]) -> list[Claim]:
-    """Return the claims on edits of protected images: one for each attack, threat model and metric."""
+def edits_claims(attacked: Mapping[str, Results]) -> list[Claim]:
+    """Return the claims on edits of protected images: one for each attack, threat model and metric.
+
+    Args:
+        attacked: results of the edits, by attack.
+    """
     claims = []
-    for attack in attacks:
+    for attack, results in attacked.items():
         for threat, wanted in WANTED.items():
             for metric, title in (("fid", "FID"), ("clip-text", "CLIP similarity")):
                 control, robust = (won_back(results, name, attack, threat, metric) for name in (CONTROL, ROBUST))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,20 +22,25 @@ Bars = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def draw_all(
-    results: Mapping[str, Results], folder: Path, *, attack: str, edits: Sequence[str], poisons: Mapping[str, int]
+    results: Mapping[str, Results],
+    folder: Path,
+    *,
+    attack: str,
+    edits: Mapping[str, Results],
+    poisons: Mapping[str, int],
 ) -> None:
     """Draw `reconstruction.png`, `edits.png` and `poisons.png` in `folder`.
 
     Args:
-        results: of the evaluations `reconstruction`, `editing`, `poisoning` and `controls`.
+        results: of the evaluations `reconstruction`, `poisoning` and `controls`.
         folder: of the files.
         attack: on the reconstruction.
-        edits: attacks on edits.
+        edits: results of the edits, by attack.
         poisons: numbers of poisons by their name in the results; the largest comes last.
     """
     figures = {
         "reconstruction": partial(reconstruction_figure, results["reconstruction"], attack),
-        "edits": partial(edits_figure, results["editing"], edits),
+        "edits": partial(edits_figure, edits),
         "poisons": partial(poisons_figure, results["poisoning"], results["controls"], poisons),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +62,7 @@ def reconstruction_figure(results: Results, attack: str) -> Figure:
     return with_legend(figure)
 
 
-def edits_figure(results: Results, attacks: Iterable[str]) -> Figure:
+def edits_figure(attacked: Mapping[str, Results]) -> Figure:
     """Return bars of the share of an attack's damage to edits that is won back, in FID, for both threat models."""
     figure = Figure(figsize=(9, 5))
     for ax, threat in zip(figure.subplots(2, 1), (TRANSFER, ADAPTIVE), strict=True):
@@ -66,7 +71,7 @@ def edits_figure(results: Results, attacks: Iterable[str]) -> Figure:
                 vae: [100 * share for share in won_back(results, vae, attack, threat, "fid")]
                 for vae in (CONTROL, ROBUST)
             }
-            for attack in attacks
+            for attack, results in attacked.items()
         }
         draw_bars(ax, values, title=f"FID of edits won back (%), {threat}")
     return with_legend(figure)

@@ -23,6 +23,7 @@ from experiments.figures import draw_all
 from experiments.plan import (
     CHEAP_ATTACKS,
     COSTLY_ATTACK,
+    COSTLY_EDITING,
     FULL,
     PARTS,
     QUICK,
@@ -51,13 +52,14 @@ def main() -> None:
     for name, seed in trainings:
         run.train(name, scale, seed=seed)
     for evaluation in planned:
-        run.evaluate(evaluation, seeds=scale.seeds)
+        run.evaluate(evaluation)
     run.bar.close()
     results = results_by_part(planned, args.output_dir)
-    attacks, apgd = (*CHEAP_ATTACKS, COSTLY_ATTACK, f"apgd-{scale.attack_steps}"), f"apgd-{scale.attack_steps}"
+    apgd = f"apgd-{scale.attack_steps}"
+    edits = dict.fromkeys((*CHEAP_ATTACKS, apgd), results["editing"]) | {COSTLY_ATTACK: results[COSTLY_EDITING]}
     poisons = {f"nightshade-{number}": number for number in scale.poisons if number}
-    claims = judged(results, apgd=apgd, edits=attacks, poison=list(poisons)[-1])
-    draw_all(results, args.output_dir / "figures", attack=apgd, edits=attacks, poisons=poisons)
+    claims = judged(results, apgd=apgd, edits=edits, poison=list(poisons)[-1])
+    draw_all(results, args.output_dir / "figures", attack=apgd, edits=edits, poisons=poisons)
     write_text_atomically(args.output_dir / "paper.md", report(results, claims, scale, run))
     print(f"Report: {args.output_dir / 'paper.md'}")
 
@@ -70,13 +72,13 @@ def results_by_part(planned: Sequence[Evaluation], folder: Path) -> dict[str, Re
     return {part: Results(*paths) for part, paths in places.items()}
 
 
-def judged(results: Mapping[str, Results], *, apgd: str, edits: Sequence[str], poison: str) -> list[Claim]:
+def judged(results: Mapping[str, Results], *, apgd: str, edits: Mapping[str, Results], poison: str) -> list[Claim]:
     """Return the paper's claims with their verdicts.
 
     Args:
         results: by part of the report.
         apgd: name of the attack on the reconstruction.
-        edits: names of the attacks on edits.
+        edits: results of the edits, by attack.
         poison: name of the poisons in their largest number.
     """
     reconstruction, generation = results["reconstruction"], results["generation"]
@@ -85,7 +87,7 @@ def judged(results: Mapping[str, Results], *, apgd: str, edits: Sequence[str], p
         compared("Clean images are reconstructed better.", "PSNR (dB)", reconstruction, ("clean", NO_THREAT, "psnr"), higher=True),
         compared("Attacked images too.", "PSNR (dB)", reconstruction, (apgd, ADAPTIVE, "psnr"), higher=True),
         compared("The unchanged diffusion model generates better.", "FID", generation, image_to_image, higher=False),
-        *edits_claims(results["editing"], edits),
+        *edits_claims(edits),
         *poison_claims(results["poisoning"], poison),
     ]  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from experiments.claims import CONTROL, ROBUST
@@ -48,6 +49,7 @@ COSTLY_ATTACK = "photoguard-diffusion"
 EPSILON = "16/255"
 CONTROLS = ("interpolated-25", "interpolated-50", "interpolated-75", "interpolated-100")
 """Poisons without an attack."""
+COSTLY_EDITING = "costly editing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,8 @@ class Scale:
         images: images of reconstruction and generation.
         edited: images of editing.
         attack_steps: steps of the attacks, of reconstructions and of edits.
-        costly_steps: steps of `COSTLY_ATTACK`.
+        costly_images: images under `COSTLY_ATTACK`.
+        costly_steps: its steps.
         poison_steps: steps of Nightshade; its authors take 500.
         inference_steps: the sampler's steps.
         poisons: numbers of poisoned images.
@@ -78,6 +81,7 @@ class Scale:
     images: int
     edited: int
     attack_steps: int
+    costly_images: int
     costly_steps: int
     poison_steps: int
     inference_steps: int
@@ -92,13 +96,13 @@ class Scale:
 
 
 FULL = Scale(
-    training_steps=300, training_scenes=1000, images=96, edited=16, attack_steps=100, costly_steps=10, poison_steps=500,
-    inference_steps=20, poisons=(0, 32, 96), wrong_latents=(0, 32, 96, 300), controls=CONTROLS, poisoned_set=3000,
+    training_steps=600, training_scenes=1000, images=96, edited=32, attack_steps=100, costly_images=8, costly_steps=10,
+    poison_steps=500, inference_steps=20, poisons=(0, 32, 96), wrong_latents=(0, 32, 96, 300), controls=CONTROLS, poisoned_set=3000,
     finetuning_steps=500, generated=32, checks=True, seeds=3,
 )  # fmt: skip
 QUICK = Scale(
-    training_steps=60, training_scenes=200, images=24, edited=4, attack_steps=10, costly_steps=2, poison_steps=10,
-    inference_steps=10, poisons=(0, 24), wrong_latents=(0, 24), controls=CONTROLS[-1:], poisoned_set=400,
+    training_steps=60, training_scenes=200, images=24, edited=4, attack_steps=10, costly_images=2, costly_steps=2,
+    poison_steps=10, inference_steps=10, poisons=(0, 24), wrong_latents=(0, 24), controls=CONTROLS[-1:], poisoned_set=400,
     finetuning_steps=40, generated=20, checks=False, seeds=1,
 )  # fmt: skip
 
@@ -113,6 +117,7 @@ class Evaluation:
         command: name of the command.
         flags: of the command.
         variants: whose VAEs are evaluated, beside the original.
+        seeds: most VAEs of a variant.
     """
 
     name: str
@@ -120,12 +125,14 @@ class Evaluation:
     command: str
     flags: Sequence[object]
     variants: Sequence[str]
+    seeds: int
 
 
 PARTS = {
     "reconstruction": "Reconstruction",
     "generation": "Generation and denoising by the unchanged diffusion model",
     "editing": "Editing clean and protected images",
+    COSTLY_EDITING: "Editing images protected by PhotoGuard's diffusion attack",
     "controls": "Fine-tuning on wrong latents, without an attack",
     "poisoning": "Fine-tuning on poisoned images",
     "weaker poisons": "Fine-tuning on images poisoned at 10/255",
@@ -135,36 +142,47 @@ PARTS = {
 
 def evaluations(scale: Scale, folder: Path) -> list[Evaluation]:
     """Return all evaluations; `folder` holds the scenes."""
-    attacks = [*CHEAP_ATTACKS, f"apgd-{scale.attack_steps}"]
+    made = partial(Evaluation, seeds=scale.seeds)
+    edits, poisons = partial(made, command="editing"), partial(made, command="poisoning")
     target = folder / TRAINING_SCENES / "00000.png"
+    attacked = {TRANSFER: DOWNSTREAM, ADAPTIVE: (ROBUST, CONTROL)}
     return [
-        _evaluation("reconstruction", reconstruction_flags(scale, target), VARIANTS),
-        _evaluation("generation", generation_flags(scale), VARIANTS),
+        made(
+            name="reconstruction", part="reconstruction", command="reconstruction",
+            flags=reconstruction_flags(scale, target), variants=tuple(VARIANTS),
+        ),
+        made(
+            name="generation", part="generation", command="generation",
+            flags=generation_flags(scale), variants=tuple(VARIANTS),
+        ),
         *(
-            _evaluation(
-                "editing", editing_flags(scale, attacks=chosen, steps=steps, threat=threat), variants, f"{threat}-{name}"
-            )
-            for threat, variants in ((TRANSFER, DOWNSTREAM), (ADAPTIVE, (ROBUST, CONTROL)))
-            for name, chosen, steps in (
-                ("edits", ["clean", "noise", *attacks], scale.attack_steps),
-                (COSTLY_ATTACK, ["clean", COSTLY_ATTACK], scale.costly_steps),
-            )
+            edits(name=f"{threat}-edits", part="editing", flags=editing_flags(scale, threat=threat), variants=variants)
+            for threat, variants in attacked.items()
         ),
-        _evaluation("poisoning", poisoning_flags(scale, scale.controls, scale.wrong_latents), (), "controls", "controls"),
-        _evaluation(
-            "poisoning", nightshade_flags(scale, EPSILON, TRANSFER), (ROBUST, CONTROL, NOISE), "transfer-poisons"
+        *(
+            edits(
+                name=f"{threat}-{COSTLY_ATTACK}", part=COSTLY_EDITING, flags=costly_editing_flags(scale, threat=threat),
+                variants=(ROBUST, CONTROL), seeds=1,
+            )
+            for threat in attacked
         ),
-        _evaluation("poisoning", nightshade_flags(scale, EPSILON, ADAPTIVE), (ROBUST,), "adaptive-poisons"),
-        _evaluation("poisoning", nightshade_flags(scale, "10/255", TRANSFER), (), "weaker-poisons", "weaker poisons"),
+        poisons(
+            name="controls", part="controls", variants=(),
+            flags=poisoning_flags(scale, scale.controls, scale.wrong_latents),
+        ),
+        poisons(
+            name="transfer-poisons", part="poisoning", variants=(ROBUST, CONTROL, NOISE),
+            flags=nightshade_flags(scale, EPSILON, TRANSFER),
+        ),
+        poisons(
+            name="adaptive-poisons", part="poisoning", variants=(ROBUST,),
+            flags=nightshade_flags(scale, EPSILON, ADAPTIVE),
+        ),
+        poisons(
+            name="weaker-poisons", part="weaker poisons", variants=(),
+            flags=nightshade_flags(scale, "10/255", TRANSFER),
+        ),
     ]  # fmt: skip
-
-
-def _evaluation(
-    command: str, flags: Sequence[object], variants: Sequence[str] | dict[str, Variant], name: str = "", part: str = ""
-) -> Evaluation:
-    return Evaluation(
-        name=name or command, part=part or command, command=command, flags=flags, variants=tuple(variants)
-    )
 
 
 def networks(scale: Scale) -> list[object]:
@@ -193,14 +211,28 @@ def generation_flags(scale: Scale) -> list[object]:
     ]  # fmt: skip
 
 
-def editing_flags(scale: Scale, *, attacks: Sequence[str], steps: int, threat: str) -> list[object]:
-    """Return the flags of the editing command for attacks of a number of steps under a threat model."""
+def editing_flags(scale: Scale, *, threat: str) -> list[object]:
+    """Return the flags of the editing command for all attacks but the costly one, under a threat model."""
+    attacks = ["noise", *CHEAP_ATTACKS, f"apgd-{scale.attack_steps}"]
+    return [*attacked_edits(scale, attacks, scale.attack_steps, threat=threat), "--num_images", scale.edited]
+
+
+def costly_editing_flags(scale: Scale, *, threat: str) -> list[object]:
+    """Return the flags of the editing command for the costly attack under a threat model."""
+    return [
+        *attacked_edits(scale, [COSTLY_ATTACK], scale.costly_steps, threat=threat),
+        "--num_images", scale.costly_images,
+    ]  # fmt: skip
+
+
+def attacked_edits(scale: Scale, attacks: Sequence[str], steps: int, *, threat: str) -> list[object]:
+    """Return the flags of the editing command, except the number of images."""
     shapes = ["circle", "square", "triangle", "diamond", "star", "cross", "ring", "hexagon"]
     edits = [f"{old}={new}" for old, new in zip(shapes, shapes[4:] + shapes[:4], strict=True)]
     return [
-        *networks(scale), "--num_images", scale.edited, "--replace", *edits, "--epsilons", EPSILON,
-        "--attacks", *attacks, "--threat_models", threat, "--max_attack_steps", steps, "--strengths", "0.3", "0.5", "0.7",
-        "--batch_size", scale.edited // 2, "--metrics", "psnr", "ssim", "clip", "clip-text", "shown", "fid", "--no_checks",
+        *networks(scale), "--replace", *edits, "--epsilons", EPSILON, "--attacks", "clean", *attacks,
+        "--threat_models", threat, "--max_attack_steps", steps, "--strengths", "0.3", "0.5", "0.7", "--batch_size", 8,
+        "--metrics", "psnr", "ssim", "clip", "clip-text", "shown", "fid", "--no_checks",
     ]  # fmt: skip
 
 

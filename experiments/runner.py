@@ -66,17 +66,12 @@ class Runner:
             *shlex.split(VARIANTS[variant].flags), "--output_dir", output_dir, "--resume_from_checkpoint", "latest",
         )  # fmt: skip
 
-    def evaluate(self, evaluation: Evaluation, *, seeds: int) -> None:
-        """Evaluate the original VAE and those of the evaluation's variants; finished parts are kept.
-
-        Args:
-            evaluation: what is evaluated.
-            seeds: most VAEs of a variant.
-        """
+    def evaluate(self, evaluation: Evaluation) -> None:
+        """Evaluate the original VAE and those of the evaluation's variants; finished parts are kept."""
         names = [
             trained_name(variant, seed)
             for variant in evaluation.variants
-            for seed in range(min(seeds, VARIANTS[variant].seeds))
+            for seed in range(min(evaluation.seeds, VARIANTS[variant].seeds))
         ]
         vaes = ["--vae", *(f"{name}={self._vae(name)}" for name in names)] if names else []
         self._call(

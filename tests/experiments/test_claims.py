@@ -78,7 +78,7 @@ def test_an_attack_without_grip_judges_nothing(results) -> None:
             values |= of_all_edits(vae, "advdm", threat, "fid", (0.5, 0.5))
             values |= of_all_edits(vae, "advdm", threat, "clip-text", (0.5, 0.5))
     values |= of_all_edits(ORIGINAL, "clean", "none", "clip-text", (0.5, 0.5))
-    claims = edits_claims(results(values), ["advdm"])
+    claims = edits_claims({"advdm": results(values)})
     assert [claim.verdict for claim in claims] == [UNTESTED] * 4
 
 
