@@ -26,21 +26,21 @@ class Variant:
 # The method as in `make demo`, on scenes; alpha is in scaled units, where 0.03 is about the paper's 0.001 on SD's latents
 # and 0.3 its 0.01 (docs/training.md, "Choose the originality weight").
 IMAGES_ALONE = "--recipe fast --originality_weight 0.03"
-FAST = f"{IMAGES_ALONE} --latent_weight 0.1 --latent_attack_share 0.5"
-PAPER, NOISE = "paper's recipe", "random noise"
+FAST = f"{IMAGES_ALONE} --pgd_steps 3 --pgd_step_size 4/255 --latent_weight 0.3 --latent_attack_share 0.5"
+PAPER, SINGLE_STEP, NOISE = "paper's recipe", "recipe fast", "random noise"
 VARIANTS: dict[str, Variant] = {
     ROBUST: Variant(flags=FAST, seeds=3),
     PAPER: Variant(flags="--recipe paper --originality_weight 0.03", seeds=3),
     CONTROL: Variant(flags=f"{IMAGES_ALONE} --pgd_steps 0", seeds=3),
     NOISE: Variant(flags=f"{IMAGES_ALONE} --gaussian_noise 8/255", seeds=3),
-    "images alone": Variant(flags=IMAGES_ALONE),
+    SINGLE_STEP: Variant(flags=IMAGES_ALONE, seeds=3),
     "alpha 0": Variant(flags=f"{FAST} --originality_weight 0"),
     "alpha 0.003": Variant(flags=f"{FAST} --originality_weight 0.003"),
     "alpha 0.3": Variant(flags=f"{FAST} --originality_weight 0.3"),
-    "epsilon 4": Variant(flags=f"{FAST} --epsilon 4/255 --pgd_step_size 5/255"),
-    "epsilon 16": Variant(flags=f"{FAST} --epsilon 16/255 --pgd_step_size 20/255"),
+    "epsilon 4": Variant(flags=f"{FAST} --epsilon 4/255 --pgd_step_size 2/255"),
+    "epsilon 16": Variant(flags=f"{FAST} --epsilon 16/255 --pgd_step_size 8/255"),
 }
-DOWNSTREAM = (ROBUST, PAPER, CONTROL, NOISE, "images alone")
+DOWNSTREAM = (ROBUST, PAPER, CONTROL, NOISE, SINGLE_STEP)
 """Variants that are also evaluated by edits of images protected on the original VAE."""
 
 CHEAP_ATTACKS = ("photoguard-encoder", "mist-fused", "advdm", "sds", "pid", "glaze")
@@ -97,8 +97,8 @@ class Scale:
 
 FULL = Scale(
     training_steps=600, training_scenes=1000, images=96, edited=32, attack_steps=100, costly_images=8, costly_steps=10,
-    poison_steps=500, inference_steps=20, poisons=(0, 32, 96), wrong_latents=(0, 32, 96, 300), controls=CONTROLS, poisoned_set=3000,
-    finetuning_steps=500, generated=32, checks=True, seeds=3,
+    poison_steps=500, inference_steps=20, poisons=(0, 96, 300), wrong_latents=(0, 32, 96, 300), controls=CONTROLS,
+    poisoned_set=3000, finetuning_steps=500, generated=48, checks=True, seeds=3,
 )  # fmt: skip
 QUICK = Scale(
     training_steps=60, training_scenes=200, images=24, edited=4, attack_steps=10, costly_images=2, costly_steps=2,
@@ -159,12 +159,8 @@ def evaluations(scale: Scale, folder: Path) -> list[Evaluation]:
             edits(name=f"{threat}-edits", part="editing", flags=editing_flags(scale, threat=threat), variants=variants)
             for threat, variants in attacked.items()
         ),
-        *(
-            edits(
-                name=f"{threat}-{COSTLY_ATTACK}", part=COSTLY_EDITING, flags=costly_editing_flags(scale, threat=threat),
-                variants=(ROBUST, CONTROL), seeds=1,
-            )
-            for threat in attacked
+        edits(
+            name=COSTLY_ATTACK, part=COSTLY_EDITING, flags=costly_editing_flags(scale), variants=(ROBUST, CONTROL), seeds=1
         ),
         poisons(
             name="controls", part="controls", variants=(),
@@ -176,7 +172,7 @@ def evaluations(scale: Scale, folder: Path) -> list[Evaluation]:
         ),
         poisons(
             name="adaptive-poisons", part="poisoning", variants=(ROBUST,),
-            flags=nightshade_flags(scale, EPSILON, ADAPTIVE),
+            flags=nightshade_flags(scale, EPSILON, ADAPTIVE), seeds=1,
         ),
         poisons(
             name="weaker-poisons", part="weaker poisons", variants=(),
@@ -214,24 +210,24 @@ def generation_flags(scale: Scale) -> list[object]:
 def editing_flags(scale: Scale, *, threat: str) -> list[object]:
     """Return the flags of the editing command for all attacks but the costly one, under a threat model."""
     attacks = ["noise", *CHEAP_ATTACKS, f"apgd-{scale.attack_steps}"]
-    return [*attacked_edits(scale, attacks, scale.attack_steps, threat=threat), "--num_images", scale.edited]
+    return [*attacked_edits(scale, attacks, scale.attack_steps, threats=[threat]), "--num_images", scale.edited]
 
 
-def costly_editing_flags(scale: Scale, *, threat: str) -> list[object]:
-    """Return the flags of the editing command for the costly attack under a threat model."""
+def costly_editing_flags(scale: Scale) -> list[object]:
+    """Return the flags of the editing command for the costly attack."""
     return [
-        *attacked_edits(scale, [COSTLY_ATTACK], scale.costly_steps, threat=threat),
+        *attacked_edits(scale, [COSTLY_ATTACK], scale.costly_steps, threats=[TRANSFER, ADAPTIVE]),
         "--num_images", scale.costly_images,
     ]  # fmt: skip
 
 
-def attacked_edits(scale: Scale, attacks: Sequence[str], steps: int, *, threat: str) -> list[object]:
+def attacked_edits(scale: Scale, attacks: Sequence[str], steps: int, *, threats: Sequence[str]) -> list[object]:
     """Return the flags of the editing command, except the number of images."""
     shapes = ["circle", "square", "triangle", "diamond", "star", "cross", "ring", "hexagon"]
     edits = [f"{old}={new}" for old, new in zip(shapes, shapes[4:] + shapes[:4], strict=True)]
     return [
         *networks(scale), "--replace", *edits, "--epsilons", EPSILON, "--attacks", "clean", *attacks,
-        "--threat_models", threat, "--max_attack_steps", steps, "--strengths", "0.3", "0.5", "0.7", "--batch_size", 8,
+        "--threat_models", *threats, "--max_attack_steps", steps, "--strengths", "0.3", "0.5", "0.7", "--batch_size", 8,
         "--metrics", "psnr", "ssim", "clip", "clip-text", "shown", "fid", "--no_checks",
     ]  # fmt: skip
 
