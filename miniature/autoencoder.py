@@ -2,6 +2,8 @@
 
     python -m miniature.build vae
 
+It has the shape of Stable Diffusion's in small, and its weakness: `miniature/teacher.py` says where that comes from.
+
 Every sample is a function of (seed, number), so a stopped run resumes with the same next sample. The result in
 `miniature/weights/vae` is a `diffusers.AutoencoderKL` with a measured `scaling_factor`, beside `measured.json` and a
 README made from it.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,20 +23,27 @@ from PIL import Image, ImageEnhance
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from miniature.imagenet import NAME, ImageNetLayers
 from miniature.measure import measure_scaling_factor, write_measurements
 from miniature.scenes import draw_dead_leaves, draw_scene
-from miniature.training import BETAS, Loop, cosine_schedule, descend
+from miniature.teacher import FACTOR, FEATURE_CHANNELS, PIXEL_CHANNELS, Teacher
+from miniature.training import BETAS, Loop, autocast, cosine_schedule, descend
 from srl_utils.images.photographs import load_photographs
 from srl_utils.images.pixels import from_pil
+from srl_utils.metrics.losses import FeatureDistance
 from srl_utils.vae.layers import with_compilable_layers
 
 SIZE = 64
 PHOTOGRAPH_SIDE = 512  # pixels of the shorter side; the smallest crops show photographs at full resolution
 # Shares of a batch. Photographs have the statistics that the measurements use, dead leaves prevent overfitting to
 # twelve photographs, and scenes are what the miniature diffusion model draws.
-SHARES = {"scene": 0.4, "dead leaves": 0.15, "photograph": 0.45}
-# Weak, so that latents keep the detail of full-size autoencoders, and their weakness to attacks.
-KL_WEIGHT = 1e-7
+SHARES = {"scene": 0.5, "dead leaves": 0.15, "photograph": 0.35}
+TEACHER_SAMPLES = 512
+LATENT_NOISE = 0.15
+"""Of the teacher's latents that the decoder sees, in each channel's standard deviation."""
+PERCEPTUAL_WEIGHT = 0.3
+ALIGNMENT_WEIGHT = 1.0
+KL_WEIGHT = 1e-6
 ADVERSARIAL_WEIGHT = 0.05
 ADVERSARIAL_BETAS = (0.5, 0.9)
 
@@ -41,12 +51,13 @@ ADVERSARIAL_BETAS = (0.5, 0.9)
 def build(args: argparse.Namespace) -> None:
     """Train the autoencoder, measure it, and write it to `args.output_dir`."""
     torch.manual_seed(args.seed)
-    vae = train(args).to(memory_format=torch.contiguous_format).eval()  # safetensors takes no other format
+    trained = train(args).to(memory_format=torch.contiguous_format).eval()  # safetensors takes no other format
+    vae = trained.half().float()  # as saved: half the file size; diffusers loads it in float32
     vae.register_to_config(scaling_factor=measure_scaling_factor(vae))
-    vae.save_pretrained(args.output_dir)
+    vae.half().save_pretrained(args.output_dir)
     names = (
-        "architecture",
-        "pixel_steps",
+        "teaching_steps",
+        "joint_steps",
         "adversarial_steps",
         "batch_size",
         "learning_rate",
@@ -54,39 +65,21 @@ def build(args: argparse.Namespace) -> None:
         "seed",
     )
     settings = {name: getattr(args, name) for name in names}
-    write_measurements(vae, args.output_dir, build={**settings, "torch_compile": args.torch_compile})
+    write_measurements(vae.float(), args.output_dir, build={**settings, "torch_compile": args.torch_compile})
 
 
-# Both down-sample by 4 and normalise groups of 4 to 8 channels, as the SD-VAE does.
-ARCHITECTURES: dict[str, dict[str, object]] = {
-    # The shipped one. Without attention its cost is linear in the pixels.
-    "small": {
-        "block_out_channels": (32, 64, 64),
-        "layers_per_block": 1,
-        "latent_channels": 8,
-        "norm_num_groups": 8,
-        "mid_block_add_attention": False,
-    },
-    # Half the latents and a deeper network with attention, to test whether results carry over.
-    "attention": {
-        "block_out_channels": (32, 64, 96),
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "norm_num_groups": 16,
-        "mid_block_add_attention": True,
-    },
-}
-
-
-def build_autoencoder(architecture: str) -> AutoencoderKL:
-    """Return one of `ARCHITECTURES` with random weights."""
+def build_autoencoder() -> AutoencoderKL:
+    """Return the autoencoder with random weights: SD-VAE's blocks and attention, fewer channels in each, and 12 latents."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96),
+        layers_per_block=2,
+        latent_channels=PIXEL_CHANNELS + FEATURE_CHANNELS,
+        norm_num_groups=8,
         sample_size=SIZE,
-        **ARCHITECTURES[architecture],
     )
 
 
@@ -109,16 +102,16 @@ def patch_discriminator() -> nn.Sequential:
 
 
 def train(args: argparse.Namespace) -> AutoencoderKL:
-    """Train the autoencoder for its pixels with a cosine schedule, then against the discriminator at a constant rate.
+    """Train encoder and decoder apart, on the teacher's latents; then together; then against the discriminator too.
 
-    Autoencoders of latent diffusion models are trained like this (Rombach et al., CVPR 2022, section 3.1). The pixel
-    loss alone gives a smoother network, which attacks hardly affect.
+    Apart, each has a target from its first step, and learns in minutes what takes hours together. The first two parts
+    share a cosine schedule; the last has a constant rate (Rombach et al., CVPR 2022, section 3.1).
     """
-    vae = build_autoencoder(args.architecture).to(args.device, memory_format=torch.channels_last)
+    vae = build_autoencoder().to(args.device, memory_format=torch.channels_last)
     discriminator = patch_discriminator().to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=BETAS)
     discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=4e-4, betas=ADVERSARIAL_BETAS)
-    schedule = cosine_schedule(optimizer, args.pixel_steps)
+    schedule = cosine_schedule(optimizer, args.teaching_steps + args.joint_steps)
     parts = {
         "vae": vae,
         "discriminator": discriminator,
@@ -127,61 +120,109 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
         "schedule": schedule,
     }
     loop = Loop(args.work_dir / "state.pt", parts, steps=total_steps(args), saving_steps=args.checkpointing_steps)
-    vae_loss, discriminator_loss = autoencoder_loss, hinge_loss
+    losses = AutoencoderLosses.build(args)
+    taught, joint, hinge = losses.taught, losses.joint, hinge_loss
     if args.torch_compile:
         with_compilable_layers(vae)
-        vae_loss, discriminator_loss = torch.compile(autoencoder_loss), torch.compile(hinge_loss)
+        taught, joint, hinge = torch.compile(taught), torch.compile(joint), torch.compile(hinge)
     batches = sample_batches(args, loop.step)
 
     def update(step: int) -> dict[str, Tensor]:
-        adversarial = step >= args.pixel_steps
+        adversarial = step >= args.teaching_steps + args.joint_steps
         images, textured = next(batches)
         images = images.to(args.device, memory_format=torch.channels_last)
         textured = textured.to(args.device, torch.float32)
         if adversarial:
             optimizer.param_groups[0].update(lr=args.adversarial_learning_rate, betas=ADVERSARIAL_BETAS)
-        judge = discriminator.requires_grad_(False) if adversarial else None
         noise = latent_noise(args, step, len(images))
-        with torch.autocast(images.device.type, torch.bfloat16):
-            loss, pixel_loss, reconstruction = vae_loss(vae, judge, images, textured, noise)
-        descend(vae, optimizer, loss)
+        with autocast(images.device, compiled=args.torch_compile):
+            if step < args.teaching_steps:
+                terms, reconstruction = taught(vae, images, noise)
+            else:
+                judge = discriminator.requires_grad_(False) if adversarial else None
+                terms, reconstruction = joint(vae, judge, images, textured, noise)
+        descend(vae, optimizer, torch.stack(list(terms.values())).sum())
         if adversarial:
             discriminator.requires_grad_(True)
-            with torch.autocast(images.device.type, torch.bfloat16):
-                loss = discriminator_loss(discriminator, images, reconstruction.detach(), textured)
+            with autocast(images.device, compiled=args.torch_compile):
+                loss = hinge(discriminator, images, reconstruction.detach(), textured)
             descend(discriminator, discriminator_optimizer, loss)
         else:
             schedule.step()
-        return {"L1": pixel_loss, "loss": loss}
+        return terms
 
     loop.run(update)
     return vae
 
 
+@dataclass(frozen=True)
+class AutoencoderLosses:
+    """The losses of the autoencoder. Images are `[N,3,SIZE,SIZE]` in [-1,1]; terms are weighted and averaged."""
+
+    teacher: Teacher
+    perceptual: FeatureDistance
+
+    @classmethod
+    def build(cls, args: argparse.Namespace) -> AutoencoderLosses:
+        """Load the ImageNet network, and find the teacher's components in the first samples."""
+        layers = ImageNetLayers().to(args.device)
+        samples = Mixture(args.seed)
+        images = torch.stack([samples[number][0] for number in range(TEACHER_SAMPLES)]).to(args.device)
+        return cls(Teacher(layers, images), FeatureDistance(layers, NAME))
+
+    def taught(self, vae: AutoencoderKL, images: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the terms with which the encoder learns the teacher's latents and the decoder inverts them.
+
+        Args:
+            vae: the autoencoder.
+            images: the batch.
+            noise: `[N,C,h,w]`, which the decoder learns to tolerate.
+        """
+        wanted = self.teacher(images)
+        noisy = wanted + LATENT_NOISE * self.teacher.spread(wanted) * noise
+        reconstruction = vae.decode(noisy).sample.float()
+        alignment = self.misalignment(vae.encode(images).latent_dist.mean, wanted)
+        return {"alignment": alignment, **self.seen(reconstruction, images)}, reconstruction
+
+    def joint(
+        self, vae: AutoencoderKL, discriminator: nn.Module | None, images: Tensor, textured: Tensor, noise: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the terms of training encoder and decoder together, and the reconstructions.
+
+        Args:
+            vae: the autoencoder.
+            discriminator: tells the reconstructions from images; None leaves it out.
+            images: the batch.
+            textured: `[N]`, 1 for images that the discriminator judges; flat scenes have 0.
+            noise: `[N,C,h,w]`, with which the latents are sampled.
+        """
+        posterior = vae.encode(images).latent_dist
+        reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        alignment = self.misalignment(posterior.mean, self.teacher(images))
+        terms = self.seen(reconstruction, images)
+        terms |= {"alignment": ALIGNMENT_WEIGHT * alignment, "KL": KL_WEIGHT * posterior.kl().float().mean()}
+        if discriminator is not None:
+            realism = discriminator(reconstruction).float().mean(dim=(1, 2, 3))
+            terms["adversarial"] = -ADVERSARIAL_WEIGHT * (realism * textured).mean()
+        return terms, reconstruction
+
+    def seen(self, reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Return what is seen of the difference: the L1 distance and that of the features."""
+        with torch.no_grad():
+            features = self.perceptual.features(images)
+        distance = self.perceptual.distance(reconstruction, features).mean()
+        return {"L1": F.l1_loss(reconstruction, images), "perceptual": PERCEPTUAL_WEIGHT * distance}
+
+    def misalignment(self, latents: Tensor, wanted: Tensor) -> Tensor:
+        """Return the squared distance of latents from the teacher's; quiet channels count more."""
+        return ((latents.float() - wanted).square() / self.teacher.spread(wanted)).mean()
+
+
 def latent_noise(args: argparse.Namespace, step: int, count: int) -> Tensor:
-    """Draw the noise `[count,C,h,w]` of a step's sampled latents."""
+    """Draw the noise `[count,C,h,w]` of a step's latents."""
     generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
-    channels = ARCHITECTURES[args.architecture]["latent_channels"]
-    return torch.randn((count, channels, SIZE // 4, SIZE // 4), generator=generator, device=args.device)
-
-
-def autoencoder_loss(
-    vae: AutoencoderKL, discriminator: nn.Module | None, images: Tensor, textured: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the autoencoder's loss, its L1 term, and the reconstructions `[N,3,H,W]`.
-
-    The loss is the L1 distance of reconstructions from sampled latents, the KL divergence and, with a discriminator,
-    how well it detects the reconstructions. The discriminator's term counts images whose `textured` `[N]` is 1; flat
-    scenes, with 0, are left out.
-    """
-    posterior = vae.encode(images).latent_dist
-    reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-    pixel_loss = F.l1_loss(reconstruction, images)
-    loss = pixel_loss + KL_WEIGHT * posterior.kl().float().mean()
-    if discriminator is not None:
-        realism = discriminator(reconstruction).float().mean(dim=(1, 2, 3))
-        loss = loss - ADVERSARIAL_WEIGHT * (realism * textured).mean()
-    return loss, pixel_loss, reconstruction
+    shape = (count, PIXEL_CHANNELS + FEATURE_CHANNELS, SIZE // FACTOR, SIZE // FACTOR)
+    return torch.randn(shape, generator=generator, device=args.device)
 
 
 def hinge_loss(discriminator: nn.Module, images: Tensor, reconstructions: Tensor, textured: Tensor) -> Tensor:
@@ -191,8 +232,8 @@ def hinge_loss(discriminator: nn.Module, images: Tensor, reconstructions: Tensor
 
 
 def total_steps(args: argparse.Namespace) -> int:
-    """Return the number of steps of both phases."""
-    return args.pixel_steps + args.adversarial_steps
+    """Return the number of steps of all parts."""
+    return args.teaching_steps + args.joint_steps + args.adversarial_steps
 
 
 # --- samples --------------------------------------------------------------------------------------------
@@ -242,11 +283,11 @@ def sample_batches(args: argparse.Namespace, first_step: int) -> Iterator[tuple[
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this training."""
-    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="small")
-    parser.add_argument("--pixel_steps", type=int, default=5_000)
-    parser.add_argument("--adversarial_steps", type=int, default=1_200)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--teaching_steps", type=int, default=2_500, help="encoder and decoder apart")
+    parser.add_argument("--joint_steps", type=int, default=4_500, help="encoder and decoder together")
+    parser.add_argument("--adversarial_steps", type=int, default=1_000, help="also against the discriminator")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--adversarial_learning_rate", type=float, default=2e-4)
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--num_workers", type=int, default=1)

@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     for name, build, output, steps, batch_size, learning_rate in (
         ("clip", build_clip, "clip", 900, 128, 5e-4),
         ("classifier", build_classifier, "classifier", 3_500, 64, 2e-3),
-        ("diffusion", build_diffusion, "sd", 25_000, 64, 1e-3),
+        ("diffusion", build_diffusion, "sd", 5_500, 256, 1e-3),
     ):
         command = add_command(commands, name, build, output=output)
         command.add_argument("--num_scenes", type=int, default=40_000, help="drawn once and saved in --work_dir")

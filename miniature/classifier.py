@@ -7,6 +7,7 @@ shows its prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,6 +22,7 @@ from miniature.scene_set import LABELS, NO_LABEL, SIZE, SceneSet
 from miniature.training import Settings, train
 from srl_utils.attacks.draws import image_generators
 from srl_utils.evaluation.tasks.finetuning import draw_numbers
+from srl_utils.images.pixels import to_unit_range
 
 
 def build_classifier() -> RegNetForImageClassification:
@@ -47,12 +49,10 @@ def train_classifier(scenes: SceneSet, vae: AutoencoderKL, settings: Settings) -
     loss = partial(
         cross_entropy,
         predict=settings.compiled(RegNetForImageClassification.forward),
-        reconstruct=settings.compiled(partial(reconstructed, vae)),
+        reconstructions=Reconstructions(scenes, settings.compiled(partial(reconstructed, vae)), settings.device),
         scenes=scenes, single=(scenes.labels != NO_LABEL).nonzero().flatten(), settings=settings,
     )  # fmt: skip
-    trained = train(
-        network, loss, settings.work_dir / "classifier.pt", steps=settings.steps, learning_rate=settings.learning_rate
-    )
+    trained = train(network, loss, "classifier.pt", settings)
     return trained.to(memory_format=torch.contiguous_format)  # safetensors takes no other format
 
 
@@ -61,7 +61,7 @@ def cross_entropy(
     step: int,
     *,
     predict: Callable[..., ImageClassifierOutputWithNoAttention],
-    reconstruct: Callable[[Tensor], Tensor],
+    reconstructions: Reconstructions,
     scenes: SceneSet,
     single: Tensor,
     settings: Settings,
@@ -71,14 +71,38 @@ def cross_entropy(
     Reconstructions look like the images of the diffusion model.
     """
     numbers = single[draw_numbers(settings.seed, step, batch_size=settings.batch_size, out_of=len(single))]
-    device = network.device
-    pixels = mirrored(scenes.pixels(numbers), image_generators(settings.seed, [step])[0])
-    pixels = pixels.to(device, memory_format=torch.channels_last)
-    seen, drawn = pixels.chunk(2)
-    with torch.no_grad():
-        pixels = torch.cat([reconstruct(seen).float(), drawn])
-    logits = predict(network, pixel_values=pixels).logits
-    return F.cross_entropy(logits.float(), scenes.labels[numbers].to(device), label_smoothing=0.05)
+    seen, drawn = numbers.chunk(2)
+    pixels = torch.cat([reconstructions.pixels(seen), scenes.pixels(drawn)])
+    pixels = mirrored(pixels, image_generators(settings.seed, [step])[0])
+    logits = predict(network, pixel_values=pixels.to(network.device, memory_format=torch.channels_last)).logits
+    return F.cross_entropy(logits.float(), scenes.labels[numbers].to(network.device), label_smoothing=0.05)
+
+
+class Reconstructions:
+    """Scenes as an autoencoder returns them, in 8 bits like the scenes. Each is computed once."""
+
+    def __init__(self, scenes: SceneSet, reconstruct: Callable[[Tensor], Tensor], device: str) -> None:
+        """Keep room for all scenes.
+
+        Args:
+            scenes: the scenes.
+            reconstruct: maps images `[n,3,H,W]` in [-1,1] to reconstructions.
+            device: on which it computes.
+        """
+        self.scenes, self.reconstruct, self.device = scenes, reconstruct, device
+        self.done = torch.zeros(len(scenes.captions), dtype=torch.bool)
+        self.returned = replace(scenes, images=torch.empty_like(scenes.images))
+
+    @torch.no_grad()
+    def pixels(self, numbers: Tensor) -> Tensor:
+        """Return the reconstructions of the scenes with these numbers `[n]`, as `[n,3,H,W]` in [-1,1]."""
+        missing = numbers[~self.done[numbers]]
+        if len(missing):
+            images = self.scenes.pixels(missing).to(self.device, memory_format=torch.channels_last)
+            returned = to_unit_range(self.reconstruct(images).float().clamp(-1, 1))
+            self.returned.images[missing] = (255 * returned).round().to("cpu", torch.uint8)
+            self.done[missing] = True
+        return self.returned.pixels(numbers)
 
 
 def mirrored(images: Tensor, generator: torch.Generator) -> Tensor:

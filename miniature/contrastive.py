@@ -59,9 +59,7 @@ def train_clip(scenes: SceneSet, tokenizer: CLIPTokenizer, settings: Settings) -
         predict=settings.compiled(CLIPModel.forward),
         scenes=scenes, tokens=encoded["input_ids"], mask=encoded["attention_mask"], settings=settings,
     )  # fmt: skip
-    return train(
-        network, loss, settings.work_dir / "clip.pt", steps=settings.steps, learning_rate=settings.learning_rate
-    )
+    return train(network, loss, "clip.pt", settings)
 
 
 def contrastive_loss(

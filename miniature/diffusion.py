@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -36,7 +37,7 @@ TEXT_WIDTH = 128
 class PromptedDenoiser(nn.Module):
     """Text encoder and UNet, trained together."""
 
-    def __init__(self, vocabulary: int, tokens: int, special: dict[str, int], latent_channels: int) -> None:
+    def __init__(self, vocabulary: int, tokens: int, special: dict[str, int], latents: torch.Size) -> None:
         super().__init__()
         self.text_encoder = CLIPTextModel(
             CLIPTextConfig(
@@ -45,11 +46,11 @@ class PromptedDenoiser(nn.Module):
             )
         )  # fmt: skip
         self.unet = UNet2DConditionModel(
-            sample_size=16,
-            in_channels=latent_channels,
-            out_channels=latent_channels,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            sample_size=latents[-1],
+            in_channels=latents[0],
+            out_channels=latents[0],
+            down_block_types=("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2,
             block_out_channels=(64, 128),
             layers_per_block=1,
             cross_attention_dim=TEXT_WIDTH,
@@ -86,27 +87,25 @@ def build_pipeline(
 ) -> StableDiffusionPipeline:
     """Train the diffusion model on captioned scenes. Training resumes from the state in `settings.work_dir`."""
     torch.manual_seed(settings.seed)
+    latents = scaled_latents(vae.to(settings.device), scenes, settings.work_dir / "latents.safetensors")
     network = PromptedDenoiser(
-        len(tokenizer), tokenizer.model_max_length, special_tokens(tokenizer), vae.config.latent_channels
+        len(tokenizer), tokenizer.model_max_length, special_tokens(tokenizer), latents.shape[1:]
     ).to(settings.device, memory_format=torch.channels_last)
-    kept = settings.work_dir / f"latents-{len(scenes.captions)}.safetensors"
     loss = partial(
         velocity_loss,
         predict=settings.compiled(PromptedDenoiser.forward),
         scheduler=build_scheduler(),
-        latents=scaled_latents(vae.to(settings.device), scenes, kept),
+        latents=latents,
         tokens=tokenizer([*scenes.captions, ""], padding="max_length", return_tensors="pt")["input_ids"],
         settings=settings,
     )
-    trained = train(
-        network, loss, settings.work_dir / "diffusion.pt", steps=settings.steps, learning_rate=settings.learning_rate
-    )
+    trained = train(network, loss, "diffusion.pt", settings)
     trained = trained.to(memory_format=torch.contiguous_format)  # safetensors takes no other format
     return StableDiffusionPipeline(
-        vae=vae,
+        vae=vae.half(),  # half the file size; diffusers loads it in float32
         text_encoder=trained.text_encoder,
         tokenizer=tokenizer,
-        unet=trained.unet.half(),  # half the file size; diffusers loads it in float32
+        unet=trained.unet.half(),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -140,10 +139,21 @@ def velocity_loss(
 
 @torch.no_grad()
 def scaled_latents(vae: AutoencoderKL, scenes: SceneSet, path: Path) -> Tensor:
-    """Return the posterior means `[N,C,h,w]` of all scenes, scaled for the UNet, in float16; they are saved at `path`."""
-    if not path.exists():
+    """Return the posterior means `[N,C,h,w]` of all scenes, scaled for the UNet, in float16.
+
+    They are saved at `path`, and computed again if the autoencoder or the scenes have changed.
+    """
+    first = vae.encode(scenes.pixels(torch.arange(1)).to(vae.device)).latent_dist.mean
+    made_of = f"{len(scenes.captions)} scenes, {first.double().sum().item():.6g}"
+    if not path.exists() or metadata_of(path) != made_of:
         batches = torch.arange(len(scenes.captions)).split(256)
         means = [vae.encode(scenes.pixels(batch).to(vae.device)).latent_dist.mean.half().cpu() for batch in batches]
         latents = LatentScale.of(vae.config).scale(torch.cat(means)).contiguous()
-        write_atomically(path, lambda aside: save_file({"latents": latents}, aside))
+        write_atomically(path, lambda aside: save_file({"latents": latents}, aside, {"made_of": made_of}))
     return load_file(path)["latents"]
+
+
+def metadata_of(path: Path) -> str:
+    """Return what the saved latents were made of."""
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("made_of", "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from miniature.scenes import draw_dead_leaves, draw_scene
+from srl_utils.attacks.draws import image_generators
+from srl_utils.attacks.protections import PROTECTIONS, Victim, protect
 from srl_utils.evaluation import cells
+from srl_utils.evaluation.motion import SHARE, motion
 from srl_utils.evaluation.perturbations import CLEAN, noise, strong_attack
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.evaluation.results import Row, to_rows
@@ -31,6 +35,20 @@ SIZE = 64
 EPSILON = 8 / 255
 UNSEEN_SEED = 10_000  # the build draws from seed 0
 NUM_IMAGES = 32
+PULL_EPSILON, PULL_STEPS = 16 / 255, 100
+"""Budget and steps of the targeted attack on the latents."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured on a set of images: rows of their reconstruction, and the share of the way that latents went."""
+
+    rows: list[Row]
+    share: float
+
+    def to_json(self) -> dict[str, object]:
+        """Return the content of `measured.json` for these images."""
+        return {"rows": [row.to_json() for row in self.rows], SHARE: self.share}
 
 
 def measure_scaling_factor(vae: AutoencoderKL) -> float:
@@ -43,8 +61,8 @@ def measure_scaling_factor(vae: AutoencoderKL) -> float:
     return round(1 / latents.std().item(), 5)
 
 
-def measure(vae: AutoencoderKL, extra: dict[str, Tensor] | None = None) -> dict[str, list[Row]]:
-    """Return the result rows of each set of unseen images: clean, with noise, and under the strong attack.
+def measure(vae: AutoencoderKL, extra: dict[str, Tensor] | None = None) -> dict[str, Measurement]:
+    """Measure each set of unseen images: clean, with noise, under the strong attack, and pulled to another image.
 
     Args:
         vae: the autoencoder.
@@ -57,21 +75,33 @@ def measure(vae: AutoencoderKL, extra: dict[str, Tensor] | None = None) -> dict[
         "dead leaves": dead_leaves(UNSEEN_SEED + 1, NUM_IMAGES),
         **(extra or {}),
     }
-    perturbations = [CLEAN, noise(EPSILON), strong_attack(EPSILON)]
     return {
-        name: to_rows(
-            cells.measure(
-                [codec], perturbations, reconstruction(codec, images), images, numbers=range(len(images)), seed=0,
-                batch_size=32, title=name,
-            )
-        )
+        name: Measurement(reconstruction_rows(codec, images, name), latent_share(codec, images))
         for name, images in sets.items()
-    }  # fmt: skip
+    }
 
 
-def reconstruction(codec: Codec, images: Tensor) -> Reconstruction:
-    """Return the task of reconstructing `images`, measured by PSNR and SSIM."""
-    return Reconstruction(metrics=Metrics(names=["psnr", "ssim"]), baseline=codec, images=images)
+def reconstruction_rows(codec: Codec, images: Tensor, title: str) -> list[Row]:
+    """Return the PSNR and SSIM of reconstructions: clean, with noise, and under the strong attack."""
+    task = Reconstruction(metrics=Metrics(names=["psnr", "ssim"]), baseline=codec, images=images)
+    perturbations = [CLEAN, noise(EPSILON), strong_attack(EPSILON)]
+    numbers = range(len(images))
+    return to_rows(
+        cells.measure([codec], perturbations, task, images, numbers=numbers, seed=0, batch_size=32, title=title)
+    )
+
+
+def latent_share(codec: Codec, images: Tensor) -> float:
+    """Return the share of the way to another image's latents that Nightshade goes, in the mean."""
+    targets = images.roll(1, dims=0)
+    protected = protect(
+        PROTECTIONS["nightshade"], Victim.of(codec), images, target=targets, epsilon=PULL_EPSILON,
+        num_steps=PULL_STEPS, generators=image_generators(0, range(len(images))),
+    )  # fmt: skip
+    with torch.no_grad():
+        return (
+            motion(codec, images, protected, unit=1.0, wanted=[SHARE], goal=codec.encode(targets))[SHARE].mean().item()
+        )
 
 
 def write_measurements(vae: AutoencoderKL, folder: Path, *, build: dict[str, object]) -> None:
@@ -80,13 +110,14 @@ def write_measurements(vae: AutoencoderKL, folder: Path, *, build: dict[str, obj
     content = {
         "build": build,
         "scaling_factor": vae.config.scaling_factor,
-        "results": {name: [row.to_json() for row in rows] for name, rows in results.items()},
+        "results": {name: measured.to_json() for name, measured in results.items()},
     }
     (folder / "measured.json").write_text(json.dumps(content, indent=1) + "\n")
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     (folder / "README.md").write_text(
         README.format(
             parameters=f"{parameters / 1e6:.2f}",
+            latents=vae.config.latent_channels,
             scaling_factor=vae.config.scaling_factor,
             build=", ".join(f"{key} {value}" for key, value in build.items()),
             table=table(results),
@@ -94,30 +125,33 @@ def write_measurements(vae: AutoencoderKL, folder: Path, *, build: dict[str, obj
     )
 
 
-def table(results: dict[str, list[Row]]) -> str:
-    """Return the PSNR in dB as a Markdown table with one line per set of images."""
-    attacks = list(dict.fromkeys(row.attack for rows in results.values() for row in rows))
-    lines = [["images (64 px)", *attacks]]
-    for name, rows in results.items():
-        psnr = {row.attack: row.value for row in rows if row.metric == "psnr"}
-        lines.append([name, *(f"{psnr[attack]:.2f}" for attack in attacks)])
+def table(results: dict[str, Measurement]) -> str:
+    """Return a Markdown table with one line per set of images: PSNR in dB, and the share of the way."""
+    attacks = list(dict.fromkeys(row.attack for measured in results.values() for row in measured.rows))
+    lines = [["images (64 px)", *(f"{attack} (dB)" for attack in attacks), "latents pulled"]]
+    for name, measured in results.items():
+        psnr = {row.attack: row.value for row in measured.rows if row.metric == "psnr"}
+        lines.append([name, *(f"{psnr[attack]:.2f}" for attack in attacks), f"{100 * measured.share:.0f} %"])
     return markdown_table(lines)
 
 
 README = """# The miniature autoencoder
 
-A `diffusers.AutoencoderKL` of {parameters} million parameters for images of 64 px (or another multiple of 4).
+A `diffusers.AutoencoderKL` of {parameters} million parameters for images of 64 px, or another multiple of 8. It has the
+blocks of Stable Diffusion's VAE with fewer channels, {latents} latent channels, and weights in float16.
 
 `make miniature` trained it on drawn scenes, dead leaves and augmented crops of scikit-image's training photographs, and
-on no other photographs; `srl_utils/images/photographs.py` lists them. It was trained for the pixels alone, then against
-a patch discriminator too. Settings: {build}.
+on no other photographs; `srl_utils/images/photographs.py` lists them. Encoder and decoder were first trained apart, on
+components of pixels and of an ImageNet network's features; then together; then against a patch discriminator too.
+Settings: {build}.
 
 Another build gives a similar autoencoder with other bits: compiled code and another number of threads round differently.
 
 `scaling_factor` {scaling_factor} is the measured 1 / standard deviation of its latents.
 
-The table has the PSNR in dB on unseen images, by `python -m miniature.measure`. The attack is PGD on the mean squared
-error with 50 steps, 2 restarts and epsilon 8/255. The noise has standard deviation 8/255.
+The table has the PSNR in dB on unseen images, by `python -m miniature.measure`. `pgd-50x2` is PGD on the mean squared
+error with 50 steps, 2 restarts and epsilon 8/255. The noise has standard deviation 8/255. The last column says how far
+Nightshade, with epsilon 16/255 and 100 steps, pulls the latents towards those of another image.
 
 {table}
 """

@@ -29,7 +29,9 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "gray": (130, 130, 135),
     "black": (25, 25, 30),
 }
-SIZES = {"small": (0.11, 0.15), "large": (0.19, 0.24)}  # radius as a fraction of the image side
+SIZES = {"small": (0.15, 0.18), "large": (0.21, 0.24)}
+"""Radii as fractions of the image's side. Smaller objects, hardly two latent pixels across, lose their shape in the
+autoencoder; larger ones would not leave room for two."""
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 BACKGROUNDS = ("plain", "shaded", "cloudy")
 RELATIONS = ("left of", "right of", "above", "below")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from srl_utils.files import write_atomically
+from srl_utils.training.execution import choose_precision
 
 WARMUP_STEPS = 200
 LOGGING_STEPS = 100
@@ -103,6 +104,12 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler
     return get_scheduler("cosine", optimizer, num_warmup_steps=WARMUP_STEPS, num_training_steps=steps)
 
 
+def autocast(device: torch.device, *, compiled: bool) -> torch.autocast:
+    """Return a context in which networks compute in the precision that is fastest on the device."""
+    precision, _ = choose_precision(device, compiled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def descend(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """Update `network` by the gradient of `loss`, clipped to a norm of 1."""
     loss.backward()
@@ -114,30 +121,28 @@ def descend(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) 
 def train(
     network: nn.Module,
     loss: Callable[[nn.Module, int], Tensor],
-    path: Path,
+    name: str,
+    settings: Settings,
     *,
-    steps: int,
-    learning_rate: float,
     saving_steps: int = 250,
 ) -> nn.Module:
-    """Train a network with AdamW, a cosine schedule and bf16 autocast; return it in evaluation mode.
+    """Train a network with AdamW and a cosine schedule; return it in evaluation mode.
 
     Args:
         network: the network, trained in place.
         loss: returns the loss of the network at a step. Its samples must depend on the step's number alone.
-        path: file of the saved state, from which a stopped training resumes.
-        steps: number of steps in all.
-        learning_rate: peak of the schedule.
+        name: of the file with the saved state, from which a stopped training resumes.
+        settings: how it is trained, and the file's folder.
         saving_steps: steps between two saved states.
     """
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=BETAS, weight_decay=0.01)
-    schedule = cosine_schedule(optimizer, steps)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, betas=BETAS, weight_decay=0.01)
+    schedule = cosine_schedule(optimizer, settings.steps)
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
-    loop = Loop(path, parts, steps=steps, saving_steps=saving_steps)
+    loop = Loop(settings.work_dir / name, parts, steps=settings.steps, saving_steps=saving_steps)
     device = next(network.parameters()).device
 
     def update(step: int) -> dict[str, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device, compiled=settings.torch_compile):
             value = loss(network, step)
         descend(network, optimizer, value)
         schedule.step()

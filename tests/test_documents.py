@@ -24,12 +24,11 @@ from helpers.documents import (
     commands,
     inline_code,
     links,
-    prose,
 )
 from helpers.runs import ROOT
 
 import train_srl_vae
-from docs.scripts import figures, flags
+from docs.scripts import flags
 from srl_utils.evaluation.cli import main as evaluation
 from srl_utils.hub import __main__ as hub
 from srl_utils.pipelines import __main__ as pipelines
@@ -177,17 +176,6 @@ def test_the_table_of_flags_is_current() -> None:
     assert tables.count("\n| `--") == len(rows)
     shown = {"False": "off", "True": "on", "None": "", "[]": "", str(8 / 255): "`8/255`"}
     assert rows == {name: shown.get(str(value), f"`{value}`") for name, value in defaults.items()}
-
-
-def test_the_figure_shows_the_tables() -> None:
-    """Oracle: two values of the tables by hand, and the heights of the bars."""
-    page = figures.DOCS.joinpath("results.md").read_text(encoding="utf-8")
-    table = figures.read_table(page, "Inpainting of protected images", labels=1)
-    assert table["Mist"] == {"original": 9.5, "control": 5.2, "robust": 3.7} and len(table) == 5
-    drawn = figures.draw(page).axes
-    assert [bar.get_height() for bar in drawn[2].containers[2]] == [row["robust"] for row in table.values()]
-    assert [bar.get_height() for bar in drawn[0].containers[1]] == [33.1, 26.7]
-    assert "results.png" in prose(figures.DOCS / "results.md")
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

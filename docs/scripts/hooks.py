@@ -24,7 +24,6 @@ OUTSIDE = (
     "benchmarks/RESULTS.md",
     "benchmarks/data-wait.png",
     "benchmarks/time-to-robustness.png",
-    "benchmarks/time-to-robustness-attention.png",
     "miniature/weights/README.md",
     "miniature/weights/vae/README.md",
 )

@@ -284,6 +284,9 @@ def test_division_of_a_data_set() -> None:
     parts = divide(captions, concept="ring", target="star", num_poisons=2, num_held_out=2)
     assert (parts.poisonable, parts.held_out, parts.targets) == ([0, 2], [8, 9], [1, 6])
     assert parts.others == [1, 3, 6, 7]
+    similar = ["a red ring", "a blue ring", "a blue star", "a red star", "a red star", "a red ring", "a ring"]
+    parts = divide(similar, concept="ring", target="star", num_poisons=3, num_held_out=1)
+    assert (parts.poisonable, parts.targets) == ([0, 1, 5], [3, 2, 4])
     with pytest.raises(UserError, match="5 captions name 'ring' and 2 'star'; 4 poisons and 2 held-out"):
         divide(captions, concept="ring", target="star", num_poisons=4, num_held_out=2)
 

@@ -397,6 +397,18 @@ def test_command_writes_the_whole_report(arguments, tmp_path: Path, capsys, monk
     assert written(tmp_path / "out") == before
 
 
+def test_the_baseline_alone_is_evaluated(arguments, tmp_path: Path, capsys) -> None:
+    """Oracle: the same command with a second VAE; the baseline's rows are equal. A report names no other VAE."""
+    assert command.main(arguments) == 0
+    place = arguments.index("--vae")
+    alone = [*arguments[:place], *arguments[place + 2 :], "--output_dir", str(tmp_path / "alone")]
+    assert command.main(alone) == 0
+    both, own = (json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("out", "alone"))
+    assert own == [row for row in both if row["vae"] == "original"] and own
+    report = (tmp_path / "alone/report.md").read_text()
+    assert "robust" not in report.split("## How it was run")[0].replace("robustness", "")
+
+
 def test_a_dry_run_counts_and_computes_nothing(arguments, tmp_path: Path, capsys) -> None:
     """Oracle: by hand. Of 4 images: clean shown to 2 VAEs, and at 2 budgets pgd-2 (4 passes) made on one and shown to
     both, made on the other and shown to it: 4 x 2 + 2 x (4 x (4 + 2) + 4 x (4 + 1)).

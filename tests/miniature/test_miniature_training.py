@@ -5,14 +5,18 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from helpers.runs import build_tiny_vae
 from torch import Tensor, nn
 
 from miniature import autoencoder, classifier, contrastive, diffusion
+from miniature.imagenet import ImageNetLayers
 from miniature.scene_set import LABELS, NO_LABEL, scene_set
 from miniature.scenes import draw_scene
+from miniature.teacher import FEATURE_CHANNELS, PIXEL_CHANNELS, PrincipalComponents, Teacher
 from miniature.tokens import MAX_TOKENS, learn_tokenizer
 from miniature.training import WARMUP_STEPS, Settings, cosine_schedule, train
 from srl_utils.evaluation.tasks.finetuning import draw_numbers
@@ -24,10 +28,11 @@ def scenes(tmp_path_factory):
     return scene_set(tmp_path_factory.mktemp("scenes"), seed=4, count=60, pair_share=0.3)
 
 
-def settings(work_dir: Path, *, batch_size: int = 4) -> Settings:
+def settings(work_dir: Path, *, batch_size: int = 4, steps: int = 2, learning_rate: float = 1e-3) -> Settings:
     return Settings(
-        work_dir=work_dir, steps=2, batch_size=batch_size, learning_rate=1e-3, seed=0, device="cpu", torch_compile=False
-    )
+        work_dir=work_dir, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=0, device="cpu",
+        torch_compile=False,
+    )  # fmt: skip
 
 
 def network() -> nn.Module:
@@ -43,7 +48,8 @@ def loss(module: nn.Module, step: int) -> Tensor:
 
 def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
     """Oracle: invariance, an undisturbed run, to the last bit of weights and statistics."""
-    whole = train(network(), loss, tmp_path / "whole.pt", steps=6, learning_rate=1e-2)
+    six = settings(tmp_path, steps=6, learning_rate=1e-2)
+    whole = train(network(), loss, "whole.pt", six)
 
     def stopping(module: nn.Module, step: int) -> Tensor:
         if step == 3:
@@ -51,8 +57,8 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
         return loss(module, step)
 
     with pytest.raises(KeyboardInterrupt):
-        train(network(), stopping, tmp_path / "parts.pt", steps=6, learning_rate=1e-2, saving_steps=2)
-    resumed = train(network(), loss, tmp_path / "parts.pt", steps=6, learning_rate=1e-2, saving_steps=2)
+        train(network(), stopping, "parts.pt", six, saving_steps=2)
+    resumed = train(network(), loss, "parts.pt", six, saving_steps=2)
     assert not torch.equal(whole[0].weight, network()[0].weight)
     assert all(
         torch.equal(*pair) for pair in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
@@ -71,28 +77,55 @@ def test_schedule_warms_up_and_ends_at_zero() -> None:
     assert picked == pytest.approx([0.0, 1.0, 2.0, 1.0, 0.0], abs=1e-12)
 
 
-def test_autoencoder_s_training_resumes_in_either_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: invariance, an undisturbed run of two steps for the pixels and two against the discriminator, exact."""
+def test_autoencoder_s_training_resumes_in_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: invariance, an undisturbed run of two steps apart, two together and two against the discriminator, exact."""
     monkeypatch.setattr(autoencoder, "PHOTOGRAPH_SIDE", 64)
     monkeypatch.setattr(autoencoder, "SIZE", 16)
+    monkeypatch.setattr(autoencoder, "TEACHER_SAMPLES", 16)
 
     def run(work_dir: Path, *, adversarial_steps: int = 2) -> dict[str, Tensor]:
         torch.manual_seed(0)
         args = Namespace(
-            architecture="small", pixel_steps=2, adversarial_steps=adversarial_steps, batch_size=4, learning_rate=1e-2,
+            teaching_steps=2, joint_steps=2, adversarial_steps=adversarial_steps, batch_size=4, learning_rate=1e-2,
             adversarial_learning_rate=1e-3, checkpointing_steps=1, num_workers=0, seed=0, device="cpu",
             torch_compile=False, work_dir=work_dir,
         )  # fmt: skip
         return autoencoder.train(args).state_dict()
 
     whole = run(tmp_path / "whole")
-    for adversarial_steps in (-1, 1):
+    for adversarial_steps in (-3, -1, 1):
         run(tmp_path / "parts", adversarial_steps=adversarial_steps)
     resumed = run(tmp_path / "parts")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     state = torch.load(tmp_path / "parts/state.pt", weights_only=True)
     (group,) = state["optimizer"]["param_groups"]
-    assert (state["step"], group["lr"], tuple(group["betas"])) == (4, 1e-3, (0.5, 0.9))
+    assert (state["step"], group["lr"], tuple(group["betas"])) == (6, 1e-3, (0.5, 0.9))
+
+
+def test_components_are_those_of_the_samples() -> None:
+    """Oracle: NumPy's singular values; the components of the samples have mean 0, variance 1 and no correlation."""
+    maps = torch.randn(6, 5, 4, 4, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 6).view(5, 1, 1) + 3
+    found = PrincipalComponents(maps, 2)(maps).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(torch.cov(found), torch.eye(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.mean(dim=1), torch.zeros(2), atol=1e-4, rtol=0)
+    samples = maps.transpose(0, 1).flatten(1).numpy().T
+    *_, directions = np.linalg.svd(samples - samples.mean(axis=0), full_matrices=False)
+    strongest = (samples - samples.mean(axis=0)) @ directions[:2].T
+    assert np.linalg.matrix_rank(np.hstack([found.numpy().T, strongest]), tol=1e-2) == 2  # the same plane
+
+
+def test_the_teacher_s_latents_hold_pixels_and_features() -> None:
+    """Oracle: closed form; noise too faint to see moves the features' channels further than the pixels'."""
+    images = torch.stack([from_pil(draw_scene(0, number).image) for number in range(32)])
+    teacher = Teacher(ImageNetLayers(), images)
+    latents = teacher(images)
+    assert latents.shape == (32, PIXEL_CHANNELS + FEATURE_CHANNELS, 8, 8)
+    deviations = latents.transpose(0, 1).flatten(1).std(dim=1)
+    torch.testing.assert_close(deviations, teacher.spread(latents).flatten(), atol=1e-2, rtol=1e-2)
+    signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    moved = (teacher(images + 16 / 255 * signs) - latents) / teacher.spread(latents)
+    pixels, features = moved.split([PIXEL_CHANNELS, FEATURE_CHANNELS], dim=1)
+    assert features.std() > 4 * pixels.std()
 
 
 def test_every_sample_is_seen_once_an_epoch() -> None:
@@ -176,12 +209,29 @@ def test_one_step_of_each_network_changes_it(scenes, tiny_vae: AutoencoderKL, tm
     assert images.images.isfinite().all() and len(images.images) == 2
 
 
-def test_latents_are_those_that_a_pipeline_would_make(scenes, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
-    """Oracle: the posterior's mean times the scaling factor, within half precision."""
-    latents = diffusion.scaled_latents(tiny_vae, scenes, tmp_path / "latents.safetensors")
-    with torch.no_grad():
-        mean = tiny_vae.encode(scenes.pixels(torch.arange(3))).latent_dist.mean
-    torch.testing.assert_close(latents[:3].float(), mean * tiny_vae.config.scaling_factor, rtol=2e-3, atol=2e-3)
+def test_latents_are_those_that_a_pipeline_would_make(scenes, tmp_path: Path) -> None:
+    """Oracle: the posterior's mean times the scaling factor, within half precision; another autoencoder has its own."""
+    for seed in (0, 1, 1):
+        vae = build_tiny_vae(seed=seed)
+        latents = diffusion.scaled_latents(vae, scenes, tmp_path / "latents.safetensors")
+        with torch.no_grad():
+            mean = vae.encode(scenes.pixels(torch.arange(3))).latent_dist.mean
+        torch.testing.assert_close(latents[:3].float(), mean * vae.config.scaling_factor, rtol=2e-3, atol=2e-3)
+
+
+def test_each_scene_is_reconstructed_once(scenes) -> None:
+    """Oracle: the function itself, within the rounding to 8 bits, and a count of the scenes that it was given."""
+    given: list[Tensor] = []
+
+    def darker(images: Tensor) -> Tensor:
+        given.extend(images)
+        return 0.5 * images - 0.8
+
+    reconstructions = classifier.Reconstructions(scenes, darker, "cpu")
+    for numbers in (torch.tensor([2, 0]), torch.tensor([0, 1, 2])):
+        expected = (0.5 * scenes.pixels(numbers) - 0.8).clamp(-1, 1)
+        torch.testing.assert_close(reconstructions.pixels(numbers), expected, rtol=0, atol=1.01 / 255)
+    assert len(given) == 3
 
 
 def test_half_of_the_classifier_s_images_are_mirrored() -> None:

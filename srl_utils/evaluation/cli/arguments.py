@@ -35,8 +35,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--baseline", required=True, metavar="PLACE", help=f"the original VAE, a folder or Hub id: {FORM}")
     add(
-        "--vae", required=True, nargs="+", metavar="NAME=PLACE",
-        help="VAEs to compare with the baseline; the name may be left out",
+        "--vae", nargs="+", default=[], metavar="NAME=PLACE",
+        help="VAEs to compare with the baseline; the name may be left out. Without one, only the baseline is evaluated",
     )  # fmt: skip
     add("--dataset_name", type=home_expanded, default=None, help="Hub dataset, local dataset folder, or scikit-image")
     add("--data_dir", type=home_expanded, default=None, help="folder of images (nested)")

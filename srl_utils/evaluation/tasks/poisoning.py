@@ -7,6 +7,7 @@ Source: Shan et al., "Nightshade: Prompt-Specific Poisoning Attacks on Text-to-I
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +41,7 @@ class Concepts:
     others: Sequence[int]
     """Training images that stay clean; their captions do not name the concept."""
     targets: Sequence[int]
-    """For each poisonable image, an image whose caption names the other concept."""
+    """For each poisonable image, the image of the other concept whose caption is most like its own."""
     held_out: Sequence[int]
     """Images of the concept that are not trained on; images are generated from their captions."""
 
@@ -62,16 +63,33 @@ def divide(captions: Sequence[str], *, concept: str, target: str, num_poisons: i
         UserError: if there are too few images of a concept.
     """
     named, aims = _naming(captions, concept, without=target), _naming(captions, target, without=concept)
+    poisonable = named[:num_poisons]
     needed = num_poisons + num_held_out
     if len(named) < needed or not aims:
         raise UserError(
             f"{len(named)} captions name '{concept}' and {len(aims)} '{target}'; {num_poisons} poisons and {num_held_out} held-out "
             f"images need {needed} and 1; give more images or other concepts"
         )
-    poisonable, held_out = named[:num_poisons], named[len(named) - num_held_out :]
+    held_out = named[len(named) - num_held_out :]
     others = [number for number, caption in enumerate(captions) if concept not in caption.split()]
-    targets = [aims[place % len(aims)] for place in range(num_poisons)]
+    targets = _most_similar(captions, poisonable, aims)
     return Concepts(poisonable=poisonable, others=others, targets=targets, held_out=held_out)
+
+
+def _most_similar(captions: Sequence[str], numbers: Sequence[int], aims: Sequence[int]) -> list[int]:
+    """Return for each of `numbers` the one of `aims` that has most words in common with it, of equals the least used.
+
+    The latents of similar scenes are close, so that a poison can go further towards its target.
+    """
+    words = {number: set(captions[number].split()) for number in {*numbers, *aims}}
+    uses: Counter[int] = Counter()
+    chosen = []
+    for number in numbers:
+        common = {aim: len(words[number] & words[aim]) / len(words[number] | words[aim]) for aim in aims}
+        best = max(aims, key=lambda aim: (common[aim], -uses[aim]))
+        uses[best] += 1
+        chosen.append(best)
+    return chosen
 
 
 def _naming(captions: Sequence[str], word: str, *, without: str) -> list[int]:

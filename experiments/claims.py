@@ -1,0 +1,193 @@
+"""Judge the paper's claims by the results of its experiments.
+
+A figure is computed for each training seed and shown as mean and standard deviation. What attacks take from an edit is
+measured on the original VAE; a variant wins back the share of it that its own edits do not lose.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT, TRANSFER
+from srl_utils.evaluation.report.tables import markdown_table
+from srl_utils.evaluation.tasks.poisoning import NO_DOSE
+
+ORIGINAL, ROBUST, CONTROL = "original", "robust", "no attack"
+HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
+UNTESTED = "cannot be judged: the attack takes nothing from the original"
+WANTED = {TRANSFER: 0.7, ADAPTIVE: 0.4}
+"""Shares of an edit's loss that have to be won back for a claim to hold; the control may have half of it at most."""
+NO_POISON = NO_DOSE.name
+LEAST_LOSS = {"fid": 1.0, "clip-text": 0.01}
+"""A smaller loss is not told from none: the attack has no grip."""
+LEAST_DAMAGE = 0.1
+"""A smaller loss of images as prompted says nothing of poisons: it is three of 32 images."""
+
+
+def trained_name(variant: str, seed: int) -> str:
+    """Return the name of a variant's VAE of one training seed."""
+    return variant if seed == 0 else f"{variant} (seed {seed})"
+
+
+class Results:
+    """Mean values of evaluations, by VAE, attack with its edit, threat model and metric."""
+
+    def __init__(self, *paths: Path) -> None:
+        """Read the `results.json` of each evaluation."""
+        rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
+        self.values: dict[tuple[str, str, str, str], float] = {
+            (row["vae"], row["attack"], row["threat_model"], row["metric"]): row["value"] for row in rows
+        }
+        self.attacks = list(dict.fromkeys(row["attack"] for row in rows))
+
+    def of(self, variant: str, attack: str, threat: str, metric: str) -> list[float]:
+        """Return one value for each training seed of a variant; an empty list if it was not measured."""
+        named = (self.values.get((trained_name(variant, seed), attack, threat, metric)) for seed in range(10))
+        return [value for value in named if value is not None]
+
+    def edits_under(self, attack: str) -> list[str]:
+        """Return the names of all edits of images under an attack, such as `advdm, img2img-0.5`."""
+        return [name for name in self.attacks if name.partition(", ")[0] == attack and name != attack]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper with the figures that speak for or against it."""
+
+    text: str
+    unit: str
+    original: float | None
+    control: Sequence[float]
+    robust: Sequence[float]
+    verdict: str
+
+    def line(self) -> list[str]:
+        """Return the claim as a line of a table."""
+        original = "" if self.original is None else f"{self.original:.3g}"
+        return [self.text, self.unit, original, spread(self.control), spread(self.robust), self.verdict]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean and standard deviation over training seeds."""
+    if not values:
+        return ""
+    return f"{mean(values):.3g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def compared(text: str, unit: str, results: Results, setting: tuple[str, str, str], *, higher: bool) -> Claim:
+    """Return a claim that the robust VAE's value is better than the original's, and than the control's.
+
+    It holds if it is better than both by more than the seeds' spread, and in part if it is better than the original only.
+
+    Args:
+        text: the claim.
+        unit: what is measured.
+        results: of the evaluation.
+        setting: attack, threat model and metric.
+        higher: whether higher values are better.
+    """
+    (original,) = results.of(ORIGINAL, *setting)
+    control, robust = results.of(CONTROL, *setting), results.of(ROBUST, *setting)
+    sign = 1 if higher else -1
+    gains = [sign * (value - original) for value in robust]
+    over_control = [sign * (value - mean(control)) for value in robust]
+    verdict = (
+        HOLDS if beyond_spread(gains) and beyond_spread(over_control) else IN_PART if beyond_spread(gains) else FAILS
+    )
+    return Claim(text, unit, original, control, robust, verdict)
+
+
+def beyond_spread(gains: Sequence[float]) -> bool:
+    """Return whether gains are positive by more than twice their standard error."""
+    error = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    return mean(gains) > 2 * error
+
+
+def won_back(results: Results, variant: str, attack: str, threat: str, metric: str) -> list[float]:
+    """Return the share of an attack's damage to edits that a variant wins back, for each seed; empty without damage.
+
+    FID is measured against the original's edits of clean images, which have 0. Damage is summed over all edits.
+    """
+    edits = results.edits_under(attack)
+    attacked = [results.of(ORIGINAL, edit, threat, metric)[0] for edit in edits]
+    clean = [0.0 if metric == "fid" else clean_value(results, edit, metric) for edit in edits]
+    lost = abs(sum(clean) - sum(attacked))
+    own = [results.of(variant, edit, threat, metric) for edit in edits]
+    if lost < LEAST_LOSS[metric] * len(edits) or not all(own):
+        return []
+    return [1 - abs(sum(clean) - sum(values)) / lost for values in zip(*own, strict=True)]
+
+
+def clean_value(results: Results, edit: str, metric: str) -> float:
+    """Return the metric of the original's edits of clean images."""
+    _, _, name = edit.partition(", ")
+    return results.of(ORIGINAL, f"clean, {name}", NO_THREAT, metric)[0]
+
+
+def edits_claims(attacked: Mapping[str, Results]) -> list[Claim]:
+    """Return the claims on edits of protected images: one for each attack, threat model and metric.
+
+    Args:
+        attacked: results of the edits, by attack.
+    """
+    claims = []
+    for attack, results in attacked.items():
+        for threat, wanted in WANTED.items():
+            for metric, title in (("fid", "FID"), ("clip-text", "CLIP similarity")):
+                control, robust = (won_back(results, name, attack, threat, metric) for name in (CONTROL, ROBUST))
+                text = f"edits of images under {attack}, {threat}"
+                claims.append(
+                    Claim(text, f"{title} won back", None, control, robust, share_verdict(control, robust, wanted))
+                )
+    return claims
+
+
+def poison_claims(results: Results, poison: str) -> list[Claim]:
+    """Return the claims on poisoned fine-tuning, one for each threat model: the damage is halved at least.
+
+    Damage is the loss of images as prompted, between fine-tunings of one VAE without poisons and with them.
+    """
+    claims = []
+    for threat in WANTED:
+        original, control, robust = (damage(results, name, poison, threat) for name in (ORIGINAL, CONTROL, ROBUST))
+        verdict = damage_verdict(original[0], control, robust) if original and robust else UNTESTED
+        text = f"fine-tuning on {poison}, {threat}"
+        claims.append(Claim(text, "images as prompted lost", *original[:1] or [None], control, robust, verdict))
+    return claims
+
+
+def damage(results: Results, variant: str, poison: str, threat: str) -> list[float]:
+    """Return the share of images as prompted that poisons cost a variant, for each seed."""
+    unharmed = results.of(variant, NO_POISON, NO_THREAT, "shown")
+    harmed = results.of(variant, poison, threat, "shown")
+    return [before - after for before, after in zip(unharmed, harmed, strict=True)] if harmed else []
+
+
+def damage_verdict(original: float, control: Sequence[float], robust: Sequence[float]) -> str:
+    """Return whether at least half of the original's damage is averted, and twice as much as by the control."""
+    if original < LEAST_DAMAGE:
+        return UNTESTED
+    averted, by_control = original - mean(robust), original - mean(control) if control else 0.0
+    if averted >= original / 2 and averted >= 2 * by_control:
+        return HOLDS
+    return IN_PART if averted > max(0.0, by_control) else FAILS
+
+
+def share_verdict(control: Sequence[float], robust: Sequence[float], wanted: float) -> str:
+    """Return whether enough is won back, and at least twice as much as by the control."""
+    if not robust:
+        return UNTESTED
+    twice = not control or mean(robust) >= 2 * mean(control)
+    if mean(robust) >= wanted and twice:
+        return HOLDS
+    return IN_PART if mean(robust) > 0 and (not control or mean(robust) > mean(control)) else FAILS
+
+
+def verdict_table(claims: Sequence[Claim]) -> str:
+    """Return the claims as a Markdown table."""
+    titles = ["the paper's claim", "measure", ORIGINAL, CONTROL, ROBUST, "verdict"]
+    return markdown_table([titles, *(claim.line() for claim in claims)])

@@ -1,0 +1,30 @@
+"""What the paper's experiments call: every flag is one that the commands take."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train_srl_vae
+from experiments.plan import FULL, PARTS, QUICK, VARIANTS, Scale, evaluations
+from srl_utils.evaluation.cli import main as evaluation
+
+
+@pytest.mark.parametrize("scale", [FULL, QUICK], ids=["full", "quick"])
+def test_every_evaluation_parses(scale: Scale, tmp_path: Path) -> None:
+    """Oracle: the command's own parser, which also refuses flags without effect; each part of the report has rows."""
+    planned = evaluations(scale, tmp_path)
+    assert len({each.name for each in planned}) == len(planned) and {each.part for each in planned} == set(PARTS)
+    for each in planned:
+        shared = ["--baseline", "vae", "--data_dir", "scenes", "--output_dir", each.name, "--resolution", "64"]
+        args = evaluation.parse_args([each.command, *shared, *map(str, each.flags)])
+        assert args.vae == [] and set(each.variants) <= set(VARIANTS)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_parses(name: str) -> None:
+    """Oracle: the training script's own parser."""
+    flags = ["--pretrained_model_name_or_path", "vae", "--train_data_dir", "scenes", *shlex.split(VARIANTS[name].flags)]
+    assert train_srl_vae.parse_args(flags, environment={}).train_data_dir == "scenes"
