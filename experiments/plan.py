@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from experiments.claims import CONTROL, ROBUST
+from srl_utils.evaluation.motion import MOTION_METRICS
 from srl_utils.evaluation.perturbations import ADAPTIVE, TRANSFER
 
 WEIGHTS = Path(__file__).parents[1] / "miniature/weights"
@@ -195,7 +196,7 @@ def reconstruction_flags(scale: Scale, target: Path) -> list[object]:
     return [
         "--num_images", scale.edited, "--attacks", "clean", "noise", f"apgd-{steps}", "photoguard-encoder", "mist-textural",
         "nightshade", "--target", target, "--max_attack_steps", steps, "--epsilons", "8/255",
-        "--metrics", "psnr", "ssim", "drift", *(["--num_check_images", 2] if scale.checks else ["--no_checks"]),
+        "--metrics", "psnr", "ssim", "drift", *MOTION_METRICS, *(["--num_check_images", 2] if scale.checks else ["--no_checks"]),
     ]  # fmt: skip
 
 
@@ -228,7 +229,7 @@ def attacked_edits(scale: Scale, attacks: Sequence[str], steps: int, *, threats:
     return [
         *networks(scale), "--replace", *edits, "--epsilons", EPSILON, "--attacks", "clean", *attacks,
         "--threat_models", *threats, "--max_attack_steps", steps, "--strengths", "0.3", "0.5", "0.7", "--batch_size", 8,
-        "--metrics", "psnr", "ssim", "clip", "clip-text", "shown", "fid", "--no_checks",
+        "--metrics", "psnr", "ssim", "clip", "clip-text", "shown", "fid", *MOTION_METRICS, "--no_checks",
     ]  # fmt: skip
 
 
