@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT, TRANSFER
+from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, TRANSFER
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.evaluation.tasks.poisoning import NO_DOSE
 
@@ -126,6 +126,27 @@ def clean_value(results: Results, edit: str, metric: str) -> float:
     """Return the metric of the original's edits of clean images."""
     _, _, name = edit.partition(", ")
     return results.of(ORIGINAL, f"clean, {name}", NO_THREAT, metric)[0]
+
+
+def closeness_claim(editing: Results, between_seeds: Results) -> Claim:
+    """Return the claim that the robust VAE changes edits of clean images as little as another training of it does.
+
+    Args:
+        editing: edits by the robust VAEs, compared with the original's.
+        between_seeds: edits by further robust VAEs, compared with the first one's.
+    """
+    robust, usual = (clean_similarity(results) for results in (editing, between_seeds))
+    verdict = HOLDS if mean(robust) >= mean(usual) else FAILS
+    return Claim(
+        f"edits of clean images stay: as much as between trainings ({spread(usual)})", "PSNR (dB)", None, [], robust,
+        verdict,
+    )  # fmt: skip
+
+
+def clean_similarity(results: Results) -> list[float]:
+    """Return the PSNR of edits of clean images against the baseline's, in dB, for each robust VAE: the mean of all edits."""
+    values = [results.of(ROBUST, edit, NO_THREAT, "psnr") for edit in results.edits_under(CLEAN.name)]
+    return [mean(seeds) for seeds in zip(*values, strict=True)]
 
 
 def edits_claims(attacked: Mapping[str, Results]) -> list[Claim]:

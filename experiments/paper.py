@@ -18,9 +18,20 @@ from pathlib import Path
 
 import torch
 
-from experiments.claims import ORIGINAL, Claim, Results, compared, edits_claims, poison_claims, spread, verdict_table
+from experiments.claims import (
+    ORIGINAL,
+    Claim,
+    Results,
+    closeness_claim,
+    compared,
+    edits_claims,
+    poison_claims,
+    spread,
+    verdict_table,
+)
 from experiments.figures import draw_all
 from experiments.plan import (
+    BETWEEN_SEEDS,
     CHEAP_ATTACKS,
     COSTLY_ATTACK,
     COSTLY_EDITING,
@@ -87,6 +98,7 @@ def judged(results: Mapping[str, Results], *, apgd: str, edits: Mapping[str, Res
         compared("Clean images are reconstructed better.", "PSNR (dB)", reconstruction, ("clean", NO_THREAT, "psnr"), higher=True),
         compared("Attacked images too.", "PSNR (dB)", reconstruction, (apgd, ADAPTIVE, "psnr"), higher=True),
         compared("The unchanged diffusion model generates better.", "FID", generation, image_to_image, higher=False),
+        *([closeness_claim(results["editing"], results[BETWEEN_SEEDS])] if BETWEEN_SEEDS in results else []),
         *edits_claims(edits),
         *poison_claims(results["poisoning"], poison),
     ]  # fmt: skip
@@ -94,7 +106,7 @@ def judged(results: Mapping[str, Results], *, apgd: str, edits: Mapping[str, Res
 
 def report(results: Mapping[str, Results], claims: Sequence[Claim], scale: Scale, run: Runner) -> str:
     """Return the report as Markdown."""
-    tables = [f"## {heading}\n\n{results_table(results[part])}" for part, heading in PARTS.items()]
+    tables = [f"## {heading}\n\n{results_table(results[part])}" for part, heading in PARTS.items() if part in results]
     return REPORT.format(
         machine=f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
         date=date.today().isoformat(),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from experiments.claims import CONTROL, ROBUST
+from experiments.claims import CONTROL, ORIGINAL, ROBUST
 from srl_utils.evaluation.motion import MOTION_METRICS
 from srl_utils.evaluation.perturbations import ADAPTIVE, TRANSFER
 
@@ -51,6 +51,7 @@ EPSILON = "16/255"
 CONTROLS = ("interpolated-25", "interpolated-50", "interpolated-75", "interpolated-100")
 """Poisons without an attack."""
 COSTLY_EDITING = "costly editing"
+BETWEEN_SEEDS = "between seeds"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +118,9 @@ class Evaluation:
         part: of the report to which its rows belong.
         command: name of the command.
         flags: of the command.
-        variants: whose VAEs are evaluated, beside the original.
+        variants: whose VAEs are evaluated, beside the baseline.
         seeds: most VAEs of a variant.
+        baseline: name of the VAE with which the others are compared.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Evaluation:
     flags: Sequence[object]
     variants: Sequence[str]
     seeds: int
+    baseline: str = ORIGINAL
 
 
 PARTS = {
@@ -134,6 +137,7 @@ PARTS = {
     "generation": "Generation and denoising by the unchanged diffusion model",
     "editing": "Editing clean and protected images",
     COSTLY_EDITING: "Editing images protected by PhotoGuard's diffusion attack",
+    BETWEEN_SEEDS: "Editing clean images, compared with the first robust VAE",
     "controls": "Fine-tuning on wrong latents, without an attack",
     "poisoning": "Fine-tuning on poisoned images",
     "weaker poisons": "Fine-tuning on images poisoned at 10/255",
@@ -162,6 +166,14 @@ def evaluations(scale: Scale, folder: Path) -> list[Evaluation]:
         ),
         edits(
             name=COSTLY_ATTACK, part=COSTLY_EDITING, flags=costly_editing_flags(scale), variants=(ROBUST, CONTROL), seeds=1
+        ),
+        *(
+            [edits(
+                name="between-seeds", part=BETWEEN_SEEDS, flags=clean_editing_flags(scale), variants=(ROBUST,),
+                baseline=ROBUST,
+            )]
+            if scale.seeds > 1
+            else []
         ),
         poisons(
             name="controls", part="controls", variants=(),
@@ -222,15 +234,26 @@ def costly_editing_flags(scale: Scale) -> list[object]:
     ]  # fmt: skip
 
 
+def clean_editing_flags(scale: Scale) -> list[object]:
+    """Return the flags of the editing command for clean images alone."""
+    metrics = ["psnr", "clip", "fid"]
+    return [*edits_of_shapes(scale), "--num_images", scale.edited, "--attacks", "clean", "--metrics", *metrics]
+
+
 def attacked_edits(scale: Scale, attacks: Sequence[str], steps: int, *, threats: Sequence[str]) -> list[object]:
-    """Return the flags of the editing command, except the number of images."""
+    """Return the flags of the editing command for clean and attacked images, except the number of images."""
+    return [
+        *edits_of_shapes(scale), "--attacks", "clean", *attacks, "--epsilons", EPSILON, "--threat_models", *threats,
+        "--max_attack_steps", steps, "--no_checks",
+        "--metrics", "psnr", "ssim", "clip", "clip-text", "shown", "fid", *MOTION_METRICS,
+    ]  # fmt: skip
+
+
+def edits_of_shapes(scale: Scale) -> list[object]:
+    """Return the flags of the editing command that say how images are edited: each shape becomes another one."""
     shapes = ["circle", "square", "triangle", "diamond", "star", "cross", "ring", "hexagon"]
     edits = [f"{old}={new}" for old, new in zip(shapes, shapes[4:] + shapes[:4], strict=True)]
-    return [
-        *networks(scale), "--replace", *edits, "--epsilons", EPSILON, "--attacks", "clean", *attacks,
-        "--threat_models", *threats, "--max_attack_steps", steps, "--strengths", "0.3", "0.5", "0.7", "--batch_size", 8,
-        "--metrics", "psnr", "ssim", "clip", "clip-text", "shown", "fid", *MOTION_METRICS, "--no_checks",
-    ]  # fmt: skip
+    return [*networks(scale), "--replace", *edits, "--strengths", "0.3", "0.5", "0.7", "--batch_size", 8]
 
 
 def nightshade_flags(scale: Scale, epsilon: str, threat: str) -> list[object]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.claims import trained_name
+from experiments.claims import ORIGINAL, trained_name
 from experiments.plan import SCENES, TRAINING_SCENES, VARIANTS, WEIGHTS, Evaluation, Scale
 from srl_utils.console import progress_bar
 from srl_utils.files import write_text_atomically
@@ -59,7 +59,7 @@ class Runner:
         processes = num_processes()
         self._call(
             f"train {trained_name(variant, seed)}", *launched(processes), ROOT / "train_srl_vae.py",
-            "--pretrained_model_name_or_path", WEIGHTS / "vae", "--train_data_dir", self.folder / TRAINING_SCENES,
+            "--pretrained_model_name_or_path", self._vae(ORIGINAL), "--train_data_dir", self.folder / TRAINING_SCENES,
             "--resolution", 64, "--train_batch_size", BATCH // processes, "--max_train_steps", scale.training_steps,
             "--learning_rate", "5e-4", "--lpips_weight", 0, "--random_flip", "--no-torch_compile",
             "--num_validation_images", 2, "--validation_steps", 10_000, "--report_to", "none", "--seed", seed,
@@ -67,16 +67,17 @@ class Runner:
         )  # fmt: skip
 
     def evaluate(self, evaluation: Evaluation) -> None:
-        """Evaluate the original VAE and those of the evaluation's variants; finished parts are kept."""
+        """Evaluate the baseline and the VAEs of the evaluation's variants; finished parts are kept."""
         names = [
-            trained_name(variant, seed)
+            name
             for variant in evaluation.variants
             for seed in range(min(evaluation.seeds, VARIANTS[variant].seeds))
+            if (name := trained_name(variant, seed)) != evaluation.baseline
         ]
         vaes = ["--vae", *(f"{name}={self._vae(name)}" for name in names)] if names else []
         self._call(
             evaluation.name, *launched(num_processes()), "-m", "srl_utils.evaluation", evaluation.command,
-            "--baseline", WEIGHTS / "vae", *vaes, "--data_dir", self.folder / SCENES, "--resolution", 64,
+            "--baseline", self._vae(evaluation.baseline), *vaes, "--data_dir", self.folder / SCENES, "--resolution", 64,
             "--seed", self.seed, *evaluation.flags, "--output_dir", self.folder / evaluation.name,
         )  # fmt: skip
 
@@ -85,7 +86,7 @@ class Runner:
         return sum(json.loads(self._times.read_text()).values()) / 60
 
     def _vae(self, name: str) -> Path:
-        return self.folder / "vaes" / re.sub(r"\W+", "-", name)
+        return WEIGHTS / "vae" if name == ORIGINAL else self.folder / "vaes" / re.sub(r"\W+", "-", name)
 
     def _call(self, title: str, *command: object) -> None:
         started = time.time()

@@ -17,6 +17,7 @@ from experiments.claims import (
     UNTESTED,
     Results,
     beyond_spread,
+    closeness_claim,
     compared,
     damage_verdict,
     edits_claims,
@@ -68,6 +69,15 @@ def test_what_is_won_back(results) -> None:
     assert won_back(found, ROBUST, "pid", "transfer", "fid") == [0.75]
     assert won_back(found, ROBUST, "pid", "transfer", "clip-text") == pytest.approx([0.5, 0.0])
     assert won_back(found, ORIGINAL, "pid", "transfer", "fid") == [0.0]
+
+
+@pytest.mark.parametrize(("between", "verdict"), [((38, 40), HOLDS), ((42, 44), FAILS)])
+def test_clean_edits_stay_as_between_seeds(results, between: tuple[float, float], verdict: str) -> None:
+    """Oracle: by hand; 40 dB against the original's edits, 39 or 43 dB between two robust VAEs."""
+    edited = results(of_all_edits(ROBUST, "clean", "none", "psnr", (41, 39)))
+    seeds = results(of_all_edits(trained_name(ROBUST, 1), "clean", "none", "psnr", between))
+    claim = closeness_claim(edited, seeds)
+    assert claim.robust == [40] and claim.verdict == verdict
 
 
 def test_an_attack_without_grip_judges_nothing(results) -> None:
