@@ -80,8 +80,8 @@ test-hub-%: .venv-hub/%/.installed
 		echo "import sys; sys.modules['$$name'] = None" >> hidden.pth; done
 	touch $@
 
-# On one core, without --torch_compile: the VAE takes 1 h 40 min, the classifier 1 h, the diffusion model about 7 h (9 min on
-# an H100).
+# On one core, without --torch_compile: the VAE takes 1 h 40 min, the classifier 1 h, the diffusion model an estimated 7 h
+# (9 min on an H100).
 miniature: $(VENV)/.installed-test
 	$(RUN) python -m miniature.build vae
 	$(RUN) python -m miniature.build clip

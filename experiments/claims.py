@@ -25,7 +25,7 @@ NO_POISON = NO_DOSE.name
 LEAST_LOSS = {"fid": 1.0, "clip-text": 0.01}
 """A smaller loss is not told from none: the attack has no grip."""
 LEAST_DAMAGE = 0.1
-"""A smaller loss of images as prompted says nothing of poisons: it is three of 32 images."""
+"""A smaller loss of images as prompted says nothing of poisons: it is four of 48 images."""
 
 
 def trained_name(variant: str, seed: int) -> str:

@@ -150,6 +150,12 @@ def evaluations(scale: Scale, folder: Path) -> list[Evaluation]:
     made = partial(Evaluation, seeds=scale.seeds)
     edits, poisons = partial(made, command="editing"), partial(made, command="poisoning")
     target = folder / TRAINING_SCENES / "00000.png"
+    between_seeds = [
+        edits(
+            name="between-seeds", part=BETWEEN_SEEDS, flags=clean_editing_flags(scale), variants=(ROBUST,),
+            baseline=ROBUST,
+        )
+    ] if scale.seeds > 1 else []  # fmt: skip
     attacked = {TRANSFER: DOWNSTREAM, ADAPTIVE: (ROBUST, CONTROL)}
     return [
         made(
@@ -167,14 +173,7 @@ def evaluations(scale: Scale, folder: Path) -> list[Evaluation]:
         edits(
             name=COSTLY_ATTACK, part=COSTLY_EDITING, flags=costly_editing_flags(scale), variants=(ROBUST, CONTROL), seeds=1
         ),
-        *(
-            [edits(
-                name="between-seeds", part=BETWEEN_SEEDS, flags=clean_editing_flags(scale), variants=(ROBUST,),
-                baseline=ROBUST,
-            )]
-            if scale.seeds > 1
-            else []
-        ),
+        *between_seeds,
         poisons(
             name="controls", part="controls", variants=(),
             flags=poisoning_flags(scale, scale.controls, scale.wrong_latents),

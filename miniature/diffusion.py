@@ -28,6 +28,7 @@ from srl_utils.attacks.draws import image_generators
 from srl_utils.evaluation.tasks.finetuning import draw_numbers
 from srl_utils.files import write_atomically
 from srl_utils.vae.latents import LatentScale
+from srl_utils.vae.loading import hide_local_origin
 
 NO_PROMPT_SHARE = 0.1
 """Share of samples that are trained without their caption, for classifier-free guidance."""
@@ -101,6 +102,7 @@ def build_pipeline(
     )
     trained = train(network, loss, "diffusion.pt", settings)
     trained = trained.to(memory_format=torch.contiguous_format)  # safetensors takes no other format
+    hide_local_origin(vae)
     return StableDiffusionPipeline(
         vae=vae.half(),  # half the file size; diffusers loads it in float32
         text_encoder=trained.text_encoder,

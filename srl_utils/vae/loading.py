@@ -131,6 +131,13 @@ def inference_dtype(config: dict[str, Any], variant: str) -> torch.dtype | None:
     return None if variant == "fp16" and config["force_upcast"] else HALF_PRECISION[variant]
 
 
+def hide_local_origin(vae: AutoencoderKL) -> None:
+    """Let the configuration name only the last part of the local folder that the VAE was loaded from."""
+    origin = vae.config.get("_name_or_path")
+    if origin and Path(origin).exists():
+        vae.register_to_config(_name_or_path=Path(origin).resolve().name)
+
+
 def save_autoencoder(vae: AutoencoderKL, folder: Path) -> None:
     """Write the configuration and the weights as `from_pretrained` reads them.
 
@@ -139,9 +146,7 @@ def save_autoencoder(vae: AutoencoderKL, folder: Path) -> None:
     folder it names only the last part, since the configuration is published.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    origin = vae.config.get("_name_or_path")
-    if origin and Path(origin).exists():
-        vae.register_to_config(_name_or_path=Path(origin).resolve().name)
+    hide_local_origin(vae)
     vae.save_config(folder)
     weights = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
     save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})

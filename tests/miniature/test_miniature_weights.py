@@ -39,6 +39,13 @@ def test_every_pipeline_loads(kind) -> None:
     ).read_bytes()
 
 
+def test_no_configuration_names_a_place_of_a_machine() -> None:
+    """Oracle: specification; diffusers writes the folder that a network was loaded from."""
+    configurations = [json.loads(path.read_text()) for path in WEIGHTS.rglob("*config.json")]
+    assert len(configurations) > 5
+    assert not [each for each in configurations if "/" in str(each.get("_name_or_path", ""))]
+
+
 def test_a_prompt_has_its_colours() -> None:
     """Oracle: the colours themselves; the background's in the corners, and the object's somewhere, with guidance."""
     pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "sd")
