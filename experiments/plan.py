@@ -34,9 +34,8 @@ VARIANTS: dict[str, Variant] = {
     PAPER: Variant(flags="--recipe paper --originality_weight 0.03", seeds=3),
     CONTROL: Variant(flags=f"{IMAGES_ALONE} --pgd_steps 0", seeds=3),
     NOISE: Variant(flags=f"{IMAGES_ALONE} --gaussian_noise 8/255", seeds=3),
-    SINGLE_STEP: Variant(flags=IMAGES_ALONE, seeds=3),
+    SINGLE_STEP: Variant(flags=IMAGES_ALONE),
     "alpha 0": Variant(flags=f"{FAST} --originality_weight 0"),
-    "alpha 0.003": Variant(flags=f"{FAST} --originality_weight 0.003"),
     "alpha 0.3": Variant(flags=f"{FAST} --originality_weight 0.3"),
     "epsilon 4": Variant(flags=f"{FAST} --epsilon 4/255 --pgd_step_size 2/255"),
     "epsilon 16": Variant(flags=f"{FAST} --epsilon 16/255 --pgd_step_size 8/255"),
@@ -98,7 +97,7 @@ class Scale:
 
 
 FULL = Scale(
-    training_steps=600, training_scenes=1000, images=96, edited=32, attack_steps=100, costly_images=8, costly_steps=10,
+    training_steps=600, training_scenes=1000, images=64, edited=24, attack_steps=100, costly_images=8, costly_steps=10,
     poison_steps=500, inference_steps=20, poisons=(0, 96, 300), wrong_latents=(0, 32, 96, 300), controls=CONTROLS,
     poisoned_set=3000, finetuning_steps=500, generated=48, checks=True, seeds=3,
 )  # fmt: skip
@@ -156,7 +155,7 @@ def evaluations(scale: Scale, folder: Path) -> list[Evaluation]:
             baseline=ROBUST,
         )
     ] if scale.seeds > 1 else []  # fmt: skip
-    attacked = {TRANSFER: DOWNSTREAM, ADAPTIVE: (ROBUST, CONTROL)}
+    attacked = {TRANSFER: (DOWNSTREAM, scale.seeds), ADAPTIVE: ((ROBUST, CONTROL), min(scale.seeds, 2))}
     return [
         made(
             name="reconstruction", part="reconstruction", command="reconstruction",
@@ -167,8 +166,11 @@ def evaluations(scale: Scale, folder: Path) -> list[Evaluation]:
             flags=generation_flags(scale), variants=tuple(VARIANTS),
         ),
         *(
-            edits(name=f"{threat}-edits", part="editing", flags=editing_flags(scale, threat=threat), variants=variants)
-            for threat, variants in attacked.items()
+            edits(
+                name=f"{threat}-edits", part="editing", flags=editing_flags(scale, threat=threat), variants=variants,
+                seeds=seeds,
+            )
+            for threat, (variants, seeds) in attacked.items()
         ),
         edits(
             name=COSTLY_ATTACK, part=COSTLY_EDITING, flags=costly_editing_flags(scale), variants=(ROBUST, CONTROL), seeds=1
@@ -220,15 +222,20 @@ def generation_flags(scale: Scale) -> list[object]:
 
 
 def editing_flags(scale: Scale, *, threat: str) -> list[object]:
-    """Return the flags of the editing command for all attacks but the costly one, under a threat model."""
-    attacks = ["noise", *CHEAP_ATTACKS, f"apgd-{scale.attack_steps}"]
+    """Return the flags of the editing command for all attacks but the costly one, under a threat model.
+
+    Clean and noisy images are the same under both; they are edited with those of the first.
+    """
+    attacks = [*CHEAP_ATTACKS, f"apgd-{scale.attack_steps}"]
+    if threat == TRANSFER:
+        attacks = ["clean", "noise", *attacks]
     return [*attacked_edits(scale, attacks, scale.attack_steps, threats=[threat]), "--num_images", scale.edited]
 
 
 def costly_editing_flags(scale: Scale) -> list[object]:
     """Return the flags of the editing command for the costly attack."""
     return [
-        *attacked_edits(scale, [COSTLY_ATTACK], scale.costly_steps, threats=[TRANSFER, ADAPTIVE]),
+        *attacked_edits(scale, ["clean", COSTLY_ATTACK], scale.costly_steps, threats=[TRANSFER, ADAPTIVE]),
         "--num_images", scale.costly_images,
     ]  # fmt: skip
 
@@ -240,9 +247,9 @@ def clean_editing_flags(scale: Scale) -> list[object]:
 
 
 def attacked_edits(scale: Scale, attacks: Sequence[str], steps: int, *, threats: Sequence[str]) -> list[object]:
-    """Return the flags of the editing command for clean and attacked images, except the number of images."""
+    """Return the flags of the editing command for images under attacks, except the number of images."""
     return [
-        *edits_of_shapes(scale), "--attacks", "clean", *attacks, "--epsilons", EPSILON, "--threat_models", *threats,
+        *edits_of_shapes(scale), "--attacks", *attacks, "--epsilons", EPSILON, "--threat_models", *threats,
         "--max_attack_steps", steps, "--no_checks",
         "--metrics", "psnr", "ssim", "clip", "clip-text", "shown", "fid", *MOTION_METRICS,
     ]  # fmt: skip
