@@ -130,10 +130,9 @@ REPORT = """# The paper's experiments on the miniature world
 
 {machine}, {date}, seed {seed}, {minutes} minutes. Scale: {scale}.
 
-`robust` is the recipe `fast` with three attack steps instead of one, alpha 0.03 in scaled units and epsilon 8/255. Half of
-each batch is attacked on the latents, whose distance has weight 0.3 in the loss. `alpha` and `epsilon` change one setting of
-it. The paper's recipe and `fast` attack the images alone. `no attack` and `random noise` are controls with the same number
-of training steps. Values are means over the training seeds, with their standard deviation.
+`robust` is `--recipe latent`, with alpha 0.03 in scaled units and epsilon 8/255. `alpha` and `epsilon` change one setting of
+it. The paper's recipe and `recipe fast` attack reconstructions alone. `no attack` and `random noise` are controls with the
+same number of training steps. Values are means over the training seeds, with their standard deviation.
 
 ## The claims
 

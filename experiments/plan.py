@@ -26,19 +26,18 @@ class Variant:
 
 # The method as in `make demo`, on scenes; alpha is in scaled units, where 0.03 is about the paper's 0.001 on SD's latents
 # and 0.3 its 0.01 (docs/training.md, "Choose the originality weight").
-IMAGES_ALONE = "--recipe fast --originality_weight 0.03"
-FAST = f"{IMAGES_ALONE} --pgd_steps 3 --pgd_step_size 4/255 --latent_weight 0.3 --latent_attack_share 0.5"
+FAST, LATENT = "--recipe fast", "--recipe latent"
 NOISE, PAPER, SINGLE_STEP = "random noise", "paper's recipe", "recipe fast"
 VARIANTS: dict[str, Variant] = {
-    ROBUST: Variant(flags=FAST, seeds=3),
-    CONTROL: Variant(flags=f"{IMAGES_ALONE} --pgd_steps 0", seeds=3),
-    NOISE: Variant(flags=f"{IMAGES_ALONE} --gaussian_noise 8/255", seeds=3),
+    ROBUST: Variant(flags=LATENT, seeds=3),
+    CONTROL: Variant(flags=f"{FAST} --pgd_steps 0", seeds=3),
+    NOISE: Variant(flags=f"{FAST} --gaussian_noise 8/255", seeds=3),
     PAPER: Variant(flags="--recipe paper --originality_weight 0.03"),
-    SINGLE_STEP: Variant(flags=IMAGES_ALONE),
-    "alpha 0": Variant(flags=f"{FAST} --originality_weight 0"),
-    "alpha 0.3": Variant(flags=f"{FAST} --originality_weight 0.3"),
-    "epsilon 4": Variant(flags=f"{FAST} --epsilon 4/255 --pgd_step_size 2/255"),
-    "epsilon 16": Variant(flags=f"{FAST} --epsilon 16/255 --pgd_step_size 8/255"),
+    SINGLE_STEP: Variant(flags=FAST),
+    "alpha 0": Variant(flags=f"{LATENT} --originality_weight 0"),
+    "alpha 0.3": Variant(flags=f"{LATENT} --originality_weight 0.3"),
+    "epsilon 4": Variant(flags=f"{LATENT} --epsilon 4/255 --pgd_step_size 2/255"),
+    "epsilon 16": Variant(flags=f"{LATENT} --epsilon 16/255 --pgd_step_size 8/255"),
 }
 DOWNSTREAM = (ROBUST, CONTROL, NOISE, PAPER, SINGLE_STEP)
 """Variants that are also evaluated by edits of images protected on the original VAE."""

@@ -602,19 +602,29 @@ def test_exit_code_of_the_script(tmp_path: Path) -> None:
 # --- recipes --------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_only_sets_flags() -> None:
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("fast", ["--pgd_steps", "1", "--pgd_step_size", "10/255"]),
+        (
+            "latent",
+            ["--pgd_steps", "3", "--pgd_step_size", "4/255", "--latent_weight", "0.3", "--latent_attack_share", "0.5"],
+        ),
+    ],
+)
+def test_a_recipe_only_sets_flags(name: str, own: list[str]) -> None:
     """Oracle: the flags themselves, given one by one; each can still be given beside the recipe, before or after it."""
     parse = train_srl_vae.parse_args
-    paper, fast = vars(parse([])), vars(parse(["--recipe", "fast"]))
+    paper, recipe = vars(parse([])), vars(parse(["--recipe", name]))
     assert vars(parse(["--recipe", "paper"])) == paper
-    assert {name for name in paper if paper[name] != fast[name]} == {"recipe", *train_srl_vae.RECIPES["fast"]}
+    assert {flag for flag in paper if paper[flag] != recipe[flag]} == {"recipe", *train_srl_vae.RECIPES[name]}
     by_hand = parse([
-        "--pgd_steps", "1", "--pgd_step_size", "10/255", "--originality_units", "scaled", "--originality_weight", "0.03",
-        "--lr_scheduler", "cosine", "--lr_warmup_steps", "10",
+        *own, "--originality_units", "scaled", "--originality_weight", "0.03", "--lr_scheduler", "cosine",
+        "--lr_warmup_steps", "10",
     ])  # fmt: skip
-    assert {**vars(by_hand), "recipe": "fast"} == fast
-    for arguments in (["--recipe", "fast", "--pgd_steps", "4"], ["--pgd_steps", "4", "--recipe", "fast"]):
-        assert vars(parse(arguments)) == {**fast, "pgd_steps": 4}
+    assert {**vars(by_hand), "recipe": name} == recipe
+    for arguments in (["--recipe", name, "--pgd_steps", "4"], ["--pgd_steps", "4", "--recipe", name]):
+        assert vars(parse(arguments)) == {**recipe, "pgd_steps": 4}
 
 
 # --- precision ------------------------------------------------------------------------------------------
