@@ -167,32 +167,28 @@ def edits_claims(attacked: Mapping[str, Results]) -> list[Claim]:
     return claims
 
 
-def poison_claims(results: Results, poison: str) -> list[Claim]:
-    """Return the claims on poisoned fine-tuning, one for each threat model: the damage is halved at least.
+def poison_claim(results: Results, poison: str) -> Claim:
+    """Return the claim on fine-tuning with poisons made on the original VAE: the damage is halved at least.
 
     Damage is the loss of images as prompted, between fine-tunings of one VAE without poisons and with them.
     """
-    claims = []
-    for threat in WANTED:
-        original, control, robust = (damage(results, name, poison, threat) for name in (ORIGINAL, CONTROL, ROBUST))
-        verdict = damage_verdict(original[0], control, robust) if original and robust else UNTESTED
-        text = f"fine-tuning on {poison}, {threat}"
-        claims.append(Claim(text, "images as prompted lost", *original[:1] or [None], control, robust, verdict))
-    return claims
+    (original,), control, robust = (damage(results, name, poison) for name in (ORIGINAL, CONTROL, ROBUST))
+    verdict = damage_verdict(original, control, robust)
+    return Claim(f"fine-tuning on {poison}", "images as prompted lost", original, control, robust, verdict)
 
 
-def damage(results: Results, variant: str, poison: str, threat: str) -> list[float]:
+def damage(results: Results, variant: str, poison: str) -> list[float]:
     """Return the share of images as prompted that poisons cost a variant, for each seed."""
     unharmed = results.of(variant, NO_POISON, NO_THREAT, "shown")
-    harmed = results.of(variant, poison, threat, "shown")
-    return [before - after for before, after in zip(unharmed, harmed, strict=True)] if harmed else []
+    harmed = results.of(variant, poison, TRANSFER, "shown")
+    return [before - after for before, after in zip(unharmed, harmed, strict=True)]
 
 
 def damage_verdict(original: float, control: Sequence[float], robust: Sequence[float]) -> str:
     """Return whether at least half of the original's damage is averted, and twice as much as by the control."""
     if original < LEAST_DAMAGE:
         return UNTESTED
-    averted, by_control = original - mean(robust), original - mean(control) if control else 0.0
+    averted, by_control = original - mean(robust), original - mean(control)
     if averted >= original / 2 and averted >= 2 * by_control:
         return HOLDS
     return IN_PART if averted > max(0.0, by_control) else FAILS

@@ -25,7 +25,7 @@ from experiments.claims import (
     closeness_claim,
     compared,
     edits_claims,
-    poison_claims,
+    poison_claim,
     spread,
     verdict_table,
 )
@@ -100,7 +100,7 @@ def judged(results: Mapping[str, Results], *, apgd: str, edits: Mapping[str, Res
         compared("The unchanged diffusion model generates better.", "FID", generation, image_to_image, higher=False),
         *([closeness_claim(results["editing"], results[BETWEEN_SEEDS])] if BETWEEN_SEEDS in results else []),
         *edits_claims(edits),
-        *poison_claims(results["poisoning"], poison),
+        poison_claim(results["poisoning"], poison),
     ]  # fmt: skip
 
 

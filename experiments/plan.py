@@ -96,7 +96,7 @@ class Scale:
 
 
 FULL = Scale(
-    training_steps=600, training_scenes=1000, images=64, edited=24, attack_steps=100, costly_images=8, costly_steps=10,
+    training_steps=600, training_scenes=1000, images=64, edited=24, attack_steps=100, costly_images=4, costly_steps=10,
     poison_steps=500, inference_steps=20, poisons=(0, 96, 300), wrong_latents=(0, 32, 96, 300), controls=CONTROLS,
     poisoned_set=3000, finetuning_steps=500, generated=48, checks=True, seeds=3,
 )  # fmt: skip
@@ -180,16 +180,10 @@ def evaluations(scale: Scale, folder: Path) -> list[Evaluation]:
             flags=poisoning_flags(scale, scale.controls, scale.wrong_latents),
         ),
         poisons(
-            name="transfer-poisons", part="poisoning", variants=(ROBUST, CONTROL, NOISE),
-            flags=nightshade_flags(scale, EPSILON, TRANSFER),
+            name="poisons", part="poisoning", variants=(ROBUST, CONTROL, NOISE), flags=nightshade_flags(scale, EPSILON)
         ),
         poisons(
-            name="adaptive-poisons", part="poisoning", variants=(ROBUST,),
-            flags=nightshade_flags(scale, EPSILON, ADAPTIVE), seeds=1,
-        ),
-        poisons(
-            name="weaker-poisons", part="weaker poisons", variants=(),
-            flags=nightshade_flags(scale, "10/255", TRANSFER),
+            name="weaker-poisons", part="weaker poisons", variants=(), flags=nightshade_flags(scale, "10/255")
         ),
     ]  # fmt: skip
 
@@ -261,9 +255,9 @@ def edits_of_shapes(scale: Scale) -> list[object]:
     return [*networks(scale), "--replace", *edits, "--strengths", "0.3", "0.5", "0.7", "--batch_size", 8]
 
 
-def nightshade_flags(scale: Scale, epsilon: str, threat: str) -> list[object]:
-    """Return the flags of the poisoning command with Nightshade of a budget, made under a threat model."""
-    attack = ["--epsilon", epsilon, "--threat_models", threat, "--max_attack_steps", scale.poison_steps]
+def nightshade_flags(scale: Scale, epsilon: str) -> list[object]:
+    """Return the flags of the poisoning command with Nightshade of a budget, made on the original VAE."""
+    attack = ["--epsilon", epsilon, "--threat_models", TRANSFER, "--max_attack_steps", scale.poison_steps]
     return [*poisoning_flags(scale, ["nightshade"], scale.poisons), *attack]
 
 

@@ -21,7 +21,7 @@ from experiments.claims import (
     compared,
     damage_verdict,
     edits_claims,
-    poison_claims,
+    poison_claim,
     share_verdict,
     spread,
     trained_name,
@@ -118,7 +118,7 @@ def test_verdict_on_values(control: list[float], robust: list[float], verdict: s
 
 
 def test_damage_of_poisons(results) -> None:
-    """Oracle: by hand; a fine-tuning without poisons is the VAE's own, and a threat model that was not run is not judged."""
+    """Oracle: by hand; the fine-tuning without poisons is the VAE's own."""
     shown = {ORIGINAL: (0.9, 0.3), CONTROL: (0.8, 0.3), ROBUST: (0.9, 0.8)}
     values: dict = {}
     for vae, (unharmed, harmed) in shown.items():
@@ -126,10 +126,9 @@ def test_damage_of_poisons(results) -> None:
             (vae, "no poison", "none", "shown"): unharmed,
             (vae, "nightshade-96", "transfer", "shown"): harmed,
         }
-    transfer, adaptive = poison_claims(results(values), "nightshade-96")
-    assert transfer.original == pytest.approx(0.6) and transfer.verdict == HOLDS
-    assert transfer.control == pytest.approx([0.5]) and transfer.robust == pytest.approx([0.1])
-    assert adaptive.verdict == UNTESTED and adaptive.original is None
+    claim = poison_claim(results(values), "nightshade-96")
+    assert claim.original == pytest.approx(0.6) and claim.verdict == HOLDS
+    assert claim.control == pytest.approx([0.5]) and claim.robust == pytest.approx([0.1])
 
 
 @pytest.mark.parametrize(
@@ -137,7 +136,6 @@ def test_damage_of_poisons(results) -> None:
     [
         (0.6, [0.5], [0.3], HOLDS),
         (0.6, [0.4], [0.3], IN_PART),
-        (0.6, [], [0.4], IN_PART),
         (0.6, [0.2], [0.3], FAILS),
         (0.6, [0.6], [0.7], FAILS),
         (0.05, [0.05], [0.0], UNTESTED),
