@@ -322,10 +322,10 @@ def published(args: argparse.Namespace, *, num_processes: int = 1) -> PublishedC
 def main(args: argparse.Namespace) -> int:
     """Train with the given flags; return the exit code."""
     vae, earlier = check(args)
-    accelerator = build_accelerator(args, vae.config)
+    accelerator = build_accelerator(args, vae)
     publisher = open_repository(args, accelerator)
     data = open_flagged_data(args)
-    plan = plan_steps(args, vae.config, accelerator, data, earlier)
+    plan = plan_steps(args, vae, accelerator, data, earlier)
     settings = settle_settings(args, accelerator, vae, data, plan, earlier)
     if args.dry_run:
         accelerator.print(describe(args, accelerator, data, plan, earlier))
@@ -498,7 +498,13 @@ def check(args: argparse.Namespace) -> tuple[AutoencoderKL, Earlier | None]:
     check_execution(args.mixed_precision, args.torch_compile, leave_gpu=on_cpu(os.environ))
     DataSource.from_flags(args).check()
     check_resolution(args.resolution, read_config(autoencoder_source(args)))
-    return load_autoencoder(autoencoder_source(args)), earlier
+    vae = load_autoencoder(autoencoder_source(args))
+    if args.gradient_checkpointing and not vae._supports_gradient_checkpointing:  # diffusers has no public query
+        raise UserError(
+            f"--gradient_checkpointing: diffusers has none for {type(vae).__name__}; take a smaller --train_batch_size with "
+            "--gradient_accumulation_steps, or --attack_batch_size"
+        )
+    return vae, earlier
 
 
 def command_line() -> int:
