@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune the encoder of an AutoencoderKL against adversarial perturbations: SRL-VAE (arXiv 2504.17219).
+"""Fine-tune the encoder of a diffusers autoencoder against adversarial perturbations: SRL-VAE (arXiv 2504.17219).
 
     accelerate launch train_srl_vae.py --train_data_dir photos --resolution 256 --output_dir srl-vae
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from diffusers.optimization import SchedulerType
 from torch import Tensor
 
@@ -128,7 +128,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrained_model_name_or_path",
         type=home_expanded,
         default="stabilityai/sd-vae-ft-mse",
-        help="Hub id or folder of an AutoencoderKL, or of a pipeline together with --subfolder vae",
+        help="Hub id or folder of a VAE of diffusers, or of a pipeline together with --subfolder vae",
     )
     add("--subfolder", default=None, help="folder of the VAE inside the model repository")
     add("--revision", default=None, help="branch, tag or commit on the Hub")
@@ -472,7 +472,7 @@ def stop_without_data(run: Run, error: UserError) -> Stop:
 # --- checks before a run ------------------------------------------------------------------------------
 
 
-def check(args: argparse.Namespace) -> tuple[AutoencoderKL, Earlier | None]:
+def check(args: argparse.Namespace) -> tuple[ModelMixin, Earlier | None]:
     """Return the original VAE and where a resumed run was; refuse what cannot work before anything takes long.
 
     Raises:

@@ -124,6 +124,7 @@ def write_card(run: Run, folder: Path, *, saved: Sequence[str] = ()) -> None:
     facts = CardFacts(
         model_id=run.publisher.repo_id if run.publisher else args.output_dir.name,
         base_model=args.pretrained_model_name_or_path,
+        vae_class=type(run.networks.vae).__name__,
         base_license=base_license(args.pretrained_model_name_or_path),
         subfolder=args.subfolder,
         data=run.data.description,
