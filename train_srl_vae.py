@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune the encoder of an AutoencoderKL against adversarial perturbations: SRL-VAE (arXiv 2504.17219).
+"""Fine-tune the encoder of a diffusers autoencoder against adversarial perturbations: SRL-VAE (arXiv 2504.17219).
 
     accelerate launch train_srl_vae.py --train_data_dir photos --resolution 256 --output_dir srl-vae
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from diffusers.optimization import SchedulerType
 from torch import Tensor
 
@@ -128,7 +128,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrained_model_name_or_path",
         type=home_expanded,
         default="stabilityai/sd-vae-ft-mse",
-        help="Hub id or folder of an AutoencoderKL, or of a pipeline together with --subfolder vae",
+        help="Hub id or folder of a VAE of diffusers, or of a pipeline together with --subfolder vae",
     )
     add("--subfolder", default=None, help="folder of the VAE inside the model repository")
     add("--revision", default=None, help="branch, tag or commit on the Hub")
@@ -322,10 +322,10 @@ def published(args: argparse.Namespace, *, num_processes: int = 1) -> PublishedC
 def main(args: argparse.Namespace) -> int:
     """Train with the given flags; return the exit code."""
     vae, earlier = check(args)
-    accelerator = build_accelerator(args, vae.config)
+    accelerator = build_accelerator(args, vae)
     publisher = open_repository(args, accelerator)
     data = open_flagged_data(args)
-    plan = plan_steps(args, vae.config, accelerator, data, earlier)
+    plan = plan_steps(args, vae, accelerator, data, earlier)
     settings = settle_settings(args, accelerator, vae, data, plan, earlier)
     if args.dry_run:
         accelerator.print(describe(args, accelerator, data, plan, earlier))
@@ -472,7 +472,7 @@ def stop_without_data(run: Run, error: UserError) -> Stop:
 # --- checks before a run ------------------------------------------------------------------------------
 
 
-def check(args: argparse.Namespace) -> tuple[AutoencoderKL, Earlier | None]:
+def check(args: argparse.Namespace) -> tuple[ModelMixin, Earlier | None]:
     """Return the original VAE and where a resumed run was; refuse what cannot work before anything takes long.
 
     Raises:
@@ -498,7 +498,13 @@ def check(args: argparse.Namespace) -> tuple[AutoencoderKL, Earlier | None]:
     check_execution(args.mixed_precision, args.torch_compile, leave_gpu=on_cpu(os.environ))
     DataSource.from_flags(args).check()
     check_resolution(args.resolution, read_config(autoencoder_source(args)))
-    return load_autoencoder(autoencoder_source(args)), earlier
+    vae = load_autoencoder(autoencoder_source(args))
+    if args.gradient_checkpointing and not vae._supports_gradient_checkpointing:  # diffusers has no public query
+        raise UserError(
+            f"--gradient_checkpointing: diffusers has none for {type(vae).__name__}; take a smaller --train_batch_size with "
+            "--gradient_accumulation_steps, or --attack_batch_size"
+        )
+    return vae, earlier
 
 
 def command_line() -> int:

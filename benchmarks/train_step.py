@@ -236,7 +236,7 @@ def summarise(args: argparse.Namespace, vae: AutoencoderKL, timings: dict[str, T
     """Return the report's figures by name."""
     device = torch.device(args.device)
     arithmetic = step_arithmetic(
-        dict(vae.config),
+        vae,
         resolution=args.resolution,
         pgd_steps=args.pgd_steps,
         lpips_net="vgg" if args.lpips_weight else None,

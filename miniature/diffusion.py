@@ -150,7 +150,7 @@ def scaled_latents(vae: AutoencoderKL, scenes: SceneSet, path: Path) -> Tensor:
     if not path.exists() or metadata_of(path) != made_of:
         batches = torch.arange(len(scenes.captions)).split(256)
         means = [vae.encode(scenes.pixels(batch).to(vae.device)).latent_dist.mean.half().cpu() for batch in batches]
-        latents = LatentScale.of(vae.config).scale(torch.cat(means)).contiguous()
+        latents = LatentScale.of(vae).scale(torch.cat(means)).contiguous()
         write_atomically(path, lambda aside: save_file({"latents": latents}, aside, {"made_of": made_of}))
     return load_file(path)["latents"]
 

@@ -29,6 +29,7 @@ class CardFacts:
     """The facts on the card. Empty facts and None are left out.
 
     Attributes:
+        vae_class: name of the class in diffusers.
         images: training images in all, if some steps had more or fewer than others.
         changes: a line for each change of flags when the training was resumed.
         command: the published command, without secrets and without paths of this machine.
@@ -39,6 +40,7 @@ class CardFacts:
 
     model_id: str
     base_model: str
+    vae_class: str
     base_license: Mapping[str, str] = field(default_factory=dict)
     subfolder: str | None = None
     data: str
@@ -87,6 +89,7 @@ def render_card(facts: CardFacts) -> str:
             "base": f"[{base_name}](https://huggingface.co/{base_name})" if on_hub else base_name,
             "data": as_text(facts.data),
             "subfolder": as_code(facts.subfolder) if facts.subfolder else None,
+            "vae_class": facts.vae_class,
             "model_literal": json.dumps(facts.model_id),  # a string literal in the card's Python code
             "weights_heading": WEIGHTS_HEADING,
             "judged": bool(judged),

@@ -236,8 +236,8 @@ def originality_loss(
         variance: of the posterior.
         reference_mean: of the original encoder's posterior.
         reference_variance: of the original encoder's posterior.
-        scale: multiplies the latents, and its square the variances: 1 for raw latents, `LatentScale.factor` (a number
-            or `[C,1,1]`) for the denoiser's latents.
+        scale: multiplies the latents, and its square the variances: 1 for raw latents, `LatentScale.factor_for` (a
+            number or a tensor that suits them) for the denoiser's latents.
     """
     mean_error = (scale * (mean - reference_mean)).square()
     variance_error = (scale**2 * (variance - reference_variance)).square()

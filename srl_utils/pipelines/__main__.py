@@ -10,7 +10,7 @@ from itertools import chain, count
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def work(source: Path, target: Path, vae: AutoencoderKL, args: argparse.Namespace, outcome: Outcome) -> None:
+def work(source: Path, target: Path, vae: ModelMixin, args: argparse.Namespace, outcome: Outcome) -> None:
     """Sanitize one image. An error is noted in `outcome`, so that the other images are still processed."""
     try:
         place = unlike(outcome, fitting_target(source, target, max_pixels=args.max_pixels))
@@ -197,7 +197,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("sanitize", help="encode and decode images through a robust VAE")
     command.add_argument("input", type=Path, help="an image, or a folder of them (nested)")
     command.add_argument("output", type=Path, help="the image or folder to write")
-    command.add_argument("--vae", required=True, help="folder or Hub id of an AutoencoderKL")
+    command.add_argument("--vae", required=True, help="folder or Hub id of a VAE of diffusers")
     for name, what in (
         ("subfolder", "folder inside it"),
         ("revision", "branch, tag or commit"),

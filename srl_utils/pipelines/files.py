@@ -7,7 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from PIL import Image
 
 from srl_utils.errors import UserError
@@ -41,7 +41,7 @@ WEBP_HEAD = 2**16  # bytes, in which the first pixels begin
 
 
 def sanitize_file(
-    source: Path, target: Path, vae: AutoencoderKL, *, tile_above: int, max_pixels: int | None = None
+    source: Path, target: Path, vae: ModelMixin, *, tile_above: int, max_pixels: int | None = None
 ) -> list[str]:
     """Encode and decode every frame of an image file, and write it in the format that the target's suffix names.
 

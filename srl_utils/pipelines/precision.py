@@ -6,13 +6,13 @@ import copy
 import logging
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from srl_utils.errors import UserError
 from srl_utils.vae.files import check_parameters
 from srl_utils.vae.latents import looks_at
-from srl_utils.vae.networks import downsampling_factor
+from srl_utils.vae.networks import LatentDecoder, LatentEncoder, downsampling_factor, split_moments
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ HALF = (torch.float16, torch.bfloat16)
 PROBE_SIDE = 8  # latent pixels
 
 
-def reconstruct(images: Tensor, vae: AutoencoderKL, *, tiled: bool = False) -> Tensor:
+def reconstruct(images: Tensor, vae: ModelMixin, *, tiled: bool = False) -> Tensor:
     """Encode and decode images by the posterior's mean.
 
     The VAE computes in its own dtype; an fp16 VAE with `force_upcast` computes in float32. If half precision gives
@@ -29,7 +29,7 @@ def reconstruct(images: Tensor, vae: AutoencoderKL, *, tiled: bool = False) -> T
 
     Args:
         images: `[N,3,H,W]` in [-1,1]; sides are multiples of the down-sampling factor.
-        vae: any AutoencoderKL; it may be offloaded.
+        vae: of a class in `FAMILIES`; it may be offloaded.
         tiled: process the images in the VAE's overlapping tiles.
 
     Returns:
@@ -40,7 +40,7 @@ def reconstruct(images: Tensor, vae: AutoencoderKL, *, tiled: bool = False) -> T
     """
     device = execution_device(vae)
     half = vae.dtype in HALF or torch.is_autocast_enabled(device.type)
-    if vae.dtype == torch.float16 and vae.config.force_upcast:
+    if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
         finite = torch.zeros(len(images), dtype=torch.bool)
         outcome = torch.empty(images.shape, device=device)
     else:
@@ -58,7 +58,7 @@ def reconstruct(images: Tensor, vae: AutoencoderKL, *, tiled: bool = False) -> T
     return outcome
 
 
-def execution_device(vae: AutoencoderKL) -> torch.device:
+def execution_device(vae: ModelMixin) -> torch.device:
     """Return the device on which `vae` computes; an offloading pipeline keeps its weights elsewhere in between."""
     # accelerate has no public query for the hooks of a module.
     hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
@@ -66,7 +66,7 @@ def execution_device(vae: AutoencoderKL) -> torch.device:
     return next((torch.device(device) for device in devices if device is not None), vae.device)
 
 
-def fit_for(pipe: DiffusionPipeline, vae: AutoencoderKL) -> AutoencoderKL:
+def fit_for(pipe: DiffusionPipeline, vae: ModelMixin) -> ModelMixin:
     """Return `vae`, or a copy with `force_upcast` if it overflows in half precision and `pipe` obeys that setting.
 
     A random image is encoded and decoded to find out.
@@ -86,24 +86,24 @@ def fit_for(pipe: DiffusionPipeline, vae: AutoencoderKL) -> AutoencoderKL:
     return upcast
 
 
-def _attempt(images: Tensor, vae: AutoencoderKL, tiled: bool) -> tuple[Tensor, Tensor]:
+def _attempt(images: Tensor, vae: ModelMixin, tiled: bool) -> tuple[Tensor, Tensor]:
     """Return reconstructions in float32 and, on the CPU, whether each reconstruction and its latent are finite."""
     view = copy.copy(vae)  # shares the modules of `vae`, but not its tiling
-    view.use_tiling = vae.use_tiling or tiled
+    view.use_tiling = getattr(vae, "use_tiling", False) or tiled
     with torch.no_grad():
-        latents = view.encode(images.to(execution_device(vae), vae.dtype)).latent_dist.mean
-        outcome = view.decode(latents).sample
+        latents = split_moments(LatentEncoder(view)(images.to(execution_device(vae), vae.dtype))).mean
+        outcome = LatentDecoder(view)(latents.to(vae.dtype))
     finite = latents.isfinite().flatten(1).all(dim=1) & outcome.isfinite().flatten(1).all(dim=1)
     return outcome.float(), finite.cpu()
 
 
-def _in_float32(vae: AutoencoderKL) -> AutoencoderKL:
+def _in_float32(vae: ModelMixin) -> ModelMixin:
     """Return a float32 copy with the same offload hooks, which lead to the rest of a pipeline."""
     hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
     return copy.deepcopy(vae, {id(hook): hook for hook in hooks if hook is not None}).float()
 
 
-def _not_finite(vae: AutoencoderKL) -> UserError:
+def _not_finite(vae: ModelMixin) -> UserError:
     name = vae.config.get("_name_or_path") or type(vae).__name__
     try:
         if vae.device.type != "meta":  # offloaded weights cannot be checked here
@@ -114,18 +114,18 @@ def _not_finite(vae: AutoencoderKL) -> UserError:
 
 
 @torch.no_grad()
-def _bears_half(vae: AutoencoderKL) -> bool:
-    side = PROBE_SIDE * downsampling_factor(vae.config)
+def _bears_half(vae: ModelMixin) -> bool:
+    side = PROBE_SIDE * downsampling_factor(vae)
     noise = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return bool(_attempt(noise, vae, tiled=False)[1].all())
 
 
-def _upcasts(pipe: DiffusionPipeline, vae: AutoencoderKL) -> bool:
+def _upcasts(pipe: DiffusionPipeline, vae: ModelMixin) -> bool:
     """Return whether `pipe` computes `vae` in float32.
 
     Only pipelines of the SDXL family obey `force_upcast`, and only in fp16.
     """
-    if vae.dtype != torch.float16 or not vae.config.force_upcast:
+    if vae.dtype != torch.float16 or not vae.config.get("force_upcast"):
         return False
     return looks_at(pipe.__class__, "force_upcast")
 

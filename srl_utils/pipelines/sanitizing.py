@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +26,7 @@ Images = TypeVar("Images", Image.Image, np.ndarray, Tensor, list)
 
 
 def sanitize(
-    images: Images, vae: AutoencoderKL | str | PathLike[str], *, tile_above: int = TILE_ABOVE, **loading: Any
+    images: Images, vae: ModelMixin | str | PathLike[str], *, tile_above: int = TILE_ABOVE, **loading: Any
 ) -> Images:
     """Encode and decode images with `vae`, to clean protected or attacked images.
 
@@ -37,7 +37,7 @@ def sanitize(
         images: a PIL image of any mode (of an animation the current frame), an array `[H,W,3]` or `[N,H,W,3]`, a tensor
             `[3,H,W]` or `[N,3,H,W]` (floats in [0,1], as pipelines return them, or uint8 in [0,255]), or a list of
             these, of any sizes.
-        vae: an `AutoencoderKL`, a folder, or a Hub id. A folder or Hub id is loaded in each call.
+        vae: a VAE of a class in `FAMILIES`, a folder, or a Hub id. A folder or Hub id is loaded in each call.
         tile_above: images with a longer side, in pixels, are processed in the VAE's overlapping tiles.
         loading: `subfolder`, `revision`, `variant` of a folder or Hub id.
 
@@ -68,7 +68,7 @@ def sanitize(
 
 
 def purify_frame(
-    image: Image.Image, vae: AutoencoderKL, tile_above: int, *, flat: bool = False
+    image: Image.Image, vae: ModelMixin, tile_above: int, *, flat: bool = False
 ) -> tuple[Image.Image, Image.Image | None]:
     """Encode and decode the current frame of an opened image.
 
@@ -112,7 +112,7 @@ def spread_colours(colour: Image.Image, alpha: Image.Image) -> Image.Image:
     return Image.composite(colour, around, alpha.point([0] + [255] * 255))
 
 
-def _sanitize_image(image: Image.Image, vae: AutoencoderKL, tile_above: int) -> Image.Image:
+def _sanitize_image(image: Image.Image, vae: ModelMixin, tile_above: int) -> Image.Image:
     cleaned, _ = purify_frame(image, vae, tile_above)
     metadata = read_metadata(image)
     kept = {"dpi": metadata.dpi, "xmp": metadata.xmp, "comment": metadata.comment, "icc_profile": srgb_profile()}
@@ -122,7 +122,7 @@ def _sanitize_image(image: Image.Image, vae: AutoencoderKL, tile_above: int) -> 
     return cleaned
 
 
-def _sanitize_tensor(images: Tensor, vae: AutoencoderKL, tile_above: int) -> Tensor:
+def _sanitize_tensor(images: Tensor, vae: ModelMixin, tile_above: int) -> Tensor:
     """Return sanitized images `[...,3,H,W]` in the range and dtype of the input: floats in [0,1] or uint8."""
     if images.ndim == 3:
         return _sanitize_tensor(images[None], vae, tile_above)[0]
@@ -144,11 +144,11 @@ def _checked(images: Tensor) -> Tensor:
     return images
 
 
-def _purify(images: Tensor, vae: AutoencoderKL, tile_above: int) -> Tensor:
+def _purify(images: Tensor, vae: ModelMixin, tile_above: int) -> Tensor:
     """Return reconstructions, float32 in [-1,1], of images `[N,3,H,W]` in [-1,1] of any size."""
     check_images(images)
     height, width = images.shape[-2:]
-    factor = downsampling_factor(vae.config)
+    factor = downsampling_factor(vae)
     padded = F.pad(images.float(), (0, -width % factor, 0, -height % factor), mode="replicate")
     reconstructions = reconstruct(padded, vae, tiled=max(height, width) > tile_above)
     return reconstructions[..., :height, :width].clamp(-1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -12,35 +13,37 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from accelerate.hooks import ModelHook
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from srl_utils.errors import UserError, WrongType
 from srl_utils.pipelines.precision import fit_for
-from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, read_config
+from srl_utils.vae.families import FAMILIES, family_of
+from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 from srl_utils.vae.networks import downsampling_factor
 
 STRUCTURE = ("in_channels", "out_channels", "latent_channels")
-FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "invert_scale_latents")
+STATISTICS = ("bn.running_mean", "bn.running_var", "latents_mean", "latents_std")
+"""Buffers that hold factors: of Flux 2 and of LTX."""
 # Attributes that enable_slicing, enable_tiling and their users set on a VAE.
-MEMORY_SETTINGS = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
+MEMORY_SETTINGS = re.compile("use_slicing|use_tiling|tile_.*")
 # Parts of the architecture that do not show in the shape of any weight.
 SHAPELESS = ("act_fn", "norm_num_groups")
-ENCODER_PARTS = ("encoder", "quant_conv")
 COMPILED = "_orig_mod"  # torch.compile has no public way back to the module that it wraps
-_TAKEN_OUT: WeakKeyDictionary[DiffusionPipeline, WeakSet[AutoencoderKL]] = WeakKeyDictionary()
+_TAKEN_OUT: WeakKeyDictionary[DiffusionPipeline, WeakSet[ModelMixin]] = WeakKeyDictionary()
 """The VAEs that each pipeline has had: they fit it, so putting one back needs no `allow_mismatch`."""
 
 
 def swap_vae(
     pipe: DiffusionPipeline,
-    vae: AutoencoderKL | str | PathLike[str],
+    vae: ModelMixin | str | PathLike[str],
     *,
     subfolder: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
     allow_mismatch: bool = False,
-) -> AutoencoderKL:
+) -> ModelMixin:
     """Put `vae` into `pipe` and return the VAE that was there; `swap_vae(pipe, previous)` undoes it.
 
     Only `pipe` changes. Pipelines that share its components, such as those from `from_pipe`, keep their VAE; swap each
@@ -52,8 +55,8 @@ def swap_vae(
     `force_upcast` is used, or the VAE is refused if the pipeline ignores that setting.
 
     Args:
-        pipe: any pipeline with an `AutoencoderKL` as its `.vae`.
-        vae: an `AutoencoderKL`, a folder, or a Hub id.
+        pipe: any pipeline whose `.vae` is of a class in `FAMILIES`.
+        vae: such a VAE, a folder, or a Hub id.
         subfolder: folder of the VAE inside `vae`, as in `from_pretrained`.
         revision: branch, tag or commit of a Hub id.
         variant: variant of the weight files, such as fp16.
@@ -62,7 +65,7 @@ def swap_vae(
 
     Raises:
         MissingFile: a FileNotFoundError, if there is no VAE at that place.
-        WrongType: a TypeError, if `vae` or the VAE of `pipe` is not an `AutoencoderKL`.
+        WrongType: a TypeError, if `vae` or the VAE of `pipe` is of another class.
         UserError: a ValueError and the base of both, if `vae` cannot be loaded; if its channels, down-sampling or
             factors do not fit; if `pipe` has a device map, group offloading or another pipeline's hooks; or if `vae`
             overflows in the pipeline's precision.
@@ -77,15 +80,13 @@ def swap_vae(
 
 
 @contextmanager
-def robust_vae(
-    pipe: DiffusionPipeline, vae: AutoencoderKL | str | PathLike[str], **settings: Any
-) -> Iterator[AutoencoderKL]:
+def robust_vae(pipe: DiffusionPipeline, vae: ModelMixin | str | PathLike[str], **settings: Any) -> Iterator[ModelMixin]:
     """Use `vae` in `pipe` within the context, and the pipeline's own VAE again afterwards, also after an exception.
 
     The same object returns, in the pipeline's dtype if that has changed within. A VAE object that is passed as `vae`
     gets back its own slicing and tiling. Arguments and errors are those of `swap_vae`.
     """
-    settings_before = _memory_settings(vae) if isinstance(vae, AutoencoderKL) else {}
+    settings_before = _memory_settings(vae) if isinstance(vae, ModelMixin) else {}
     dtype = _dtype_beside_vae(pipe)
     previous = swap_vae(pipe, vae, **settings)
     try:
@@ -104,13 +105,13 @@ def robust_vae(
 
 def robustify(
     pipe: DiffusionPipeline,
-    vae: AutoencoderKL | str | PathLike[str],
+    vae: ModelMixin | str | PathLike[str],
     *,
     subfolder: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
     allow_mismatch: bool = False,
-) -> AutoencoderKL:
+) -> ModelMixin:
     """Give the VAE of `pipe` the encoder of `vae`; its own decoder, which may be fine-tuned, stays.
 
     A copy of the pipeline's VAE is used, which shares no weight with the original, so other pipelines with the same VAE
@@ -130,54 +131,57 @@ def robustify(
         robust = _plain_copy(previous)
         for part in _encoder_parts(source):
             getattr(robust, part).load_state_dict(_plain(getattr(source, part)).state_dict())
-        if source.config.force_upcast:  # the new encoder overflows in fp16, even if the old one does not
+        if source.config.get("force_upcast"):  # the new encoder overflows in fp16, even if the old one does not
             robust.register_to_config(force_upcast=True)
         _register(pipe, fit_for(pipe, robust))
     return previous
 
 
 def resolve_vae(
-    vae: AutoencoderKL | str | PathLike[str],
+    vae: ModelMixin | str | PathLike[str],
     *,
     subfolder: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
-) -> AutoencoderKL:
+) -> ModelMixin:
     """Return `vae` itself, or the VAE loaded in float32 from a folder or Hub id.
 
     Raises:
         WrongType: a TypeError, if it is neither.
-        UserError: a ValueError, if it cannot be loaded; see `read_config` and `load_autoencoder`.
+        UserError: a ValueError, if it cannot be loaded; see `load_autoencoder`.
     """
-    if isinstance(vae, AutoencoderKL):
+    if type(vae).__name__ in FAMILIES:
         return vae
     if not isinstance(vae, (str, PathLike)):
-        raise WrongType(f"expected an AutoencoderKL, a folder or a Hub id, got {type(vae).__name__}")
+        raise WrongType(
+            f"expected a VAE, a folder or a Hub id, got {type(vae).__name__}; the classes of VAEs are {', '.join(FAMILIES)}"
+        )
     source = AutoencoderSource(
         pretrained_model_name_or_path=str(vae), subfolder=subfolder, revision=revision, variant=variant
     )
-    read_config(source)
     return load_autoencoder(source)
 
 
-def _vae_of(pipe: DiffusionPipeline) -> AutoencoderKL:
+def _vae_of(pipe: DiffusionPipeline) -> ModelMixin:
     vae = getattr(pipe, "vae", None)
-    if not isinstance(vae, AutoencoderKL):
-        raise WrongType(f"the VAE of this {type(pipe).__name__} is {type(vae).__name__}, not an AutoencoderKL")
+    if type(vae).__name__ not in FAMILIES:
+        raise WrongType(
+            f"the VAE of this {type(pipe).__name__} is {type(vae).__name__}; supported are {', '.join(FAMILIES)}"
+        )
     return vae
 
 
-def _register(pipe: DiffusionPipeline, vae: AutoencoderKL) -> None:
+def _register(pipe: DiffusionPipeline, vae: ModelMixin) -> None:
     _TAKEN_OUT.setdefault(pipe, WeakSet()).add(pipe.vae)
     pipe.register_modules(vae=vae)
 
 
-def _had(pipe: DiffusionPipeline, vae: AutoencoderKL) -> bool:
+def _had(pipe: DiffusionPipeline, vae: ModelMixin) -> bool:
     """Return whether `vae` is or was in `pipe`: putting it back never fails."""
     return vae is pipe.vae or vae in _TAKEN_OUT.get(pipe, ())
 
 
-def _check_newcomer(candidate: AutoencoderKL, pipe: DiffusionPipeline, allow_mismatch: bool) -> None:
+def _check_newcomer(candidate: ModelMixin, pipe: DiffusionPipeline, allow_mismatch: bool) -> None:
     """Raise a UserError unless `candidate` fits `pipe` and its weights are loaded."""
     if _had(pipe, candidate):
         return
@@ -188,22 +192,24 @@ def _check_newcomer(candidate: AutoencoderKL, pipe: DiffusionPipeline, allow_mis
     _check_fit(candidate, pipe.vae, allow_mismatch)
 
 
-def _check_fit(candidate: AutoencoderKL, present: AutoencoderKL, allow_mismatch: bool) -> None:
+def _check_fit(candidate: ModelMixin, present: ModelMixin, allow_mismatch: bool) -> None:
     wanted, got = _signature(present), _signature(candidate)
-    differing = [name for name in wanted if got[name] != wanted[name]]
-    refused = [name for name in differing if not (allow_mismatch and name in FACTORS)]
+    differing = [name for name in wanted if got.get(name) != wanted[name]]
+    refused = [name for name in differing if not (allow_mismatch and name in (*FACTORS, *STATISTICS))]
     if not refused:
         return
-    listed = ", ".join(f"{name} {got[name]} instead of {wanted[name]}" for name in refused)
-    hint = " (allow_mismatch=True accepts other factors)" if set(refused) <= set(FACTORS) else ""
+    listed = ", ".join(f"{name} {got.get(name)} instead of {wanted[name]}" for name in refused)
+    hint = " (allow_mismatch=True accepts other factors)" if set(refused) <= {*FACTORS, *STATISTICS} else ""
     raise UserError(f"this VAE does not fit the pipeline: {listed}{hint}")
 
 
-def _signature(vae: AutoencoderKL) -> dict[str, Any]:
+def _signature(vae: ModelMixin) -> dict[str, Any]:
     """Return what two VAEs must have in common to serve the same diffusion model."""
     signature = {name: vae.config.get(name) for name in (*STRUCTURE, *FACTORS)}
+    signature |= {name: buffer.tolist() for name, buffer in vae.named_buffers() if name in STATISTICS}
     signature["shift_factor"] = signature["shift_factor"] or None  # 0 and None both mean no shift
-    signature["down-sampling"] = downsampling_factor(vae.config)
+    signature["down-sampling"] = downsampling_factor(vae)
+    signature["frames"] = family_of(vae).video
     # A file gives lists, code may give tuples.
     return {name: list(value) if isinstance(value, tuple) else value for name, value in signature.items()}
 
@@ -217,7 +223,7 @@ def _dtype_beside_vae(pipe: DiffusionPipeline) -> torch.dtype | None:
     return next((network.dtype for network in networks), None)
 
 
-def _check_same_encoder(source: AutoencoderKL, own: AutoencoderKL) -> None:
+def _check_same_encoder(source: ModelMixin, own: ModelMixin) -> None:
     new, old = _architecture(source), _architecture(own)
     for name in sorted(new.keys() | old.keys()):
         if new.get(name) != old.get(name):
@@ -225,19 +231,19 @@ def _check_same_encoder(source: AutoencoderKL, own: AutoencoderKL) -> None:
             raise UserError(f"the encoders differ in architecture: {name} is {found} instead of {wanted}")
 
 
-def _architecture(vae: AutoencoderKL) -> dict[str, Any]:
+def _architecture(vae: ModelMixin) -> dict[str, Any]:
     """Return what two encoders must have in common to compute the same with the same weights."""
     shapes = {
         f"{part}.{name}": tuple(tensor.shape)
         for part in _encoder_parts(vae)
         for name, tensor in _plain(getattr(vae, part)).state_dict().items()
     }
-    return {name: vae.config[name] for name in SHAPELESS} | shapes
+    return {name: vae.config.get(name) for name in SHAPELESS} | shapes
 
 
-def _encoder_parts(vae: AutoencoderKL) -> list[str]:
+def _encoder_parts(vae: ModelMixin) -> list[str]:
     """Return the names of the encoder's parts; not every VAE has a `quant_conv`."""
-    return [part for part in ENCODER_PARTS if getattr(vae, part) is not None]
+    return [part for part in family_of(vae).trained if getattr(vae, part, None) is not None]
 
 
 def _plain(module: nn.Module) -> nn.Module:
@@ -245,7 +251,7 @@ def _plain(module: nn.Module) -> nn.Module:
     return getattr(module, COMPILED, module)
 
 
-def _plain_copy(vae: AutoencoderKL) -> AutoencoderKL:
+def _plain_copy(vae: ModelMixin) -> ModelMixin:
     """Return a copy that shares no weight with `vae` and uses the methods of its class.
 
     A compiled method that was assigned, as in `vae.decode = torch.compile(vae.decode)`, would still use the weights of
@@ -261,7 +267,7 @@ def _plain_copy(vae: AutoencoderKL) -> AutoencoderKL:
     return twin
 
 
-def _in_place_of(previous: AutoencoderKL, replacement: AutoencoderKL) -> AutoencoderKL:
+def _in_place_of(previous: ModelMixin, replacement: ModelMixin) -> ModelMixin:
     """Return `replacement` set up like `previous`, or a converted copy if its dtype differs.
 
     A replacement that another pipeline offloads in the meantime stays as it is.
@@ -272,12 +278,13 @@ def _in_place_of(previous: AutoencoderKL, replacement: AutoencoderKL) -> Autoenc
         replacement = copy.deepcopy(replacement).to(previous.dtype)
     replacement.to(previous.device)
     for name, value in _memory_settings(previous).items():
-        setattr(replacement, name, value)
+        if hasattr(replacement, name):
+            setattr(replacement, name, value)
     return replacement
 
 
-def _memory_settings(vae: AutoencoderKL) -> dict[str, Any]:
-    return {name: getattr(vae, name) for name in MEMORY_SETTINGS}
+def _memory_settings(vae: ModelMixin) -> dict[str, Any]:
+    return {name: value for name, value in vars(vae).items() if MEMORY_SETTINGS.fullmatch(name)}
 
 
 @contextmanager
@@ -311,6 +318,6 @@ def _offload_suspended(pipe: DiffusionPipeline) -> Iterator[None]:
         enable(device=pipe._offload_device)
 
 
-def _offloaded(vae: AutoencoderKL) -> bool:
+def _offloaded(vae: ModelMixin) -> bool:
     """Return whether a hook of accelerate is on the VAE; accelerate has no public query for it."""
     return any(isinstance(getattr(part, "_hf_hook", None), ModelHook) for part in vae.modules())

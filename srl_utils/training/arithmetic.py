@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import lpips
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from srl_utils.vae.networks import LatentDecoder, LatentEncoder, latent_shape
@@ -61,7 +61,7 @@ class StepArithmetic:
 
 
 def step_arithmetic(
-    config: dict[str, Any],
+    vae: ModelMixin,
     *,
     resolution: int,
     pgd_steps: int,
@@ -73,7 +73,7 @@ def step_arithmetic(
     """Count the operations of a step on shapes alone, without weights or memory.
 
     Args:
-        config: config of an `AutoencoderKL`.
+        vae: the VAE; its weights are not used.
         resolution: side of the images in pixels.
         pgd_steps: steps of the attack; 0 without one.
         lpips_net: trunk of LPIPS; None without LPIPS.
@@ -81,15 +81,17 @@ def step_arithmetic(
         latent_distance: whether it has the distance of attacked latents.
         latent_attack_share: share of the images that are attacked on their latents.
     """
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(config)
+    with FakeTensorMode():  # shapes alone
+        twin = type(vae).from_config(vae.config)
         image = torch.empty(1, 3, resolution, resolution)
-        latent = torch.empty(1, *latent_shape(config, resolution))
+        latent = torch.empty(1, *latent_shape(LatentEncoder(twin), image))
         perceptual = lpips.LPIPS(net=lpips_net, pretrained=False, pnet_rand=True, verbose=False) if lpips_net else None
+        encoder, decoder = _count(LatentEncoder(twin), image), _count(LatentDecoder(twin), latent)
+        trunk = _count(perceptual.net, image) if perceptual else 0
     return StepArithmetic(
-        encoder=_count(LatentEncoder(vae), image),
-        decoder=_count(LatentDecoder(vae), latent),
-        perceptual=_count(perceptual.net, image) if perceptual else 0,
+        encoder=encoder,
+        decoder=decoder,
+        perceptual=trunk,
         pgd_steps=pgd_steps,
         originality=originality,
         reference=originality or latent_distance or latent_attack_share > 0,

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils.constants import SCALER_NAME
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
@@ -49,8 +49,8 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def save_drop_in(vae: AutoencoderKL, output_dir: Path, *, variants: Sequence[str] = ()) -> None:
-    """Write the files that `AutoencoderKL.from_pretrained(output_dir)` needs; each file is replaced in one rename.
+def save_drop_in(vae: ModelMixin, output_dir: Path, *, variants: Sequence[str] = ()) -> None:
+    """Write the files that `from_pretrained(output_dir)` needs; each file is replaced in one rename.
 
     Full and half-precision weights of an earlier run that are not written again are removed, since diffusers would load
     them although they belong to another VAE.
@@ -223,7 +223,7 @@ def step_of(checkpoint: Path) -> int:
     return int(re.sub(r"^.*?-(\d+).*$", r"\1", checkpoint.name))
 
 
-def state_bytes(vae: AutoencoderKL, trained: nn.Module, ema: EMAModel | None) -> int:
+def state_bytes(vae: ModelMixin, trained: nn.Module, ema: EMAModel | None) -> int:
     """Return the approximate size of a checkpoint in bytes.
 
     It holds all weights, two moments of each trained weight, and the average of the trained weights, if any.
@@ -234,7 +234,7 @@ def state_bytes(vae: AutoencoderKL, trained: nn.Module, ema: EMAModel | None) ->
 
 def register_state(
     accelerator: Accelerator,
-    vae: AutoencoderKL,
+    vae: ModelMixin,
     ema: EMAModel | None,
     counters: dict[str, Stateful],
     settings: str = "{}",

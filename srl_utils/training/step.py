@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from srl_utils.attacks.corruptions import gaussian_noise
@@ -33,6 +33,7 @@ from srl_utils.attacks.draws import Generators, draw
 from srl_utils.attacks.gradient import PGDConfig, pgd
 from srl_utils.images.pixels import PIXEL_RANGE
 from srl_utils.metrics.losses import ReconstructionLoss, Target, mean_squared_error, originality_loss
+from srl_utils.vae.latents import RAW, LatentScale
 from srl_utils.vae.layers import with_compilable_layers, with_merged_upsampling
 from srl_utils.vae.networks import (
     EncoderMirror,
@@ -42,6 +43,7 @@ from srl_utils.vae.networks import (
     frozen_copy,
     latent_shape,
     split_moments,
+    to_channels_last,
 )
 
 TERMS = ("loss", "mse", "lpips", "originality", "latent", "attacked_psnr")
@@ -52,7 +54,7 @@ TERMS = ("loss", "mse", "lpips", "originality", "latent", "attacked_psnr")
 class Networks:
     """The parts of a VAE that the step uses."""
 
-    vae: AutoencoderKL
+    vae: ModelMixin
     """Its encoder is trained in place, in float32; its decoder is frozen."""
     encoder: LatentEncoder
     wrapped_encoder: nn.Module
@@ -70,14 +72,14 @@ class Networks:
 
 
 def build_networks(
-    vae: AutoencoderKL,
+    vae: ModelMixin,
     loss: ReconstructionLoss,
     *,
     autocast_dtype: torch.dtype | None = None,
     torch_compile: bool = False,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
 ) -> Networks:
-    """Prepare `vae` for training, on its device and in channels-last memory.
+    """Prepare `vae` for training, on its device and in channels-last memory where its class allows that.
 
     Args:
         vae: in float32. Afterwards only its encoder requires gradients.
@@ -86,7 +88,7 @@ def build_networks(
         torch_compile: compile encoder, decoder and LPIPS's trunk.
         wrap: wraps the encoder for several processes, as `Accelerator.prepare_model` does.
     """
-    vae.to(memory_format=torch.channels_last).requires_grad_(False)
+    to_channels_last(vae).requires_grad_(False)
     if torch_compile:
         with_compilable_layers(vae)
     encoder = LatentEncoder(vae, autocast_dtype=autocast_dtype)
@@ -156,8 +158,8 @@ class Step:
     """beta, weight of the distance of attacked images' latents from the original encoder's of the clean ones."""
     latent_attack_share: float = 0.0
     """Share of a batch, rounded, whose attack maximises that distance instead of the reconstruction loss."""
-    latent_scale: float | Tensor = 1.0
-    """Factor on latents before a distance is measured: 1 for raw ones, `LatentScale.factor` for the denoiser's."""
+    latent_scale: LatentScale = RAW
+    """In which distances of latents are measured; by default that of raw ones."""
     sample_posterior: bool = False
     """Sample the latent of an attacked image instead of taking the posterior's mean."""
     attack_batch_size: int | None = None
@@ -254,7 +256,8 @@ class Step:
     def _latent_loss(self, posterior: Moments, clean: CleanBatch) -> Tensor:
         """Return L_latent, `[N]`: the mean squared distance of latents from the original ones of the clean images."""
         assert clean.reference is not None  # `batch` has made it, as a weight or a share asks for it
-        return mean_squared_error(self.latent_scale * posterior.mean, self.latent_scale * clean.reference.mean)
+        factor = self.latent_scale.factor_for(posterior.mean)
+        return mean_squared_error(factor * posterior.mean, factor * clean.reference.mean)
 
     def _encode(self, attacked: Tensor, clean: CleanBatch) -> tuple[Moments, Tensor]:
         """Return the posterior of the attacked images, and the originality `[N]` of the clean ones.
@@ -267,9 +270,9 @@ class Step:
         assert clean.reference is not None
         both = split_moments(networks.wrapped_encoder(torch.cat([attacked, clean.images])))
         disturbed, undisturbed = (Moments(*part) for part in zip(*(half.chunk(2) for half in both), strict=True))
-        return disturbed, originality_loss(*undisturbed, *clean.reference, scale=self.latent_scale)
+        factor = self.latent_scale.factor_for(undisturbed.mean)
+        return disturbed, originality_loss(*undisturbed, *clean.reference, scale=factor)
 
     def _latent_noise(self, clean: Tensor, generators: Generators) -> Tensor:
         """Return one sample of the posterior's noise per image: `[N,C,h,w]`."""
-        shape = latent_shape(self.networks.vae.config, clean.shape[-1])
-        return draw(torch.randn, shape, generators, like=clean)
+        return draw(torch.randn, latent_shape(self.networks.reference, clean), generators, like=clean)

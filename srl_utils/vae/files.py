@@ -7,6 +7,7 @@ a new argument of that class needs no change here.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
 import shlex
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import AutoencoderKL, ModelMixin
 from torch import nn
 
 from srl_utils.errors import UnusableFile, UserError
+from srl_utils.vae.families import FAMILIES
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 DIFFUSERS_PICKLE = "diffusion_pytorch_model.bin"
@@ -26,6 +28,7 @@ MAX_BILLIONS = 2  # of weights; the VAE of Stable Diffusion has 0.08
 LARGEST_INTEGER = 2**16  # of channels, groups, entries and pixels
 LARGEST_DEPTH = 64  # of layers in a block, and of blocks
 DEPTHS = re.compile(r"layers_per_|num_.*_blocks")
+LATENT_CHANNELS = ("latent_channels", "z_dim")
 
 
 def completed_config(config: dict[str, Any], kind: type[ModelMixin], name: str) -> dict[str, Any]:
@@ -58,11 +61,12 @@ def _check_statistics(config: dict[str, Any], name: str) -> None:
     statistics = {key: config.get(key) for key in ("latents_mean", "latents_std")}
     if None in statistics.values():  # diffusers uses them only together
         return
+    channels = next(config[key] for key in LATENT_CHANNELS if key in config)
     for key, values in statistics.items():
-        if not isinstance(values, (tuple, list)) or len(values) != config["latent_channels"]:
+        if not isinstance(values, (tuple, list)) or len(values) != channels:
             raise UserError(
                 f"the configuration of '{name}' cannot be: its {key} is {_short(values)}; give a list of "
-                f"{config['latent_channels']} numbers, one for each latent channel"
+                f"{channels} numbers, one for each latent channel"
             )
     deviations = config["latents_std"]
     if not min(deviations) > 0:
@@ -88,7 +92,8 @@ def _network(arguments: dict[str, Any], kind: type[ModelMixin], name: str, left_
 def _possible(value: object, default: object, largest: int) -> bool:
     """Return whether `value` suits an argument with this default.
 
-    A count is at least 1, a number is finite, and the entries of a list suit the first entry of the default.
+    A count is at least 1, a number is finite, and the entries of a list suit the first entry of the default. A default
+    without entries says nothing of them.
     """
     if isinstance(default, bool):
         return isinstance(value, bool)
@@ -97,12 +102,16 @@ def _possible(value: object, default: object, largest: int) -> bool:
     if isinstance(default, float):
         return isinstance(value, (int, float)) and math.isfinite(value)
     if isinstance(default, (tuple, list)):
-        if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= LARGEST_DEPTH:
+        if not isinstance(value, (tuple, list)) or len(value) > LARGEST_DEPTH:
             return False
-        return all(_possible(entry, default[0], largest) for entry in value)
+        if not default:
+            return True
+        return len(value) > 0 and all(_possible(entry, default[0], largest) for entry in value)
     if default is None:  # optional entries of a VAE are numbers and lists of numbers
         entries: Sequence[object] = value if isinstance(value, (tuple, list)) else [value]
         return value is None or all(_possible(entry, 0.0, largest) for entry in entries)
+    if isinstance(default, str):  # some classes take a name for all levels, or one for each
+        return all(isinstance(entry, str) for entry in (value if isinstance(value, (tuple, list)) else [value]))
     return isinstance(value, type(default))
 
 
@@ -113,7 +122,7 @@ def check_parameters(vae: nn.Module, name: str) -> None:
             raise UserError(f"cannot use the VAE '{name}': its {key} holds NaN or infinite values")
 
 
-def refuse_pickles(name: str, subfolder: str | None, kind: type[ModelMixin]) -> None:
+def refuse_pickles(name: str, subfolder: str | None) -> None:
     """Refuse local weights that are a pickle or a single file.
 
     A pickle can run code when it is loaded.
@@ -125,7 +134,7 @@ def refuse_pickles(name: str, subfolder: str | None, kind: type[ModelMixin]) -> 
     if place.is_file():
         raise UnusableFile(
             f"'{name}' is a file; a folder with a config.json and safetensors is expected. To convert it: "
-            + _conversion(kind, _single_file(place), name)
+            + _conversion(place.parent, _single_file(place), name)
         )
     if not place.is_dir() or any(place.glob("*.safetensors")):
         return
@@ -133,7 +142,7 @@ def refuse_pickles(name: str, subfolder: str | None, kind: type[ModelMixin]) -> 
     if pickles:
         raise UnusableFile(
             f"'{name}' holds its weights as a pickle ({pickles[0]}), which can run code when it is loaded. To convert "
-            "it: " + _conversion(kind, _pickle(place, pickles), name)
+            "it: " + _conversion(place, _pickle(place, pickles), name)
         )
 
 
@@ -153,9 +162,16 @@ def _single_file(path: Path) -> str:
     return f"from_single_file({str(path)!r}{beside})"
 
 
-def _conversion(kind: type[ModelMixin], load: str, name: str) -> str:
+def _conversion(folder: Path, load: str, name: str) -> str:
+    """Return the command that converts weights; `folder` may have a configuration, which names their class."""
     target = f"{Path(name).with_suffix('')}-safetensors"
-    program = f"from diffusers import {kind.__name__} as VAE; VAE.{load}.save_pretrained({target!r})"
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = AutoencoderKL.__name__
+    if kind not in FAMILIES:
+        kind = AutoencoderKL.__name__
+    program = f"from diffusers import {kind} as VAE; VAE.{load}.save_pretrained({target!r})"
     return f"python -c {shlex.quote(program)}"
 
 

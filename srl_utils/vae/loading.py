@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
 from safetensors.torch import save_file
 
 from srl_utils.errors import MissingFile, UnusableFile, UserError
+from srl_utils.vae.families import named_family
 from srl_utils.vae.files import check_parameters, completed_config, first_line, refuse_pickles
 
-VAE = TypeVar("VAE", bound=ModelMixin)
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+RGB = 3
+CHANNELS = ("in_channels", "input_channels", "out_channels")
+"""Entries that tell the channels of an image; each class has some of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSource:
-    """Where a VAE comes from: the arguments of `AutoencoderKL.from_pretrained`."""
+    """Where a VAE comes from: the arguments of `from_pretrained`."""
 
     pretrained_model_name_or_path: str
     subfolder: str | None = None
@@ -31,25 +33,21 @@ class AutoencoderSource:
     cache_dir: str | None = None
 
 
-def read_config(source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (AutoencoderKL,)) -> dict[str, Any]:
+def read_config(source: AutoencoderSource) -> dict[str, Any]:
     """Return the VAE's configuration, with diffusers' defaults for missing entries; loads no weights.
-
-    Args:
-        source: where the VAE is.
-        kinds: the diffusers classes that are allowed.
 
     Raises:
         MissingFile: a FileNotFoundError, if there is no configuration.
         UnusableFile: an OSError, if it cannot be read, or if the weights are pickles or a single file.
-        UserError: a ValueError and the base of both, if the class is not one of `kinds`, if the configuration is
+        UserError: a ValueError and the base of both, if the class is not in `FAMILIES`, if the configuration is
             impossible, or if the VAE does not take RGB images.
     """
     arguments = asdict(source)
     arguments.pop("variant")
     name = source.pretrained_model_name_or_path
-    refuse_pickles(name, source.subfolder, kinds[0])
+    refuse_pickles(name, source.subfolder)
     try:
-        config = AutoencoderKL.load_config(**arguments)
+        config = AutoencoderKL.load_config(**arguments)  # reads the file of any class
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]
         other_folder = Path(name).exists() and not Path(name, "model_index.json").exists()
@@ -59,25 +57,24 @@ def read_config(source: AutoencoderSource, kinds: Sequence[type[ModelMixin]] = (
             hint += "; there is no such folder here, and no such model was read from the Hub"
         raise fault(f"no VAE configuration at '{name}': {reason}{hint}") from None
     said = config.get("_class_name", "configuration of no known class") if isinstance(config, dict) else "list"
-    kind = next((known for known in kinds if known.__name__ == said), None)
-    if kind is None:
-        raise UserError(f"'{name}' is a {said}, not an {' or '.join(known.__name__ for known in kinds)}")
-    config = completed_config(config, kind, name)
-    for channels in (config["in_channels"], config["out_channels"]):
-        if channels != 3:
+    config = completed_config(config, named_family(str(said), f"'{name}'").kind, name)
+    for channels in (config.get(entry, RGB) for entry in CHANNELS):
+        if channels != RGB:
             raise UserError(f"'{name}' takes or makes images of {channels} channels; only RGB is supported")
     return config
 
 
-def load_autoencoder(source: AutoencoderSource, kind: type[VAE] = AutoencoderKL) -> VAE:
-    """Load a VAE in float32, whatever the precision of the stored weights.
+def load_autoencoder(source: AutoencoderSource) -> ModelMixin:
+    """Load a VAE of any class in `FAMILIES` in float32, whatever the precision of the stored weights.
 
     Raises:
-        MissingFile: a FileNotFoundError, if there are no weights as safetensors.
-        UnusableFile: an OSError, if their file is damaged.
-        UserError: a ValueError and the base of both, if they do not fit the configuration or are not all finite.
+        MissingFile: a FileNotFoundError, if there is no configuration, or no weights as safetensors.
+        UnusableFile: an OSError, if a file is damaged.
+        UserError: a ValueError and the base of both, if the configuration is refused by `read_config`, or if the weights
+            do not fit it or are not all finite.
     """
     name = source.pretrained_model_name_or_path
+    kind = named_family(read_config(source)["_class_name"], name).kind
     try:
         vae, loading = kind.from_pretrained(**asdict(source), use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -102,7 +99,7 @@ def _loading_error(error: Exception, source: AutoencoderSource) -> type[UserErro
 HALF_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def save_variant(vae: AutoencoderKL, folder: Path, variant: str) -> None:
+def save_variant(vae: ModelMixin, folder: Path, variant: str) -> None:
     """Write the weights in half precision beside the full ones, where `from_pretrained(variant=...)` finds them."""
     weights = {name: tensor.to(HALF_PRECISION[variant]).contiguous() for name, tensor in vae.state_dict().items()}
     save_file(weights, folder / variant_name(variant), metadata={"format": "pt"})
@@ -128,17 +125,17 @@ def is_weights_file(name: str, variants: str = r"[\w-]+") -> bool:
 
 def inference_dtype(config: dict[str, Any], variant: str) -> torch.dtype | None:
     """Return the dtype in which diffusers computes with weights of this variant; None for float32 (`force_upcast`)."""
-    return None if variant == "fp16" and config["force_upcast"] else HALF_PRECISION[variant]
+    return None if variant == "fp16" and config.get("force_upcast") else HALF_PRECISION[variant]
 
 
-def hide_local_origin(vae: AutoencoderKL) -> None:
+def hide_local_origin(vae: ModelMixin) -> None:
     """Let the configuration name only the last part of the local folder that the VAE was loaded from."""
     origin = vae.config.get("_name_or_path")
     if origin and Path(origin).exists():
         vae.register_to_config(_name_or_path=Path(origin).resolve().name)
 
 
-def save_autoencoder(vae: AutoencoderKL, folder: Path) -> None:
+def save_autoencoder(vae: ModelMixin, folder: Path) -> None:
     """Write the configuration and the weights as `from_pretrained` reads them.
 
     `save_pretrained` refuses channels-last weights, and converting the VAE itself would move parameters that an

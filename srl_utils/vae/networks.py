@@ -1,4 +1,4 @@
-"""Split an `AutoencoderKL` into what the method needs: a trainable encoder, a frozen decoder, a frozen reference."""
+"""Split an autoencoder into what the method needs: a trainable encoder, a frozen decoder, a frozen reference."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from srl_utils.errors import UserError
+from srl_utils.vae.families import family_of, named_family
 from srl_utils.vae.precision import full_precision
 
+NO_VARIANCE = -30.0
+"""The log-variance of an encoder without a posterior: the lowest that diffusers allows."""
 
-def downsampling_factor(config: dict[str, Any]) -> int:
-    """Return the image pixels per latent pixel along a side; every level but the last halves the image."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
+
+def downsampling_factor(vae: ModelMixin) -> int:
+    """Return the image pixels per latent pixel along a side."""
+    return family_of(vae).down_sampling(vae.config)
 
 
 def check_resolution(resolution: int, config: dict[str, Any]) -> None:
-    """Raise a UserError unless `resolution` is a positive multiple of the down-sampling factor."""
-    factor = downsampling_factor(config)
+    """Raise a UserError unless `resolution` is a positive multiple of the down-sampling factor.
+
+    Args:
+        resolution: side of the images in pixels.
+        config: of the VAE, with its class's name.
+    """
+    factor = named_family(config["_class_name"], "the VAE").down_sampling(config)
     if resolution < factor or resolution % factor:
         nearest = max(factor, round(resolution / factor) * factor)
         raise UserError(
@@ -44,50 +53,61 @@ class Moments(NamedTuple):
 
 
 class LatentEncoder(nn.Module):
-    """The trainable encoder E_theta: `encoder` and `quant_conv` of a VAE, sharing its parameters.
+    """The trainable encoder E_theta: the encoder's side of a VAE, sharing its parameters.
 
-    `forward` maps images `[N,3,H,W]` in [-1,1] to raw moments `[N,2C,h,w]`, in `full_precision`.
+    `forward` maps images `[N,3,H,W]` in [-1,1] to raw moments `[N,2C,h,w]`, or clips `[N,3,T,H,W]` to `[N,2C,t,h,w]`, in
+    `full_precision`. Without a posterior the variance is nearly 0.
+
     DistributedDataParallel wraps this module, since calling `vae.encode` past the wrapper would not synchronise the
     gradients of the processes.
 
     Args:
-        vae: the VAE.
+        vae: the VAE; see `FAMILIES`.
         autocast_dtype: the dtype in which the network runs; None runs it in its own.
     """
 
-    def __init__(self, vae: AutoencoderKL, *, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, vae: ModelMixin, *, autocast_dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.encoder = vae.encoder
-        self.quant_conv = vae.quant_conv
+        self.family = family_of(vae)
+        for name in self.family.trained:
+            self.add_module(name, getattr(vae, name, None))
+        self.whole = (vae,)  # in a tuple, so that its other parts are no parts of this module
         self.autocast_dtype = autocast_dtype
 
     def forward(self, images: Tensor) -> Tensor:
+        still = self.family.video and images.ndim == 4
         with autocast(images, self.autocast_dtype):
-            moments = self.encoder(images)
-            if self.quant_conv is not None:
-                moments = self.quant_conv(moments)
-        return full_precision(moments)
+            (output,) = self.whole[0].encode(images.unsqueeze(2) if still else images, return_dict=False)
+        if isinstance(output, Tensor):
+            moments = torch.cat([output, torch.full_like(output, NO_VARIANCE)], dim=1)
+        else:
+            moments = output.parameters
+        return full_precision(moments.squeeze(2) if still else moments)
 
 
 class LatentDecoder(nn.Module):
-    """The frozen decoder D_phi: `post_quant_conv` and `decoder` of a VAE. Gradients pass through to the latents.
+    """The frozen decoder D_phi: all of a VAE but the encoder's side. Gradients pass through to the latents.
 
-    `forward` maps raw latents `[N,C,h,w]` to images `[N,3,H,W]`, in `full_precision`, about in [-1,1].
+    `forward` maps raw latents `[N,C,h,w]` to images `[N,3,H,W]`, or `[N,C,t,h,w]` to clips, in `full_precision`, about in
+    [-1,1]. Discrete latents are quantised with a straight-through gradient.
     """
 
-    def __init__(self, vae: AutoencoderKL, *, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, vae: ModelMixin, *, autocast_dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.post_quant_conv = vae.post_quant_conv
-        self.decoder = vae.decoder
+        self.family = family_of(vae)
+        for name, part in vae.named_children():
+            if name not in self.family.trained:
+                self.add_module(name, part)
+        self.whole = (vae,)
         self.autocast_dtype = autocast_dtype
-        self.requires_grad_(False)
 
     def forward(self, latents: Tensor) -> Tensor:
+        still = self.family.video and latents.ndim == 4
         with autocast(latents, self.autocast_dtype):
-            if self.post_quant_conv is not None:
-                latents = self.post_quant_conv(latents)
-            images = self.decoder(latents)
-        return full_precision(images)
+            output = self.whole[0].decode(
+                latents.unsqueeze(2) if still else latents, return_dict=False, **self.family.decoding
+            )
+        return full_precision(output[0].squeeze(2) if still else output[0])
 
 
 def split_moments(moments: Tensor) -> Moments:
@@ -97,6 +117,7 @@ def split_moments(moments: Tensor) -> Moments:
 
 
 NETWORK = TypeVar("NETWORK", LatentEncoder, LatentDecoder)
+VAE = TypeVar("VAE", bound=ModelMixin)
 
 
 def frozen_copy(network: NETWORK, rebuild: Callable[[NETWORK], NETWORK] = lambda network: network) -> NETWORK:
@@ -108,7 +129,9 @@ def frozen_copy(network: NETWORK, rebuild: Callable[[NETWORK], NETWORK] = lambda
         network: the network; it stays as it is.
         rebuild: changes the copy before its weights are cast.
     """
-    twin = rebuild(copy.deepcopy(network).requires_grad_(False).eval())
+    own = {id(part) for part in network.children()}
+    others = [part for part in network.whole[0].children() if id(part) not in own]
+    twin = rebuild(copy.deepcopy(network, {id(part): part for part in others}).requires_grad_(False).eval())
     if twin.autocast_dtype is not None:
         for layer in twin.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
@@ -156,10 +179,17 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def latent_shape(config: dict[str, Any], resolution: int) -> tuple[int, int, int]:
-    """Return the shape (C, h, w) of the latent of a square image of `resolution` pixels."""
-    side = resolution // downsampling_factor(config)
-    return (config["latent_channels"], side, side)
+def to_channels_last(vae: VAE) -> VAE:
+    """Move a VAE to channels-last memory, in place; one with convolutions over time keeps its layout."""
+    if all(parameter.ndim < 5 for parameter in vae.parameters()):
+        vae.to(memory_format=torch.channels_last)
+    return vae
+
+
+@torch.no_grad()
+def latent_shape(encoder: LatentEncoder, images: Tensor) -> torch.Size:
+    """Return the shape `[C,h,w]` of the latents of images `[N,3,H,W]`, or `[C,t,h,w]` of those of clips."""
+    return split_moments(encoder(images[:1])).mean.shape[1:]
 
 
 def autocast(tensor: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from torch import Tensor
+
+from srl_utils.vae.loading import WEIGHTS_NAME
 
 Run = Callable[..., tuple[int, str]]
 """Runs a command line in this process; returns its exit code and all it printed."""
@@ -63,3 +67,16 @@ def launch(*arguments: object, processes: int = 1, script: object) -> subprocess
         [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=240,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
+
+
+def steps(output_dir: Path) -> list[dict]:
+    """The rows of `metrics.jsonl` that training steps wrote."""
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    one, other = load_file(first / WEIGHTS_NAME), load_file(second / WEIGHTS_NAME)
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, different

@@ -168,9 +168,9 @@ def test_the_vae_is_never_changed(monkeypatch: pytest.MonkeyPatch, tiling: bool,
     seen = []
     decode = AutoencoderKL.decode
 
-    def look(model: AutoencoderKL, latents: Tensor) -> Any:
+    def look(model: AutoencoderKL, latents: Tensor, **settings: Any) -> Any:
         seen.append((model.use_tiling, model.dtype, vae.use_tiling, vae.dtype))
-        return decode(model, latents)
+        return decode(model, latents, **settings)
 
     monkeypatch.setattr(AutoencoderKL, "decode", look)
     sanitize(draw_floats(1, 3, size, size), vae, tile_above=TILE)

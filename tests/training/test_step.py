@@ -17,6 +17,7 @@ from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.gradient import PGDConfig, pgd
 from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
 from srl_utils.training.step import TERMS, Step, build_networks
+from srl_utils.vae.latents import LatentScale
 from srl_utils.vae.networks import EncoderMirror, LatentDecoder, LatentEncoder, frozen_copy
 
 ATTACK = PGDConfig(epsilon=8 / 255, step_size=0.02, num_steps=3, random_start=False)
@@ -124,7 +125,7 @@ def test_latent_scale_enters_originality(tiny_vae, images, generators) -> None:
         torch.chunk(network(images(2)), 2, dim=1) for network in (step.networks.encoder, step.networks.reference)
     )
     variance, old_variance = variance.clamp(-30, 20).exp(), old_variance.clamp(-30, 20).exp()
-    _, terms = replace(step, latent_scale=0.5)(images(2), generators(0, 1))
+    _, terms = replace(step, latent_scale=LatentScale(factor=0.5))(images(2), generators(0, 1))
     expected = 0.5**2 * (mean - old_mean).square().mean() + 0.5**4 * (variance - old_variance).square().mean()
     assert terms[TERMS.index("originality")].item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -148,7 +149,10 @@ def test_attacks_on_latents(share: float, count: int, tiny_vae, images, generato
     """
     pgd_config = replace(ATTACK, random_start=True)
     step = replace(
-        our_step(tiny_vae.double(), latent_attack_share=share, latent_scale=0.5, originality_weight=0.0), pgd=pgd_config
+        our_step(
+            tiny_vae.double(), latent_attack_share=share, latent_scale=LatentScale(factor=0.5), originality_weight=0.0
+        ),
+        pgd=pgd_config,
     )
     clean = images(3, 32).double()
     attacked = step.attack(step.batch(clean, generators(0, 1, 2)))
@@ -173,7 +177,7 @@ def test_attacks_on_latents(share: float, count: int, tiny_vae, images, generato
 
 def test_the_latent_distance_enters_the_loss(tiny_vae, images, generators) -> None:
     """Oracle: closed form, with the weight, and the square of the scale; its gradient moves the encoder alone."""
-    step = our_step(tiny_vae, latent_weight=0.2, latent_scale=0.5, originality_weight=0.0)
+    step = our_step(tiny_vae, latent_weight=0.2, latent_scale=LatentScale(factor=0.5), originality_weight=0.0)
     clean = step.batch(images(2), generators(0, 1))
     attacked = step.attack(clean)
     loss, terms = step.loss(attacked, clean)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from helpers.runs import ROOT, Run, launch
+from helpers.runs import ROOT, Run, assert_same_weights, launch, steps
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -39,19 +39,6 @@ from srl_utils.training.validation import Validation
 SCRIPT = ROOT / "train_srl_vae.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HALF = "diffusion_pytorch_model.fp16.safetensors"
-
-
-def steps(output_dir: Path) -> list[dict]:
-    """The rows of `metrics.jsonl` that training steps wrote."""
-    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "loss" in row]
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    one, other = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
-    assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not different, different
 
 
 # --- what a run does and leaves behind ------------------------------------------------------------------

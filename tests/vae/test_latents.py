@@ -88,7 +88,7 @@ def test_scale_is_what_the_pipeline_encodes_to(case: str) -> None:
     vae = small_vae(**VAES[case])
     pipe = build_pipeline(case.partition(",")[0])
     pipe.register_modules(vae=vae)
-    scale, latents = LatentScale.of(vae.config, pipe), draw(vae)
+    scale, latents = LatentScale.of(vae, pipe), draw(vae)
     scaled = scale.scale(latents)
     torch.testing.assert_close(scaled, prepared(pipe, latents))
     torch.testing.assert_close(scale.unscale(scaled), latents)
@@ -114,7 +114,7 @@ def test_unscale_is_what_the_pipeline_decodes(case: str, monkeypatch: pytest.Mon
     last = ended[-1]
     if "flux" in name:
         last = pipe._unpack_latents(last, SIZE, SIZE, pipe.vae_scale_factor)
-    torch.testing.assert_close(LatentScale.of(vae.config, pipe).unscale(last), decoded[0])
+    torch.testing.assert_close(LatentScale.of(vae, pipe).unscale(last), decoded[0])
 
 
 def test_video_latents_are_those_of_the_video_pipeline() -> None:
@@ -135,7 +135,7 @@ def test_video_latents_are_those_of_the_video_pipeline() -> None:
 
     latents = torch.randn(1, 2, 4, 8, 8)
     StableVideoDiffusionPipeline.decode_latents(SimpleNamespace(vae=Decoder), latents, num_frames=2)
-    torch.testing.assert_close(LatentScale.of(vae.config).unscale(latents.flatten(0, 1)), seen[0])
+    torch.testing.assert_close(LatentScale.of(vae).unscale(latents.flatten(0, 1)), seen[0])
 
 
 @pytest.mark.parametrize("build", [AutoencoderTiny, VQModel])
@@ -165,20 +165,20 @@ def test_statistics_take_the_place_of_a_shift() -> None:
     pipe, vae = build_pipeline("sdxl img2img"), small_vae(**STATISTICS, shift_factor=0.3)
     pipe.register_modules(vae=vae)
     latents = draw(vae)
-    torch.testing.assert_close(LatentScale.of(vae.config).scale(latents), prepared(pipe, latents))
+    torch.testing.assert_close(LatentScale.of(vae).scale(latents), prepared(pipe, latents))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("config", [STATISTICS, {"scaling_factor": 0.5, "shift_factor": 0.1}])
 def test_scale_keeps_the_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
     """Oracle: specification."""
-    scale, latents = LatentScale.of(config), torch.ones(2, 4, 3, 3, dtype=dtype)
+    scale, latents = LatentScale.configured(config), torch.ones(2, 4, 3, 3, dtype=dtype)
     assert scale.scale(latents).dtype == scale.unscale(latents).dtype == dtype
 
 
 def test_a_victim_unscales_each_channel() -> None:
     """Oracle: the inverse, latents from before."""
-    scale = LatentScale.of(STATISTICS)
+    scale = LatentScale.configured(STATISTICS)
     victim = Victim(encode=lambda images: Moments(images, images), decode=lambda latents: latents, scale=scale.scale)
     latents = draw(small_vae())
     torch.testing.assert_close(victim.unscale(victim.scale(latents)), latents, rtol=1e-5, atol=1e-5)
@@ -187,13 +187,13 @@ def test_a_victim_unscales_each_channel() -> None:
 
 def test_originality_is_measured_at_the_denoisers_scale(generators) -> None:
     """Oracle: closed form. The squared distance of scaled means and, of the variance of scaled samples, of squares."""
-    scale = LatentScale.of(STATISTICS)
+    scale = LatentScale.configured(STATISTICS)
     (generator,) = generators(0)
     mean, other, variance, other_variance = torch.rand(4, 2, 4, 3, 3, generator=generator)
     factor = 0.5 / torch.tensor(STATISTICS["latents_std"]).view(1, 4, 1, 1)
     expected = (scale.scale(mean) - scale.scale(other)).square().mean(dim=(1, 2, 3))
     expected += (factor**2 * (variance - other_variance)).square().mean(dim=(1, 2, 3))
-    found = originality_loss(mean, variance, other, other_variance, scale=scale.factor)
+    found = originality_loss(mean, variance, other, other_variance, scale=scale.factor_for(mean))
     torch.testing.assert_close(found, expected)
 
 
@@ -202,7 +202,7 @@ def test_the_step_measures_originality_at_the_denoisers_scale(images, generators
     vae, factor = small_vae(**STATISTICS), 0.5 / torch.tensor(STATISTICS["latents_std"]).view(1, 4, 1, 1)
     with torch.no_grad():
         before = vae.encode(images(2)).latent_dist
-        scale = LatentScale.of(vae.config).factor_on(vae.device)
+        scale = LatentScale.of(vae)
         networks = build_networks(vae, ReconstructionLoss())
         vae.encoder.conv_out.bias += 0.1
         after = vae.encode(images(2)).latent_dist
@@ -275,6 +275,4 @@ def test_a_codec_scales_for_a_pipeline() -> None:
     """Oracle: closed form. Stable Diffusion's denoiser sees the factor alone; without a pipeline the files decide."""
     codec, latents = codec_of(small_vae(**STATISTICS)), torch.ones(1, 4, 2, 2)
     torch.testing.assert_close(codec.scale(latents, build_pipeline("sd")), 0.5 * latents)
-    torch.testing.assert_close(
-        codec.scale(latents, build_pipeline("sdxl")), LatentScale.of(codec.vae.config).scale(latents)
-    )
+    torch.testing.assert_close(codec.scale(latents, build_pipeline("sdxl")), LatentScale.of(codec.vae).scale(latents))

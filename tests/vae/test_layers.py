@@ -42,7 +42,7 @@ def test_a_merged_convolution_is_one_of_the_enlarged_image(bias: bool) -> None:
 def test_a_decoder_with_merged_upsampling_is_the_same(tiny_vae: AutoencoderKL) -> None:
     """Oracle: diffusers' own decoder, which stays as it was, values and gradients to rounding; nothing enlarges any more."""
     decoder = LatentDecoder(tiny_vae)
-    rebuilt = with_merged_upsampling(copy.deepcopy(decoder))
+    rebuilt = frozen_copy(decoder, with_merged_upsampling)
     latents = torch.randn(2, 4, 8, 8, requires_grad=True)
     for one, other in zip(
         *(values_and_gradients(part, latents, [latents]) for part in (rebuilt, decoder)), strict=True

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from srl_utils.command_line import message_of
@@ -167,10 +167,6 @@ def exchangeable(setup: Setup) -> Setup:
     """
 
     def check(codec: Codec) -> None:
-        if not isinstance(codec.vae, AutoencoderKL):
-            raise UserError(
-                f"{codec.name} is of class {type(codec.vae).__name__}; only an AutoencoderKL can be exchanged"
-            )
         try:
             with robust_vae(setup.pipeline, codec.vae):
                 pass

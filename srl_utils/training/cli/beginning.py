@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 
 from srl_utils.errors import UserError
 from srl_utils.files import read_json, write_text_atomically
@@ -57,7 +57,7 @@ def find_earlier(args: argparse.Namespace) -> Earlier | None:
 def settle_settings(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    vae: AutoencoderKL,
+    vae: ModelMixin,
     data: TrainingData,
     plan: Plan,
     earlier: Earlier | None,

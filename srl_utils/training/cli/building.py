@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradScalerKwargs, ProjectConfiguration
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR
@@ -36,15 +35,15 @@ from srl_utils.training.resuming import Settings
 from srl_utils.training.step import Networks, Step, build_networks
 from srl_utils.training.validation import Validation
 from srl_utils.vae.codec import Codec, frozen_codec
-from srl_utils.vae.latents import LatentScale
+from srl_utils.vae.latents import RAW, LatentScale
 from srl_utils.vae.networks import LatentEncoder
 
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"
 
 
-def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accelerator:
-    """Set up accelerate for the flags of a training and the config of its VAE."""
-    scaled = runs_in_fp16(args.mixed_precision, config["force_upcast"])
+def build_accelerator(args: argparse.Namespace, vae: ModelMixin) -> Accelerator:
+    """Set up accelerate for the flags of a training and its VAE."""
+    scaled = runs_in_fp16(args.mixed_precision, vae.config.get("force_upcast", False))
     accelerator = launched_accelerator(
         os.environ,
         # The networks bring their own autocast; accelerate is needed for the scaler that gradients in fp16 need.
@@ -69,7 +68,7 @@ def build_accelerator(args: argparse.Namespace, config: dict[str, Any]) -> Accel
 def build_run(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    vae: AutoencoderKL,
+    vae: ModelMixin,
     data: TrainingData,
     plan: Plan,
     publisher: Publisher | None,
@@ -124,7 +123,7 @@ def build_run(
     )
 
 
-def build_step(args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL, execution: Execution) -> Step:
+def build_step(args: argparse.Namespace, accelerator: Accelerator, vae: ModelMixin, execution: Execution) -> Step:
     """Build the step: the networks on the device, and the settings of attack and loss."""
     perceptual = load_perceptual_distance(args.lpips_net) if args.lpips_weight else None
     loss = ReconstructionLoss(perceptual, weight=args.lpips_weight).to(accelerator.device)
@@ -145,9 +144,7 @@ def build_step(args: argparse.Namespace, accelerator: Accelerator, vae: Autoenco
         originality_weight=args.originality_weight,
         latent_weight=args.latent_weight,
         latent_attack_share=args.latent_attack_share,
-        latent_scale=LatentScale.of(vae.config).factor_on(networks.device)
-        if args.originality_units == "scaled"
-        else 1.0,
+        latent_scale=LatentScale.of(vae).on(networks.device) if args.originality_units == "scaled" else RAW,
         sample_posterior=args.sample_posterior,
         attack_batch_size=args.attack_batch_size,
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 
 from srl_utils.files import checksum, write_text_atomically
 from srl_utils.hub.card import CardFacts, base_license, render_card
@@ -72,7 +71,7 @@ def time_summary(progress: Progress) -> str:
 def judge_variant(run: Run, variant: str) -> str:
     """Return one line on the PSNR that half-precision weights cost, measured on the saved file as diffusers runs it."""
     source = AutoencoderSource(pretrained_model_name_or_path=str(run.args.output_dir), variant=variant)
-    vae: AutoencoderKL = load_autoencoder(source).to(run.accelerator.device)
+    vae = load_autoencoder(source).to(run.accelerator.device)
     codec = Codec.of(vae, f"{FINE_TUNED}-{variant}", autocast_dtype=inference_dtype(vae.config, variant))
     difference = run.validation.measure_variant(codec)
     advice = "" if abs(difference) < MAX_VARIANT_DIFFERENCE else "; prefer the full weights"
@@ -125,6 +124,7 @@ def write_card(run: Run, folder: Path, *, saved: Sequence[str] = ()) -> None:
     facts = CardFacts(
         model_id=run.publisher.repo_id if run.publisher else args.output_dir.name,
         base_model=args.pretrained_model_name_or_path,
+        vae_class=type(run.networks.vae).__name__,
         base_license=base_license(args.pretrained_model_name_or_path),
         subfolder=args.subfolder,
         data=run.data.description,

@@ -6,9 +6,9 @@ import argparse
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from accelerate import Accelerator
+from diffusers import ModelMixin
 
 from srl_utils.errors import UserError
 from srl_utils.images.datasets import TrainingData
@@ -31,7 +31,7 @@ class Plan:
 
 def plan_steps(
     args: argparse.Namespace,
-    config: dict[str, Any],
+    vae: ModelMixin,
     accelerator: Accelerator,
     data: TrainingData,
     earlier: Earlier | None,
@@ -40,7 +40,7 @@ def plan_steps(
 
     Args:
         args: flags of the training.
-        config: config of the VAE.
+        vae: the original VAE.
         accelerator: knows the number of processes and the device.
         data: the images; their number counts the steps of an epoch.
         earlier: where the run resumes; None for a new run.
@@ -53,7 +53,7 @@ def plan_steps(
     if steps is None:
         steps = count_steps(args.num_train_epochs, data.num_images, samples_per_step, earlier)
     arithmetic = step_arithmetic(
-        config,
+        vae,
         resolution=args.resolution,
         pgd_steps=0 if args.gaussian_noise else args.pgd_steps,
         lpips_net=args.lpips_net if args.lpips_weight else None,
@@ -65,7 +65,7 @@ def plan_steps(
         accelerator.device,
         precision=args.mixed_precision,
         torch_compile=args.torch_compile,
-        force_upcast=config["force_upcast"],
+        force_upcast=vae.config.get("force_upcast", False),
         flops=arithmetic.image * steps * samples_per_step / accelerator.num_processes,
     )
     return Plan(samples_per_step, steps, arithmetic, execution)

@@ -1,0 +1,102 @@
+"""What the method needs to know of each class of autoencoder in diffusers: one row of `FAMILIES` per class.
+
+A further class needs a row here and a small random instance in `tests/vae/instances.py`; the tests run on every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    ModelMixin,
+    VQModel,
+)
+
+from srl_utils.errors import UserError
+
+Config = Mapping[str, Any]
+
+
+def halvings(entry: str) -> Callable[[Config], int]:
+    """Return the down-sampling of an encoder whose levels, all but the last, halve the image; `entry` lists the levels."""
+    return lambda config: 2 ** (len(config[entry]) - 1)
+
+
+BLOCKS = halvings("block_out_channels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How the autoencoders of a class are trained, called and read.
+
+    Attributes:
+        kind: the class.
+        down_sampling: image pixels per latent pixel along a side, by configuration.
+        trained: its submodules on the encoder's side; those that are None are left out. All others are frozen.
+        video: whether it takes `[N,3,T,H,W]`; an image is a clip of one frame.
+        decoding: further arguments of `decode` for single images.
+    """
+
+    kind: type[ModelMixin]
+    down_sampling: Callable[[Config], int] = BLOCKS
+    trained: Sequence[str] = ("encoder", "quant_conv")
+    video: bool = False
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+
+
+FAMILIES = {
+    family.kind.__name__: family
+    for family in (
+        Family(kind=AutoencoderKL),
+        Family(kind=AsymmetricAutoencoderKL, down_sampling=halvings("down_block_out_channels")),
+        Family(kind=AutoencoderKLFlux2),
+        Family(kind=AutoencoderKLTemporalDecoder, decoding={"num_frames": 1}),
+        Family(kind=AutoencoderDC, down_sampling=halvings("encoder_block_out_channels"), trained=("encoder",)),
+        Family(kind=AutoencoderTiny, down_sampling=halvings("encoder_block_out_channels"), trained=("encoder",)),
+        Family(kind=VQModel),
+        Family(kind=AutoencoderKLWan, down_sampling=lambda config: config["scale_factor_spatial"], video=True),
+        Family(kind=AutoencoderKLQwenImage, down_sampling=halvings("dim_mult"), video=True),
+        Family(
+            kind=AutoencoderKLHunyuanVideo, down_sampling=lambda config: config["spatial_compression_ratio"], video=True
+        ),
+        Family(kind=AutoencoderKLCogVideoX, video=True),
+        Family(
+            kind=AutoencoderKLLTXVideo, trained=("encoder",), video=True,
+            down_sampling=lambda config: config["patch_size"] * 2 ** sum(config["spatio_temporal_scaling"]),
+        ),
+    )
+}  # fmt: skip
+"""The supported classes by name."""
+
+
+def family_of(vae: ModelMixin) -> Family:
+    """Return the description of a VAE's class.
+
+    Raises:
+        UserError: if the class is not supported.
+    """
+    return named_family(type(vae).__name__, "this VAE")
+
+
+def named_family(name: str, owner: str) -> Family:
+    """Return the description of the class `name`; errors call the VAE `owner`.
+
+    Raises:
+        UserError: if the class is not supported.
+    """
+    if name not in FAMILIES:
+        raise UserError(f"{owner} is a {name}; the supported VAEs are {', '.join(FAMILIES)}")
+    return FAMILIES[name]

@@ -1,0 +1,89 @@
+"""A small random instance of every supported class of autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    ModelMixin,
+    VQModel,
+)
+
+LEVELS = (8, 16)
+BLOCKS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+}
+STATISTICS = {"latents_mean": [0.5, -0.5, 0.1, 0.0], "latents_std": [1.5, 0.5, 1.0, 2.0]}
+
+INSTANCES: Mapping[str, Callable[[], ModelMixin]] = {
+    "AutoencoderKL": lambda: AutoencoderKL(**BLOCKS, block_out_channels=LEVELS),
+    "AsymmetricAutoencoderKL": lambda: AsymmetricAutoencoderKL(
+        **BLOCKS, down_block_out_channels=LEVELS, up_block_out_channels=LEVELS
+    ),
+    "AutoencoderKLFlux2": lambda: AutoencoderKLFlux2(**BLOCKS, block_out_channels=LEVELS, latent_channels=4),
+    "AutoencoderKLTemporalDecoder": lambda: AutoencoderKLTemporalDecoder(
+        down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(32, 32)
+    ),
+    "AutoencoderDC": lambda: AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=LEVELS,
+        decoder_block_out_channels=LEVELS,
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        scaling_factor=0.4,
+    ),
+    "AutoencoderTiny": lambda: AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ),
+    "VQModel": lambda: VQModel(**BLOCKS, block_out_channels=LEVELS, num_vq_embeddings=64),
+    "AutoencoderKLWan": lambda: AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True], scale_factor_spatial=2,
+        scale_factor_temporal=2, **STATISTICS,
+    ),
+    "AutoencoderKLQwenImage": lambda: AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True], **STATISTICS
+    ),
+    "AutoencoderKLHunyuanVideo": lambda: AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    ),
+    "AutoencoderKLCogVideoX": lambda: AutoencoderKLCogVideoX(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
+    ),
+    "AutoencoderKLLTXVideo": lambda: AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1), spatio_temporal_scaling=(True, False), patch_size=2,
+        decoder_spatio_temporal_scaling=(True, False), decoder_inject_noise=(False, False, False),
+        upsample_residual=(False, False), upsample_factor=(1, 1), down_block_types=("LTXVideoDownBlock3D",) * 2,
+        downsample_type=("conv", "conv"),
+    ),
+}  # fmt: skip
+"""One for each row of `srl_utils.vae.families.FAMILIES`."""
+
+
+def small_autoencoder(name: str, *, seed: int = 0) -> ModelMixin:
+    """Return a small autoencoder of the class `name` with random weights, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return INSTANCES[name]().eval()

@@ -1,0 +1,65 @@
+"""The helpers on pipelines whose autoencoder is not an `AutoencoderKL`."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import ModelMixin
+from helpers.autoencoders import small_autoencoder
+from helpers.modern_pipelines import KINDS, build_pipeline, run_pipeline
+from helpers.runs import draw_images
+from PIL import Image
+
+from srl_utils import robust_vae, robustify, sanitize, swap_vae
+from srl_utils.vae.families import FAMILIES, family_of
+
+EVERY_KIND = pytest.mark.parametrize("name", KINDS)
+
+
+def with_other_encoder(vae: ModelMixin) -> ModelMixin:
+    """A copy of `vae` as the fine-tuning leaves it: other weights on the encoder's side, the rest the same."""
+    other = copy.deepcopy(vae)
+    noise = torch.Generator().manual_seed(3)
+    for name, parameter in other.named_parameters():
+        if name.partition(".")[0] in family_of(vae).trained:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=noise)
+    return other
+
+
+@EVERY_KIND
+def test_the_robust_vae_is_used_within_the_context(name: str) -> None:
+    """Oracle: the pixels from before, with the same weights and afterwards; others within."""
+    pipe = build_pipeline(name)
+    own, before = pipe.vae, run_pipeline(pipe, name)
+    with robust_vae(pipe, copy.deepcopy(own)):
+        assert pipe.vae is not own and torch.equal(run_pipeline(pipe, name), before)
+    with robust_vae(pipe, with_other_encoder(own)):
+        assert not torch.equal(run_pipeline(pipe, name), before)
+    assert pipe.vae is own and torch.equal(run_pipeline(pipe, name), before)
+
+
+@EVERY_KIND
+def test_robustify_gives_the_encoder_alone(name: str) -> None:
+    """Oracle: the pixels of a pipeline that has the whole VAE, whose decoder is the same."""
+    pipe, whole = build_pipeline(name), build_pipeline(name)
+    robust = with_other_encoder(pipe.vae)
+    robustify(pipe, robust)
+    swap_vae(whole, robust)
+    assert torch.equal(run_pipeline(pipe, name), run_pipeline(whole, name))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sanitize_takes_any_size(name: str) -> None:
+    """Oracle: the size given, and the VAE's own reconstruction where no padding is needed."""
+    vae, family = small_autoencoder(name), FAMILIES[name]
+    assert sanitize(Image.new("RGB", (37, 29), "teal"), vae).size == (37, 29)
+    image = draw_images(1, 32)
+    with torch.no_grad():
+        shown = image.unsqueeze(2) if family.video else image
+        output = vae.encode(shown)
+        latents = output.latent_dist.mean if "latent_dist" in output else next(iter(output.values()))
+        expected = vae.decode(latents, **family.decoding).sample.clamp(-1, 1)
+    cleaned = sanitize((image[0] + 1) / 2, vae)
+    torch.testing.assert_close(cleaned, (expected.reshape(3, 32, 32) + 1) / 2, rtol=0, atol=1e-5)

@@ -1,0 +1,129 @@
+"""The training and the evaluation of every supported class of autoencoder, on small random instances."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoModel
+from helpers.autoencoders import small_autoencoder
+from helpers.runs import ROOT, Run, assert_same_weights, launch, steps
+from safetensors.torch import load_file
+
+from srl_utils.evaluation.__main__ import main as evaluate
+from srl_utils.vae.families import FAMILIES
+from srl_utils.vae.loading import WEIGHTS_NAME, AutoencoderSource, load_autoencoder
+
+EVERY_CLASS = pytest.mark.parametrize("name", FAMILIES)
+WITHOUT_CHECKPOINTING = {
+    "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKLQwenImage", "AutoencoderKLWan", "VQModel",
+}  # fmt: skip
+
+
+@pytest.fixture
+def flags(name: str, photographs: Path, tmp_path: Path) -> list[object]:
+    """A training of 20 steps on 32 px, whose result is in `tmp_path / "out"`."""
+    small_autoencoder(name).save_pretrained(tmp_path / "vae")
+    return [
+        "--pretrained_model_name_or_path", tmp_path / "vae", "--train_data_dir", photographs, "--resolution", 32,
+        "--output_dir", tmp_path / "out", "--train_batch_size", 2, "--max_train_steps", 20, "--lpips_weight", 0,
+        "--recipe", "fast", "--learning_rate", "1e-2", "--num_validation_images", 2, "--report_to", "none",
+        "--no-torch_compile", "--mixed_precision", "no",
+    ]  # fmt: skip
+
+
+@EVERY_CLASS
+def test_training(name: str, run: Run, flags: list[object], tmp_path: Path) -> None:
+    """Oracle: attacked PSNR rises; the encoder's side alone changes, the rest keeps its bytes; both loaders take it."""
+    code, printed = run(*flags)
+    assert code == 0, printed
+    base, tuned = load_file(tmp_path / "vae" / WEIGHTS_NAME), load_file(tmp_path / "out" / WEIGHTS_NAME)
+    assert base.keys() == tuned.keys()
+    changed = {key.partition(".")[0] for key in base if not torch.equal(base[key], tuned[key])}
+    assert "encoder" in changed and changed <= set(FAMILIES[name].trained)
+    source = AutoencoderSource(pretrained_model_name_or_path=str(tmp_path / "out"))
+    loaded = load_autoencoder(source), AutoModel.from_pretrained(str(tmp_path / "out"))
+    assert {type(vae) for vae in loaded} == {FAMILIES[name].kind}
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    attacked = {row["vae"]: row["value"] for row in rows if (row["attack"], row["metric"]) == ("pgd-50x2", "psnr")}
+    assert attacked["fine-tuned"] > attacked["original"]
+    assert f"{name}.from_pretrained(" in (tmp_path / "out/README.md").read_text()
+
+
+@EVERY_CLASS
+def test_gradient_checkpointing(name: str, run: Run, flags: list[object], tmp_path: Path) -> None:
+    """Oracle: the losses without it, or one line for the classes that have none in diffusers."""
+    flags += ["--max_train_steps", 1]
+    code, printed = run(*flags, "--gradient_checkpointing", "--output_dir", tmp_path / "checkpointed")
+    if name in WITHOUT_CHECKPOINTING:
+        assert code == 2 and f"--gradient_checkpointing: diffusers has none for {name}" in printed
+        return
+    assert code == 0, printed
+    assert run(*flags)[0] == 0
+    for one, other in zip(steps(tmp_path / "out"), steps(tmp_path / "checkpointed"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+@EVERY_CLASS
+def test_resuming_is_exact(name: str, run: Run, flags: list[object], tmp_path: Path) -> None:
+    """Oracle: the undisturbed run, to the last bit."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags += ["--max_train_steps", 4, "--checkpointing_steps", 2]
+    assert run(*flags, "--output_dir", whole)[0] == 0
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    code, printed = run(*flags, "--output_dir", resumed, "--resume_from_checkpoint", "latest")
+    assert code == 0, printed
+    assert_same_weights(whole, resumed)
+
+
+@pytest.mark.slow
+@EVERY_CLASS
+def test_two_processes_follow_one(name: str, run: Run, flags: list[object], tmp_path: Path) -> None:
+    """Oracle: one process with twice the batch, to float rounding."""
+    flags += ["--max_train_steps", 4, "--recipe", "latent", "--adam_epsilon", "1e-4", "--learning_rate", "1e-3"]
+    assert run(*flags)[0] == 0
+    two = [*flags, "--train_batch_size", 1, "--output_dir", tmp_path / "two"]
+    result = launch(*two, processes=2, script=ROOT / "train_srl_vae.py")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for ours, theirs in zip(steps(tmp_path / "out"), steps(tmp_path / "two"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+@EVERY_CLASS
+@pytest.mark.parametrize("execution", [["--mixed_precision", "bf16"], ["--torch_compile"]], ids=["bf16", "compiled"])
+def test_other_executions_follow(
+    name: str, run: Run, flags: list[object], execution: list[str], tmp_path: Path
+) -> None:
+    """Oracle: float32 that is not compiled, to the rounding of the precision."""
+    flags += ["--max_train_steps", 2, "--learning_rate", "1e-4"]
+    assert run(*flags)[0] == 0
+    code, printed = run(*flags, *execution, "--output_dir", tmp_path / "other")
+    assert code == 0, printed
+    for one, other in zip(steps(tmp_path / "out"), steps(tmp_path / "other"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=3e-2 if "bf16" in execution else 1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "VQModel" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_every_check_and_attack_of_the_evaluation(name: str, photographs: Path, tmp_path: Path) -> None:
+    """Oracle: the real command: every attack of the strong preset is measured, on the VAE itself too, and each check."""
+    for seed, folder in enumerate(("base", "robust")):
+        small_autoencoder(name, seed=seed).save_pretrained(tmp_path / folder)
+    code = evaluate([
+        "reconstruction", "--baseline", str(tmp_path / "base"), "--vae", f"robust={tmp_path / 'robust'}",
+        "--data_dir", str(photographs), "--resolution", "32", "--num_images", "2", "--attacks", "strong",
+        "--epsilons", "8/255", "--max_attack_steps", "2", "--num_check_images", "2", "--metrics", "psnr", "drift",
+        "latent-travel", "--output_dir", str(tmp_path / "out"),
+    ])  # fmt: skip
+    assert code == 0
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    attacks = {row["attack"] for row in rows if row["vae"] == "robust" and row["threat_model"] == "adaptive"}
+    assert {"pgd-10", "apgd-100", "square-1000", "photoguard-encoder", "mist-textural", "pid"} <= attacks
+    assert all(isinstance(row["value"], float) for row in rows)
+    assert "checks" in (tmp_path / "out/report.html").read_text().lower()

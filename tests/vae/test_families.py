@@ -1,0 +1,114 @@
+"""Every supported class of autoencoder: encoded, scaled, trained and loaded by the same code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import Flux2Pipeline, LTXImageToVideoPipeline, ModelMixin
+from helpers.autoencoders import INSTANCES, small_autoencoder
+from torch import Tensor
+
+from srl_utils.vae.codec import Codec
+from srl_utils.vae.families import FAMILIES, family_of
+from srl_utils.vae.latents import LatentScale
+from srl_utils.vae.networks import LatentEncoder, downsampling_factor
+
+EVERY_CLASS = pytest.mark.parametrize("name", FAMILIES)
+VIDEO = [name for name, family in FAMILIES.items() if family.video]
+
+
+def encoded(vae: ModelMixin, images: Tensor) -> Tensor:
+    """What diffusers' own encoder gives: the posterior's mean, or the point."""
+    output = vae.encode(images)
+    return output.latent_dist.mean if "latent_dist" in output else next(iter(output.values()))
+
+
+def test_every_class_has_an_instance() -> None:
+    """Oracle: specification."""
+    assert INSTANCES.keys() == FAMILIES.keys()
+
+
+@EVERY_CLASS
+def test_codec_is_the_vae_itself(name: str, images) -> None:
+    """Oracle: diffusers' own encode and decode, exactly; the gradient reaches the pixels, which attacks need."""
+    vae, clean = small_autoencoder(name), images(2, 32)
+    codec, family = Codec.of(vae, "judged"), FAMILIES[name]
+    with torch.no_grad():
+        latents = encoded(vae, clean.unsqueeze(2) if family.video else clean)
+        reconstructions = vae.decode(latents, **family.decoding).sample
+    assert torch.equal(codec.encode(clean), latents.squeeze(2) if family.video else latents)
+    assert torch.equal(codec.reconstruct(clean), reconstructions.squeeze(2) if family.video else reconstructions)
+    assert downsampling_factor(vae) == 32 // latents.shape[-1]
+    shown = clean.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(codec.reconstruct(shown).square().sum(), shown)
+    assert (gradient.flatten(1).abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_clips_keep_their_frames(name: str, images) -> None:
+    """Oracle: diffusers' own encode and decode of a clip of nine frames."""
+    vae, clip = small_autoencoder(name), images(9, 32).transpose(0, 1)[None]
+    with torch.no_grad():
+        latents = encoded(vae, clip)
+        assert torch.equal(Codec.of(vae, "judged").encode(clip), latents)
+        assert torch.equal(Codec.of(vae, "judged").reconstruct(clip), vae.decode(latents).sample)
+
+
+@EVERY_CLASS
+def test_the_encoders_side_is_what_gradients_reach_before_the_latent(name: str, images) -> None:
+    """Oracle: autograd: parameters of the trained parts move the latents, and no others do."""
+    vae = small_autoencoder(name)
+    encoder = LatentEncoder(vae)
+    encoder(images(1, 32)).square().sum().backward()
+    reached = {key.partition(".")[0] for key, parameter in vae.named_parameters() if parameter.grad is not None}
+    assert reached == {part for part in family_of(vae).trained if getattr(vae, part, None) is not None}
+    assert {key.partition(".")[0] for key, _ in encoder.named_parameters()} == reached
+
+
+def flux2_scale(vae: ModelMixin, latents: Tensor) -> Tensor:
+    patches = Flux2Pipeline._patchify_latents(latents)
+    deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+    normal = (patches - vae.bn.running_mean.view(1, -1, 1, 1)) / deviation.view(1, -1, 1, 1)
+    return Flux2Pipeline._unpatchify_latents(normal)
+
+
+def statistics_scale(vae: ModelMixin, latents: Tensor) -> Tensor:
+    """As the pipelines of Wan and Qwen-Image compute it."""
+    mean, deviation = (torch.tensor(vae.config[entry]).view(1, -1, 1, 1) for entry in ("latents_mean", "latents_std"))
+    return (latents - mean) * (1 / deviation)
+
+
+def ltx_scale(vae: ModelMixin, latents: Tensor) -> Tensor:
+    normal = LTXImageToVideoPipeline._normalize_latents(latents.unsqueeze(2), vae.latents_mean, vae.latents_std)
+    return normal.squeeze(2)
+
+
+SCALES = {
+    "AutoencoderKLFlux2": flux2_scale,
+    "AutoencoderKLWan": statistics_scale,
+    "AutoencoderKLQwenImage": statistics_scale,
+    "AutoencoderKLLTXVideo": ltx_scale,
+}
+
+
+@EVERY_CLASS
+def test_scale_is_that_of_the_pipeline(name: str, images) -> None:
+    """Oracle: the pipelines' own helpers or formulas, the factor of the configuration for the others; and the way back."""
+    vae = small_autoencoder(name)
+    for buffer in vae.buffers():  # statistics as of a trained VAE
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(0))
+    latents = Codec.of(vae, "judged").encode(images(2, 32)).detach()
+    scale = LatentScale.of(vae)
+    own = SCALES.get(name, lambda vae, latents: latents * vae.config.scaling_factor)
+    torch.testing.assert_close(scale.scale(latents), own(vae, latents))
+    torch.testing.assert_close(scale.unscale(scale.scale(latents)), latents)
+    if FAMILIES[name].video:
+        torch.testing.assert_close(scale.scale(latents.unsqueeze(2)).squeeze(2), scale.scale(latents))
+
+
+def test_inverted_factor() -> None:
+    """Oracle: diffusers' pipeline of CogVideoX 1.5, which divides by the factor."""
+    vae = small_autoencoder("AutoencoderKLCogVideoX")
+    vae.register_to_config(invert_scale_latents=True, scaling_factor=0.5)
+    assert torch.equal(LatentScale.of(vae).scale(torch.ones(1, 4, 2, 2)), torch.full((1, 4, 2, 2), 2.0))
