@@ -73,6 +73,7 @@ from srl_utils.training.cli.run import Run, Stop, validate
 from srl_utils.training.execution import check_execution
 from srl_utils.training.interruption import Interruption
 from srl_utils.training.resuming import Earlier
+from srl_utils.vae.families import family_of
 from srl_utils.vae.loading import HALF_PRECISION, load_autoencoder, read_config
 from srl_utils.vae.networks import check_resolution
 
@@ -499,9 +500,9 @@ def check(args: argparse.Namespace) -> tuple[ModelMixin, Earlier | None]:
     DataSource.from_flags(args).check()
     check_resolution(args.resolution, read_config(autoencoder_source(args)))
     vae = load_autoencoder(autoencoder_source(args))
-    if args.gradient_checkpointing and not vae._supports_gradient_checkpointing:  # diffusers has no public query
+    if args.gradient_checkpointing and not family_of(vae).checkpointing:
         raise UserError(
-            f"--gradient_checkpointing: diffusers has none for {type(vae).__name__}; take a smaller --train_batch_size with "
+            f"--gradient_checkpointing: diffusers has none that works for {type(vae).__name__}; take a smaller --train_batch_size with "
             "--gradient_accumulation_steps, or --attack_batch_size"
         )
     return vae, earlier

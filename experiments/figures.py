@@ -65,7 +65,7 @@ def reconstruction_figure(results: Results, attack: str) -> Figure:
 def edits_figure(attacked: Mapping[str, Results]) -> Figure:
     """Return bars of the share of an attack's damage to edits that is won back, in FID, for both threat models."""
     figure = Figure(figsize=(9, 5))
-    for ax, threat in zip(figure.subplots(2, 1), (TRANSFER, ADAPTIVE), strict=True):
+    for ax, threat in zip(figure.subplots(2, 1, sharey=True), (TRANSFER, ADAPTIVE), strict=True):
         values = {
             attack: {
                 vae: [100 * share for share in won_back(results, vae, attack, threat, "fid")]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import lpips
 import torch
 from diffusers import ModelMixin
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from srl_utils.vae.networks import LatentDecoder, LatentEncoder, latent_shape
@@ -81,8 +80,8 @@ def step_arithmetic(
         latent_distance: whether it has the distance of attacked latents.
         latent_attack_share: share of the images that are attacked on their latents.
     """
-    with FakeTensorMode():  # shapes alone
-        twin = type(vae).from_config(vae.config)
+    with torch.device("meta"):
+        twin = type(vae).from_config(vae.config).to("meta")  # some classes make a buffer elsewhere
         image = torch.empty(1, 3, resolution, resolution)
         latent = torch.empty(1, *latent_shape(LatentEncoder(twin), image))
         perceptual = lpips.LPIPS(net=lpips_net, pretrained=False, pnet_rand=True, verbose=False) if lpips_net else None

@@ -46,6 +46,8 @@ class Family:
         kind: the class.
         down_sampling: image pixels per latent pixel along a side, by configuration.
         trained: its submodules on the encoder's side; those that are None are left out. All others are frozen.
+        checkpointing: whether diffusers can leave out its activations and compute the same. It has a mode for
+            `AutoencoderTiny` too, in which the encoder does not bring images to [0,1].
         video: whether it takes `[N,3,T,H,W]`; an image is a clip of one frame.
         decoding: further arguments of `decode` for single images.
     """
@@ -53,6 +55,7 @@ class Family:
     kind: type[ModelMixin]
     down_sampling: Callable[[Config], int] = BLOCKS
     trained: Sequence[str] = ("encoder", "quant_conv")
+    checkpointing: bool = True
     video: bool = False
     decoding: Mapping[str, Any] = field(default_factory=dict)
 
@@ -61,14 +64,25 @@ FAMILIES = {
     family.kind.__name__: family
     for family in (
         Family(kind=AutoencoderKL),
-        Family(kind=AsymmetricAutoencoderKL, down_sampling=halvings("down_block_out_channels")),
+        Family(
+            kind=AsymmetricAutoencoderKL, down_sampling=halvings("down_block_out_channels"), checkpointing=False
+        ),
         Family(kind=AutoencoderKLFlux2),
         Family(kind=AutoencoderKLTemporalDecoder, decoding={"num_frames": 1}),
-        Family(kind=AutoencoderDC, down_sampling=halvings("encoder_block_out_channels"), trained=("encoder",)),
-        Family(kind=AutoencoderTiny, down_sampling=halvings("encoder_block_out_channels"), trained=("encoder",)),
-        Family(kind=VQModel),
-        Family(kind=AutoencoderKLWan, down_sampling=lambda config: config["scale_factor_spatial"], video=True),
-        Family(kind=AutoencoderKLQwenImage, down_sampling=halvings("dim_mult"), video=True),
+        Family(
+            kind=AutoencoderDC, down_sampling=halvings("encoder_block_out_channels"), trained=("encoder",),
+            checkpointing=False,
+        ),
+        Family(
+            kind=AutoencoderTiny, down_sampling=halvings("encoder_block_out_channels"), trained=("encoder",),
+            checkpointing=False,
+        ),
+        Family(kind=VQModel, checkpointing=False),
+        Family(
+            kind=AutoencoderKLWan, down_sampling=lambda config: config["scale_factor_spatial"], checkpointing=False,
+            video=True,
+        ),
+        Family(kind=AutoencoderKLQwenImage, down_sampling=halvings("dim_mult"), checkpointing=False, video=True),
         Family(
             kind=AutoencoderKLHunyuanVideo, down_sampling=lambda config: config["spatial_compression_ratio"], video=True
         ),

@@ -412,7 +412,7 @@ def test_images_that_replace_changes_nothing_in_are_left_out(world, tmp_path: Pa
 
 
 def test_a_vae_that_the_pipeline_cannot_take_is_left_out(world, tmp_path: Path, capsys) -> None:
-    """Oracle: specification; other channels, another class: a note for each, and an error where none is left."""
+    """Oracle: specification; other channels, another scale: a note for each, and an error where none is left."""
     small_vae(latent_channels=8).save_pretrained(tmp_path / "eight")
     AutoencoderTiny(latent_channels=4).save_pretrained(tmp_path / "taesd")
     few = ["--metrics", "psnr", "--strengths", "0.5", "--num_images", "2"]
@@ -421,7 +421,7 @@ def test_a_vae_that_the_pipeline_cannot_take_is_left_out(world, tmp_path: Path, 
     assert {key[0] for key in rows_of(tmp_path / "out")} == {"original", "robust"}
     report = (tmp_path / "out/report.md").read_text()
     assert "eight was left out: --pipeline cannot work with eight: this VAE does not fit" in report
-    assert "taesd is of class AutoencoderTiny; only an AutoencoderKL can be exchanged" in report
+    assert "cannot work with taesd: this VAE does not fit the pipeline: scaling_factor 1.0 instead of" in report
     assert exit_code(lambda: command.main(["generation", *world, *few, "--vae", *others])) == 2
     assert "eight was left out" in capsys.readouterr().err
 
