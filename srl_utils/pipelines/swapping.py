@@ -18,7 +18,7 @@ from torch import nn
 
 from srl_utils.errors import UserError, WrongType
 from srl_utils.pipelines.precision import fit_for
-from srl_utils.vae.families import FAMILIES, family_of
+from srl_utils.vae.families import FAMILIES, family_of, find_family
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 from srl_utils.vae.networks import downsampling_factor
 
@@ -150,7 +150,7 @@ def resolve_vae(
         WrongType: a TypeError, if it is neither.
         UserError: a ValueError, if it cannot be loaded; see `load_autoencoder`.
     """
-    if type(vae).__name__ in FAMILIES:
+    if isinstance(vae, ModelMixin) and find_family(vae):
         return vae
     if not isinstance(vae, (str, PathLike)):
         raise WrongType(
@@ -164,7 +164,7 @@ def resolve_vae(
 
 def _vae_of(pipe: DiffusionPipeline) -> ModelMixin:
     vae = getattr(pipe, "vae", None)
-    if type(vae).__name__ not in FAMILIES:
+    if find_family(vae) is None:
         raise WrongType(
             f"the VAE of this {type(pipe).__name__} is {type(vae).__name__}; supported are {', '.join(FAMILIES)}"
         )

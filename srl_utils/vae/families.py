@@ -96,13 +96,19 @@ FAMILIES = {
 """The supported classes by name."""
 
 
+def find_family(vae: object) -> Family | None:
+    """Return the description of a VAE's class or of one that it is derived from; None for all else."""
+    kinds = (kind.__name__ for kind in type(vae).__mro__)
+    return next((FAMILIES[kind] for kind in kinds if kind in FAMILIES), None)
+
+
 def family_of(vae: ModelMixin) -> Family:
-    """Return the description of a VAE's class.
+    """Return the description of a VAE's class or of one that it is derived from.
 
     Raises:
-        UserError: if the class is not supported.
+        UserError: if none is supported.
     """
-    return named_family(type(vae).__name__, "this VAE")
+    return find_family(vae) or named_family(type(vae).__name__, "this VAE")
 
 
 def named_family(name: str, owner: str) -> Family:

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from diffusers import ModelMixin
+from diffusers import AutoencoderKL, ModelMixin
 from helpers.autoencoders import small_autoencoder
 from helpers.modern_pipelines import KINDS, build_pipeline, run_pipeline
 from helpers.runs import draw_images
+from helpers.small_pipelines import build_pipeline as build_sd_pipeline
 from PIL import Image
 
 from srl_utils import robust_vae, robustify, sanitize, swap_vae
@@ -63,3 +64,16 @@ def test_sanitize_takes_any_size(name: str) -> None:
         expected = vae.decode(latents, **family.decoding).sample.clamp(-1, 1)
     cleaned = sanitize((image[0] + 1) / 2, vae)
     torch.testing.assert_close(cleaned, (expected.reshape(3, 32, 32) + 1) / 2, rtol=0, atol=1e-5)
+
+
+def test_a_derived_class_is_one_of_its_base() -> None:
+    """Oracle: the base's family, and a swap that takes an object of the derived class."""
+
+    class Derived(AutoencoderKL):
+        """A user's own."""
+
+    pipe = build_sd_pipeline("sd")
+    vae = Derived.from_config(pipe.vae.config)
+    assert family_of(vae) is FAMILIES["AutoencoderKL"]
+    swap_vae(pipe, vae)
+    assert pipe.vae is vae
