@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,20 +15,22 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from accelerate.hooks import ModelHook
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
 from srl_utils.errors import UserError, WrongType
 from srl_utils.pipelines.precision import fit_for
 from srl_utils.vae.families import FAMILIES, family_of, find_family
+from srl_utils.vae.files import LATENT_CHANNELS, short
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 from srl_utils.vae.networks import downsampling_factor
 
-STRUCTURE = ("in_channels", "out_channels", "latent_channels")
+STRUCTURE = ("in_channels", "out_channels", *LATENT_CHANNELS)
 FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "invert_scale_latents")
-STATISTICS = ("bn.running_mean", "bn.running_var", "latents_mean", "latents_std")
+BUFFERS = ("bn.running_mean", "bn.running_var", "latents_mean", "latents_std")
 """Buffers that hold factors: of Flux 2 and of LTX."""
+STATISTICS = tuple(f"the buffer {name}" for name in BUFFERS)
 # Attributes that enable_slicing, enable_tiling and their users set on a VAE.
-MEMORY_SETTINGS = re.compile("use_slicing|use_tiling|tile_.*")
+MEMORY_SETTINGS = re.compile(r"use_(slicing|tiling|framewise_\w+)|tile_.*|num_\w+_batch_size")
 # Parts of the architecture that do not show in the shape of any weight.
 SHAPELESS = ("act_fn", "norm_num_groups")
 COMPILED = "_orig_mod"  # torch.compile has no public way back to the module that it wraps
@@ -193,20 +196,36 @@ def _check_newcomer(candidate: ModelMixin, pipe: DiffusionPipeline, allow_mismat
 
 
 def _check_fit(candidate: ModelMixin, present: ModelMixin, allow_mismatch: bool) -> None:
+    lacking = _decoding_options(present) - _decoding_options(candidate)
+    if lacking:
+        kinds = f"a {type(candidate).__name__} cannot replace a {type(present).__name__}"
+        raise UserError(f"{kinds}: its decode takes no {', '.join(sorted(lacking))}")
     wanted, got = _signature(present), _signature(candidate)
-    differing = [name for name in wanted if got.get(name) != wanted[name]]
+    differing = [name for name in wanted | got if not _alike(got.get(name), wanted.get(name))]
     refused = [name for name in differing if not (allow_mismatch and name in (*FACTORS, *STATISTICS))]
     if not refused:
         return
-    listed = ", ".join(f"{name} {got.get(name)} instead of {wanted[name]}" for name in refused)
+    listed = ", ".join(f"{name} {short(got.get(name))} instead of {short(wanted.get(name))}" for name in refused)
     hint = " (allow_mismatch=True accepts other factors)" if set(refused) <= {*FACTORS, *STATISTICS} else ""
     raise UserError(f"this VAE does not fit the pipeline: {listed}{hint}")
+
+
+def _decoding_options(vae: ModelMixin) -> set[str]:
+    """Return the names of the arguments of `decode` beside the latents; pipelines hand them over."""
+    return set(list(inspect.signature(type(vae).decode).parameters)[2:])
+
+
+def _alike(value: Any, other: Any) -> bool:
+    """Return whether two entries are equal; statistics may have been rounded to bfloat16."""
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return value.shape == other.shape and torch.allclose(value.cpu().float(), other.cpu().float(), rtol=2**-7)
+    return type(value) is type(other) and value == other
 
 
 def _signature(vae: ModelMixin) -> dict[str, Any]:
     """Return what two VAEs must have in common to serve the same diffusion model."""
     signature = {name: vae.config.get(name) for name in (*STRUCTURE, *FACTORS)}
-    signature |= {name: buffer.tolist() for name, buffer in vae.named_buffers() if name in STATISTICS}
+    signature |= {f"the buffer {name}": buffer for name, buffer in vae.named_buffers() if name in BUFFERS}
     signature["shift_factor"] = signature["shift_factor"] or None  # 0 and None both mean no shift
     signature["down-sampling"] = downsampling_factor(vae)
     signature["frames"] = family_of(vae).video

@@ -1,12 +1,12 @@
 """What the method needs to know of each class of autoencoder in diffusers: one row of `FAMILIES` per class.
 
-A further class needs a row here and a small random instance in `tests/vae/instances.py`; the tests run on every row.
+A further class needs a row here and a small random instance in `tests/helpers/autoencoders.py`; the tests run on every row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers import (
@@ -24,6 +24,7 @@ from diffusers import (
     ModelMixin,
     VQModel,
 )
+from torch import Tensor
 
 from srl_utils.errors import UserError
 
@@ -36,6 +37,19 @@ def halvings(entry: str) -> Callable[[Config], int]:
 
 
 BLOCKS = halvings("block_out_channels")
+CHANNELS = ("in_channels", "input_channels", "out_channels")
+"""Entries that tell the channels of an image; each class has some of them."""
+
+
+def ltx_down_sampling(config: Config) -> int:
+    """Return the down-sampling of LTX, which later configurations name themselves."""
+    stated = config.get("spatial_compression_ratio")
+    return stated or config["patch_size"] * 2 ** sum(config["spatio_temporal_scaling"])
+
+
+def ltx_decoding(config: Config, latents: Tensor) -> Mapping[str, Any]:
+    """Return the time 0 for decoders that also denoise, as the pipelines of LTX do by default."""
+    return {"temb": latents.new_zeros(len(latents))} if config.get("timestep_conditioning") else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +63,8 @@ class Family:
         checkpointing: whether diffusers can leave out its activations and compute the same. It has a mode for
             `AutoencoderTiny` too, in which the encoder does not bring images to [0,1].
         video: whether it takes `[N,3,T,H,W]`; an image is a clip of one frame.
-        decoding: further arguments of `decode` for single images.
+        patch: entry of the configuration with the side of the pixel patches that its channels hold, if any.
+        decoding: further arguments of `decode` for single images, by configuration and latents.
     """
 
     kind: type[ModelMixin]
@@ -57,7 +72,13 @@ class Family:
     trained: Sequence[str] = ("encoder", "quant_conv")
     checkpointing: bool = True
     video: bool = False
-    decoding: Mapping[str, Any] = field(default_factory=dict)
+    patch: str | None = None
+    decoding: Callable[[Config, Tensor], Mapping[str, Any]] = lambda config, latents: {}
+
+    def image_channels(self, config: Config) -> set[int]:
+        """Return the channels of the images that it takes and makes."""
+        area = ((config[self.patch] if self.patch else None) or 1) ** 2
+        return {config[entry] // area for entry in CHANNELS if entry in config}
 
 
 FAMILIES = {
@@ -68,7 +89,7 @@ FAMILIES = {
             kind=AsymmetricAutoencoderKL, down_sampling=halvings("down_block_out_channels"), checkpointing=False
         ),
         Family(kind=AutoencoderKLFlux2),
-        Family(kind=AutoencoderKLTemporalDecoder, decoding={"num_frames": 1}),
+        Family(kind=AutoencoderKLTemporalDecoder, decoding=lambda config, latents: {"num_frames": 1}),
         Family(
             kind=AutoencoderDC, down_sampling=halvings("encoder_block_out_channels"), trained=("encoder",),
             checkpointing=False,
@@ -80,7 +101,7 @@ FAMILIES = {
         Family(kind=VQModel, checkpointing=False),
         Family(
             kind=AutoencoderKLWan, down_sampling=lambda config: config["scale_factor_spatial"], checkpointing=False,
-            video=True,
+            video=True, patch="patch_size",
         ),
         Family(kind=AutoencoderKLQwenImage, down_sampling=halvings("dim_mult"), checkpointing=False, video=True),
         Family(
@@ -89,7 +110,7 @@ FAMILIES = {
         Family(kind=AutoencoderKLCogVideoX, video=True),
         Family(
             kind=AutoencoderKLLTXVideo, trained=("encoder",), video=True,
-            down_sampling=lambda config: config["patch_size"] * 2 ** sum(config["spatio_temporal_scaling"]),
+            down_sampling=ltx_down_sampling, decoding=ltx_decoding,
         ),
     )
 }  # fmt: skip

@@ -41,8 +41,10 @@ def completed_config(config: dict[str, Any], kind: type[ModelMixin], name: str) 
     defaults = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
     complete = {**defaults, **config}
     for key, default in defaults.items():
-        if not _possible(complete[key], default, LARGEST_DEPTH if DEPTHS.search(key) else LARGEST_INTEGER):
-            raise UserError(f"the configuration of '{name}' cannot be: its {key} is {_short(complete[key])}")
+        deep = DEPTHS.search(key) is not None
+        largest, least_entry = (LARGEST_DEPTH, 0) if deep else (LARGEST_INTEGER, 1)  # a level may have no layers
+        if not _possible(complete[key], default, largest, least_entry=least_entry):
+            raise UserError(f"the configuration of '{name}' cannot be: its {key} is {short(complete[key])}")
     if not complete.get("scaling_factor", 1.0) > 0:
         raise UserError(f"the configuration of '{name}' cannot be: its scaling_factor is {complete['scaling_factor']}")
     _check_statistics(complete, name)
@@ -65,12 +67,12 @@ def _check_statistics(config: dict[str, Any], name: str) -> None:
     for key, values in statistics.items():
         if not isinstance(values, (tuple, list)) or len(values) != channels:
             raise UserError(
-                f"the configuration of '{name}' cannot be: its {key} is {_short(values)}; give a list of "
+                f"the configuration of '{name}' cannot be: its {key} is {short(values)}; give a list of "
                 f"{channels} numbers, one for each latent channel"
             )
     deviations = config["latents_std"]
     if not min(deviations) > 0:
-        raise UserError(f"the configuration of '{name}' cannot be: its latents_std is {_short(deviations)}")
+        raise UserError(f"the configuration of '{name}' cannot be: its latents_std is {short(deviations)}")
 
 
 def _network(arguments: dict[str, Any], kind: type[ModelMixin], name: str, left_out: list[str]) -> ModelMixin:
@@ -89,16 +91,16 @@ def _network(arguments: dict[str, Any], kind: type[ModelMixin], name: str, left_
     return network
 
 
-def _possible(value: object, default: object, largest: int) -> bool:
+def _possible(value: object, default: object, largest: int, *, least: int = 1, least_entry: int = 1) -> bool:
     """Return whether `value` suits an argument with this default.
 
-    A count is at least 1, a number is finite, and the entries of a list suit the first entry of the default. A default
-    without entries says nothing of them.
+    A number is finite, a count is from `least` to `largest`, or from `least_entry` in a list, and the entries of a list suit
+    the first entry of the default. A default without entries says nothing of them.
     """
     if isinstance(default, bool):
         return isinstance(value, bool)
     if isinstance(default, int):
-        return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= largest
     if isinstance(default, float):
         return isinstance(value, (int, float)) and math.isfinite(value)
     if isinstance(default, (tuple, list)):
@@ -106,7 +108,7 @@ def _possible(value: object, default: object, largest: int) -> bool:
             return False
         if not default:
             return True
-        return len(value) > 0 and all(_possible(entry, default[0], largest) for entry in value)
+        return len(value) > 0 and all(_possible(entry, default[0], largest, least=least_entry) for entry in value)
     if default is None:  # optional entries of a VAE are numbers and lists of numbers
         entries: Sequence[object] = value if isinstance(value, (tuple, list)) else [value]
         return value is None or all(_possible(entry, 0.0, largest) for entry in entries)
@@ -184,6 +186,7 @@ def first_line(error: BaseException) -> str:
     return said if origin is None else f"{said.rstrip('.')} ({first_line(origin)})"
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """Return a value as text of at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -9,7 +9,7 @@ decoder.
 | and `shift_factor` | Stable Diffusion 3, Flux | `(latents - shift_factor) * scaling_factor` |
 | and both `latents_mean` and `latents_std` | Playground 2.5 (XL) | `(latents - mean) * scaling_factor / std` |
 | these two alone | Wan, Qwen-Image | `(latents - mean) / std` |
-| and `invert_scale_latents` | CogVideoX 1.5 | `latents / scaling_factor` |
+| and `invert_scale_latents` | CogVideoX 1.5, the image of image-to-video | `latents / scaling_factor` |
 | buffers `latents_mean` and `latents_std` | LTX | `(latents - mean) * scaling_factor / std` |
 | buffers `bn.running_mean` and `bn.running_var` | Flux 2 | of 2x2 patches, `(latents - mean) / sqrt(var + eps)` |
 
@@ -60,7 +60,11 @@ class LatentScale:
             return cls(vae.bn.running_mean.clone(), 1 / deviation, vae.config.patch_size[0])
         if isinstance(vae, AutoencoderKLLTXVideo):
             return cls(vae.latents_mean.clone(), vae.config.scaling_factor / vae.latents_std)
-        if vae.config.get("invert_scale_latents"):
+        if (
+            pipe is not None
+            and vae.config.get("invert_scale_latents")
+            and looks_at(pipe.__class__, "invert_scale_latents")
+        ):
             return cls(factor=1 / vae.config.scaling_factor)
         return cls.configured(vae.config, pipe)
 

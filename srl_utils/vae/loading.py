@@ -18,8 +18,6 @@ from srl_utils.vae.files import check_parameters, completed_config, first_line, 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 RGB = 3
-CHANNELS = ("in_channels", "input_channels", "out_channels")
-"""Entries that tell the channels of an image; each class has some of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +55,10 @@ def read_config(source: AutoencoderSource) -> dict[str, Any]:
             hint += "; there is no such folder here, and no such model was read from the Hub"
         raise fault(f"no VAE configuration at '{name}': {reason}{hint}") from None
     said = config.get("_class_name", "configuration of no known class") if isinstance(config, dict) else "list"
-    config = completed_config(config, named_family(str(said), f"'{name}'").kind, name)
-    for channels in (config.get(entry, RGB) for entry in CHANNELS):
-        if channels != RGB:
-            raise UserError(f"'{name}' takes or makes images of {channels} channels; only RGB is supported")
+    family = named_family(str(said), f"'{name}'")
+    config = completed_config(config, family.kind, name)
+    for channels in family.image_channels(config) - {RGB}:
+        raise UserError(f"'{name}' takes or makes images of {channels} channels; only RGB is supported")
     return config
 
 

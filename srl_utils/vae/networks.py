@@ -105,7 +105,9 @@ class LatentDecoder(nn.Module):
         still = self.family.video and latents.ndim == 4
         with autocast(latents, self.autocast_dtype):
             output = self.whole[0].decode(
-                latents.unsqueeze(2) if still else latents, return_dict=False, **self.family.decoding
+                latents.unsqueeze(2) if still else latents,
+                return_dict=False,
+                **self.family.decoding(self.whole[0].config, latents),
             )
         return full_precision(output[0].squeeze(2) if still else output[0])
 
@@ -134,7 +136,7 @@ def frozen_copy(network: NETWORK, rebuild: Callable[[NETWORK], NETWORK] = lambda
     twin = rebuild(copy.deepcopy(network, {id(part): part for part in others}).requires_grad_(False).eval())
     if twin.autocast_dtype is not None:
         for layer in twin.modules():
-            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            if isinstance(layer, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)):
                 layer.to(twin.autocast_dtype)
     return twin
 

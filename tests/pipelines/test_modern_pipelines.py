@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from helpers.small_pipelines import build_pipeline as build_sd_pipeline
 from PIL import Image
 
 from srl_utils import robust_vae, robustify, sanitize, swap_vae
+from srl_utils.errors import UserError
 from srl_utils.vae.families import FAMILIES, family_of
 
 EVERY_KIND = pytest.mark.parametrize("name", KINDS)
@@ -61,9 +63,32 @@ def test_sanitize_takes_any_size(name: str) -> None:
         shown = image.unsqueeze(2) if family.video else image
         output = vae.encode(shown)
         latents = output.latent_dist.mean if "latent_dist" in output else next(iter(output.values()))
-        expected = vae.decode(latents, **family.decoding).sample.clamp(-1, 1)
+        expected = vae.decode(latents, **family.decoding(vae.config, latents)).sample.clamp(-1, 1)
     cleaned = sanitize((image[0] + 1) / 2, vae)
     torch.testing.assert_close(cleaned, (expected.reshape(3, 32, 32) + 1) / 2, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux2", "ltx image-to-video"])
+def test_statistics_may_be_rounded(name: str, tmp_path: Path) -> None:
+    """Oracle: the same VAE from a folder, in float32, fits a pipeline in bfloat16; one with other statistics does not."""
+    pipe = build_pipeline(name)
+    for buffer in pipe.vae.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(0))
+    pipe.vae.save_pretrained(tmp_path)
+    pipe.to(torch.bfloat16)
+    swap_vae(pipe, tmp_path)
+    assert pipe.vae.dtype == torch.bfloat16
+    with pytest.raises(UserError, match=r"the buffer .* instead of"):
+        swap_vae(pipe, small_autoencoder(KINDS[name].vae))
+
+
+@pytest.mark.parametrize("other", ["AutoencoderKLTemporalDecoder", "VQModel"])
+def test_a_vae_that_the_pipeline_cannot_call_is_refused(other: str) -> None:
+    """Oracle: what Stable Diffusion hands to `decode`."""
+    pipe = build_sd_pipeline("sd")
+    with pytest.raises(UserError, match=f"a {other} cannot replace a AutoencoderKL: its decode takes no generator"):
+        swap_vae(pipe, small_autoencoder(other))
 
 
 def test_a_derived_class_is_one_of_its_base() -> None:

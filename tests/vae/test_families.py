@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import Flux2Pipeline, LTXImageToVideoPipeline, ModelMixin
-from helpers.autoencoders import INSTANCES, small_autoencoder
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    Flux2Pipeline,
+    LTXImageToVideoPipeline,
+    ModelMixin,
+)
+from helpers.autoencoders import INSTANCES, STATISTICS, small_autoencoder
+from helpers.modern_pipelines import build_pipeline
 from torch import Tensor
 
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.families import FAMILIES, family_of
 from srl_utils.vae.latents import LatentScale
+from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 from srl_utils.vae.networks import LatentEncoder, downsampling_factor
 
 EVERY_CLASS = pytest.mark.parametrize("name", FAMILIES)
@@ -35,7 +46,7 @@ def test_codec_is_the_vae_itself(name: str, images) -> None:
     codec, family = Codec.of(vae, "judged"), FAMILIES[name]
     with torch.no_grad():
         latents = encoded(vae, clean.unsqueeze(2) if family.video else clean)
-        reconstructions = vae.decode(latents, **family.decoding).sample
+        reconstructions = vae.decode(latents, **family.decoding(vae.config, latents)).sample
     assert torch.equal(codec.encode(clean), latents.squeeze(2) if family.video else latents)
     assert torch.equal(codec.reconstruct(clean), reconstructions.squeeze(2) if family.video else reconstructions)
     assert downsampling_factor(vae) == 32 // latents.shape[-1]
@@ -107,8 +118,49 @@ def test_scale_is_that_of_the_pipeline(name: str, images) -> None:
         torch.testing.assert_close(scale.scale(latents.unsqueeze(2)).squeeze(2), scale.scale(latents))
 
 
-def test_inverted_factor() -> None:
-    """Oracle: diffusers' pipeline of CogVideoX 1.5, which divides by the factor."""
-    vae = small_autoencoder("AutoencoderKLCogVideoX")
-    vae.register_to_config(invert_scale_latents=True, scaling_factor=0.5)
-    assert torch.equal(LatentScale.of(vae).scale(torch.ones(1, 4, 2, 2)), torch.full((1, 4, 2, 2), 2.0))
+VARIANTS = {
+    "patches of pixels (Wan 2.2)": lambda: AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True], scale_factor_spatial=4,
+        patch_size=2, in_channels=12, out_channels=12, **STATISTICS,
+    ),
+    "a level without layers (DC-AE)": lambda: AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8, 16),
+        decoder_block_out_channels=(8, 8, 16), encoder_layers_per_block=(0, 1, 1), decoder_layers_per_block=(0, 1, 1),
+        encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()),
+    ),
+    "a decoder that denoises (LTX 0.9.5)": lambda: AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8), layers_per_block=(1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1), spatio_temporal_scaling=(True, True, False), patch_size=2,
+        decoder_spatio_temporal_scaling=(True, False), decoder_inject_noise=(False, False, False),
+        upsample_residual=(False, False), upsample_factor=(1, 1), down_block_types=("LTXVideo095DownBlock3D",) * 3,
+        downsample_type=("spatial", "temporal", "conv"), timestep_conditioning=True, spatial_compression_ratio=4,
+        temporal_compression_ratio=2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_released_variants(case: str, images, tmp_path: Path) -> None:
+    """Oracle: the down-sampling of the latents, the size of the image, and the weights that were saved."""
+    vae = VARIANTS[case]().eval()
+    vae.save_pretrained(tmp_path)
+    loaded = load_autoencoder(AutoencoderSource(pretrained_model_name_or_path=str(tmp_path)))
+    codec, clean = Codec.of(loaded, "judged"), images(2, 32)
+    with torch.no_grad():
+        latents = codec.encode(clean)
+        assert codec.decoder(latents).shape == clean.shape
+        torch.testing.assert_close(latents, Codec.of(vae, "saved").encode(clean))
+    assert downsampling_factor(loaded) == 32 // latents.shape[-1]
+
+
+def test_inverted_factor(images) -> None:
+    """Oracle: `prepare_latents` of diffusers' image-to-video pipeline of CogVideoX 1.5, which divides by the factor."""
+    pipe = build_pipeline("cogvideo image-to-video")
+    pipe.vae.register_to_config(invert_scale_latents=True)
+    image = images(1, 32)
+    with torch.no_grad():
+        mean = pipe.vae.encode(image.unsqueeze(2)).latent_dist.mode()
+    scale = LatentScale.of(pipe.vae, pipe)
+    torch.testing.assert_close(scale.scale(mean), mean / pipe.vae_scaling_factor_image)
+    torch.testing.assert_close(LatentScale.of(pipe.vae).scale(mean), mean * pipe.vae.config.scaling_factor)

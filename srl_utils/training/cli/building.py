@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import GradScalerKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, ProjectConfiguration
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -35,6 +35,7 @@ from srl_utils.training.resuming import Settings
 from srl_utils.training.step import Networks, Step, build_networks
 from srl_utils.training.validation import Validation
 from srl_utils.vae.codec import Codec, frozen_codec
+from srl_utils.vae.families import family_of
 from srl_utils.vae.latents import RAW, LatentScale
 from srl_utils.vae.networks import LatentEncoder
 
@@ -57,6 +58,8 @@ def build_accelerator(args: argparse.Namespace, vae: ModelMixin) -> Accelerator:
             # Starting at 2^16 would cost several skipped steps, and ten in a row end the run.
             GradScalerKwargs(init_scale=2.0**10),
             InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+            # Convolutions over time alone have no part in a clip of one frame, and get no gradient.
+            DistributedDataParallelKwargs(find_unused_parameters=family_of(vae).video),
         ],
     )
     if args.allow_tf32:
