@@ -12,32 +12,21 @@ README made from it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from PIL import Image, ImageEnhance
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from miniature.imagenet import NAME, ImageNetLayers
 from miniature.measure import measure_scaling_factor, write_measurements
-from miniature.scenes import draw_dead_leaves, draw_scene
+from miniature.mixture import SIZE, first_images, sample_batches
 from miniature.teacher import FACTOR, FEATURE_CHANNELS, PIXEL_CHANNELS, Teacher
 from miniature.training import BETAS, Loop, autocast, cosine_schedule, descend
-from srl_utils.images.photographs import load_photographs
-from srl_utils.images.pixels import from_pil
 from srl_utils.metrics.losses import FeatureDistance
 from srl_utils.vae.layers import with_compilable_layers
 
-SIZE = 64
-PHOTOGRAPH_SIDE = 512  # pixels of the shorter side; the smallest crops show photographs at full resolution
-# Shares of a batch. Photographs have the statistics that the measurements use, dead leaves prevent overfitting to
-# twelve photographs, and scenes are what the miniature diffusion model draws.
-SHARES = {"scene": 0.5, "dead leaves": 0.15, "photograph": 0.35}
 TEACHER_SAMPLES = 512
 LATENT_NOISE = 0.15
 """Of the teacher's latents that the decoder sees, in each channel's standard deviation."""
@@ -125,7 +114,7 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
     if args.torch_compile:
         with_compilable_layers(vae)
         taught, joint, hinge = torch.compile(taught), torch.compile(joint), torch.compile(hinge)
-    batches = sample_batches(args, loop.step)
+    batches = sample_batches(args, loop.step, total_steps(args))
 
     def update(step: int) -> dict[str, Tensor]:
         adversarial = step >= args.teaching_steps + args.joint_steps
@@ -166,8 +155,7 @@ class AutoencoderLosses:
     def build(cls, args: argparse.Namespace) -> AutoencoderLosses:
         """Load the ImageNet network, and find the teacher's components in the first samples."""
         layers = ImageNetLayers().to(args.device)
-        samples = Mixture(args.seed)
-        images = torch.stack([samples[number][0] for number in range(TEACHER_SAMPLES)]).to(args.device)
+        images = first_images(args.seed, TEACHER_SAMPLES).to(args.device)
         return cls(Teacher(layers, images), FeatureDistance(layers, NAME))
 
     def taught(self, vae: AutoencoderKL, images: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -182,7 +170,7 @@ class AutoencoderLosses:
         noisy = wanted + LATENT_NOISE * self.teacher.spread(wanted) * noise
         reconstruction = vae.decode(noisy).sample.float()
         alignment = self.misalignment(vae.encode(images).latent_dist.mean, wanted)
-        return {"alignment": alignment, **self.seen(reconstruction, images)}, reconstruction
+        return {"alignment": alignment, **seen(self.perceptual, reconstruction, images)}, reconstruction
 
     def joint(
         self, vae: AutoencoderKL, discriminator: nn.Module | None, images: Tensor, textured: Tensor, noise: Tensor
@@ -199,23 +187,24 @@ class AutoencoderLosses:
         posterior = vae.encode(images).latent_dist
         reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         alignment = self.misalignment(posterior.mean, self.teacher(images))
-        terms = self.seen(reconstruction, images)
+        terms = seen(self.perceptual, reconstruction, images)
         terms |= {"alignment": ALIGNMENT_WEIGHT * alignment, "KL": KL_WEIGHT * posterior.kl().float().mean()}
         if discriminator is not None:
             realism = discriminator(reconstruction).float().mean(dim=(1, 2, 3))
             terms["adversarial"] = -ADVERSARIAL_WEIGHT * (realism * textured).mean()
         return terms, reconstruction
 
-    def seen(self, reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """Return what is seen of the difference: the L1 distance and that of the features."""
-        with torch.no_grad():
-            features = self.perceptual.features(images)
-        distance = self.perceptual.distance(reconstruction, features).mean()
-        return {"L1": F.l1_loss(reconstruction, images), "perceptual": PERCEPTUAL_WEIGHT * distance}
-
     def misalignment(self, latents: Tensor, wanted: Tensor) -> Tensor:
         """Return the squared distance of latents from the teacher's; quiet channels count more."""
         return ((latents.float() - wanted).square() / self.teacher.spread(wanted)).mean()
+
+
+def seen(perceptual: FeatureDistance, reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """Return what is seen of the difference: the L1 distance and that of the features."""
+    with torch.no_grad():
+        features = perceptual.features(images)
+    distance = perceptual.distance(reconstruction, features).mean()
+    return {"L1": F.l1_loss(reconstruction, images), "perceptual": PERCEPTUAL_WEIGHT * distance}
 
 
 def latent_noise(args: argparse.Namespace, step: int, count: int) -> Tensor:
@@ -234,51 +223,6 @@ def hinge_loss(discriminator: nn.Module, images: Tensor, reconstructions: Tensor
 def total_steps(args: argparse.Namespace) -> int:
     """Return the number of steps of all parts."""
     return args.teaching_steps + args.joint_steps + args.adversarial_steps
-
-
-# --- samples --------------------------------------------------------------------------------------------
-
-
-class Mixture(Dataset):
-    """An endless mixture of training images. Sample i depends on (seed, i) alone.
-
-    A sample is an image `[3,SIZE,SIZE]` in [-1,1] and a number: 0.0 for a scene, 1.0 for an image with texture.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.photographs = load_photographs("train", short_side=PHOTOGRAPH_SIDE)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, float]:
-        rng = np.random.default_rng((self.seed, index, 2))
-        kind = rng.choice(list(SHARES), p=list(SHARES.values()))
-        if kind == "scene":
-            return from_pil(draw_scene(self.seed, index, size=SIZE).image), 0.0
-        if kind == "dead leaves":
-            return from_pil(draw_dead_leaves(self.seed, index, size=SIZE)), 1.0
-        photograph = self.photographs[rng.integers(len(self.photographs))]
-        return from_pil(augmented_crop(rng, photograph)), 1.0
-
-
-def augmented_crop(rng: np.random.Generator, photograph: Image.Image) -> Image.Image:
-    """Return a random crop of a photograph, rotated, mirrored and recoloured at random."""
-    side = int(SIZE * (min(photograph.size) / SIZE) ** (rng.random() ** 1.5))
-    left = int(rng.integers(0, photograph.width - side + 1))
-    top = int(rng.integers(0, photograph.height - side + 1))
-    box = (left, top, left + side, top + side)
-    crop = photograph.resize((SIZE, SIZE), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-    crop = crop.transpose(Image.Transpose(int(rng.integers(0, 7))))
-    if rng.random() < 0.3:
-        crop = Image.merge("RGB", [crop.split()[channel] for channel in rng.permutation(3)])
-    for enhance in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
-        crop = enhance(crop).enhance(float(rng.uniform(0.6, 1.4)))
-    return crop
-
-
-def sample_batches(args: argparse.Namespace, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of the steps from `first_step`: images `[N,3,SIZE,SIZE]` and whether they have texture, `[N]`."""
-    remaining = range(first_step * args.batch_size, total_steps(args) * args.batch_size)
-    return iter(DataLoader(Mixture(args.seed), args.batch_size, sampler=remaining, num_workers=args.num_workers))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

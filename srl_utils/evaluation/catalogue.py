@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -21,18 +21,23 @@ from srl_utils.errors import UserError
 from srl_utils.evaluation.perturbations import (
     AS_PUBLISHED,
     CLEAN,
+    LATENTS,
     MSE,
+    TOKENS,
+    Aim,
     Perturbation,
+    at_reconstructions,
+    attack_on,
     noise,
-    on_reconstruction,
-    reconstruction_attack,
+    pgd_attack,
     settling_pgd,
 )
 from srl_utils.metrics.losses import ImageDistance, PerceptualDistance, ReconstructionLoss
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import frozen
 
-ITERATED = re.compile(r"(?!square-\d+x)(pgd|apgd|square)-([1-9]\d*)(?:x([1-9]\d*))?(-lpips)?")
+ITERATED = re.compile(r"(?!square-\d+x)(pgd|apgd|square)-([1-9]\d*)(?:x([1-9]\d*))?(?:-(lpips|latents|tokens))?")
+ITERATIONS = ("pgd-STEPS[xRESTARTS]", "apgd-STEPS[xRESTARTS]", "square-QUERIES")
 SEVERE = re.compile(r"([a-z-]+?)-([1-5])")
 NOISE = "noise"
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -66,6 +71,10 @@ class AttackResources:
     """Bounds Glaze: LPIPS, or a classifier's features where LPIPS has no weights."""
     target: Tensor | None = None
     """Image that targeted protections imitate instead of their default target, `[1,3,H,W]` in [-1,1]."""
+    continuous: frozenset[str] = frozenset()
+    """Names of the VAEs without tokens."""
+    has_tokens: bool = False
+    """Whether the baseline has some."""
     max_steps: int | None = None
     """Limits the steps of the published protections, which take hundreds."""
 
@@ -81,8 +90,7 @@ class Selection:
 def known_names() -> list[str]:
     """Return the names of presets and attacks, with their parameters in capitals."""
     return [
-        "clean", NOISE, *PRESETS, "pgd-STEPS[xRESTARTS][-lpips]", "apgd-STEPS[xRESTARTS][-lpips]",
-        "square-QUERIES[-lpips]", *(f"{name}[-SEVERITY]" for name in CORRUPTIONS), *PROTECTIONS,
+        "clean", NOISE, *PRESETS, *(f"{name}[-lpips|-latents|-tokens]" for name in ITERATIONS), *(f"{name}[-SEVERITY]" for name in CORRUPTIONS), *PROTECTIONS,
     ]  # fmt: skip
 
 
@@ -129,6 +137,8 @@ def _missing(name: str, resources: AttackResources) -> str | None:
             return "it needs an image to imitate, or a text-to-image pipeline to draw one; give `target` or `pipeline`"
     if name.endswith("-lpips") and resources.perceptual is None:
         return "it needs LPIPS, whose weights are missing"
+    if name.endswith("-tokens") and not resources.has_tokens:
+        return "it needs a baseline with discrete latents"
     if protection and protection.needs_perceptual and resources.bound is None:
         return "it needs LPIPS, whose weights are missing, or a `classifier` in its place"
     return None
@@ -156,21 +166,31 @@ def _expand(name: str, epsilons: Sequence[float], resources: AttackResources) ->
 
 def _iterated(name: str, match: re.Match[str], epsilon: float, resources: AttackResources) -> Perturbation:
     kind, count, restarts = match[1], int(match[2]), int(match[3] or 1)
-    loss = ReconstructionLoss(resources.perceptual, weight=1.0) if match[4] else MSE
+    aim = _aim(match[4], resources)
+    impossible = resources.continuous if aim is TOKENS else frozenset()
     if kind == "pgd":
-        return reconstruction_attack(settling_pgd(epsilon, count, restarts), loss, name=name)
+        made = pgd_attack(settling_pgd(epsilon, count, restarts), aim, name=name)
+        return replace(made, impossible_on=impossible)
     attack: Callable[..., Tensor]
     if kind == "apgd":
         attack = partial(apgd, config=APGDConfig(epsilon=epsilon, num_steps=count, num_restarts=restarts))
     else:
         attack = partial(square_attack, config=SquareConfig(epsilon=epsilon, num_queries=count))
-    return on_reconstruction(
+    made = attack_on(
+        aim,
         name,
         lambda objective, clean, generators: attack(objective, clean, generators=generators),
         epsilon=epsilon,
-        passes=count if kind == "square" else 2 * count * restarts,
-        loss=loss,
+        calls=count if kind == "square" else 2 * count * restarts,
     )
+    return replace(made, impossible_on=impossible)
+
+
+def _aim(suffix: str | None, resources: AttackResources) -> Aim:
+    """Return what an attack whose name ends with `suffix` maximises."""
+    if suffix == "lpips":
+        return at_reconstructions(ReconstructionLoss(resources.perceptual, weight=1.0))
+    return {"latents": LATENTS, "tokens": TOKENS, None: MSE}[suffix]
 
 
 def _corrupted(corruption: Corruption, severity: int) -> Perturbation:

@@ -92,8 +92,8 @@ def compute(
         images: all images, `[n,3,H,W]` in [-1,1], on the CPU.
         seed: with an image's number, it fixes the attack's start and the noise of that image.
         meter: shows the current title and advances by the job's cost.
-        unit: returns the usual distance of two images' latents, in which `latent-travel` is measured; None if the
-            task measures no motion of latents.
+        unit: returns the usual distance of two images' latents, in which `latent-travel` is measured; None if it is
+            not.
 
     Raises:
         UserError: if a VAE returns values that are not finite.
@@ -122,8 +122,9 @@ def _compute(
             for value in values.values():
                 _check_finite(value[:, None], job, codec)
         records = _labelled(cell, codec, numbers, values, variant)
-        if unit is not None and variant == task.variants[0] and cell.perturbation.name != CLEAN.name:
-            records += _labelled(cell, codec, numbers, _motion(job, task, codec, clean, shown, unit(codec), seed))
+        if variant == task.variants[0] and cell.perturbation.name != CLEAN.name:
+            own_unit = None if unit is None else unit(codec)
+            records += _labelled(cell, codec, numbers, _motion(job, task, codec, clean, shown, own_unit, seed))
         yield Measured(codec, variant, outcome, records)
 
 
@@ -141,14 +142,14 @@ def _labelled(
 
 @torch.no_grad()
 def _motion(
-    job: Job, task: Task, codec: Codec, clean: Tensor, shown: Tensor, unit: float, seed: int
+    job: Job, task: Task, codec: Codec, clean: Tensor, shown: Tensor, unit: float | None, seed: int
 ) -> dict[str, Tensor]:
     """Return how far the latents of `codec` moved, of the wanted `MOTION_METRICS`, `[N]` each."""
     wanted = [name for name in MOTION_METRICS if name in task.metrics.names]
     find_goal = job.cell.perturbation.goal if SHARE in wanted else None  # a pipeline may have to draw the target
     with frozen(codec.encoder):
         goal = None if find_goal is None else find_goal(codec, clean, image_generators(seed, job.batch))
-        return motion(codec, clean, shown, unit=unit, wanted=wanted, goal=goal)
+        return motion(codec, clean, shown, wanted=wanted, unit=unit, goal=goal)
 
 
 def measure(

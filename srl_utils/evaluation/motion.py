@@ -10,8 +10,9 @@ from torch import Tensor
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import frozen
 
-TRAVEL, SHARE = "latent-travel", "latent-share"
-MOTION_METRICS = (TRAVEL, SHARE)
+TRAVEL, SHARE, FLIPS = "latent-travel", "latent-share", "token-flips"
+MOTION_METRICS = (TRAVEL, SHARE, FLIPS)
+USE = "codebook-use"
 MOST_IMAGES = 64
 """Images whose distances give the unit of `latent-travel`; more would change the median little."""
 
@@ -32,31 +33,58 @@ def usual_distance(codec: Codec, images: Tensor, batch_size: int) -> float:
     return (distances if distances.any() else latents.norm(dim=1)).median().item()
 
 
+@torch.no_grad()
+def codebook_use(codec: Codec, images: Tensor, batch_size: int) -> float | None:
+    """Return the share of the codes that are tokens of an image; None for continuous latents.
+
+    Args:
+        codec: the VAE.
+        images: `[n,3,H,W]` in [-1,1], on the CPU.
+        batch_size: images encoded at a time.
+    """
+    if codec.codebook is None:
+        return None
+    with frozen(codec.encoder):
+        batches = [codec.codebook.tokens(codec.encode(part.to(codec.device))) for part in images.split(batch_size)]
+    return len(torch.cat(batches).unique()) / len(codec.codebook.codes)
+
+
 def motion(
-    codec: Codec, clean: Tensor, shown: Tensor, *, unit: float, wanted: Sequence[str], goal: Tensor | None = None
+    codec: Codec,
+    clean: Tensor,
+    shown: Tensor,
+    *,
+    wanted: Sequence[str],
+    unit: float | None = None,
+    goal: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return how far perturbed images' latents z' are from those of the clean ones, z, by metric, `[N]` each.
 
     `latent-travel` is |z' - z| over `unit`. `latent-share` is the share of the way from z to the goal g that was
-    gone, 1 - |z' - g| / |z - g|: 1 at the goal, 0 where z' is as far from it as z.
+    gone, 1 - |z' - g| / |z - g|: 1 at the goal, 0 where z' is as far from it as z. `token-flips` is the share of the
+    tokens of discrete latents that changed.
 
     Args:
         codec: the VAE.
         clean: `[N,3,H,W]` in [-1,1], on the VAE's device.
         shown: the perturbed images.
-        unit: the distance of two images' latents, of `usual_distance`.
-        wanted: names of the metrics.
+        wanted: names of the metrics; those that lack what they need are left out.
+        unit: the distance of two images' latents, of `usual_distance`, for `latent-travel`.
         goal: latents that a targeted attack aims at, `[N,C,h,w]`; None for an attack without a target.
     """
-    if goal is None:
-        wanted = [name for name in wanted if name != SHARE]
-    if not wanted:
+    codebook = codec.codebook
+    known = {TRAVEL: unit is not None, SHARE: goal is not None, FLIPS: codebook is not None}
+    if not any(known[name] for name in wanted):
         return {}
     before, after = codec.encode(clean), codec.encode(shown)
-    values = {TRAVEL: _distance(after, before) / unit}
+    values = {}
+    if unit is not None:
+        values[TRAVEL] = _distance(after, before) / unit
     if goal is not None:
         values[SHARE] = 1 - _distance(after, goal) / _distance(before, goal).clamp_min(torch.finfo(before.dtype).tiny)
-    return {name: values[name] for name in wanted}
+    if codebook is not None:
+        values[FLIPS] = codebook.flips(after, codebook.tokens(before))
+    return {name: value for name, value in values.items() if name in wanted}
 
 
 def _distance(latents: Tensor, others: Tensor) -> Tensor:

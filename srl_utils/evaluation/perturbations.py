@@ -1,16 +1,18 @@
-"""What is done to images before a VAE sees them: attacks on its reconstruction, and noise."""
+"""What is done to images before a VAE sees them: attacks on its reconstruction or its latents, and noise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.draws import Generators
 from srl_utils.attacks.gradient import Objective, PGDConfig, pgd
-from srl_utils.metrics.losses import ReconstructionLoss
+from srl_utils.evaluation.metering import ENCODER
+from srl_utils.metrics.losses import ReconstructionLoss, mean_squared_error
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import frozen
 
@@ -19,7 +21,6 @@ Attack = Callable[[Objective, Tensor, Generators], Tensor]
 NO_THREAT, TRANSFER, ADAPTIVE = "none", "transfer", "adaptive"
 """Threat models: no adversary; attacks made on the baseline; attacks made on the evaluated VAE itself."""
 GAUSSIAN_NOISE = "gaussian-noise"
-MSE = ReconstructionLoss()
 AS_PUBLISHED = "as published"
 """Objective of protections in the results: that of their authors."""
 
@@ -51,49 +52,92 @@ class Perturbation:
 CLEAN = Perturbation(name="clean", apply=lambda codec, clean, generators: clean)
 
 
-def on_reconstruction(
-    name: str, attack: Attack, *, epsilon: float, passes: float, loss: ReconstructionLoss = MSE
-) -> Perturbation:
-    """Return an attack that maximises `loss` between clean images and the VAE's reconstruction of attacked ones.
+@dataclass(frozen=True)
+class Aim:
+    """What an attack makes as large as it can."""
+
+    name: str
+    """As results name it."""
+    objective: Callable[[Codec, Tensor], Objective]
+    """VAE and clean images to the objective of an attack on them."""
+    passes: float = 1.0
+    """Cost of the objective for one image, in passes through encoder and decoder."""
+
+
+def at_reconstructions(loss: ReconstructionLoss) -> Aim:
+    """Return the aim of a large `loss` between clean images and the VAE's reconstructions of attacked ones."""
+
+    def objective(codec: Codec, clean: Tensor) -> Objective:
+        target = loss.target(clean)
+        return lambda images: loss(codec.reconstruct(images), target)
+
+    return Aim(loss.name, objective)
+
+
+@torch.no_grad()
+def latent_distance(codec: Codec, clean: Tensor) -> Objective:
+    """Return the mean squared distance of images' latents from those of the clean images."""
+    latents = codec.encode(clean)
+    return lambda images: mean_squared_error(codec.encode(images), latents)
+
+
+@torch.no_grad()
+def token_flips(codec: Codec, clean: Tensor) -> Objective:
+    """Return the share of tokens that differ from those of the clean images, with a straight-through gradient.
+
+    The distance from the nearest code that is usual in the clean images is the estimator's temperature. The VAE must
+    have a codebook.
+    """
+    codebook = codec.codebook
+    assert codebook is not None  # `select` leaves the attack out otherwise
+    features = codec.encode(clean)
+    tokens, temperature = codebook.tokens(features), codebook.error(features)
+    return lambda images: codebook.straight_through_flips(codec.encode(images), tokens, temperature)
+
+
+MSE = at_reconstructions(ReconstructionLoss())
+LATENTS = Aim("latent distance", latent_distance, passes=ENCODER)
+TOKENS = Aim("token flips", token_flips, passes=ENCODER)
+
+
+def attack_on(aim: Aim, name: str, attack: Attack, *, epsilon: float, calls: int) -> Perturbation:
+    """Return an attack.
 
     Args:
+        aim: what it maximises.
         name: of the perturbation.
         attack: searches for the perturbed images.
         epsilon: budget in units of a [0,1] image.
-        passes: cost of one image, in passes through encoder and decoder.
-        loss: objective of the attack.
+        calls: how often it computes the objective of an image, where its gradient is another call.
     """
 
     def apply(codec: Codec, clean: Tensor, generators: Generators) -> Tensor:
-        target = loss.target(clean)
         with frozen(codec.encoder):
-            return attack(lambda images: loss(codec.reconstruct(images), target), clean, generators)
+            return attack(aim.objective(codec, clean), clean, generators)
 
-    return Perturbation(name=name, objective=loss.name, epsilon=epsilon, apply=apply, passes=passes)
+    return Perturbation(name=name, objective=aim.name, epsilon=epsilon, apply=apply, passes=aim.passes * calls)
 
 
-def reconstruction_attack(
-    config: PGDConfig, loss: ReconstructionLoss = MSE, *, name: str | None = None
-) -> Perturbation:
-    """Return PGD on the reconstruction; the default name gives its steps and restarts, such as `pgd-50x2`."""
+def pgd_attack(config: PGDConfig, aim: Aim = MSE, *, name: str | None = None) -> Perturbation:
+    """Return PGD; the default name gives its steps and restarts, such as `pgd-50x2`."""
     restarts = f"x{config.num_restarts}" if config.num_restarts > 1 else ""
-    return on_reconstruction(
+    return attack_on(
+        aim,
         name or f"pgd-{config.num_steps}{restarts}",
         lambda objective, clean, generators: pgd(objective, clean, config, generators=generators),
         epsilon=config.epsilon,
-        passes=2 * config.num_steps * config.num_restarts,
-        loss=loss,
+        calls=2 * config.num_steps * config.num_restarts,
     )
 
 
 def usual_attack(epsilon: float) -> Perturbation:
     """Return `pgd-10`: ten steps of epsilon/4."""
-    return reconstruction_attack(settling_pgd(epsilon, 10, 1))
+    return pgd_attack(settling_pgd(epsilon, 10, 1))
 
 
 def strong_attack(epsilon: float) -> Perturbation:
     """Return `pgd-50x2`: 50 steps of epsilon/8, 2 restarts; it keeps the best iterate of each image."""
-    return reconstruction_attack(settling_pgd(epsilon, 50, 2))
+    return pgd_attack(settling_pgd(epsilon, 50, 2))
 
 
 def settling_pgd(epsilon: float, num_steps: int, num_restarts: int) -> PGDConfig:

@@ -22,8 +22,8 @@ from srl_utils.console import progress_bar
 from srl_utils.errors import UnusableFile, UserError
 from srl_utils.evaluation.cells import Job, attempted, batched, cells_of, compute
 from srl_utils.evaluation.metering import Meter
-from srl_utils.evaluation.motion import MOTION_METRICS, usual_distance
-from srl_utils.evaluation.perturbations import ADAPTIVE, TRANSFER, Perturbation
+from srl_utils.evaluation.motion import TRAVEL, USE, codebook_use, usual_distance
+from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, TRANSFER, Perturbation
 from srl_utils.evaluation.results import Record, Row, Setting, to_row, to_rows
 from srl_utils.evaluation.tasks.base import Cell, Task
 from srl_utils.files import read_json, write_atomically, write_text_atomically
@@ -103,6 +103,8 @@ class Study:
     def rows(self, records: Sequence[Record]) -> list[Row]:
         """Return the means with their intervals, and the metrics of whole sets of images, which have no interval."""
         rows = to_rows(records)
+        if USE in self.task.metrics.names:
+            rows += self._use_rows()
         if self.task.metrics.features is not None:
             cells = list(self.cells())
             with progress_bar(len(cells), desc="metrics of sets", unit="set") as bar:  # one FID takes seconds
@@ -111,6 +113,14 @@ class Study:
                     rows += self._set_rows(cell)
                     bar.update()
         return rows
+
+    def _use_rows(self) -> Iterator[Row]:
+        """Yield the share of the codes that clean images use, of each VAE with a codebook."""
+        setting = Setting(CLEAN.name, None, NO_THREAT, 0.0, USE)
+        for codec in self.codecs:
+            share = codebook_use(codec, self.images, self.batch_size)
+            if share is not None:
+                yield to_row(codec.name, setting, share, n=len(self.images))
 
     def _missing(self, cell: Cell) -> Iterator[Job]:
         """Yield batches of the images without stored values, independent of the number of processes."""
@@ -130,7 +140,7 @@ class Study:
     @cached_property
     def _unit(self) -> Callable[[Codec], float] | None:
         """Return a function that returns the usual distance of two images' latents, computed once for each VAE."""
-        if not set(MOTION_METRICS).intersection(self.task.metrics.names):
+        if TRAVEL not in self.task.metrics.names:
             return None
         units = {codec.name: usual_distance(codec, self.images, self.batch_size) for codec in self.codecs}
         return lambda codec: units[codec.name]

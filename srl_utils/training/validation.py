@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from srl_utils.evaluation.cells import measure
+from srl_utils.evaluation.motion import FLIPS
 from srl_utils.evaluation.perturbations import CLEAN, Perturbation, noise, strong_attack, usual_attack
 from srl_utils.evaluation.report.grids import comparison_picture, reconstruction_picture
 from srl_utils.evaluation.report.tables import comparison_table, won_back
@@ -63,7 +64,7 @@ class Validation:
     ) -> None:
         self.accelerator, self.original, self.current = accelerator, original, current
         self.images, self.output_dir, self.seed, self.batch_size = images, output_dir, seed, batch_size
-        names = ["psnr", "ssim", DRIFT, *([perceptual.name] if perceptual else [])]
+        names = ["psnr", "ssim", DRIFT, FLIPS, *([perceptual.name] if perceptual else [])]
         metrics = Metrics(names=names, perceptual=[perceptual] if perceptual else [])
         self.task = Reconstruction(metrics=metrics, baseline=original, images=images)
         self.attack, self.strong_attack = usual_attack(epsilon), strong_attack(epsilon)

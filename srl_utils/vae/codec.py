@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from srl_utils.vae.latents import LatentScale
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 from srl_utils.vae.networks import LatentDecoder, LatentEncoder, Moments, split_moments, to_channels_last
+from srl_utils.vae.tokens import Codebook, codebook_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Codec:
     @property
     def device(self) -> torch.device:
         return next(self.decoder.parameters()).device
+
+    @property
+    def codebook(self) -> Codebook | None:
+        """Return the codes of discrete latents; None for continuous ones."""
+        return codebook_of(self.vae)
 
     def moments(self, images: Tensor) -> Moments:
         return split_moments(self.encoder(images))

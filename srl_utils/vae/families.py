@@ -63,6 +63,7 @@ class Family:
         checkpointing: whether diffusers can leave out its activations and compute the same. It has a mode for
             `AutoencoderTiny` too, in which the encoder does not bring images to [0,1].
         video: whether it takes `[N,3,T,H,W]`; an image is a clip of one frame.
+        quantizer: its submodule with the codebook, of diffusers' `VectorQuantizer`; None for continuous latents.
         patch: entry of the configuration with the side of the pixel patches that its channels hold, if any.
         decoding: further arguments of `decode` for single images, by configuration and latents.
     """
@@ -72,6 +73,7 @@ class Family:
     trained: Sequence[str] = ("encoder", "quant_conv")
     checkpointing: bool = True
     video: bool = False
+    quantizer: str | None = None
     patch: str | None = None
     decoding: Callable[[Config, Tensor], Mapping[str, Any]] = lambda config, latents: {}
 
@@ -98,7 +100,7 @@ FAMILIES = {
             kind=AutoencoderTiny, down_sampling=halvings("encoder_block_out_channels"), trained=("encoder",),
             checkpointing=False,
         ),
-        Family(kind=VQModel, checkpointing=False),
+        Family(kind=VQModel, checkpointing=False, quantizer="quantize"),
         Family(
             kind=AutoencoderKLWan, down_sampling=lambda config: config["scale_factor_spatial"], checkpointing=False,
             video=True, patch="patch_size",

@@ -16,7 +16,7 @@ from srl_utils.evaluation.cells import measure
 from srl_utils.evaluation.perturbations import (
     CLEAN,
     noise,
-    reconstruction_attack,
+    pgd_attack,
     strong_attack,
     usual_attack,
 )
@@ -29,7 +29,7 @@ from srl_utils.vae.codec import Codec
 
 EPSILON = 8 / 255
 ATTACK = PGDConfig(epsilon=EPSILON, num_steps=3)
-PERTURBATIONS = [CLEAN, noise(EPSILON), reconstruction_attack(ATTACK)]
+PERTURBATIONS = [CLEAN, noise(EPSILON), pgd_attack(ATTACK)]
 ROW_KEYS = {"vae", "attack", "objective", "threat_model", "epsilon", "metric", "value", "ci95", "n"}
 
 
@@ -249,7 +249,7 @@ def test_comparison_picture_shows_the_images(codec, other_codec, images) -> None
     """Oracle: closed form. Four cells of 40 px with gaps of 6 across, two lines per image of 40 + 18 + 6 below a
     title of 18; the first column holds the images' own colours."""
     clean = torch.tensor([[1.0, -1.0, -1.0], [-1.0, -1.0, 1.0]])[:, :, None, None].expand(2, 3, 16, 16)
-    picture = comparison_picture(codec, other_codec, clean, reconstruction_attack(ATTACK), seed=0, cell=40)
+    picture = comparison_picture(codec, other_codec, clean, pgd_attack(ATTACK), seed=0, cell=40)
     assert picture.mode == "RGB" and picture.size == (4 * 46 + 6, 24 + 4 * 64)
     shown = [picture.getpixel((26, 24 + 64 * row + 20)) for row in range(4)]
     assert shown == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2

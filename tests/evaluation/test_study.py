@@ -32,7 +32,7 @@ from srl_utils.evaluation.cli import loading, reconstruction, running
 from srl_utils.evaluation.cli import main as command
 from srl_utils.evaluation.cli.setup import find_incompatible
 from srl_utils.evaluation.metering import Meter
-from srl_utils.evaluation.perturbations import CLEAN, noise, on_reconstruction
+from srl_utils.evaluation.perturbations import CLEAN, MSE, attack_on, noise
 from srl_utils.evaluation.report.extremes import strongest_cell
 from srl_utils.evaluation.results import Record, Setting
 from srl_utils.evaluation.sanity import CheckSettings, check_robustness
@@ -189,11 +189,12 @@ def test_values_that_are_not_finite_end_the_study(study) -> None:
 
 def test_an_attack_that_meets_values_that_are_not_finite_ends_the_study(study) -> None:
     """Oracle: specification. The clean images pass; an attack that keeps its best would hide what broke it on its way."""
-    attack = on_reconstruction(
+    attack = attack_on(
+        MSE,
         "peek",
         lambda objective, clean, generators: clean + 0 * objective(clean * float("nan")).nan_to_num().sum(),
         epsilon=EPSILON,
-        passes=1,
+        calls=1,
     )
     with pytest.raises(UserError, match=r"original returns values that are not finite for the images 0, 1 under peek"):
         replace(study, perturbations=[CLEAN, attack]).run()

@@ -19,12 +19,12 @@ from srl_utils.evaluation.cli.arguments import (
 )
 from srl_utils.evaluation.cli.running import run_study
 from srl_utils.evaluation.cli.setup import build_attack_resources, build_metrics, prepare
-from srl_utils.evaluation.motion import MOTION_METRICS
+from srl_utils.evaluation.motion import MOTION_METRICS, USE
 from srl_utils.evaluation.sanity import CheckSettings
 from srl_utils.evaluation.tasks.base import Reconstruction, denoiser_of
 from srl_utils.metrics.losses import LPIPS_METRICS
 
-METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "rfid", "kid", "is", "drift", *MOTION_METRICS)
+METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "rfid", "kid", "is", "drift", *MOTION_METRICS, USE)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attack_arguments(parser, attacks=["quick"], epsilons=[2 / 255, 4 / 255, 8 / 255, 16 / 255])
     parser.set_defaults(caption_column=None)
     add = parser.add_argument
-    add_metrics_argument(parser, METRICS, default=["psnr", "ssim", "lpips-alex", "drift", *MOTION_METRICS])
+    add_metrics_argument(parser, METRICS, default=["psnr", "ssim", "lpips-alex", "drift", *MOTION_METRICS, USE])
     add("--pipeline", default=None, metavar="PLACE", help="diffusion pipeline for attacks that need a denoiser")
 
 

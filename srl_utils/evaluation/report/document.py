@@ -31,7 +31,7 @@ from srl_utils.images.pixels import format_pixel_distance
 from srl_utils.markdown import as_text
 
 LOADER = PackageLoader("srl_utils.evaluation.report")
-HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "clip-text", "shown", "is"})
+HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "clip-text", "shown", "is", "codebook-use"})
 SECTIONS = {
     "none": ("Clean images and corruptions", "These perturbations are not adversarial."),
     "transfer": ("Transferred attacks", "Made on the baseline; every VAE is evaluated under them."),

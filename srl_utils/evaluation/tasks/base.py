@@ -10,27 +10,31 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from srl_utils.evaluation.perturbations import (
-    CLEAN,
-    Perturbation,
-)
+from srl_utils.evaluation.motion import FLIPS
+from srl_utils.evaluation.perturbations import CLEAN, Perturbation
 from srl_utils.images.pixels import format_pixel_distance
 from srl_utils.metrics.features import ClipSimilarity, Features
 from srl_utils.metrics.losses import PerceptualDistance
 from srl_utils.metrics.pixels import latent_drift, psnr, ssim
 from srl_utils.vae.codec import Codec
 
+DRIFT = "drift"
+
 
 def drift(codec: Codec, reference: Codec, clean: Tensor) -> dict[str, Tensor]:
-    """Return the relative drift of each clean image's latents from those of `reference`, `[N]`.
+    """Return how clean images' latents differ from those of `reference`, `[N]` each.
 
-    Return no value if the two VAEs have latents of different shapes.
+    These are their relative drift and, if the two VAEs share a codebook, the share of tokens that differ. Return no value
+    if the latents have different shapes.
     """
     latents, others = codec.encode(clean), reference.encode(clean)
-    return {"drift": latent_drift(latents, others)} if latents.shape == others.shape else {}
-
-
-DRIFT = "drift"
+    if latents.shape != others.shape:
+        return {}
+    values = {DRIFT: latent_drift(latents, others)}
+    codebook, other_codebook = codec.codebook, reference.codebook
+    if codebook is not None and other_codebook is not None and torch.equal(codebook.codes, other_codebook.codes):
+        values[FLIPS] = codebook.flips(latents, codebook.tokens(others))
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +157,8 @@ class Reconstruction:
     ) -> dict[str, Tensor]:
         clean = self.reference(codec, numbers, variant).to(outcome.device)
         values = self.metrics.compare(outcome, clean)
-        if cell.perturbation.name == CLEAN.name and DRIFT in self.metrics.names:
-            values |= drift(codec, self.baseline, clean)
+        if cell.perturbation.name == CLEAN.name and not {DRIFT, FLIPS}.isdisjoint(self.metrics.names):
+            values |= self.metrics.wanted(drift(codec, self.baseline, clean))
         return values
 
     @torch.no_grad()
