@@ -195,6 +195,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="lambda, weight of LPIPS in the attack and in the loss; 0 switches it off and loads nothing",
     )
     add("--lpips_net", choices=sorted(LPIPS_TRUNKS), default="vgg", help="trunk of LPIPS")
+    add(
+        "--reconstruction_weight",
+        type=non_negative_float,
+        default=1.0,
+        help="gamma, weight of the reconstruction loss; 0 trains on the latents alone and decodes nothing; not in the paper",
+    )
     add("--originality_weight", type=non_negative_float, default=0.01, help="alpha, weight of the originality loss")
     add(
         "--originality_units",
@@ -387,7 +393,7 @@ def optimizer_step(run: Run, batches: Waiting, *, interrupted: bool) -> tuple[Te
     """Make one update of the encoder; it is queued on the device.
 
     Returns:
-        `srl_utils.training.cli.listener.VALUES` of the step, averaged over images and processes, and the names of the
+        The terms of the loss and `listener.OF_THE_UPDATE`, averaged over images and processes, and the names of the
         unreadable images of this process.
     """
     accelerator, method, encoder = run.accelerator, run.method, run.networks.wrapped_encoder
@@ -400,7 +406,7 @@ def optimizer_step(run: Run, batches: Waiting, *, interrupted: bool) -> tuple[Te
         with accelerator.accumulate(encoder):
             clean = method.batch(batch.images, image_generators(run.args.seed, batch.positions))
             attacked = method.attack(clean)  # x + delta
-            loss, terms = method.loss(attacked, clean)  # L_robust + alpha L_orig (+ beta L_latent)
+            loss, terms = method.loss(attacked, clean)  # gamma L_robust + alpha L_orig + beta L_latent
             accelerator.backward(loss)
             passes.append(terms)
     gradient_norm = accelerator.clip_grad_norm_(encoder.parameters(), run.args.max_grad_norm)
@@ -496,6 +502,8 @@ def check(args: argparse.Namespace) -> tuple[ModelMixin, Earlier | None]:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs the package {package}: pip install {package}")
+    if args.reconstruction_weight == 0 and args.latent_weight == 0:
+        raise UserError("--reconstruction_weight 0 needs a --latent_weight above 0: nothing else would make it robust")
     check_execution(args.mixed_precision, args.torch_compile, leave_gpu=on_cpu(os.environ))
     DataSource.from_flags(args).check()
     check_resolution(args.resolution, read_config(autoencoder_source(args)))

@@ -21,6 +21,8 @@ class StepArithmetic:
     perceptual: int
     """One forward pass each; `perceptual` is 0 without LPIPS."""
     pgd_steps: int
+    reconstruction: bool
+    """Whether the loss decodes the attacked images."""
     originality: bool
     """Whether the encoder encodes the clean images."""
     reference: bool
@@ -37,7 +39,7 @@ class StepArithmetic:
     @property
     def outer(self) -> int:
         """Operations of the update: attacked pass (weight gradients in the encoder only), clean pass, reference, target features."""
-        attacked = 3 * self.encoder + 2 * self.decoder + 2 * self.perceptual
+        attacked = 3 * self.encoder + self.reconstruction * 2 * (self.decoder + self.perceptual)
         clean = (3 * self.originality + self.reference) * self.encoder
         return attacked + clean + self.perceptual
 
@@ -65,6 +67,7 @@ def step_arithmetic(
     resolution: int,
     pgd_steps: int,
     lpips_net: str | None,
+    reconstruction: bool = True,
     originality: bool = True,
     latent_distance: bool = False,
     latent_attack_share: float = 0.0,
@@ -76,7 +79,8 @@ def step_arithmetic(
         resolution: side of the images in pixels.
         pgd_steps: steps of the attack; 0 without one.
         lpips_net: trunk of LPIPS; None without LPIPS.
-        originality: whether the loss has the originality term.
+        reconstruction: whether the loss has the reconstruction's term.
+        originality: whether it has the originality term.
         latent_distance: whether it has the distance of attacked latents.
         latent_attack_share: share of the images that are attacked on their latents.
     """
@@ -92,6 +96,7 @@ def step_arithmetic(
         decoder=decoder,
         perceptual=trunk,
         pgd_steps=pgd_steps,
+        reconstruction=reconstruction,
         originality=originality,
         reference=originality or latent_distance or latent_attack_share > 0,
         latent_attack_share=latent_attack_share,

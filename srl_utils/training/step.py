@@ -8,10 +8,10 @@ For images x, the encoder E being trained, its frozen original E0 and the frozen
     loss      = L_robust + alpha L_orig
 
 Beyond the paper, a share of a batch may be attacked where a denoiser sees it, on the latents, and their distance may be in
-the loss with a weight beta:
+the loss with a weight beta. L_robust may be weighted too; without it, nothing is decoded for the loss:
 
     delta     = argmax over |delta| <= epsilon of  L_latent = |mean E(x + delta) - mean E0(x)|^2
-    loss      = L_robust + alpha L_orig + beta L_latent
+    loss      = gamma L_robust + alpha L_orig + beta L_latent
 
 `benchmarks/textbook.py` computes the same plainly, and a test compares both. What makes this one faster changes results by
 rounding alone: the attack differentiates with respect to the images only, through a frozen mirror of the encoder; frozen
@@ -46,8 +46,10 @@ from srl_utils.vae.networks import (
     to_channels_last,
 )
 
-TERMS = ("loss", "mse", "lpips", "originality", "latent", "attacked_psnr")
+TERMS = ("loss", "originality", "latent", "mse", "lpips", "attacked_psnr")
 """Values of a batch, in this order: mean loss, its four unweighted terms, and PSNR under attack in dB."""
+DECODED = 3
+"""The last so many are of reconstructions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,8 @@ class Step:
 
     networks: Networks
     pgd: PGDConfig
+    reconstruction_weight: float = 1.0
+    """gamma; with 0 the loss decodes nothing."""
     originality_weight: float = 0.01
     """alpha; with 0 the clean images are not encoded."""
     latent_weight: float = 0.0
@@ -166,6 +170,11 @@ class Step:
     """Images attacked at a time, to save memory; None for all. Results do not depend on it."""
     noise: float = 0.0
     """Standard deviation of white noise in place of the attack, units of a [0,1] image; 0 for the attack."""
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Return the names of what `loss` returns beside the loss: `TERMS`, or those that need no reconstruction."""
+        return TERMS if self.reconstruction_weight else TERMS[:-DECODED]
 
     def __call__(self, images: Tensor, generators: Generators) -> tuple[Tensor, Tensor]:
         """Return `loss` of attacked `images`, as the training script computes it."""
@@ -182,11 +191,11 @@ class Step:
         networks = self.networks
         clean = images.to(networks.device, memory_format=torch.channels_last, non_blocking=True)
         target = networks.loss.target(clean)
-        noise = self._latent_noise(clean, generators) if self.sample_posterior else None
         reference = None
         if self.originality_weight or self.latent_weight or self.latent_attack_share:
             with torch.no_grad():
                 reference = split_moments(networks.reference(clean))
+        noise = self._latent_noise(clean, reference, generators) if self.sample_posterior else None
         return CleanBatch(
             images=clean,
             target=target,
@@ -209,24 +218,26 @@ class Step:
         return torch.cat([self._pgd(clean.part(start, min(start + size, len(clean.images)))) for start in starts])
 
     def loss(self, attacked: Tensor, clean: CleanBatch) -> tuple[Tensor, Tensor]:
-        """Return L_robust + alpha L_orig + beta L_latent, averaged over a batch.
+        """Return gamma L_robust + alpha L_orig + beta L_latent, averaged over a batch.
 
         Args:
             attacked: images that the encoder sees, `[N,3,H,W]` in [-1,1].
             clean: the images that their reconstructions are compared with.
 
         Returns:
-            The loss, whose `backward` gives the encoder its gradients, and `TERMS` as a vector.
+            The loss, whose `backward` gives the encoder its gradients, and `terms` as a vector.
         """
-        networks = self.networks
         posterior, originality = self._encode(attacked, clean)
-        terms = networks.loss.terms(networks.decoder(posterior.latent(clean.latent_noise)), clean.target)
-        robust = terms.mse + networks.loss.weight * terms.lpips
-        latent = self._latent_loss(posterior, clean) if self.latent_weight else torch.zeros_like(robust)
-        loss = (robust + self.originality_weight * originality + self.latent_weight * latent).mean()
-        attacked_psnr = -10 * torch.log10(terms.mse / PIXEL_RANGE**2)
-        values = (terms.mse, terms.lpips, originality, latent, attacked_psnr)
-        return loss, torch.stack([loss.detach(), *(value.detach().mean() for value in values)])
+        latent = self._latent_loss(posterior, clean) if self.latent_weight else torch.zeros_like(originality)
+        values = [originality, latent]
+        loss = self.originality_weight * originality + self.latent_weight * latent
+        if self.reconstruction_weight:
+            reconstruction = self.networks.decoder(posterior.latent(clean.latent_noise))
+            mse, lpips = self.networks.loss.terms(reconstruction, clean.target)
+            values += [mse, lpips, -10 * torch.log10(mse / PIXEL_RANGE**2)]
+            loss = self.reconstruction_weight * (mse + self.networks.loss.weight * lpips) + loss
+        mean = loss.mean()
+        return mean, torch.stack([mean.detach(), *(value.detach().mean() for value in values)])
 
     def _pgd(self, clean: CleanBatch) -> Tensor:
         on_latents, on_images = self._split(clean)
@@ -273,6 +284,7 @@ class Step:
         factor = self.latent_scale.factor_for(undisturbed.mean)
         return disturbed, originality_loss(*undisturbed, *clean.reference, scale=factor)
 
-    def _latent_noise(self, clean: Tensor, generators: Generators) -> Tensor:
+    def _latent_noise(self, clean: Tensor, reference: Moments | None, generators: Generators) -> Tensor:
         """Return one sample of the posterior's noise per image: `[N,C,h,w]`."""
-        return draw(torch.randn, latent_shape(self.networks.reference, clean), generators, like=clean)
+        shape = latent_shape(self.networks.reference, clean) if reference is None else reference.mean.shape[1:]
+        return draw(torch.randn, shape, generators, like=clean)

@@ -188,6 +188,24 @@ def test_the_latent_distance_enters_the_loss(tiny_vae, images, generators) -> No
     assert loss.item() == pytest.approx(values["mse"] + 0.2 * values["latent"], rel=1e-6)
 
 
+def test_without_a_reconstruction_nothing_is_decoded(tiny_vae, images, generators) -> None:
+    """Oracle: closed form: the weighted distances of latents alone; a decoder that is called fails the test."""
+    latent = our_step(tiny_vae, reconstruction_weight=0.0, latent_weight=0.2, latent_attack_share=1.0)
+    step = replace(latent, pgd=replace(ATTACK, random_start=True))  # at the clean image their distance has no gradient
+    step.networks.decoder.register_forward_hook(lambda *_: pytest.fail("the decoder was asked"))
+    loss, terms = step(images(2), generators(0, 1))
+    values = dict(zip(step.terms, terms.tolist(), strict=True))
+    assert values.keys() == {"loss", "originality", "latent"} and values["latent"] > 0
+    assert loss.item() == pytest.approx(0.01 * values["originality"] + 0.2 * values["latent"], rel=1e-6)
+
+
+def test_the_reconstruction_is_weighted(tiny_vae, images, generators) -> None:
+    """Oracle: closed form."""
+    step = our_step(tiny_vae, reconstruction_weight=0.25, originality_weight=0.0)
+    loss, terms = step(images(2), generators(0, 1))
+    assert loss.item() == pytest.approx(0.25 * terms[TERMS.index("mse")].item(), rel=1e-6)
+
+
 def test_half_precision_takes_the_attack_s_perceptual_loss_alone(tiny_vae, random_lpips, images, generators) -> None:
     """Oracle: counted calls: the twin's in the attack's steps, the float32 one's in the update; without, there is no twin."""
     loss = ReconstructionLoss(PerceptualDistance(random_lpips), weight=0.5)

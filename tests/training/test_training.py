@@ -109,6 +109,29 @@ def test_latent_attacks_by_flags(run: Run, flags: list[str], tmp_path: Path) -> 
     assert counted[1] == pytest.approx(2 * 2 * counted[0], abs=2e-4)
 
 
+def test_trained_on_latents_alone(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: the journal's terms add up to its loss and tell nothing of reconstructions; the count has three encoders and
+    an attack of the encoder; what could not matter is refused."""
+    alone = ["--reconstruction_weight", "0", "--latent_weight", "1", "--latent_attack_share", "1"]
+    code, printed = run(*flags, *alone)
+    assert code == 0, printed
+    for row in steps(tmp_path / "out"):
+        assert row["loss"] == pytest.approx(0.01 * row["originality"] + row["latent"], rel=1e-5)
+        assert not {"mse", "lpips", "attacked_psnr"} & row.keys()
+    other = ["--resolution", "256", "--output_dir", str(tmp_path / "other"), "--dry_run"]
+    _, printed = run(*flags, *alone, *other, "--originality_weight", "0")
+    forward, attack, outer = (
+        float(re.search(rf"{part} +([\d.]+) TFLOP", printed)[1])
+        for part in ("encoder forward", r"attack \(2 steps\)", "outer step")
+    )
+    assert (attack, outer) == (pytest.approx(4 * forward, abs=3e-4), pytest.approx(4 * forward, abs=3e-4))
+    for flag in (["--lpips_weight", "0.5"], ["--sample_posterior"]):
+        code, printed = run(*flags, *alone, *other, *flag)
+        assert code == 2 and f"{flag[0]} has no effect without a reconstruction" in printed, printed
+    code, printed = run(*flags, *other, "--reconstruction_weight", "0")
+    assert code == 2 and "needs a --latent_weight above 0" in printed
+
+
 def test_the_result_rows_describe_the_saved_weights(run: Run, flags: list[str], tmp_path: Path) -> None:
     """Oracle: the clean PSNR of the saved VAE, measured here from its files on the validation images."""
     from srl_utils.metrics.pixels import psnr

@@ -26,7 +26,7 @@ from srl_utils.launching import launched_accelerator
 from srl_utils.metrics.losses import ReconstructionLoss, load_perceptual_distance
 from srl_utils.training.checkpoints import Checkpoints, register_state, state_bytes
 from srl_utils.training.cli.arguments import PublishedCommand
-from srl_utils.training.cli.planning import Plan
+from srl_utils.training.cli.planning import Plan, perceptual_trunk
 from srl_utils.training.cli.run import Progress, Run
 from srl_utils.training.execution import Execution, runs_in_fp16
 from srl_utils.training.journal import Journal
@@ -128,7 +128,7 @@ def build_run(
 
 def build_step(args: argparse.Namespace, accelerator: Accelerator, vae: ModelMixin, execution: Execution) -> Step:
     """Build the step: the networks on the device, and the settings of attack and loss."""
-    perceptual = load_perceptual_distance(args.lpips_net) if args.lpips_weight else None
+    perceptual = None if perceptual_trunk(args) is None else load_perceptual_distance(args.lpips_net)
     loss = ReconstructionLoss(perceptual, weight=args.lpips_weight).to(accelerator.device)
     vae.to(accelerator.device)
     if args.gradient_checkpointing:
@@ -144,6 +144,7 @@ def build_step(args: argparse.Namespace, accelerator: Accelerator, vae: ModelMix
         networks=networks,
         pgd=attack_config(args),
         noise=args.gaussian_noise,
+        reconstruction_weight=args.reconstruction_weight,
         originality_weight=args.originality_weight,
         latent_weight=args.latent_weight,
         latent_attack_share=args.latent_attack_share,

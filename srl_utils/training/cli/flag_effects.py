@@ -7,6 +7,7 @@ from os.path import isdir  # which, unlike pathlib's, says False of a name too l
 
 from srl_utils.command_line import Effects
 from srl_utils.images.sources import PHOTOGRAPHS
+from srl_utils.training.cli.planning import attacks, decodes, perceptual_trunk
 
 
 def training_effects(args: argparse.Namespace) -> Effects:
@@ -14,9 +15,9 @@ def training_effects(args: argparse.Namespace) -> Effects:
     tracked = args.report_to != "none"
     data_set = args.dataset_name not in (None, PHOTOGRAPHS)
     hub_model = not isdir(args.pretrained_model_name_or_path)
-    attack = (
-        args.pgd_steps > 0 and args.epsilon > 0 and not args.gaussian_noise,
-        "an attack: --pgd_steps and --epsilon above 0, and no --gaussian_noise",
+    attack = attacks(args), "an attack: --pgd_steps and --epsilon above 0, and no --gaussian_noise"
+    reconstruction = (
+        "a reconstruction in attack or loss: a --reconstruction_weight above 0, or a --latent_attack_share below 1"
     )
     return {
         "revision": (hub_model, "a model of the Hub", "main"),
@@ -33,7 +34,9 @@ def training_effects(args: argparse.Namespace) -> Effects:
         ),
         "pgd_step_size": attack,
         "no_pgd_random_start": attack,
-        "lpips_net": (args.lpips_weight > 0, "a --lpips_weight above 0"),
+        "lpips_weight": (decodes(args), reconstruction, 0.0),
+        "lpips_net": (perceptual_trunk(args) is not None, f"a --lpips_weight above 0, and {reconstruction}"),
+        "sample_posterior": (decodes(args), reconstruction),
         "originality_units": (
             args.originality_weight > 0 or args.latent_weight > 0, "an --originality_weight or --latent_weight above 0"
         ),

@@ -18,12 +18,11 @@ from srl_utils.images.loading import Batch
 from srl_utils.training.cli.run import Progress, Run, Stop
 from srl_utils.training.interruption import Interruption
 from srl_utils.training.readback import Readback
-from srl_utils.training.step import TERMS
 
 MAX_SKIPPED_IN_ROW = 10
 EXIT_NOT_FINITE = 4
-VALUES = (*TERMS, "gradient_norm", "interrupted", "bad_images")
-"""Values of a step, in this order: means over images and processes."""
+OF_THE_UPDATE = ("gradient_norm", "interrupted", "bad_images")
+"""Values that follow the terms of the loss, in this order: means over processes."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,11 @@ class Listener:
         self._readback: Readback[StepFacts] = Readback()
 
     def push(self, facts: StepFacts, values: Tensor, *, wait: bool) -> Stop | None:
-        """Take the `VALUES` of a step; return the first reason to stop in the values read back so far.
+        """Take the values of a step; return the first reason to stop in the values read back so far.
 
         Args:
             facts: what the host knows about the step.
-            values: `VALUES` of the step, a vector on the device.
+            values: the terms of the loss, then `OF_THE_UPDATE`, as a vector on the device.
             wait: wait until the values of all steps are read back.
         """
         arrived = self._readback.push(facts, values)
@@ -114,7 +113,8 @@ class Listener:
         return reason
 
     def _first_reason(self, arrived: list[tuple[StepFacts, list[float]]]) -> Stop | None:
-        reasons = [self._hear(facts, dict(zip(VALUES, numbers, strict=True))) for facts, numbers in arrived]
+        names = (*self.run.method.terms, *OF_THE_UPDATE)
+        reasons = [self._hear(facts, dict(zip(names, numbers, strict=True))) for facts, numbers in arrived]
         return next((reason for reason in reasons if reason is not None), None)
 
     def _hear(self, facts: StepFacts, values: dict[str, float]) -> Stop | None:
@@ -125,7 +125,7 @@ class Listener:
         finite = math.isfinite(values["gradient_norm"])
         progress.skipped += not finite
         progress.skipped_in_row = 0 if finite else progress.skipped_in_row + 1
-        if finite:
+        if finite and "attacked_psnr" in values:
             run.guard.count(values["attacked_psnr"])
         values |= {
             "learning_rate": facts.learning_rate,
@@ -141,8 +141,10 @@ class Listener:
 
 def postfix(values: dict[str, float], validation: dict[str, float]) -> str:
     """Return the text of the progress bar: loss terms, PSNR under attack, validation PSNR, speed."""
-    parts = [f"{name} {values[name]:.4f}" for name in ("loss", "mse", "lpips", "originality")]
-    parts.append(f"attacked {values['attacked_psnr']:.2f} dB")
+    shown = ("loss", "mse", "lpips", "originality", "latent")
+    parts = [f"{name} {values[name]:.4f}" for name in shown if name in values]
+    if "attacked_psnr" in values:
+        parts.append(f"attacked {values['attacked_psnr']:.2f} dB")
     measured = [f"{name.split('/')[1]} {value:.2f}" for name, value in validation.items() if name.endswith("psnr")]
     if measured:
         parts.append(f"validation {', '.join(measured)} dB")

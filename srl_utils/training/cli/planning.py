@@ -56,7 +56,8 @@ def plan_steps(
         vae,
         resolution=args.resolution,
         pgd_steps=0 if args.gaussian_noise else args.pgd_steps,
-        lpips_net=args.lpips_net if args.lpips_weight else None,
+        lpips_net=perceptual_trunk(args),
+        reconstruction=args.reconstruction_weight > 0,
         originality=args.originality_weight > 0,
         latent_distance=args.latent_weight > 0,
         latent_attack_share=args.latent_attack_share,
@@ -69,6 +70,21 @@ def plan_steps(
         flops=arithmetic.image * steps * samples_per_step / accelerator.num_processes,
     )
     return Plan(samples_per_step, steps, arithmetic, execution)
+
+
+def attacks(args: argparse.Namespace) -> bool:
+    """Return whether the training attacks its images."""
+    return args.pgd_steps > 0 and args.epsilon > 0 and not args.gaussian_noise
+
+
+def decodes(args: argparse.Namespace) -> bool:
+    """Return whether attack or loss reconstruct images."""
+    return args.reconstruction_weight > 0 or (attacks(args) and args.latent_attack_share < 1)
+
+
+def perceptual_trunk(args: argparse.Namespace) -> str | None:
+    """Return the trunk of LPIPS; None if it is not part of attack and loss."""
+    return args.lpips_net if args.lpips_weight and decodes(args) else None
 
 
 def count_steps(epochs: int, num_images: int | None, samples_per_step: int, earlier: Earlier | None) -> int:
