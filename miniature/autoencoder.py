@@ -27,6 +27,18 @@ from miniature.training import BETAS, Loop, autocast, cosine_schedule, descend
 from srl_utils.metrics.losses import FeatureDistance
 from srl_utils.vae.layers import with_compilable_layers
 
+ABOUT = """# The miniature autoencoder
+
+A `diffusers.AutoencoderKL` of {parameters} million parameters for images of 64 px, or another multiple of 8. It has the
+blocks of Stable Diffusion's VAE with fewer channels, 12 latent channels, and weights in float16.
+
+`make miniature` trained it on drawn scenes, dead leaves and augmented crops of scikit-image's training photographs, and
+on no other photographs; `srl_utils/images/photographs.py` lists them. Encoder and decoder were first trained apart, on
+components of pixels and of an ImageNet network's features; then together; then against a patch discriminator too.
+Settings: {build}.
+
+`scaling_factor` is the measured 1 / standard deviation of its latents.
+"""
 TEACHER_SAMPLES = 512
 LATENT_NOISE = 0.15
 """Of the teacher's latents that the decoder sees, in each channel's standard deviation."""
@@ -54,7 +66,8 @@ def build(args: argparse.Namespace) -> None:
         "seed",
     )
     settings = {name: getattr(args, name) for name in names}
-    write_measurements(vae.float(), args.output_dir, build={**settings, "torch_compile": args.torch_compile})
+    settings["torch_compile"] = args.torch_compile
+    write_measurements(vae.float(), args.output_dir, about=ABOUT, build=settings)
 
 
 def build_autoencoder() -> AutoencoderKL:

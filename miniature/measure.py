@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from PIL import Image
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from miniature.scenes import draw_dead_leaves, draw_scene
 from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.protections import PROTECTIONS, Victim, protect
 from srl_utils.evaluation import cells
-from srl_utils.evaluation.motion import SHARE, motion
+from srl_utils.evaluation.motion import FLIPS, SHARE, USE, codebook_use, motion
 from srl_utils.evaluation.perturbations import CLEAN, noise, strong_attack
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.evaluation.results import Row, to_rows
@@ -30,6 +30,7 @@ from srl_utils.images.decoding import decode_rgb
 from srl_utils.images.photographs import photograph_tiles
 from srl_utils.images.pixels import from_pil
 from srl_utils.vae.codec import Codec
+from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 
 SIZE = 64
 EPSILON = 8 / 255
@@ -41,14 +42,22 @@ PULL_EPSILON, PULL_STEPS = 16 / 255, 100
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured on a set of images: rows of their reconstruction, and the share of the way that latents went."""
+    """What was measured on a set of images.
+
+    Attributes:
+        rows: of their reconstruction.
+        share: of the way to other latents that theirs went.
+        use: share of the codes that they use; None for continuous latents.
+    """
 
     rows: list[Row]
     share: float
+    use: float | None
 
     def to_json(self) -> dict[str, object]:
         """Return the content of `measured.json` for these images."""
-        return {"rows": [row.to_json() for row in self.rows], SHARE: self.share}
+        used = {} if self.use is None else {USE: self.use}
+        return {"rows": [row.to_json() for row in self.rows], SHARE: self.share} | used
 
 
 def measure_scaling_factor(vae: AutoencoderKL) -> float:
@@ -61,7 +70,7 @@ def measure_scaling_factor(vae: AutoencoderKL) -> float:
     return round(1 / latents.std().item(), 5)
 
 
-def measure(vae: AutoencoderKL, extra: dict[str, Tensor] | None = None) -> dict[str, Measurement]:
+def measure(vae: ModelMixin, extra: dict[str, Tensor] | None = None) -> dict[str, Measurement]:
     """Measure each set of unseen images: clean, with noise, under the strong attack, and pulled to another image.
 
     Args:
@@ -76,14 +85,16 @@ def measure(vae: AutoencoderKL, extra: dict[str, Tensor] | None = None) -> dict[
         **(extra or {}),
     }
     return {
-        name: Measurement(reconstruction_rows(codec, images, name), latent_share(codec, images))
+        name: Measurement(
+            reconstruction_rows(codec, images, name), latent_share(codec, images), codebook_use(codec, images, 32)
+        )
         for name, images in sets.items()
     }
 
 
 def reconstruction_rows(codec: Codec, images: Tensor, title: str) -> list[Row]:
-    """Return the PSNR and SSIM of reconstructions: clean, with noise, and under the strong attack."""
-    task = Reconstruction(metrics=Metrics(names=["psnr", "ssim"]), baseline=codec, images=images)
+    """Return PSNR, SSIM and changed tokens of reconstructions: clean, with noise, and under the strong attack."""
+    task = Reconstruction(metrics=Metrics(names=["psnr", "ssim", FLIPS]), baseline=codec, images=images)
     perturbations = [CLEAN, noise(EPSILON), strong_attack(EPSILON)]
     numbers = range(len(images))
     return to_rows(
@@ -104,54 +115,46 @@ def latent_share(codec: Codec, images: Tensor) -> float:
         )
 
 
-def write_measurements(vae: AutoencoderKL, folder: Path, *, build: dict[str, object]) -> None:
-    """Write `measured.json` and a README with its table into the weights' folder; `build` are the build's settings."""
+def write_measurements(vae: ModelMixin, folder: Path, *, about: str, build: dict[str, object]) -> None:
+    """Write `measured.json` and a README with its table into the weights' folder.
+
+    Args:
+        vae: the autoencoder.
+        folder: of its weights.
+        about: the README's text on shape and training, with `{parameters}` and `{build}`.
+        build: settings of the training.
+    """
     results = measure(vae)
-    content = {
-        "build": build,
-        "scaling_factor": vae.config.scaling_factor,
-        "results": {name: measured.to_json() for name, measured in results.items()},
-    }
+    content = {"build": build, "results": {name: measured.to_json() for name, measured in results.items()}}
     (folder / "measured.json").write_text(json.dumps(content, indent=1) + "\n")
     parameters = sum(parameter.numel() for parameter in vae.parameters())
-    (folder / "README.md").write_text(
-        README.format(
-            parameters=f"{parameters / 1e6:.2f}",
-            latents=vae.config.latent_channels,
-            scaling_factor=vae.config.scaling_factor,
-            build=", ".join(f"{key} {value}" for key, value in build.items()),
-            table=table(results),
-        )
+    told = about.format(
+        parameters=f"{parameters / 1e6:.2f}", build=", ".join(f"{key} {value}" for key, value in build.items())
     )
+    (folder / "README.md").write_text(README.format(about=told, table=table(results)))
 
 
 def table(results: dict[str, Measurement]) -> str:
-    """Return a Markdown table with one line per set of images: PSNR in dB, and the share of the way."""
+    """Return a Markdown table with one line per set of images: PSNR in dB, the share of the way, and tokens."""
     attacks = list(dict.fromkeys(row.attack for measured in results.values() for row in measured.rows))
-    lines = [["images (64 px)", *(f"{attack} (dB)" for attack in attacks), "latents pulled"]]
+    discrete = any(measured.use is not None for measured in results.values())
+    titles = ["tokens changed", "codes used"] if discrete else []
+    lines = [["images (64 px)", *(f"{attack} (dB)" for attack in attacks), "latents pulled", *titles]]
     for name, measured in results.items():
-        psnr = {row.attack: row.value for row in measured.rows if row.metric == "psnr"}
-        lines.append([name, *(f"{psnr[attack]:.2f}" for attack in attacks), f"{100 * measured.share:.0f} %"])
+        values = {(row.metric, row.attack): row.value for row in measured.rows}
+        line = [name, *(f"{values['psnr', attack]:.2f}" for attack in attacks), f"{measured.share:.0%}"]
+        tokens = [f"{values[FLIPS, attacks[-1]]:.0%}", f"{measured.use:.0%}"] if measured.use is not None else []
+        lines.append(line + tokens)
     return markdown_table(lines)
 
 
-README = """# The miniature autoencoder
-
-A `diffusers.AutoencoderKL` of {parameters} million parameters for images of 64 px, or another multiple of 8. It has the
-blocks of Stable Diffusion's VAE with fewer channels, {latents} latent channels, and weights in float16.
-
-`make miniature` trained it on drawn scenes, dead leaves and augmented crops of scikit-image's training photographs, and
-on no other photographs; `srl_utils/images/photographs.py` lists them. Encoder and decoder were first trained apart, on
-components of pixels and of an ImageNet network's features; then together; then against a patch discriminator too.
-Settings: {build}.
-
+README = """{about}
 Another build gives a similar autoencoder with other bits: compiled code and another number of threads round differently.
 
-`scaling_factor` {scaling_factor} is the measured 1 / standard deviation of its latents.
-
 The table has the PSNR in dB on unseen images, by `python -m miniature.measure`. `pgd-50x2` is PGD on the mean squared
-error with 50 steps, 2 restarts and epsilon 8/255. The noise has standard deviation 8/255. The last column says how far
-Nightshade, with epsilon 16/255 and 100 steps, pulls the latents towards those of another image.
+error with 50 steps, 2 restarts and epsilon 8/255. The noise has standard deviation 8/255. "Latents pulled" says how far
+Nightshade, with epsilon 16/255 and 100 steps, pulls the latents towards those of another image. "Tokens changed" is what
+`pgd-50x2` does to discrete latents.
 
 {table}
 """
@@ -194,4 +197,4 @@ if __name__ == "__main__":
     parser.add_argument("--photographs", type=Path, help="a folder of photographs of at least 64 px")
     arguments = parser.parse_args()
     photographs = arguments.photographs and {"your photographs": center_crops(arguments.photographs, limit=100)}
-    print(table(measure(AutoencoderKL.from_pretrained(arguments.vae), photographs)))
+    print(table(measure(load_autoencoder(AutoencoderSource(pretrained_model_name_or_path=arguments.vae)), photographs)))

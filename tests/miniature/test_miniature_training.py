@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from helpers.runs import build_tiny_vae
 from torch import Tensor, nn
 
-from miniature import autoencoder, classifier, contrastive, diffusion
+from miniature import autoencoder, classifier, contrastive, diffusion, discrete, mixture
 from miniature.imagenet import ImageNetLayers
 from miniature.scene_set import LABELS, NO_LABEL, scene_set
 from miniature.scenes import draw_scene
@@ -79,8 +79,9 @@ def test_schedule_warms_up_and_ends_at_zero() -> None:
 
 def test_autoencoder_s_training_resumes_in_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: invariance, an undisturbed run of two steps apart, two together and two against the discriminator, exact."""
-    monkeypatch.setattr(autoencoder, "PHOTOGRAPH_SIDE", 64)
-    monkeypatch.setattr(autoencoder, "SIZE", 16)
+    monkeypatch.setattr(mixture, "PHOTOGRAPH_SIDE", 64)
+    for module in (mixture, autoencoder):
+        monkeypatch.setattr(module, "SIZE", 16)
     monkeypatch.setattr(autoencoder, "TEACHER_SAMPLES", 16)
 
     def run(work_dir: Path, *, adversarial_steps: int = 2) -> dict[str, Tensor]:
@@ -100,6 +101,43 @@ def test_autoencoder_s_training_resumes_in_every_part(tmp_path: Path, monkeypatc
     state = torch.load(tmp_path / "parts/state.pt", weights_only=True)
     (group,) = state["optimizer"]["param_groups"]
     assert (state["step"], group["lr"], tuple(group["betas"])) == (6, 1e-3, (0.5, 0.9))
+
+
+def test_discrete_autoencoder_s_training_resumes_in_both_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: invariance, an undisturbed run of two steps without codes and four with them, exact, with a window's end
+    before and after each stop."""
+    monkeypatch.setattr(mixture, "PHOTOGRAPH_SIDE", 64)
+    monkeypatch.setattr(mixture, "SIZE", 16)
+    monkeypatch.setattr(discrete, "SAMPLES", 40)
+    monkeypatch.setattr(discrete, "WINDOW", 2)
+
+    def run(work_dir: Path, *, joint_steps: int = 4) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        args = Namespace(
+            plain_steps=2, joint_steps=joint_steps, batch_size=4, learning_rate=1e-2, checkpointing_steps=1,
+            num_workers=0, seed=0, device="cpu", torch_compile=False, work_dir=work_dir,
+        )  # fmt: skip
+        return discrete.train(args).state_dict()
+
+    whole = run(tmp_path / "whole")
+    for joint_steps in (-1, 0, 1, 3):
+        run(tmp_path / "parts", joint_steps=joint_steps)
+    resumed = run(tmp_path / "parts")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_unused_codes_move_to_features() -> None:
+    """Oracle: specification: used codes stay, each other one is a feature of its own, and the counts begin anew."""
+    use, codebook = discrete.CodeUse(), torch.nn.Embedding(discrete.CODES, 2)
+    before = codebook.weight.detach().clone()
+    used = torch.arange(10, discrete.CODES)
+    features = torch.arange(40.0).view(20, 2) + 100
+    use.count(used)
+    use.renew(codebook, features, torch.Generator().manual_seed(0))
+    assert torch.equal(codebook.weight[10:], before[10:])
+    moved = {tuple(row) for row in codebook.weight[:10].tolist()}
+    assert len(moved) == 10 and moved <= {tuple(row) for row in features.tolist()}
+    assert use.counts.sum() == 0
 
 
 def test_components_are_those_of_the_samples() -> None:
