@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -20,6 +21,8 @@ from diffusers import (
     ModelMixin,
     VQModel,
 )
+
+from srl_utils.vae.families import family_of
 
 LEVELS = (8, 16)
 BLOCKS = {
@@ -87,3 +90,13 @@ def small_autoencoder(name: str, *, seed: int = 0) -> ModelMixin:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return INSTANCES[name]().eval()
+
+
+def with_other_encoder(vae: ModelMixin) -> ModelMixin:
+    """Return a copy of `vae` as the fine-tuning leaves it: other weights on the encoder's side, the rest the same."""
+    other = copy.deepcopy(vae)
+    noise = torch.Generator().manual_seed(3)
+    for name, parameter in other.named_parameters():
+        if name.partition(".")[0] in family_of(vae).trained:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=noise).to(parameter)
+    return other

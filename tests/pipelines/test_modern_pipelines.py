@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, ModelMixin
-from helpers.autoencoders import small_autoencoder
+from diffusers import AutoencoderKL
+from helpers.autoencoders import small_autoencoder, with_other_encoder
 from helpers.modern_pipelines import KINDS, build_pipeline, run_pipeline
 from helpers.runs import draw_images
 from helpers.small_pipelines import build_pipeline as build_sd_pipeline
@@ -19,16 +19,6 @@ from srl_utils.errors import UserError
 from srl_utils.vae.families import FAMILIES, family_of
 
 EVERY_KIND = pytest.mark.parametrize("name", KINDS)
-
-
-def with_other_encoder(vae: ModelMixin) -> ModelMixin:
-    """A copy of `vae` as the fine-tuning leaves it: other weights on the encoder's side, the rest the same."""
-    other = copy.deepcopy(vae)
-    noise = torch.Generator().manual_seed(3)
-    for name, parameter in other.named_parameters():
-        if name.partition(".")[0] in family_of(vae).trained:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=noise)
-    return other
 
 
 @EVERY_KIND

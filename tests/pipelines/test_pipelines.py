@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionImg2ImgPipeline, UNet2DModel
+from helpers.autoencoders import with_other_encoder
 from helpers.small_pipelines import KINDS, build_pipeline, run_pipeline, small_vae
 from torch import Tensor
 
@@ -28,16 +29,6 @@ Exchange = Callable[..., AutoencoderKL]
 SMALL_UNET = {
     "block_out_channels": (8,), "norm_num_groups": 4, "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",),
 }  # fmt: skip
-
-
-def with_other_encoder(vae: AutoencoderKL) -> AutoencoderKL:
-    """A copy of `vae` as the fine-tuning leaves it: other weights in the encoder, the decoder's the same."""
-    other = copy.deepcopy(vae)
-    noise = torch.Generator().manual_seed(3)
-    for name, parameter in other.named_parameters():
-        if name.startswith(("encoder.", "quant_conv.")):
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=noise).to(parameter)
-    return other
 
 
 def same_weights(vae: AutoencoderKL, other: AutoencoderKL, *, parts: tuple[str, ...] = ("",)) -> bool:
