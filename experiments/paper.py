@@ -27,6 +27,7 @@ from experiments.claims import (
     edits_claims,
     poison_claim,
     spread,
+    trained_name,
     verdict_table,
 )
 from experiments.figures import draw_all
@@ -44,8 +45,9 @@ from experiments.plan import (
     Evaluation,
     Scale,
     evaluations,
+    training_flags,
 )
-from experiments.runner import Runner
+from experiments.runner import WEIGHTS, Runner
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.files import write_text_atomically
@@ -57,13 +59,16 @@ def main() -> None:
     scale = QUICK if args.quick else FULL
     planned = evaluations(scale, args.output_dir)
     trainings = [(name, seed) for name, variant in VARIANTS.items() for seed in range(min(scale.seeds, variant.seeds))]
-    run = Runner(args.output_dir, args.seed, num_calls=2 + len(trainings) + len(planned))
+    run = Runner(
+        args.output_dir, WEIGHTS / "vae", title="paper", num_calls=2 + len(trainings) + len(planned)
+    )  # fmt: skip
     run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1)
     run.scenes(SCENES, max(scale.images, scale.poisoned_set), seed=0)
     for name, seed in trainings:
-        run.train(name, scale, seed=seed)
-    for evaluation in planned:
-        run.evaluate(evaluation)
+        run.train(trained_name(name, seed), training_flags(name, scale, args.output_dir, seed=seed))
+    shared = ["--data_dir", args.output_dir / SCENES, "--seed", args.seed]
+    for each in planned:
+        run.evaluate(each.name, each.command, each.vaes, [*shared, *each.flags], baseline=each.baseline)
     run.bar.close()
     results = results_by_part(planned, args.output_dir)
     apgd = f"apgd-{scale.attack_steps}"
@@ -71,7 +76,8 @@ def main() -> None:
     poisons = {f"nightshade-{number}": number for number in scale.poisons if number}
     claims = judged(results, apgd=apgd, edits=edits, poison=list(poisons)[-1])
     draw_all(results, args.output_dir / "figures", attack=apgd, edits=edits, poisons=poisons)
-    write_text_atomically(args.output_dir / "paper.md", report(results, claims, scale, run))
+    text = report(results, claims, scale, seed=args.seed, minutes=run.minutes())
+    write_text_atomically(args.output_dir / "paper.md", text)
     print(f"Report: {args.output_dir / 'paper.md'}")
 
 
@@ -104,14 +110,22 @@ def judged(results: Mapping[str, Results], *, apgd: str, edits: Mapping[str, Res
     ]  # fmt: skip
 
 
-def report(results: Mapping[str, Results], claims: Sequence[Claim], scale: Scale, run: Runner) -> str:
-    """Return the report as Markdown."""
+def report(results: Mapping[str, Results], claims: Sequence[Claim], scale: Scale, *, seed: int, minutes: float) -> str:
+    """Return the report as Markdown.
+
+    Args:
+        results: by part.
+        claims: with their verdicts.
+        scale: size of the experiments.
+        seed: of the evaluations.
+        minutes: that all commands took.
+    """
     tables = [f"## {heading}\n\n{results_table(results[part])}" for part, heading in PARTS.items() if part in results]
     return REPORT.format(
         machine=f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
         date=date.today().isoformat(),
-        seed=run.seed,
-        minutes=f"{run.minutes():.0f}",
+        seed=seed,
+        minutes=f"{minutes:.0f}",
         scale=scale,
         claims=verdict_table(claims),
         tables="\n\n".join(tables),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from experiments.claims import CONTROL, ORIGINAL, ROBUST
+from experiments.claims import CONTROL, ORIGINAL, ROBUST, trained_name
+from experiments.runner import WEIGHTS
 from srl_utils.evaluation.motion import MOTION_METRICS
 from srl_utils.evaluation.perturbations import ADAPTIVE, TRANSFER
 
-WEIGHTS = Path(__file__).parents[1] / "miniature/weights"
 TRAINING_SCENES, SCENES = "training-scenes", "scenes"
 """Folders of the images to train and to evaluate on."""
 
@@ -129,6 +130,14 @@ class Evaluation:
     seeds: int
     baseline: str = ORIGINAL
 
+    @property
+    def vaes(self) -> list[str]:
+        """Return the names of the VAEs that are compared with the baseline."""
+        trained = (
+            (variant, seed) for variant in self.variants for seed in range(min(self.seeds, VARIANTS[variant].seeds))
+        )
+        return [name for name in (trained_name(*each) for each in trained) if name != self.baseline]
+
 
 PARTS = {
     "reconstruction": "Reconstruction",
@@ -185,6 +194,14 @@ def evaluations(scale: Scale, folder: Path) -> list[Evaluation]:
         poisons(
             name="weaker-poisons", part="weaker poisons", variants=(), flags=nightshade_flags(scale, "10/255")
         ),
+    ]  # fmt: skip
+
+
+def training_flags(variant: str, scale: Scale, folder: Path, *, seed: int) -> list[object]:
+    """Return the flags of a variant's training; `folder` holds the scenes."""
+    return [
+        "--train_data_dir", folder / TRAINING_SCENES, "--max_train_steps", scale.training_steps, "--seed", seed,
+        *shlex.split(VARIANTS[variant].flags),
     ]  # fmt: skip
 
 

@@ -1,25 +1,25 @@
-"""Runs the project's commands as a user would, and keeps their output and their times."""
+"""Runs the project's commands as a user would on the miniature world, and keeps their output and their times."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from experiments.claims import ORIGINAL, trained_name
-from experiments.plan import SCENES, TRAINING_SCENES, VARIANTS, WEIGHTS, Evaluation, Scale
+from experiments.claims import ORIGINAL
 from srl_utils.console import progress_bar
 from srl_utils.files import write_text_atomically
 from srl_utils.vae.loading import WEIGHTS_NAME
 
 ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "miniature/weights"
 BATCH = 8
 """Images of a training step. At most as many processes share them; on a CPU, each needs about 2 GB."""
 LONGEST_LINE = 60
@@ -29,17 +29,18 @@ LONGEST_LINE = 60
 class Runner:
     """Runs commands whose results are in `folder`."""
 
-    def __init__(self, folder: Path, seed: int, *, num_calls: int) -> None:
+    def __init__(self, folder: Path, original: Path, *, title: str, num_calls: int) -> None:
         """Make the folder and a progress bar.
 
         Args:
             folder: of all results.
-            seed: of the evaluations.
+            original: the VAE that is fine-tuned.
+            title: of the bar, before the first command.
             num_calls: number of commands.
         """
-        self.folder, self.seed = folder, seed
+        self.folder, self.original = folder, original
         folder.mkdir(parents=True, exist_ok=True)
-        self.bar = progress_bar(num_calls, desc="paper", unit="part")
+        self.bar = progress_bar(num_calls, desc=title, unit="part")
 
     def scenes(self, name: str, count: int, *, seed: int) -> None:
         """Draw scenes into the folder `name`, unless they exist."""
@@ -50,43 +51,50 @@ class Runner:
                 name, "-m", "miniature.draw", "--num_images", count, "--seed", seed, "--output_dir", self.folder / name
             )
 
-    def train(self, variant: str, scale: Scale, *, seed: int) -> None:
-        """Train a VAE of a variant, unless it exists."""
-        output_dir = self._vae(trained_name(variant, seed))
+    def train(self, name: str, flags: Sequence[object]) -> None:
+        """Train the VAE `name` on images of 64 px, unless it exists; `flags` has what is not the same for all."""
+        output_dir = self.vae(name)
         if (output_dir / WEIGHTS_NAME).exists() and (output_dir / "README.md").exists():
             self.bar.update()
             return
         processes = num_processes()
         self._call(
-            f"train {trained_name(variant, seed)}", *launched(processes), ROOT / "train_srl_vae.py",
-            "--pretrained_model_name_or_path", self._vae(ORIGINAL), "--train_data_dir", self.folder / TRAINING_SCENES,
-            "--resolution", 64, "--train_batch_size", BATCH // processes, "--max_train_steps", scale.training_steps,
-            "--learning_rate", "5e-4", "--lpips_weight", 0, "--random_flip", "--no-torch_compile",
-            "--num_validation_images", 2, "--validation_steps", 10_000, "--report_to", "none", "--seed", seed,
-            *shlex.split(VARIANTS[variant].flags), "--output_dir", output_dir, "--resume_from_checkpoint", "latest",
+            f"train {name}", *launched(processes), ROOT / "train_srl_vae.py",
+            "--pretrained_model_name_or_path", self.original, "--resolution", 64,
+            "--train_batch_size", BATCH // processes, "--learning_rate", "5e-4", "--lpips_weight", 0, "--random_flip",
+            "--no-torch_compile", "--num_validation_images", 2, "--validation_steps", 10_000, "--report_to", "none",
+            *flags, "--output_dir", output_dir, "--resume_from_checkpoint", "latest",
         )  # fmt: skip
 
-    def evaluate(self, evaluation: Evaluation) -> None:
-        """Evaluate the baseline and the VAEs of the evaluation's variants; finished parts are kept."""
-        names = [
-            name
-            for variant in evaluation.variants
-            for seed in range(min(evaluation.seeds, VARIANTS[variant].seeds))
-            if (name := trained_name(variant, seed)) != evaluation.baseline
-        ]
-        vaes = ["--vae", *(f"{name}={self._vae(name)}" for name in names)] if names else []
+    def evaluate(
+        self, name: str, command: str, vaes: Sequence[str], flags: Sequence[object], *, baseline: str = ORIGINAL
+    ) -> None:
+        """Evaluate the baseline and other trained VAEs; finished parts are kept.
+
+        Args:
+            name: of the results' folder.
+            command: of `srl_utils.evaluation`.
+            vaes: names of the VAEs.
+            flags: of the command, beside those for VAEs and folder.
+            baseline: name of the VAE with which the others are compared.
+        """
+        compared = ["--vae", *(f"{vae}={self.vae(vae)}" for vae in vaes)] if vaes else []
         self._call(
-            evaluation.name, *launched(num_processes()), "-m", "srl_utils.evaluation", evaluation.command,
-            "--baseline", self._vae(evaluation.baseline), *vaes, "--data_dir", self.folder / SCENES, "--resolution", 64,
-            "--seed", self.seed, *evaluation.flags, "--output_dir", self.folder / evaluation.name,
+            name, *launched(num_processes()), "-m", "srl_utils.evaluation", command, "--baseline", self.vae(baseline),
+            *compared, "--resolution", 64, *flags, "--output_dir", self.folder / name,
         )  # fmt: skip
+
+    def seconds(self) -> dict[str, int]:
+        """Return how long each command took, by its title, those of earlier runs included."""
+        return json.loads(self._times.read_text()) if self._times.exists() else {}
 
     def minutes(self) -> float:
         """Return how long all commands took, those of earlier runs included."""
-        return sum(json.loads(self._times.read_text()).values()) / 60
+        return sum(self.seconds().values()) / 60
 
-    def _vae(self, name: str) -> Path:
-        return WEIGHTS / "vae" if name == ORIGINAL else self.folder / "vaes" / re.sub(r"\W+", "-", name)
+    def vae(self, name: str) -> Path:
+        """Return the folder of a VAE."""
+        return self.original if name == ORIGINAL else self.folder / "vaes" / re.sub(r"\W+", "-", name)
 
     def _call(self, title: str, *command: object) -> None:
         started = time.time()
@@ -107,7 +115,7 @@ class Runner:
         self.bar.update()
         if code:
             raise SystemExit(f"{title} failed with exit code {code}; see {self.folder / 'log.txt'}")
-        seconds = json.loads(self._times.read_text()) if self._times.exists() else {}
+        seconds = self.seconds()
         seconds[title] = seconds.get(title, 0) + round(time.time() - started)
         write_text_atomically(self._times, json.dumps(seconds, indent=1))
 

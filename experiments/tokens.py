@@ -1,0 +1,99 @@
+"""Make the miniature's discrete autoencoder robust, and compare its rivals at equal time.
+
+    python -m experiments.tokens                       # make tokens
+
+Trains it without an attack, on feature distances alone (as arXiv 2602.18252 does with tokenizers) and with SRL-VAE, each as
+long as the others, and attacks reconstructions, features and tokens. Finished parts are kept, so the command can be
+interrupted and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from experiments.claims import ORIGINAL, Results, spread, trained_name
+from experiments.runner import WEIGHTS, Runner
+from srl_utils.evaluation.motion import FLIPS, USE
+from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
+from srl_utils.evaluation.report.tables import markdown_table
+from srl_utils.evaluation.tasks.base import DRIFT
+from srl_utils.files import write_text_atomically
+
+SEEDS = 3
+LATENT = "--recipe latent"
+VARIANTS = {
+    "no attack": "--recipe fast --pgd_steps 0 --max_train_steps 1500",
+    "feature distance": f"{LATENT} --reconstruction_weight 0 --latent_weight 1 --latent_attack_share 1 --max_train_steps 1000",
+    "srl": f"{LATENT} --max_train_steps 600",
+}
+"""Flags by variant; the numbers of steps take about the same time."""
+ATTACKS = {"reconstruction": "apgd-100", "features": "apgd-100-latents", "tokens": "apgd-100-tokens"}
+"""Attacks by what they aim at."""
+EPSILON = "8/255"
+EVALUATION = [
+    "--dataset_name", "scikit-image", "--num_images", 32, "--attacks", "clean", *ATTACKS.values(), "--epsilons", EPSILON,
+    "--threat_models", ADAPTIVE, "--metrics", "psnr", "ssim", DRIFT, FLIPS, USE, "--num_check_images", 4,
+]  # fmt: skip
+
+
+def main() -> None:
+    """Train, evaluate, and write the table."""
+    args = parse_args()
+    run = Runner(args.output_dir, WEIGHTS / "vq", title="tokens", num_calls=len(VARIANTS) * SEEDS + 1)
+    names = []
+    for seed in range(SEEDS):
+        for variant, flags in VARIANTS.items():
+            names.append(trained_name(variant, seed))
+            run.train(names[-1], ["--dataset_name", "scikit-image", "--seed", seed, *shlex.split(flags)])
+    run.evaluate("reconstruction", "reconstruction", names, EVALUATION)
+    run.bar.close()
+    seconds = run.seconds()
+    times = {
+        variant: [seconds[f"train {trained_name(variant, seed)}"] for seed in range(SEEDS)] for variant in VARIANTS
+    }
+    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {date.today().isoformat()}"
+    table = results_table(Results(args.output_dir / "reconstruction/results.json"), times)
+    write_text_atomically(args.output_dir / "tokens.md", f"{machine}, {EPSILON}, adaptive attacks\n\n{table}\n")
+    print(table)
+
+
+def results_table(results: Results, times: dict[str, Sequence[int]]) -> str:
+    """Return a line for each variant: PSNR and changed tokens, clean and under each attack; drift; codes in use; time.
+
+    Args:
+        results: of the evaluation.
+        times: seconds of each training, by variant.
+    """
+    attacked = [(title, (attack, ADAPTIVE)) for title, attack in ATTACKS.items()]
+    settings = [("clean", ("clean", NO_THREAT)), *attacked]
+    titles = [f"{title} (dB)" for title, _ in settings] + [f"tokens changed: {title} (%)" for title, _ in settings]
+    lines = [["VAE", *titles, "drift", "codes used (%)", "seconds"]]
+    for variant in (ORIGINAL, *VARIANTS):
+        psnr = [spread(results.of(variant, *setting, "psnr")) for _, setting in settings]
+        flips = [spread(percent(results.of(variant, *setting, FLIPS))) for _, setting in settings]
+        drift = spread(results.of(variant, "clean", NO_THREAT, DRIFT))
+        use = spread(percent(results.of(variant, "clean", NO_THREAT, USE)))
+        lines.append([variant, *psnr, *flips, drift, use, spread(times.get(variant, []))])
+    return markdown_table(lines)
+
+
+def percent(shares: Sequence[float]) -> list[float]:
+    """Return shares in percent."""
+    return [100 * share for share in shares]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/tokens"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
