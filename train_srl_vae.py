@@ -68,11 +68,12 @@ from srl_utils.training.cli.building import build_accelerator, build_run
 from srl_utils.training.cli.finishing import finish, publish_snapshot, save_and_stop, write_card
 from srl_utils.training.cli.flag_effects import training_effects
 from srl_utils.training.cli.listener import Clock, Listener, StepFacts, Waiting
-from srl_utils.training.cli.planning import describe, plan_steps
+from srl_utils.training.cli.planning import attacks, describe, plan_steps
 from srl_utils.training.cli.run import Run, Stop, validate
 from srl_utils.training.execution import check_execution
 from srl_utils.training.interruption import Interruption
 from srl_utils.training.resuming import Earlier
+from srl_utils.training.step import OBJECTIVES
 from srl_utils.vae.families import family_of
 from srl_utils.vae.loading import HALF_PRECISION, load_autoencoder, read_config
 from srl_utils.vae.networks import check_resolution
@@ -196,10 +197,11 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--lpips_net", choices=sorted(LPIPS_TRUNKS), default="vgg", help="trunk of LPIPS")
     add(
-        "--reconstruction_weight",
-        type=non_negative_float,
-        default=1.0,
-        help="gamma, weight of the reconstruction loss; 0 trains on the latents alone and decodes nothing; not in the paper",
+        "--objective",
+        choices=OBJECTIVES,
+        default="srl",
+        help="what attack and loss are about: reconstructions of attacked images (srl), latents of attacked images alone, "
+        "without a decoder (feature), or reconstructions of clean images and latents that an attack does not move (trades)",
     )
     add("--originality_weight", type=non_negative_float, default=0.01, help="alpha, weight of the originality loss")
     add(
@@ -406,7 +408,7 @@ def optimizer_step(run: Run, batches: Waiting, *, interrupted: bool) -> tuple[Te
         with accelerator.accumulate(encoder):
             clean = method.batch(batch.images, image_generators(run.args.seed, batch.positions))
             attacked = method.attack(clean)  # x + delta
-            loss, terms = method.loss(attacked, clean)  # gamma L_robust + alpha L_orig + beta L_latent
+            loss, terms = method.loss(attacked, clean)  # L_robust + alpha L_orig (+ beta L_latent)
             accelerator.backward(loss)
             passes.append(terms)
     gradient_norm = accelerator.clip_grad_norm_(encoder.parameters(), run.args.max_grad_norm)
@@ -502,8 +504,10 @@ def check(args: argparse.Namespace) -> tuple[ModelMixin, Earlier | None]:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs the package {package}: pip install {package}")
-    if args.reconstruction_weight == 0 and args.latent_weight == 0:
-        raise UserError("--reconstruction_weight 0 needs a --latent_weight above 0: nothing else would make it robust")
+    if args.objective == "trades" and args.latent_weight == 0:
+        raise UserError("--objective trades needs a --latent_weight above 0: nothing else would make the VAE robust")
+    if args.objective == "feature" and not (attacks(args) or args.gaussian_noise):
+        raise UserError("--objective feature needs an attack or --gaussian_noise: nothing else would train the VAE")
     check_execution(args.mixed_precision, args.torch_compile, leave_gpu=on_cpu(os.environ))
     DataSource.from_flags(args).check()
     check_resolution(args.resolution, read_config(autoencoder_source(args)))

@@ -9,6 +9,7 @@ import torch
 from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
+from srl_utils.training.step import TrainingObjective
 from srl_utils.vae.networks import LatentDecoder, LatentEncoder, latent_shape
 
 
@@ -22,11 +23,11 @@ class StepArithmetic:
     """One forward pass each; `perceptual` is 0 without LPIPS."""
     pgd_steps: int
     reconstruction: bool
-    """Whether the loss decodes the attacked images."""
-    originality: bool
+    """Whether the loss decodes images."""
+    clean: bool
     """Whether the encoder encodes the clean images."""
-    reference: bool
-    """Whether the original encoder encodes them."""
+    reference: int
+    """How often frozen encoders encode them."""
     latent_attack_share: float
     """Share of the images whose attack needs no decoder."""
 
@@ -40,7 +41,7 @@ class StepArithmetic:
     def outer(self) -> int:
         """Operations of the update: attacked pass (weight gradients in the encoder only), clean pass, reference, target features."""
         attacked = 3 * self.encoder + self.reconstruction * 2 * (self.decoder + self.perceptual)
-        clean = (3 * self.originality + self.reference) * self.encoder
+        clean = (3 * self.clean + self.reference) * self.encoder
         return attacked + clean + self.perceptual
 
     @property
@@ -67,7 +68,7 @@ def step_arithmetic(
     resolution: int,
     pgd_steps: int,
     lpips_net: str | None,
-    reconstruction: bool = True,
+    objective: TrainingObjective = "srl",
     originality: bool = True,
     latent_distance: bool = False,
     latent_attack_share: float = 0.0,
@@ -79,10 +80,10 @@ def step_arithmetic(
         resolution: side of the images in pixels.
         pgd_steps: steps of the attack; 0 without one.
         lpips_net: trunk of LPIPS; None without LPIPS.
-        reconstruction: whether the loss has the reconstruction's term.
-        originality: whether it has the originality term.
-        latent_distance: whether it has the distance of attacked latents.
-        latent_attack_share: share of the images that are attacked on their latents.
+        objective: of attack and loss.
+        originality: whether the loss has the originality term.
+        latent_distance: whether `srl` has the distance of attacked latents.
+        latent_attack_share: share of the images that `srl` attacks on their latents.
     """
     with torch.device("meta"):
         twin = type(vae).from_config(vae.config).to("meta")  # some classes make a buffer elsewhere
@@ -91,15 +92,16 @@ def step_arithmetic(
         perceptual = lpips.LPIPS(net=lpips_net, pretrained=False, pnet_rand=True, verbose=False) if lpips_net else None
         encoder, decoder = _count(LatentEncoder(twin), image), _count(LatentDecoder(twin), latent)
         trunk = _count(perceptual.net, image) if perceptual else 0
+    of_latents = objective == "feature" or (objective == "srl" and (latent_distance or latent_attack_share > 0))
     return StepArithmetic(
         encoder=encoder,
         decoder=decoder,
         perceptual=trunk,
         pgd_steps=pgd_steps,
-        reconstruction=reconstruction,
-        originality=originality,
-        reference=originality or latent_distance or latent_attack_share > 0,
-        latent_attack_share=latent_attack_share,
+        reconstruction=objective != "feature",
+        clean=originality or objective == "trades",
+        reference=(originality or of_latents) + (objective == "trades"),
+        latent_attack_share=latent_attack_share if objective == "srl" else 1.0,
     )
 
 

@@ -8,10 +8,16 @@ For images x, the encoder E being trained, its frozen original E0 and the frozen
     loss      = L_robust + alpha L_orig
 
 Beyond the paper, a share of a batch may be attacked where a denoiser sees it, on the latents, and their distance may be in
-the loss with a weight beta. L_robust may be weighted too; without it, nothing is decoded for the loss:
+the loss with a weight beta:
 
     delta     = argmax over |delta| <= epsilon of  L_latent = |mean E(x + delta) - mean E0(x)|^2
-    loss      = gamma L_robust + alpha L_orig + beta L_latent
+    loss      = L_robust + alpha L_orig + beta L_latent
+
+Two rivals have other objectives. "feature" decodes nothing, as arXiv 2402.12336 (FARE) and 2602.18252 do; "trades" keeps
+the latents of attacked images at those of the same encoder (Zhang et al., ICML 2019, equation 5):
+
+    feature:    delta = argmax L_latent                                 loss = L_latent + alpha L_orig
+    trades:     delta = argmax  C = |mean E(x + delta) - mean E(x)|^2   loss = L(D(E(x)), x) + beta C + alpha L_orig
 
 `benchmarks/textbook.py` computes the same plainly, and a test compares both. What makes this one faster changes results by
 rounding alone: the attack differentiates with respect to the images only, through a frozen mirror of the encoder; frozen
@@ -22,7 +28,8 @@ once; clean and attacked images share one pass; nothing waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from diffusers import ModelMixin
@@ -48,8 +55,10 @@ from srl_utils.vae.networks import (
 
 TERMS = ("loss", "originality", "latent", "mse", "lpips", "attacked_psnr")
 """Values of a batch, in this order: mean loss, its four unweighted terms, and PSNR under attack in dB."""
-DECODED = 3
-"""The last so many are of reconstructions."""
+TrainingObjective = Literal["srl", "feature", "trades"]
+OBJECTIVES: tuple[TrainingObjective, ...] = get_args(TrainingObjective)
+MEASURED: dict[TrainingObjective, tuple[str, ...]] = {"srl": TERMS, "feature": TERMS[:3], "trades": TERMS[:5]}
+"""The values that an objective has: `feature` decodes nothing, `trades` only clean images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,17 +142,19 @@ class CleanBatch:
     """One CPU generator per image."""
     reference: Moments | None = None
     """The original encoder's posterior of the images; None if nothing needs it."""
+    anchor: Tensor | None = None
+    """Latents `[N,C,h,w]` that those of attacked images should not leave; None if nothing needs them."""
     latent_attacks: int = 0
     """The first so many images are attacked on their latents, the others on their reconstructions."""
 
     def part(self, start: int, stop: int) -> CleanBatch:
-        """Return images `start` to `stop`."""
+        """Return what an attack on the images `start` to `stop` needs."""
         return CleanBatch(
             images=self.images[start:stop],
             target=self.target.part(start, stop),
             latent_noise=None if self.latent_noise is None else self.latent_noise[start:stop],
             generators=self.generators[start:stop],
-            reference=None if self.reference is None else Moments(*(each[start:stop] for each in self.reference)),
+            anchor=None if self.anchor is None else self.anchor[start:stop],
             latent_attacks=min(max(self.latent_attacks - start, 0), stop - start),
         )
 
@@ -154,14 +165,13 @@ class Step:
 
     networks: Networks
     pgd: PGDConfig
-    reconstruction_weight: float = 1.0
-    """gamma; with 0 the loss decodes nothing."""
+    objective: TrainingObjective = "srl"
     originality_weight: float = 0.01
-    """alpha; with 0 the clean images are not encoded."""
+    """alpha."""
     latent_weight: float = 0.0
-    """beta, weight of the distance of attacked images' latents from the original encoder's of the clean ones."""
+    """beta, weight of the distance of attacked images' latents; `feature` has no use for it."""
     latent_attack_share: float = 0.0
-    """Share of a batch, rounded, whose attack maximises that distance instead of the reconstruction loss."""
+    """Share of a batch, rounded, whose attack maximises that distance instead of the reconstruction loss; for `srl`."""
     latent_scale: LatentScale = RAW
     """In which distances of latents are measured; by default that of raw ones."""
     sample_posterior: bool = False
@@ -173,8 +183,8 @@ class Step:
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Return the names of what `loss` returns beside the loss: `TERMS`, or those that need no reconstruction."""
-        return TERMS if self.reconstruction_weight else TERMS[:-DECODED]
+        """Return the names of what `loss` returns beside the loss: those of `TERMS` that the objective has."""
+        return MEASURED[self.objective]
 
     def __call__(self, images: Tensor, generators: Generators) -> tuple[Tensor, Tensor]:
         """Return `loss` of attacked `images`, as the training script computes it."""
@@ -192,7 +202,7 @@ class Step:
         clean = images.to(networks.device, memory_format=torch.channels_last, non_blocking=True)
         target = networks.loss.target(clean)
         reference = None
-        if self.originality_weight or self.latent_weight or self.latent_attack_share:
+        if self.originality_weight or (self.objective != "trades" and (self._beta or self._latent_share)):
             with torch.no_grad():
                 reference = split_moments(networks.reference(clean))
         noise = self._latent_noise(clean, reference, generators) if self.sample_posterior else None
@@ -202,7 +212,8 @@ class Step:
             latent_noise=noise,
             generators=generators,
             reference=reference,
-            latent_attacks=round(self.latent_attack_share * len(clean)),
+            anchor=None if reference is None else reference.mean,
+            latent_attacks=round(self._latent_share * len(clean)),
         )
 
     def attack(self, clean: CleanBatch) -> Tensor:
@@ -213,12 +224,15 @@ class Step:
         self.networks.mirror.refresh()
         if self.noise:
             return gaussian_noise(clean.images, self.noise, generators=clean.generators)
+        if self.objective == "trades":
+            with torch.no_grad():
+                clean = replace(clean, anchor=split_moments(self.networks.mirror.encoder(clean.images)).mean)
         size = self.attack_batch_size or len(clean.images)
         starts = range(0, len(clean.images), size)
         return torch.cat([self._pgd(clean.part(start, min(start + size, len(clean.images)))) for start in starts])
 
     def loss(self, attacked: Tensor, clean: CleanBatch) -> tuple[Tensor, Tensor]:
-        """Return gamma L_robust + alpha L_orig + beta L_latent, averaged over a batch.
+        """Return the objective's loss, such as L_robust + alpha L_orig + beta L_latent, averaged over a batch.
 
         Args:
             attacked: images that the encoder sees, `[N,3,H,W]` in [-1,1].
@@ -227,17 +241,30 @@ class Step:
         Returns:
             The loss, whose `backward` gives the encoder its gradients, and `terms` as a vector.
         """
-        posterior, originality = self._encode(attacked, clean)
-        latent = self._latent_loss(posterior, clean) if self.latent_weight else torch.zeros_like(originality)
+        disturbed, undisturbed = self._encode(attacked, clean)
+        anchor = undisturbed.mean if self.objective == "trades" else clean.anchor
+        zeros = attacked.new_zeros(len(attacked))
+        originality = self._originality(undisturbed, clean) if self.originality_weight else zeros
+        latent = self._latent_loss(disturbed.mean, anchor) if self._beta else zeros
         values = [originality, latent]
-        loss = self.originality_weight * originality + self.latent_weight * latent
-        if self.reconstruction_weight:
-            reconstruction = self.networks.decoder(posterior.latent(clean.latent_noise))
+        loss = self.originality_weight * originality + self._beta * latent
+        if self.objective != "feature":
+            decoded = undisturbed if self.objective == "trades" else disturbed
+            reconstruction = self.networks.decoder(decoded.latent(clean.latent_noise))
             mse, lpips = self.networks.loss.terms(reconstruction, clean.target)
             values += [mse, lpips, -10 * torch.log10(mse / PIXEL_RANGE**2)]
-            loss = self.reconstruction_weight * (mse + self.networks.loss.weight * lpips) + loss
+            loss = mse + self.networks.loss.weight * lpips + loss
         mean = loss.mean()
-        return mean, torch.stack([mean.detach(), *(value.detach().mean() for value in values)])
+        means = [mean.detach(), *(value.detach().mean() for value in values)]
+        return mean, torch.stack(means[: len(self.terms)])
+
+    @property
+    def _beta(self) -> float:
+        return 1.0 if self.objective == "feature" else self.latent_weight
+
+    @property
+    def _latent_share(self) -> float:
+        return self.latent_attack_share if self.objective == "srl" else 1.0
 
     def _pgd(self, clean: CleanBatch) -> Tensor:
         on_latents, on_images = self._split(clean)
@@ -247,7 +274,7 @@ class Step:
             count = len(on_latents.images)
             if count == 0:
                 return self._attacked_loss(posterior, clean)
-            latent = self._latent_loss(Moments(*(each[:count] for each in posterior)), on_latents)
+            latent = self._latent_loss(posterior.mean[:count], on_latents.anchor)
             if count == len(images):
                 return latent
             rest = Moments(*(each[count:] for each in posterior))
@@ -264,25 +291,29 @@ class Step:
         """Return the reconstruction loss that the attack maximises, `[N]`."""
         return self.networks.attacked_loss(self.networks.decoder(posterior.latent(clean.latent_noise)), clean.target)
 
-    def _latent_loss(self, posterior: Moments, clean: CleanBatch) -> Tensor:
-        """Return L_latent, `[N]`: the mean squared distance of latents from the original ones of the clean images."""
-        assert clean.reference is not None  # `batch` has made it, as a weight or a share asks for it
-        factor = self.latent_scale.factor_for(posterior.mean)
-        return mean_squared_error(factor * posterior.mean, factor * clean.reference.mean)
+    def _latent_loss(self, latents: Tensor, anchor: Tensor | None) -> Tensor:
+        """Return L_latent, `[N]`: the mean squared distance of latents from their anchor."""
+        assert anchor is not None  # `batch` or `attack` has made it, as a weight or a share asks for it
+        factor = self.latent_scale.factor_for(latents)
+        return mean_squared_error(factor * latents, factor * anchor)
 
-    def _encode(self, attacked: Tensor, clean: CleanBatch) -> tuple[Moments, Tensor]:
-        """Return the posterior of the attacked images, and the originality `[N]` of the clean ones.
+    def _originality(self, posterior: Moments, clean: CleanBatch) -> Tensor:
+        """Return L_orig, `[N]`, of the clean images' posterior."""
+        assert clean.reference is not None
+        return originality_loss(*posterior, *clean.reference, scale=self.latent_scale.factor_for(posterior.mean))
+
+    def _encode(self, attacked: Tensor, clean: CleanBatch) -> tuple[Moments, Moments]:
+        """Return the posteriors of the attacked and of the clean images; without need of the second, the first twice.
 
         Both take one pass through the wrapper, whose backward pass averages gradients over the processes.
         """
-        networks = self.networks
-        if self.originality_weight == 0:
-            return split_moments(networks.wrapped_encoder(attacked)), attacked.new_zeros(len(attacked))
-        assert clean.reference is not None
-        both = split_moments(networks.wrapped_encoder(torch.cat([attacked, clean.images])))
+        encoder = self.networks.wrapped_encoder
+        if self.originality_weight == 0 and self.objective != "trades":
+            posterior = split_moments(encoder(attacked))
+            return posterior, posterior
+        both = split_moments(encoder(torch.cat([attacked, clean.images])))
         disturbed, undisturbed = (Moments(*part) for part in zip(*(half.chunk(2) for half in both), strict=True))
-        factor = self.latent_scale.factor_for(undisturbed.mean)
-        return disturbed, originality_loss(*undisturbed, *clean.reference, scale=factor)
+        return disturbed, undisturbed
 
     def _latent_noise(self, clean: Tensor, reference: Moments | None, generators: Generators) -> Tensor:
         """Return one sample of the posterior's noise per image: `[N,C,h,w]`."""

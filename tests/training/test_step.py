@@ -188,22 +188,49 @@ def test_the_latent_distance_enters_the_loss(tiny_vae, images, generators) -> No
     assert loss.item() == pytest.approx(values["mse"] + 0.2 * values["latent"], rel=1e-6)
 
 
-def test_without_a_reconstruction_nothing_is_decoded(tiny_vae, images, generators) -> None:
-    """Oracle: closed form: the weighted distances of latents alone; a decoder that is called fails the test."""
-    latent = our_step(tiny_vae, reconstruction_weight=0.0, latent_weight=0.2, latent_attack_share=1.0)
-    step = replace(latent, pgd=replace(ATTACK, random_start=True))  # at the clean image their distance has no gradient
+def test_feature_decodes_nothing(tiny_vae, images, generators) -> None:
+    """Oracle: closed form: distances of latents alone; a decoder that is called fails the test."""
+    scale = LatentScale(factor=0.5)
+    step = replace(our_step(tiny_vae, objective="feature", latent_scale=scale), pgd=replace(ATTACK, random_start=True))
     step.networks.decoder.register_forward_hook(lambda *_: pytest.fail("the decoder was asked"))
-    loss, terms = step(images(2), generators(0, 1))
+    clean = step.batch(images(2), generators(0, 1))
+    attacked = step.attack(clean)
+    loss, terms = step.loss(attacked, clean)
     values = dict(zip(step.terms, terms.tolist(), strict=True))
-    assert values.keys() == {"loss", "originality", "latent"} and values["latent"] > 0
-    assert loss.item() == pytest.approx(0.01 * values["originality"] + 0.2 * values["latent"], rel=1e-6)
+    with torch.no_grad():
+        means = [tiny_vae.encode(batch).latent_dist.mean for batch in (attacked, clean.images)]
+    assert values["latent"] == pytest.approx(0.25 * (means[0] - means[1]).square().mean().item(), rel=1e-4)
+    assert values["latent"] > 0
+    assert loss.item() == pytest.approx(values["latent"] + 0.01 * values["originality"], rel=1e-6)
 
 
-def test_the_reconstruction_is_weighted(tiny_vae, images, generators) -> None:
-    """Oracle: closed form."""
-    step = our_step(tiny_vae, reconstruction_weight=0.25, originality_weight=0.0)
-    loss, terms = step(images(2), generators(0, 1))
-    assert loss.item() == pytest.approx(0.25 * terms[TERMS.index("mse")].item(), rel=1e-6)
+@pytest.mark.parametrize("originality_weight", [0.0, 0.1])
+def test_trades_is_its_formula(originality_weight: float, tiny_vae, images, generators) -> None:
+    """Oracle: closed form, in float64 and with an encoder that has left its original: the attack is PGD on the distance
+    from the same encoder's own latents, and the loss has the clean images' reconstruction."""
+    vae = tiny_vae.double()
+    built = our_step(vae, objective="trades", latent_weight=0.2, originality_weight=originality_weight)
+    step = replace(built, pgd=replace(ATTACK, random_start=True))
+    with torch.no_grad():
+        for parameter in step.networks.encoder.parameters():
+            parameter.mul_(1.1)
+    clean = step.batch(images(2, 32).double(), generators(0, 1))
+    attacked = step.attack(clean)
+    own = vae.encode(clean.images).latent_dist.mean.detach()
+
+    def distance(batch: Tensor) -> Tensor:
+        return (vae.encode(batch).latent_dist.mean - own).square().flatten(1).mean(1)
+
+    torch.testing.assert_close(attacked, pgd(distance, clean.images, step.pgd, generators=generators(0, 1)))
+    loss, terms = step.loss(attacked, clean)
+    values = dict(zip(step.terms, terms.tolist(), strict=True))
+    with torch.no_grad():
+        reconstruction = vae.decode(own).sample
+        assert values["mse"] == pytest.approx((reconstruction - clean.images).square().mean().item(), rel=1e-5)
+        assert values["latent"] == pytest.approx(distance(attacked).mean().item(), rel=1e-5)
+    expected = values["mse"] + 0.2 * values["latent"] + originality_weight * values["originality"]
+    assert loss.item() == pytest.approx(expected, rel=1e-6) and (values["originality"] > 0) == (originality_weight > 0)
+    assert "attacked_psnr" not in values
 
 
 def test_half_precision_takes_the_attack_s_perceptual_loss_alone(tiny_vae, random_lpips, images, generators) -> None:

@@ -109,27 +109,60 @@ def test_latent_attacks_by_flags(run: Run, flags: list[str], tmp_path: Path) -> 
     assert counted[1] == pytest.approx(2 * 2 * counted[0], abs=2e-4)
 
 
-def test_trained_on_latents_alone(run: Run, flags: list[str], tmp_path: Path) -> None:
-    """Oracle: the journal's terms add up to its loss and tell nothing of reconstructions; the count has three encoders and
-    an attack of the encoder; what could not matter is refused."""
-    alone = ["--reconstruction_weight", "0", "--latent_weight", "1", "--latent_attack_share", "1"]
-    code, printed = run(*flags, *alone)
+@pytest.mark.parametrize(
+    ("objective", "given", "parts"),
+    [("feature", [], {"latent": 1.0}), ("trades", ["--latent_weight", "0.5"], {"mse": 1.0, "latent": 0.5})],
+)
+def test_rival_objectives_by_flags(
+    objective: str, given: list[str], parts: dict[str, float], run: Run, flags: list[str], tmp_path: Path
+) -> None:
+    """Oracle: the journal's terms add up to its loss; an attack takes the encoder alone."""
+    rival = ["--objective", objective, *given]
+    code, printed = run(*flags, *rival)
     assert code == 0, printed
     for row in steps(tmp_path / "out"):
-        assert row["loss"] == pytest.approx(0.01 * row["originality"] + row["latent"], rel=1e-5)
-        assert not {"mse", "lpips", "attacked_psnr"} & row.keys()
-    other = ["--resolution", "256", "--output_dir", str(tmp_path / "other"), "--dry_run"]
-    _, printed = run(*flags, *alone, *other, "--originality_weight", "0")
-    forward, attack, outer = (
+        expected = 0.01 * row["originality"] + sum(weight * row[name] for name, weight in parts.items())
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+        assert "attacked_psnr" not in row and ("mse" in row) == (objective == "trades")
+    other = ["--resolution", "256", "--output_dir", str(tmp_path / "other"), "--dry_run", "--originality_weight", "0"]
+    _, printed = run(*flags, *rival, *other)
+    encoder, decoder, attack, outer = (
         float(re.search(rf"{part} +([\d.]+) TFLOP", printed)[1])
-        for part in ("encoder forward", r"attack \(2 steps\)", "outer step")
+        for part in ("encoder forward", "decoder forward", r"attack \(2 steps\)", "outer step")
     )
-    assert (attack, outer) == (pytest.approx(4 * forward, abs=3e-4), pytest.approx(4 * forward, abs=3e-4))
-    for flag in (["--lpips_weight", "0.5"], ["--sample_posterior"]):
-        code, printed = run(*flags, *alone, *other, *flag)
-        assert code == 2 and f"{flag[0]} has no effect without a reconstruction" in printed, printed
-    code, printed = run(*flags, *other, "--reconstruction_weight", "0")
-    assert code == 2 and "needs a --latent_weight above 0" in printed
+    assert attack == pytest.approx(4 * encoder, abs=3e-4)
+    # feature: the attacked pass with weights' gradients and the original's; trades: a clean pass and the mirror's as well
+    expected = 4 * encoder if objective == "feature" else 7 * encoder + 2 * decoder
+    assert outer == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (
+            ["--objective", "feature", "--lpips_weight", "0.5"],
+            "--lpips_weight has no effect without --objective srl or",
+        ),
+        (
+            ["--objective", "feature", "--sample_posterior"],
+            "--sample_posterior has no effect without --objective srl or",
+        ),
+        (
+            ["--objective", "feature", "--latent_weight", "2"],
+            "--latent_weight has no effect without --objective srl or",
+        ),
+        (["--objective", "feature", "--pgd_steps", "0"], "--objective feature needs an attack"),
+        (["--objective", "trades"], "--objective trades needs a --latent_weight above 0"),
+        (
+            ["--objective", "trades", "--latent_weight", "1", "--latent_attack_share", "0.5"],
+            "--latent_attack_share has no effect without --objective srl",
+        ),
+    ],
+)
+def test_objectives_refuse_what_they_do_not_use(given: list[str], problem: str, run: Run, flags: list[str]) -> None:
+    """Oracle: specification, one line before anything is loaded."""
+    code, printed = run(*flags, *given)
+    assert code == 2 and problem in printed, printed
 
 
 def test_the_result_rows_describe_the_saved_weights(run: Run, flags: list[str], tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def build_step(args: argparse.Namespace, accelerator: Accelerator, vae: ModelMix
         networks=networks,
         pgd=attack_config(args),
         noise=args.gaussian_noise,
-        reconstruction_weight=args.reconstruction_weight,
+        objective=args.objective,
         originality_weight=args.originality_weight,
         latent_weight=args.latent_weight,
         latent_attack_share=args.latent_attack_share,

@@ -7,7 +7,7 @@ from os.path import isdir  # which, unlike pathlib's, says False of a name too l
 
 from srl_utils.command_line import Effects
 from srl_utils.images.sources import PHOTOGRAPHS
-from srl_utils.training.cli.planning import attacks, decodes, perceptual_trunk
+from srl_utils.training.cli.planning import attacks, perceptual_trunk
 
 
 def training_effects(args: argparse.Namespace) -> Effects:
@@ -16,9 +16,7 @@ def training_effects(args: argparse.Namespace) -> Effects:
     data_set = args.dataset_name not in (None, PHOTOGRAPHS)
     hub_model = not isdir(args.pretrained_model_name_or_path)
     attack = attacks(args), "an attack: --pgd_steps and --epsilon above 0, and no --gaussian_noise"
-    reconstruction = (
-        "a reconstruction in attack or loss: a --reconstruction_weight above 0, or a --latent_attack_share below 1"
-    )
+    decoding = args.objective != "feature", "--objective srl or trades, which decode"
     return {
         "revision": (hub_model, "a model of the Hub", "main"),
         "cache_dir": (hub_model or data_set or args.train_data_dir is not None, "a model or a dataset of the Hub"),
@@ -34,13 +32,15 @@ def training_effects(args: argparse.Namespace) -> Effects:
         ),
         "pgd_step_size": attack,
         "no_pgd_random_start": attack,
-        "lpips_weight": (decodes(args), reconstruction, 0.0),
-        "lpips_net": (perceptual_trunk(args) is not None, f"a --lpips_weight above 0, and {reconstruction}"),
-        "sample_posterior": (decodes(args), reconstruction),
+        "lpips_weight": (*decoding, 0.0),
+        "lpips_net": (perceptual_trunk(args) is not None, f"a --lpips_weight above 0, and {decoding[1]}"),
+        "sample_posterior": decoding,
+        "latent_weight": (args.objective != "feature", "--objective srl or trades: it is 1 with feature"),
         "originality_units": (
-            args.originality_weight > 0 or args.latent_weight > 0, "an --originality_weight or --latent_weight above 0"
+            args.originality_weight > 0 or args.latent_weight > 0 or args.objective != "srl",
+            "an --originality_weight or --latent_weight above 0",
         ),
-        "latent_attack_share": attack,
+        "latent_attack_share": (attacks(args) and args.objective == "srl", "--objective srl with an attack"),
         "lr_warmup_steps": (args.lr_scheduler != "constant", "a schedule with warm-up, such as constant_with_warmup", 0),
         "lr_num_cycles": (args.lr_scheduler == "cosine_with_restarts", "--lr_scheduler cosine_with_restarts"),
         "lr_power": (args.lr_scheduler == "polynomial", "--lr_scheduler polynomial"),

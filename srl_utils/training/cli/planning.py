@@ -57,7 +57,7 @@ def plan_steps(
         resolution=args.resolution,
         pgd_steps=0 if args.gaussian_noise else args.pgd_steps,
         lpips_net=perceptual_trunk(args),
-        reconstruction=args.reconstruction_weight > 0,
+        objective=args.objective,
         originality=args.originality_weight > 0,
         latent_distance=args.latent_weight > 0,
         latent_attack_share=args.latent_attack_share,
@@ -77,14 +77,9 @@ def attacks(args: argparse.Namespace) -> bool:
     return args.pgd_steps > 0 and args.epsilon > 0 and not args.gaussian_noise
 
 
-def decodes(args: argparse.Namespace) -> bool:
-    """Return whether attack or loss reconstruct images."""
-    return args.reconstruction_weight > 0 or (attacks(args) and args.latent_attack_share < 1)
-
-
 def perceptual_trunk(args: argparse.Namespace) -> str | None:
     """Return the trunk of LPIPS; None if it is not part of attack and loss."""
-    return args.lpips_net if args.lpips_weight and decodes(args) else None
+    return args.lpips_net if args.lpips_weight and args.objective != "feature" else None
 
 
 def count_steps(epochs: int, num_images: int | None, samples_per_step: int, earlier: Earlier | None) -> int:
