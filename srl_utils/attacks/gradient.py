@@ -79,14 +79,14 @@ class Budget:
         if self.norm == "linf":
             return self.project(clean + draw_uniform(generators, like=clean) * self.radius, clean)
         direction = self.steepest(draw_normal(generators, like=clean))
-        share = draw(torch.rand, (1, 1, 1), generators, like=clean) ** (1 / clean[0].numel())
+        share = draw(torch.rand, (1,) * (clean.ndim - 1), generators, like=clean) ** (1 / clean[0].numel())
         return self.project(clean + share * self.radius * direction, clean)
 
     def draw_border(self, clean: Tensor, generators: Generators | None = None) -> Tensor:
         """Draw images `[N,3,H,W]` on the ball's border, as APGD starts, and clip them to [-1,1]."""
         if self.norm == "linf":
             noise = draw_uniform(generators, like=clean)
-            direction = noise / noise.abs().amax(dim=(1, 2, 3), keepdim=True)
+            direction = noise / per_image(noise.abs().flatten(1).amax(dim=1), noise)
         else:
             direction = self.steepest(draw_normal(generators, like=clean))
         return self.project(clean + self.radius * direction, clean)
@@ -201,8 +201,13 @@ def negated(objective: Objective) -> Objective:
 
 
 def lengths(changes: Tensor) -> Tensor:
-    """Return the Euclidean length of each image's change `[N,C,H,W]`, as `[N,1,1,1]`."""
-    return changes.flatten(1).norm(dim=1)[:, None, None, None]
+    """Return the Euclidean length of each image's change `[N,...]`, as `[N,1,...]`."""
+    return per_image(changes.flatten(1).norm(dim=1), changes)
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """Return one value per image, `[N]`, in as many dimensions as `like` `[N,...]`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 class BestIterate:
@@ -218,10 +223,10 @@ class BestIterate:
         self.values = torch.full((len(clean),), -torch.inf, device=clean.device)
 
     def update(self, images: Tensor, values: Tensor) -> Tensor:
-        """Keep the images that are better than the best so far; return which, `[N,1,1,1]` bool."""
+        """Keep the images that are better than the best so far; return which, `[N,1,...]` bool."""
         better = values.float() > self.values
         self.values = torch.where(better, values.float(), self.values)
-        better = better[:, None, None, None]
+        better = per_image(better, images)
         self.images = torch.where(better, images, self.images)
         return better
 
@@ -273,7 +278,7 @@ def apgd(objective: Objective, clean: Tensor, config: APGDConfig, *, generators:
 def _apgd_run(objective: Objective, clean: Tensor, config: APGDConfig, generators: Generators | None) -> BestIterate:
     current = previous = config.draw_border(clean, generators)
     best, best_gradient = BestIterate(clean), torch.zeros_like(clean)
-    step = torch.full((len(clean), 1, 1, 1), 2 * config.radius, device=clean.device)
+    step = torch.full_like(per_image(clean.flatten(1)[:, 0], clean), 2 * config.radius)
     stall = Stall(len(clean), clean.device)
     checkpoints = apgd_checkpoints(config.num_steps)
     value, gradient = value_and_gradient(objective, current)
@@ -288,7 +293,7 @@ def _apgd_run(objective: Objective, clean: Tensor, config: APGDConfig, generator
         best_gradient = torch.where(best.update(current, value), gradient, best_gradient)
         stall.count(value > former_value)
         if number + 1 in checkpoints:
-            halve = stall.check(best.values)[:, None, None, None]
+            halve = per_image(stall.check(best.values), clean)
             step = torch.where(halve, step / 2, step)
             current = torch.where(halve, best.images, current)
             gradient = torch.where(halve, best_gradient, gradient)

@@ -22,6 +22,7 @@ from srl_utils.evaluation.motion import MOTION_METRICS, SHARE, motion
 from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, TRANSFER, Perturbation
 from srl_utils.evaluation.results import Record, to_records
 from srl_utils.evaluation.tasks.base import Cell, Task
+from srl_utils.images.pixels import on_device
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import frozen
 
@@ -107,7 +108,7 @@ def _compute(
     job: Job, task: Task, images: Tensor, *, seed: int, meter: Meter, unit: Callable[[Codec], float] | None
 ) -> Iterator[Measured]:
     cell, numbers = job.cell, job.batch
-    clean = images[numbers].to(cell.source.device, memory_format=torch.channels_last)
+    clean = on_device(images[numbers], cell.source.device)
     with _finite_outputs(cell.source) as finite:
         shown = cell.perturbation.apply(cell.source, clean, image_generators(seed, numbers))
     if not all(finite):  # the attack would be weaker than its name says

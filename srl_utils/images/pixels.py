@@ -1,6 +1,6 @@
 """Pixel ranges: the one place where a budget in units of a [0,1] image meets images in [-1,1].
 
-Everywhere inside the code images are `[N,3,H,W]` float tensors in [-1,1]. On the command line and in public
+Everywhere inside the code images are `[N,3,H,W]` float tensors in [-1,1], and clips of T frames `[N,3,T,H,W]`. On the command line and in public
 functions an epsilon or a step size is in units of a [0,1] image, as the literature writes it (8/255).
 """
 
@@ -50,6 +50,27 @@ def to_unit_range(images: Tensor) -> Tensor:
 def to_model_range(images: Tensor) -> Tensor:
     """Return images in [0,1], of any shape, as images in [-1,1]."""
     return images * PIXEL_RANGE + PIXEL_MIN
+
+
+def frames_of(images: Tensor) -> Tensor:
+    """Return clips `[N,C,T,H,W]` as their frames `[N*T,C,H,W]`, clip by clip; images `[N,C,H,W]` as they are."""
+    return images if images.ndim == 4 else images.transpose(1, 2).flatten(0, 1)
+
+
+def clips_of(frames: Tensor, count: int) -> Tensor:
+    """Return frames `[count*T,C,H,W]` as `count` clips `[count,C,T,H,W]`: the inverse of `frames_of`."""
+    return frames.unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def over_frames(values: Tensor, count: int) -> Tensor:
+    """Return the mean over each clip's frames: from `[count*T]` to `[count]`; the values of images as they are."""
+    return values.view(count, -1).mean(dim=1)
+
+
+def on_device(images: Tensor, device: torch.device) -> Tensor:
+    """Return images or clips on a device, in channels-last memory, without waiting for the copy."""
+    layout = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
+    return images.to(device, memory_format=layout, non_blocking=True)
 
 
 def check_images(images: Tensor) -> None:

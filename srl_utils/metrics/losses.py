@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from srl_utils.errors import MissingFile, UnusableFile
+from srl_utils.images.pixels import frames_of, over_frames
 from srl_utils.vae.precision import full_precision
 
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # read by torch
@@ -31,14 +32,15 @@ EPSILON = 1e-10
 
 
 class Target(NamedTuple):
-    """The clean images that a reconstruction is compared with, and their perceptual features, if any."""
+    """The clean images or clips that a reconstruction is compared with, and their frames' perceptual features, if any."""
 
     images: Tensor
     features: list[Tensor]
 
     def part(self, start: int, stop: int) -> Target:
-        """Return the target of the images from `start` to before `stop`."""
-        return Target(self.images[start:stop], [layer[start:stop] for layer in self.features])
+        """Return the target of the images or clips from `start` to before `stop`."""
+        frames = len(frames_of(self.images[:1]))
+        return Target(self.images[start:stop], [layer[start * frames : stop * frames] for layer in self.features])
 
 
 class ReconstructionTerms(NamedTuple):
@@ -73,15 +75,16 @@ class ReconstructionLoss(nn.Module):
 
     @torch.no_grad()
     def target(self, clean: Tensor) -> Target:
-        """Return the target of clean images `[N,3,H,W]`; its features are computed once for all steps of an attack."""
-        return Target(clean, self.perceptual.features(clean) if self.perceptual else [])
+        """Return the target of clean images or clips; its features are computed once for all steps of an attack."""
+        return Target(clean, self.perceptual.features(frames_of(clean)) if self.perceptual else [])
 
     def terms(self, reconstruction: Tensor, target: Target) -> ReconstructionTerms:
         """Return the terms of the loss, not yet weighted."""
         mse = mean_squared_error(reconstruction, target.images)
         if self.perceptual is None:
             return ReconstructionTerms(mse, torch.zeros_like(mse))
-        return ReconstructionTerms(mse, self.perceptual.distance(reconstruction, target.features))
+        distances = self.perceptual.distance(frames_of(reconstruction), target.features)
+        return ReconstructionTerms(mse, over_frames(distances, len(reconstruction)))
 
     def forward(self, reconstruction: Tensor, target: Target) -> Tensor:
         """Return the loss `[N]`, which the attack maximises and the training minimises."""
@@ -219,7 +222,7 @@ def _nothing_but_tensors() -> Iterator[None]:
 
 
 def mean_squared_error(images: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error over pixels and channels, `[N]`, of images `[N,3,H,W]` in [-1,1]."""
+    """Return the mean squared error over all values of an image or clip, `[N]`, of `[N,...]` in [-1,1]."""
     return (full_precision(images) - full_precision(target)).square().flatten(1).mean(dim=1)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from srl_utils.images.pixels import to_unit_range
+from srl_utils.images.pixels import frames_of, over_frames, to_unit_range
 
 MAX_PSNR = 100.0
 """In dB. Without it, the PSNR of identical images is infinite, so it cannot be averaged with other images' PSNR."""
@@ -20,11 +20,11 @@ def psnr(images: Tensor, target: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio of each image, `[N]`, in dB, at most `MAX_PSNR`.
 
     Args:
-        images: `[N,3,H,W]` in [-1,1]; values beyond are clipped.
+        images: `[N,3,H,W]` in [-1,1]; values beyond are clipped. For clips `[N,3,T,H,W]`, it is the mean over the frames.
         target: the images to compare with, of the same shape.
     """
     ratio = peak_signal_noise_ratio(_unit(images), _unit(target), data_range=1.0, reduction="none", dim=(1, 2, 3))
-    return ratio.clamp(max=MAX_PSNR)
+    return over_frames(ratio.clamp(max=MAX_PSNR), len(images))
 
 
 def ssim(images: Tensor, target: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def ssim(images: Tensor, target: Tensor) -> Tensor:
         _unit(images), _unit(target), data_range=1.0, sigma=1.5, reduction="none", return_full_image=True
     )
     border = SSIM_WINDOW // 2
-    return similarities[..., border:-border, border:-border].flatten(1).mean(dim=1)
+    return over_frames(similarities[..., border:-border, border:-border].flatten(1).mean(dim=1), len(images))
 
 
 def latent_drift(latents: Tensor, reference_latents: Tensor) -> Tensor:
@@ -63,4 +63,4 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0, resamples: int
 
 
 def _unit(images: Tensor) -> Tensor:
-    return to_unit_range(images.detach().to(torch.float32)).clamp(0, 1)
+    return to_unit_range(frames_of(images.detach()).to(torch.float32)).clamp(0, 1)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.draws import Generators, draw
 from srl_utils.attacks.gradient import PGDConfig, pgd
-from srl_utils.images.pixels import PIXEL_RANGE
+from srl_utils.images.pixels import PIXEL_RANGE, on_device
 from srl_utils.metrics.losses import ReconstructionLoss, Target, mean_squared_error, originality_loss
 from srl_utils.vae.latents import RAW, LatentScale
 from srl_utils.vae.layers import with_compilable_layers, with_merged_upsampling
@@ -199,7 +199,7 @@ class Step:
             generators: one CPU generator per image, for the attack's start and the posterior's noise.
         """
         networks = self.networks
-        clean = images.to(networks.device, memory_format=torch.channels_last, non_blocking=True)
+        clean = on_device(images, networks.device)
         target = networks.loss.target(clean)
         reference = None
         if self.originality_weight or (self.objective != "trades" and (self._beta or self._latent_share)):

@@ -52,6 +52,16 @@ def ltx_decoding(config: Config, latents: Tensor) -> Mapping[str, Any]:
     return {"temb": latents.new_zeros(len(latents))} if config.get("timestep_conditioning") else {}
 
 
+def svd_decoding(config: Config, latents: Tensor) -> Mapping[str, Any]:
+    """Return the number of frames, which are images of one batch."""
+    return {"num_frames": 1 if latents.ndim == 4 else latents.shape[2]}
+
+
+def ltx_frames(config: Config) -> int:
+    """Return the frames per latent of LTX."""
+    return config["patch_size_t"] * 2 ** sum(config["spatio_temporal_scaling"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How the autoencoders of a class are trained, called and read.
@@ -62,20 +72,27 @@ class Family:
         trained: its submodules on the encoder's side; those that are None are left out. All others are frozen.
         checkpointing: whether diffusers can leave out its activations and compute the same. It has a mode for
             `AutoencoderTiny` too, in which the encoder does not bring images to [0,1].
-        video: whether it takes `[N,3,T,H,W]`; an image is a clip of one frame.
+        frames: frames per latent in time, by configuration, after the first frame, which has a latent of its own. None
+            for VAEs of images, which encode clips frame by frame. VAEs of clips take `[N,3,T,H,W]`, and an image is a
+            clip of one frame.
         quantizer: its submodule with the codebook, of diffusers' `VectorQuantizer`; None for continuous latents.
         patch: entry of the configuration with the side of the pixel patches that its channels hold, if any.
-        decoding: further arguments of `decode` for single images, by configuration and latents.
+        decoding: further arguments of `decode`, by configuration and latents.
     """
 
     kind: type[ModelMixin]
     down_sampling: Callable[[Config], int] = BLOCKS
     trained: Sequence[str] = ("encoder", "quant_conv")
     checkpointing: bool = True
-    video: bool = False
+    frames: Callable[[Config], int] | None = None
     quantizer: str | None = None
     patch: str | None = None
     decoding: Callable[[Config, Tensor], Mapping[str, Any]] = lambda config, latents: {}
+
+    @property
+    def video(self) -> bool:
+        """Return whether it takes clips."""
+        return self.frames is not None
 
     def image_channels(self, config: Config) -> set[int]:
         """Return the channels of the images that it takes and makes."""
@@ -91,7 +108,7 @@ FAMILIES = {
             kind=AsymmetricAutoencoderKL, down_sampling=halvings("down_block_out_channels"), checkpointing=False
         ),
         Family(kind=AutoencoderKLFlux2),
-        Family(kind=AutoencoderKLTemporalDecoder, decoding=lambda config, latents: {"num_frames": 1}),
+        Family(kind=AutoencoderKLTemporalDecoder, decoding=svd_decoding),
         Family(
             kind=AutoencoderDC, down_sampling=halvings("encoder_block_out_channels"), trained=("encoder",),
             checkpointing=False,
@@ -103,15 +120,19 @@ FAMILIES = {
         Family(kind=VQModel, checkpointing=False, quantizer="quantize"),
         Family(
             kind=AutoencoderKLWan, down_sampling=lambda config: config["scale_factor_spatial"], checkpointing=False,
-            video=True, patch="patch_size",
+            frames=lambda config: config["scale_factor_temporal"], patch="patch_size",
         ),
-        Family(kind=AutoencoderKLQwenImage, down_sampling=halvings("dim_mult"), checkpointing=False, video=True),
         Family(
-            kind=AutoencoderKLHunyuanVideo, down_sampling=lambda config: config["spatial_compression_ratio"], video=True
+            kind=AutoencoderKLQwenImage, down_sampling=halvings("dim_mult"), checkpointing=False,
+            frames=lambda config: 2 ** sum(config["temperal_downsample"]),
         ),
-        Family(kind=AutoencoderKLCogVideoX, video=True),
         Family(
-            kind=AutoencoderKLLTXVideo, trained=("encoder",), video=True,
+            kind=AutoencoderKLHunyuanVideo, down_sampling=lambda config: config["spatial_compression_ratio"],
+            frames=lambda config: config["temporal_compression_ratio"],
+        ),
+        Family(kind=AutoencoderKLCogVideoX, frames=lambda config: int(config["temporal_compression_ratio"])),
+        Family(
+            kind=AutoencoderKLLTXVideo, trained=("encoder",), frames=ltx_frames,
             down_sampling=ltx_down_sampling, decoding=ltx_decoding,
         ),
     )

@@ -13,7 +13,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from srl_utils.errors import UserError
-from srl_utils.vae.families import family_of, named_family
+from srl_utils.images.pixels import clips_of, frames_of
+from srl_utils.vae.families import Family, family_of, named_family
 from srl_utils.vae.precision import full_precision
 
 NO_VARIANCE = -30.0
@@ -52,11 +53,33 @@ class Moments(NamedTuple):
         return self.mean if noise is None else self.mean + self.variance.sqrt() * noise
 
 
+class Layout(NamedTuple):
+    """How a VAE takes a batch: an image as a clip of one frame, or a clip as images."""
+
+    still: bool
+    """Whether a VAE of clips gets images."""
+    clips: int
+    """The number of clips that a VAE of images gets; 0 for all other batches."""
+
+    @classmethod
+    def of(cls, family: Family, batch: Tensor) -> Layout:
+        """Return the layout of a batch of images or latents, `[N,C,h,w]` or `[N,C,t,h,w]`."""
+        return cls(family.video and batch.ndim == 4, 0 if family.video or batch.ndim == 4 else len(batch))
+
+    def given(self, batch: Tensor) -> Tensor:
+        """Return the batch as the VAE takes it."""
+        return batch.unsqueeze(2) if self.still else frames_of(batch) if self.clips else batch
+
+    def returned(self, batch: Tensor) -> Tensor:
+        """Return what the VAE made of it in the layout of the batch."""
+        return batch.squeeze(2) if self.still else clips_of(batch, self.clips) if self.clips else batch
+
+
 class LatentEncoder(nn.Module):
     """The trainable encoder E_theta: the encoder's side of a VAE, sharing its parameters.
 
     `forward` maps images `[N,3,H,W]` in [-1,1] to raw moments `[N,2C,h,w]`, or clips `[N,3,T,H,W]` to `[N,2C,t,h,w]`, in
-    `full_precision`. Without a posterior the variance is nearly 0.
+    `full_precision`. Without a posterior the variance is nearly 0. A VAE of images encodes a clip frame by frame.
 
     DistributedDataParallel wraps this module, since calling `vae.encode` past the wrapper would not synchronise the
     gradients of the processes.
@@ -75,14 +98,14 @@ class LatentEncoder(nn.Module):
         self.autocast_dtype = autocast_dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        still = self.family.video and images.ndim == 4
+        layout = Layout.of(self.family, images)
         with autocast(images, self.autocast_dtype):
-            (output,) = self.whole[0].encode(images.unsqueeze(2) if still else images, return_dict=False)
+            (output,) = self.whole[0].encode(layout.given(images), return_dict=False)
         if isinstance(output, Tensor):
             moments = torch.cat([output, torch.full_like(output, NO_VARIANCE)], dim=1)
         else:
             moments = output.parameters
-        return full_precision(moments.squeeze(2) if still else moments)
+        return full_precision(layout.returned(moments))
 
 
 class LatentDecoder(nn.Module):
@@ -102,14 +125,13 @@ class LatentDecoder(nn.Module):
         self.autocast_dtype = autocast_dtype
 
     def forward(self, latents: Tensor) -> Tensor:
-        still = self.family.video and latents.ndim == 4
+        layout = Layout.of(self.family, latents)
+        given = layout.given(latents)
         with autocast(latents, self.autocast_dtype):
             output = self.whole[0].decode(
-                latents.unsqueeze(2) if still else latents,
-                return_dict=False,
-                **self.family.decoding(self.whole[0].config, latents),
+                given, return_dict=False, **self.family.decoding(self.whole[0].config, latents)
             )
-        return full_precision(output[0].squeeze(2) if still else output[0])
+        return full_precision(layout.returned(output[0]))
 
 
 def split_moments(moments: Tensor) -> Moments:

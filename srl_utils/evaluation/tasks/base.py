@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from srl_utils.evaluation.motion import FLIPS
 from srl_utils.evaluation.perturbations import CLEAN, Perturbation
-from srl_utils.images.pixels import format_pixel_distance
+from srl_utils.images.pixels import format_pixel_distance, frames_of, over_frames
 from srl_utils.metrics.features import ClipSimilarity, Features
 from srl_utils.metrics.losses import PerceptualDistance
 from srl_utils.metrics.pixels import latent_drift, psnr, ssim
@@ -51,14 +51,15 @@ class Metrics:
         """Return the wanted metrics that compare two images, `[N]` each.
 
         Args:
-            images: `[N,3,H,W]` in [-1,1].
-            reference: as many images in [-1,1].
+            images: `[N,3,H,W]` in [-1,1], or clips `[N,3,T,H,W]`, whose values are means over the frames.
+            reference: as many in [-1,1].
         """
         values = {"psnr": psnr(images, reference), "ssim": ssim(images, reference)}
+        frames, wanted = frames_of(images), frames_of(reference)
         for distance in self.perceptual:
-            values[distance.name] = distance.distance(images, distance.features(reference))
+            values[distance.name] = over_frames(distance.distance(frames, distance.features(wanted)), len(images))
         if self.clip is not None:
-            values["clip"] = self.clip.image_image(images, reference)
+            values["clip"] = over_frames(self.clip.image_image(frames, wanted), len(images))
         return self.wanted(values)
 
     def wanted(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
