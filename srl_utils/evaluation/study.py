@@ -27,6 +27,7 @@ from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, TRANS
 from srl_utils.evaluation.results import Record, Row, Setting, to_row, to_rows
 from srl_utils.evaluation.tasks.base import Cell, Task
 from srl_utils.files import read_json, write_atomically, write_text_atomically
+from srl_utils.images.pixels import frames_of
 from srl_utils.metrics.features import SET_METRICS
 from srl_utils.vae.codec import Codec
 
@@ -146,10 +147,11 @@ class Study:
         return lambda codec: units[codec.name]
 
     def _features(self, images: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Return the images' features by layer, on the CPU; empty if no metric of whole sets is wanted."""
+        """Return the features of images, or of clips' frames, by layer, on the CPU; empty if no metric of sets is wanted."""
         if self.task.metrics.features is None:
             return {}
-        return {prefix + layer: value.cpu() for layer, value in self.task.metrics.features.features(images).items()}
+        layers = self.task.metrics.features.features(frames_of(images))
+        return {prefix + layer: value.cpu() for layer, value in layers.items()}
 
     # --- stored values ---
 

@@ -42,6 +42,23 @@ def check_resolution(resolution: int, config: dict[str, Any]) -> None:
         )
 
 
+def check_frames(num_frames: int, config: dict[str, Any]) -> None:
+    """Raise a UserError unless a VAE gives back clips of `num_frames` frames whole.
+
+    Args:
+        num_frames: frames of a clip; 1 stands for images, which every VAE takes.
+        config: of the VAE, with its class's name.
+    """
+    frames = named_family(config["_class_name"], "the VAE").frames
+    factor = 1 if frames is None else frames(config)
+    if (num_frames - 1) % factor:
+        nearest = 1 + max(1, round((num_frames - 1) / factor)) * factor
+        raise UserError(
+            f"{num_frames} is not 1 plus a multiple of {factor}, the frames that this VAE puts into one latent; try {nearest}",
+            parameter="num_frames",
+        )
+
+
 class Moments(NamedTuple):
     """Mean and variance of the posterior N(mean, variance), each `[N,C,h,w]` float32, raw (unscaled)."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from srl_utils.evaluation.motion import FLIPS
 from srl_utils.evaluation.perturbations import CLEAN, Perturbation
 from srl_utils.images.pixels import format_pixel_distance, frames_of, over_frames
+from srl_utils.metrics.clips import FLICKER, WARPING, flicker, warping_error
 from srl_utils.metrics.features import ClipSimilarity, Features
 from srl_utils.metrics.losses import PerceptualDistance
 from srl_utils.metrics.pixels import latent_drift, psnr, ssim
@@ -51,13 +52,17 @@ class Metrics:
         """Return the wanted metrics that compare two images, `[N]` each.
 
         Args:
-            images: `[N,3,H,W]` in [-1,1], or clips `[N,3,T,H,W]`, whose values are means over the frames.
+            images: `[N,3,H,W]` in [-1,1], or clips `[N,3,T,H,W]`: their values are means over the frames, and of the
+                metrics of clips.
             reference: as many in [-1,1].
         """
         values = {"psnr": psnr(images, reference), "ssim": ssim(images, reference)}
         frames, wanted = frames_of(images), frames_of(reference)
         for distance in self.perceptual:
             values[distance.name] = over_frames(distance.distance(frames, distance.features(wanted)), len(images))
+        if images.ndim == 5:
+            steadiness = {WARPING: warping_error, FLICKER: flicker}
+            values |= {name: metric(images, reference) for name, metric in steadiness.items() if name in self.names}
         if self.clip is not None:
             values["clip"] = over_frames(self.clip.image_image(frames, wanted), len(images))
         return self.wanted(values)
