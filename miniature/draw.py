@@ -1,6 +1,7 @@
 """Draw captioned scenes into a folder that the datasets library reads: images and a `metadata.jsonl`.
 
     python -m miniature.draw --num_images 64 --output_dir outputs/scenes
+    python -m miniature.draw --num_images 64 --num_frames 9 --output_dir outputs/clips      # a folder of frames for each
 
 The miniature's networks were trained on another series of scenes.
 """
@@ -11,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from miniature.scenes import draw_scene
+from miniature.scenes import draw_clip, draw_scene
 from srl_utils.files import write_text_atomically
 
 UNSEEN_SERIES = 20_000
@@ -20,6 +21,13 @@ UNSEEN_SERIES = 20_000
 def main() -> None:
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    draw = draw_images if args.num_frames == 1 else draw_clips
+    draw(args)
+    print(f"{args.num_images} scenes in {args.output_dir}")
+
+
+def draw_images(args: argparse.Namespace) -> None:
+    """Draw scenes and their captions."""
     lines = []
     for number in range(args.num_images):
         scene = draw_scene(UNSEEN_SERIES + args.seed, number, pair_share=args.pair_share)
@@ -27,13 +35,23 @@ def main() -> None:
         scene.image.save(args.output_dir / name)
         lines.append(json.dumps({"file_name": name, "text": scene.caption}))
     write_text_atomically(args.output_dir / "metadata.jsonl", "\n".join(lines) + "\n")
-    print(f"{args.num_images} scenes in {args.output_dir}")
+
+
+def draw_clips(args: argparse.Namespace) -> None:
+    """Draw scenes whose objects move, the frames of each in a folder."""
+    for number in range(args.num_images):
+        folder = args.output_dir / f"{number:05d}"
+        folder.mkdir(exist_ok=True)
+        clip = draw_clip(UNSEEN_SERIES + args.seed, number, frames=args.num_frames, pair_share=args.pair_share)
+        for time, frame in enumerate(clip):
+            frame.save(folder / f"{time:03d}.png")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/scenes"))
     parser.add_argument("--num_images", type=int, default=64)
+    parser.add_argument("--num_frames", type=int, default=1, help="1 draws images, more draw clips of moving objects")
     parser.add_argument("--pair_share", type=float, default=0.0, help="share of scenes with two objects")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -1,6 +1,7 @@
-"""Endless synthetic images drawn from a seed: captioned scenes and dead leaves.
+"""Endless synthetic images drawn from a seed: captioned scenes, still or moving, and dead leaves.
 
-`draw_scene` draws one or two objects on a background with a caption that describes them. `draw_dead_leaves` draws the
+`draw_scene` draws one or two objects on a background with a caption that describes them, and `draw_clip` lets them move.
+`draw_dead_leaves` draws the
 classical occlusion model of natural images: opaque leaves whose radii follow a power law, with the edges and the 1/f
 spectrum of photographs (Lee, Mumford, Huang, "Occlusion Models for Natural Images", IJCV 2001; as training data for
 networks that see photographs: Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021).
@@ -34,8 +35,12 @@ SIZES = {"small": (0.15, 0.18), "large": (0.21, 0.24)}
 autoencoder; larger ones would not leave room for two."""
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 BACKGROUNDS = ("plain", "shaded", "cloudy")
+Layer = tuple[np.ndarray, np.ndarray]
+"""Colours `[side,side,3]` and coverage `[side,side,1]`, both about in [0,1]."""
 RELATIONS = ("left of", "right of", "above", "below")
 
+FASTEST = 0.04  # of the side, from frame to frame
+BORDER = 0.02  # between an object and the image's border
 SUPERSAMPLING = 4  # drawn this much larger, then averaged: anti-aliased edges
 
 
@@ -76,14 +81,34 @@ def draw_scene(seed: int, index: int = 0, *, size: int = 64, pair_share: float =
         size: side of the RGB image in pixels.
         pair_share: probability of two objects instead of one.
     """
-    rng = np.random.default_rng((seed, index, 0))
-    background = (str(rng.choice(BACKGROUNDS)), str(rng.choice(list(COLORS))))
-    objects, relation = _arrange(rng, background_color=background[1], pair_share=pair_share)
-    canvas = _background(rng, *background)
-    for item in objects:
-        canvas = _paint(rng, canvas, item)
-    image = Image.fromarray(_to_bytes(canvas)).resize((size, size), Image.Resampling.BOX)
-    return Scene(image=image, caption=_caption(objects, relation, background), objects=objects, background=background)
+    drawn = _draw(seed, index, pair_share)
+    caption = _caption(drawn.objects, drawn.relation, drawn.background)
+    image = _picture([drawn.ground, *drawn.layers], size)
+    return Scene(image=image, caption=caption, objects=drawn.objects, background=drawn.background)
+
+
+def draw_clip(seed: int, index: int = 0, *, frames: int, size: int = 64, pair_share: float = 0.5) -> list[Image.Image]:
+    """Draw a scene whose objects move, `frames` images; the first one is that of `draw_scene`.
+
+    Each object keeps its direction and speed, up to `FASTEST` of the side from frame to frame, and turns at the border. The
+    background stands still.
+
+    Args:
+        seed: the series.
+        index: number of the scene.
+        frames: number of frames.
+        size: side of the RGB images in pixels.
+        pair_share: probability of two objects instead of one.
+    """
+    drawn = _draw(seed, index, pair_share)
+    rng = np.random.default_rng((seed, index, 3))
+    velocities = [_polar(rng.uniform(0, FASTEST), rng.uniform(0, 2 * np.pi)) for _ in drawn.objects]
+    clip = []
+    for time in range(frames):
+        paths = [_path(item, velocity, time) for item, velocity in zip(drawn.objects, velocities, strict=True)]
+        moved = [_moved(layer, path) for layer, path in zip(drawn.layers, paths, strict=True)]
+        clip.append(_picture([drawn.ground, *moved], size))
+    return clip
 
 
 def draw_dead_leaves(seed: int, index: int = 0, *, size: int = 64) -> Image.Image:
@@ -165,8 +190,62 @@ def _background(rng: np.random.Generator, kind: str, color: str) -> np.ndarray:
     return base + field[..., None]
 
 
-def _paint(rng: np.random.Generator, canvas: np.ndarray, item: SceneObject) -> np.ndarray:
-    side = canvas.shape[0]
+@dataclass(frozen=True)
+class _Drawn:
+    """What a scene consists of, and its layers."""
+
+    background: tuple[str, str]
+    objects: tuple[SceneObject, ...]
+    relation: str | None
+    ground: Layer
+    layers: list[Layer]
+    """One for each object, from the back to the front."""
+
+
+def _draw(seed: int, index: int, pair_share: float) -> _Drawn:
+    """Draw the layers of scene number `index`."""
+    rng = np.random.default_rng((seed, index, 0))
+    background = (str(rng.choice(BACKGROUNDS)), str(rng.choice(list(COLORS))))
+    objects, relation = _arrange(rng, background_color=background[1], pair_share=pair_share)
+    ground = _background(rng, *background)
+    layers = [_layer(rng, len(ground), item) for item in objects]
+    return _Drawn(background, objects, relation, (ground, np.ones_like(ground[..., :1])), layers)
+
+
+def _picture(layers: list[Layer], size: int) -> Image.Image:
+    """Return the image of layers in front of each other."""
+    (canvas, _), *others = layers
+    for fill, coverage in others:
+        canvas = canvas * (1 - coverage) + fill * coverage
+    return Image.fromarray(_to_bytes(canvas)).resize((size, size), Image.Resampling.BOX)
+
+
+def _polar(length: float, angle: float) -> tuple[float, float]:
+    return length * np.cos(angle), length * np.sin(angle)
+
+
+def _path(item: SceneObject, velocity: tuple[float, float], time: int) -> tuple[float, float]:
+    """Return how far an object has gone from its first place, right and down, as fractions of the side."""
+    (x, y), (right, down) = item.center, velocity
+    return _reflected(x + time * right, item.radius) - x, _reflected(y + time * down, item.radius) - y
+
+
+def _reflected(place: float, radius: float) -> float:
+    """Return a place on a line that turns wherever an object of this radius reaches the border."""
+    low, room = radius + BORDER, 1 - 2 * (radius + BORDER)
+    return low + room - abs((place - low) % (2 * room) - room)
+
+
+def _moved(layer: Layer, path: tuple[float, float]) -> Layer:
+    """Return a layer moved by fractions of the side, in whole pixels of the canvas; the object does not leave it."""
+    side = len(layer[0])
+    right, down = (round(distance * side) for distance in path)
+    fill, coverage = (np.roll(part, (down, right), axis=(0, 1)) for part in layer)
+    return fill, coverage
+
+
+def _layer(rng: np.random.Generator, side: int, item: SceneObject) -> Layer:
+    """Return the layer of an object."""
     mask = Image.new("L", (side, side), 0)
     _draw_shape(ImageDraw.Draw(mask), item, side, rng.uniform(-0.2, 0.2))
     coverage = np.asarray(mask, dtype=np.float32)[..., None] / 255.0
@@ -175,8 +254,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, item: SceneObject) -> n
     contrast = color * 0.55 if color.mean() > 0.35 else color + (1 - color) * 0.45
     pattern = _pattern(rng, item.texture, side, item.radius)[..., None]
     shading = 0.05 * _ramp(side, rng.uniform(0, 2 * np.pi))[..., None]
-    fill = color * (1 - pattern) + contrast * pattern + shading
-    return canvas * (1 - coverage) + fill * coverage
+    return color * (1 - pattern) + contrast * pattern + shading, coverage
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, tilt: float) -> None:

@@ -1,11 +1,26 @@
 from __future__ import annotations
 
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from miniature.scenes import COLORS, RELATIONS, SHAPES, SIZES, TEXTURES, Scene, draw_dead_leaves, draw_scene
+from miniature import draw
+from miniature.scenes import (
+    COLORS,
+    FASTEST,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    draw_clip,
+    draw_dead_leaves,
+    draw_scene,
+)
 
 SCENES = 200
 
@@ -15,14 +30,14 @@ def scenes() -> list[Scene]:
     return [draw_scene(5, index, size=128) for index in range(SCENES)]
 
 
-@pytest.mark.parametrize("draw", [lambda *key: draw_scene(*key).image, draw_dead_leaves], ids=["scene", "leaves"])
-def test_image_is_a_function_of_seed_and_number(draw) -> None:
+@pytest.mark.parametrize("drawing", [lambda *key: draw_scene(*key).image, draw_dead_leaves], ids=["scene", "leaves"])
+def test_image_is_a_function_of_seed_and_number(drawing) -> None:
     """Oracle: invariance, the same key gives the same pixels; another seed or number gives others."""
-    pixels = np.asarray(draw(3, 4))
+    pixels = np.asarray(drawing(3, 4))
     assert pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8
-    assert np.array_equal(pixels, np.asarray(draw(3, 4)))
-    assert not np.array_equal(pixels, np.asarray(draw(3, 5)))
-    assert not np.array_equal(pixels, np.asarray(draw(4, 4)))
+    assert np.array_equal(pixels, np.asarray(drawing(3, 4)))
+    assert not np.array_equal(pixels, np.asarray(drawing(3, 5)))
+    assert not np.array_equal(pixels, np.asarray(drawing(4, 4)))
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -146,3 +161,44 @@ def amplitude_exponent(pictures: list[np.ndarray]) -> float:
 
 def closest_color(rgb: np.ndarray) -> str:
     return min(COLORS, key=lambda name: np.linalg.norm(np.subtract(COLORS[name], np.asarray(rgb, dtype=float))))
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_clip_begins_with_its_scene(index: int) -> None:
+    """Oracle: `draw_scene`, to the pixel; and each frame is the same whatever the length of the clip."""
+    clip = [np.asarray(frame) for frame in draw_clip(5, index, frames=5)]
+    assert np.array_equal(clip[0], np.asarray(draw_scene(5, index).image))
+    longer = [np.asarray(frame) for frame in draw_clip(5, index, frames=9)]
+    assert all(np.array_equal(*pair) for pair in zip(clip, longer, strict=False))
+
+
+def test_objects_move_and_stay_whole() -> None:
+    """Oracle: invariance: a plain object on a plain background keeps the number of its pixels in every frame, and its
+    centre moves in a line by the same distance, at most the fastest's, until it turns at the border."""
+    found = 0
+    for index in range(200):
+        scene = draw_scene(6, index, pair_share=0.0)
+        (item,) = scene.objects
+        if scene.background[0] != "plain" or item.texture != "plain":
+            continue
+        clip = np.stack([np.asarray(frame, dtype=float) for frame in draw_clip(6, index, frames=24, pair_share=0.0)])
+        seen = np.abs(clip - clip[0, 0, 0]).max(axis=-1) > 30
+        areas, centres = seen.sum(axis=(1, 2)), [np.argwhere(frame).mean(axis=0) for frame in seen]
+        assert areas.max() - areas.min() < 0.12 * areas.mean()  # the edge's pixels are half covered
+        steps = np.linalg.norm(np.diff(centres, axis=0), axis=1)
+        assert steps.max() <= 64 * FASTEST + 1 and steps.std() < 1
+        found += steps.mean() > 0.5
+        if found == 3:
+            return
+    pytest.fail("no object moved")
+
+
+def test_clips_are_drawn_into_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the real command: a folder for each clip, its frames in order."""
+    flags = ["--num_images", "2", "--num_frames", "3", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["draw", *flags])
+    draw.main()
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+    assert names == [f"0000{clip}/00{time}.png" for clip in range(2) for time in range(3)]
+    expected = draw_clip(draw.UNSEEN_SERIES, 1, frames=3, pair_share=0.0)[2]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "00001/002.png")), np.asarray(expected))
