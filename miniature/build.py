@@ -1,6 +1,6 @@
 """Train a network of the miniature world: its autoencoders, CLIP, classifier or diffusion model.
 
-    python -m miniature.build vae | vq | clip | classifier | diffusion         # make miniature: all of them
+    python -m miniature.build vae | vq | video | clip | classifier | diffusion      # make miniature: all of them
 
 Every batch is a function of (seed, step), so a stopped run resumes with the same next batch.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from miniature import autoencoder, classifier, contrastive, diffusion, discrete
+from miniature import autoencoder, classifier, contrastive, diffusion, discrete, video
 from miniature.scene_set import SceneSet, scene_set
 from miniature.tokens import learn_tokenizer
 from miniature.training import Settings
@@ -83,6 +83,8 @@ def parse_args() -> argparse.Namespace:
     autoencoder.add_arguments(vae)
     vq = add_command(commands, "vq", discrete.build, output="vq")
     discrete.add_arguments(vq)
+    clips = add_command(commands, "video", video.build, output="video")
+    video.add_arguments(clips)
     for name, build, output, steps, batch_size, learning_rate in (
         ("clip", build_clip, "clip", 900, 128, 5e-4),
         ("classifier", build_classifier, "classifier", 3_500, 64, 2e-3),

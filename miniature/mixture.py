@@ -73,5 +73,10 @@ def sample_batches(args: argparse.Namespace, first_step: int, steps: int) -> Ite
     Returns:
         Images `[N,3,SIZE,SIZE]` and whether they have texture, `[N]`.
     """
+    return batches_of(Mixture(args.seed), args, first_step, steps)
+
+
+def batches_of(samples: Dataset, args: argparse.Namespace, first_step: int, steps: int) -> Iterator:
+    """Yield the batches of the steps from `first_step` to before `steps`; step i has the samples from i times its size."""
     remaining = range(first_step * args.batch_size, steps * args.batch_size)
-    return iter(DataLoader(Mixture(args.seed), args.batch_size, sampler=remaining, num_workers=args.num_workers))
+    return iter(DataLoader(samples, args.batch_size, sampler=remaining, num_workers=args.num_workers))
