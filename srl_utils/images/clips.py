@@ -128,7 +128,7 @@ class AnimatedImage:
         for number in range(first, len(self)):
             try:
                 self.image.seek(number)
-            except EOFError:  # the header states too many
+            except (EOFError, OSError):  # the header states too many, or the file breaks off
                 return
             yield over_white(*to_srgb(self.image))
 
