@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from functools import lru_cache
 from importlib import import_module
 from itertools import chain, islice
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -43,6 +43,25 @@ def has_pyav() -> bool:
     return True
 
 
+class _Packet(NamedTuple):
+    """Times of a compressed frame, in the units of its stream; None where the container has none."""
+
+    shown: int | None
+    earliest: int
+    """The earlier of the times shown and decoded: containers index by either, so seeking it never leads too far."""
+    is_key: bool
+
+    @classmethod
+    def of(cls, packet: Any) -> _Packet:
+        times = [time for time in (packet.pts, packet.dts) if time is not None]
+        return cls(packet.pts, min(times, default=0), packet.is_keyframe)
+
+
+def _is_whole(packet: Any) -> bool:
+    """Return whether a packet of PyAV is to be shown; the last one, which is empty, only marks the end."""
+    return bool(packet.size) and not packet.is_discard and not packet.is_corrupt
+
+
 class Video:
     """The frames of a video in an open file.
 
@@ -58,20 +77,13 @@ class Video:
         if not has_pyav():
             raise UnreadableImage(NEEDS_PYAV)
         self.file = file
-        self.keys: list[tuple[int, int]] = []
-        """Key frames: time shown, and the time to seek to."""
-        times: list[int | None] = []
         with self._opened() as (container, stream):
-            for packet in container.demux(stream):
-                if packet.size and not packet.is_discard and not packet.is_corrupt:
-                    times.append(packet.pts)
-                    if packet.is_keyframe and packet.pts is not None:
-                        # Containers index by either time, so the earlier one never seeks too far.
-                        self.keys.append((packet.pts, min(packet.pts, packet.dts or packet.pts)))
-        self.most = len(times)
-        shown = sorted({time for time in times if time is not None})
-        self.times = shown if len(shown) == self.most else []
+            packets = [_Packet.of(packet) for packet in container.demux(stream) if _is_whole(packet)]
+        self.most = len(packets)
+        shown = {packet.shown for packet in packets if packet.shown is not None}
+        self.times = sorted(shown) if len(shown) == self.most else []
         """Times at which frames are shown, in order; empty if packets lack them or share them."""
+        self.keys = [packet for packet in packets if packet.is_key]
 
     def __len__(self) -> int:
         """Return the largest number of frames that there may be."""
@@ -90,9 +102,10 @@ class Video:
         """Yield PyAV's frames from number `first` on, from the key frame before it if that can be sought."""
         if first and self.times:
             begin = self.times[first]
-            seek_to = max((seek_to for shown, seek_to in self.keys if shown <= begin), default=None)
-            with closing(self._decoded(seek_to)) as frames:
+            before = (key.earliest for key in self.keys if key.shown is not None and key.shown <= begin)
+            with closing(self._decoded(max(before, default=None))) as frames:
                 head = next(frames, None)
+                # A damaged index may lead too far; then all is decoded from the beginning.
                 if head is not None and head.pts is not None and head.pts <= begin:
                     yield from (frame for frame in chain([head], frames) if frame.pts is None or frame.pts >= begin)
                     return
