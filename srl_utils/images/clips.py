@@ -62,13 +62,13 @@ def decode_clip(source: object, keep: Callable[[Image.Image], Tensor], *, num_fr
         UnreadableImage: if the clip is broken or too short.
     """
     with one_line_reason(), _opened(source) as clip:
-        if len(clip) >= num_frames:
-            first = int(start * (len(clip) - num_frames + 1))
-            with closing(clip.frames(first)) as frames:
-                kept = [keep(frame) for frame in islice(frames, num_frames)]
-            # Where there are fewer frames than it seemed, the last ones are taken.
-            return torch.stack(kept if len(kept) == num_frames else _last(clip, keep, num_frames), dim=1)
-        raise _too_short(len(clip), num_frames)
+        if len(clip) < num_frames:
+            raise _too_short(len(clip), num_frames)
+        first = int(start * (len(clip) - num_frames + 1))
+        with closing(clip.frames(first)) as frames:
+            kept = [keep(frame) for frame in islice(frames, num_frames)]
+        # Where there are fewer frames than it seemed, the last ones are taken.
+        return torch.stack(kept if len(kept) == num_frames else _last(clip, keep, num_frames), dim=1)
 
 
 def _last(clip: Frames, keep: Callable[[Image.Image], Tensor], num_frames: int) -> list[Tensor]:

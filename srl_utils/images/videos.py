@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from functools import lru_cache
 from importlib import import_module
 from itertools import chain, islice
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -43,20 +43,6 @@ def has_pyav() -> bool:
     return True
 
 
-class _Packet(NamedTuple):
-    """Times of a compressed frame, in the units of its stream; None where the container has none."""
-
-    shown: int | None
-    earliest: int
-    """The earlier of the times shown and decoded: containers index by either, so seeking it never leads too far."""
-    is_key: bool
-
-    @classmethod
-    def of(cls, packet: Any) -> _Packet:
-        times = [time for time in (packet.pts, packet.dts) if time is not None]
-        return cls(packet.pts, min(times, default=0), packet.is_keyframe)
-
-
 def _is_whole(packet: Any) -> bool:
     """Return whether a packet of PyAV is to be shown; the last one, which is empty, only marks the end."""
     return bool(packet.size) and not packet.is_discard and not packet.is_corrupt
@@ -78,12 +64,12 @@ class Video:
             raise UnreadableImage(NEEDS_PYAV)
         self.file = file
         with self._opened() as (container, stream):
-            packets = [_Packet.of(packet) for packet in container.demux(stream) if _is_whole(packet)]
+            packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if _is_whole(packet)]
         self.most = len(packets)
-        shown = {packet.shown for packet in packets if packet.shown is not None}
+        shown = {time for time, _ in packets if time is not None}
         self.times = sorted(shown) if len(shown) == self.most else []
         """Times at which frames are shown, in order; empty if packets lack them or share them."""
-        self.keys = [packet for packet in packets if packet.is_key]
+        self.keys = [time for time, is_key in packets if is_key and time is not None]
 
     def __len__(self) -> int:
         """Return the largest number of frames that there may be."""
@@ -102,10 +88,10 @@ class Video:
         """Yield PyAV's frames from number `first` on, from the key frame before it if that can be sought."""
         if first and self.times:
             begin = self.times[first]
-            before = (key.earliest for key in self.keys if key.shown is not None and key.shown <= begin)
-            with closing(self._decoded(max(before, default=None))) as frames:
+            key = max((time for time in self.keys if time <= begin), default=None)
+            with closing(self._decoded(key)) as frames:
                 head = next(frames, None)
-                # A damaged index may lead too far; then all is decoded from the beginning.
+                # An index by the times of decoding, or a damaged one, may lead too far: decode from the beginning then.
                 if head is not None and head.pts is not None and head.pts <= begin:
                     yield from (frame for frame in chain([head], frames) if frame.pts is None or frame.pts >= begin)
                     return

@@ -177,6 +177,22 @@ def test_only_the_group_of_a_start_is_decoded(monkeypatch: pytest.MonkeyPatch) -
             assert len(decoded) <= 2 * 5 + NUM_FRAMES, (kind, start)
 
 
+def test_a_seek_that_leads_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the frames written, although each seek goes to the last key frame, as with a damaged index."""
+    honest = videos.Video._decoded
+    monkeypatch.setattr(
+        videos.Video, "_decoded", lambda self, seek_to: honest(self, None if seek_to is None else self.keys[-1])
+    )
+    assert_frames(video(), NOISE)
+
+
+def test_a_list_of_other_files_opens_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: FFmpeg would take this text for the video that it names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.mkv").write_bytes(video())
+    assert "no video of a known format" in reason(b"ffconcat version 1.0\nfile other.mkv\n")
+
+
 def test_a_video_that_begins_between_key_frames() -> None:
     """Oracle: the frames from the first key frame on, 12 of 17. Their number is known only when all are decoded."""
     file = io.BytesIO()
@@ -249,14 +265,47 @@ def test_kinds_of_samples_and_odd_sizes(pixels: str, size: tuple[int, int]) -> N
         assert error <= 2 * 2 / 255, (place, error * 127.5)
 
 
-def audio() -> bytes:
+def song(pictures: Sequence[np.ndarray] = (), *, cover: bool = False) -> bytes:
+    """Return a second of silence, with pictures as its video or as the picture of the song."""
     file = io.BytesIO()
-    with av.open(file, "w", format="matroska") as output:
-        stream: Any = output.add_stream("pcm_s16le", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+    with av.open(file, "w", format="mp4") as output:
+        sound: Any = output.add_stream("aac", rate=8000, layout="mono")
+        stream: Any = None
+        if len(pictures):
+            stream = output.add_stream("png", rate=8)
+            stream.height, stream.width = pictures[0].shape[:2]
+            stream.pix_fmt = "rgb24"
+            if cover:
+                stream.disposition = av.stream.Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 8000
-        output.mux(stream.encode(frame))
+        frame.pts = 0
+        output.mux(sound.encode(frame))
+        for picture in pictures:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for encoder in filter(None, (stream, sound)):
+            output.mux(encoder.encode())
     return file.getvalue()
+
+
+def test_sound_is_ignored() -> None:
+    """Oracle: the frames written beside it."""
+    assert_frames(song(NOISE[:9]), NOISE[:9])
+
+
+def test_frames_that_an_edit_list_cuts_off_are_not_shown() -> None:
+    """Oracle: the frames from time 0 on; the first three are stored, with negative times."""
+    file = io.BytesIO()
+    content = video(**{**VIDEOS["mp4"], "bf": "0"}, sc_threshold="0")
+    with av.open(io.BytesIO(content)) as whole, av.open(file, "w", format="mp4") as output:
+        source = whole.streams.video[0]
+        stream = output.add_stream_from_template(source)
+        cut = round(3 / 8 / source.time_base)
+        for packet in whole.demux(source):
+            if packet.size:
+                packet.pts, packet.dts, packet.stream = packet.pts - cut, packet.dts - cut, stream
+                output.mux(packet)
+    assert_frames(file.getvalue(), NOISE[3:])
 
 
 def without_end(content: bytes) -> bytes:
@@ -267,7 +316,8 @@ BROKEN = {
     "empty": (b"", "no video of a known format"),
     "text": (b"hello there" * 30, "no video of a known format"),
     "playlist": (b"#EXTM3U\n#EXTINF:1,\n/etc/hostname\n#EXT-X-ENDLIST\n", "no video of a known format"),
-    "audio": (audio(), "has no video"),
+    "audio": (song(), "has no video"),
+    "audio with a picture": (song(NOISE[:1], cover=True), "has no video"),
     "mp4 without its end": (without_end(video(**VIDEOS["mp4"])), "no video of a known format"),
     "short video": (video(NOISE[:3]), "has 3 frames, fewer than 4"),
     "short animation": (animation(NOISE[:2], "WEBP", lossless=True), "has 2 frames, fewer than 4"),
@@ -447,6 +497,9 @@ def test_clips_of_a_folder(tmp_path: Path) -> None:
     """Oracle: the files put there. Stills beside videos, as previews are, and stills of no sub-folder are no frames."""
     write_frames(tmp_path / "a" / "b" / "frames", NOISE[:5])
     (tmp_path / "a" / "1.MP4").write_bytes(b"film")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "film.webm").write_bytes(b"film")
+    (tmp_path / "c" / "film.jpg").write_bytes(encoded(NOISE[0]))
     (tmp_path / "a" / "2.gif").write_bytes(animation(clip(1), "GIF"))
     (tmp_path / "a" / "3.gif").write_bytes(animation(clip(1)[:1], "GIF"))
     (tmp_path / "a" / "1.jpg").write_bytes(encoded(NOISE[0]))
@@ -454,9 +507,9 @@ def test_clips_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a note")
     (tmp_path / "song.mp3").write_bytes(b"song")
     found, skipped = list_clips(tmp_path)
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["a/1.MP4", "a/2.gif", "a/b/frames"]
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a/1.MP4", "a/2.gif", "a/b/frames", "c/film.webm"]
     assert dict(skipped.names) == {
-        clips.BESIDE_CLIPS: ["a/1.jpg", "a/3.gif"],
+        clips.BESIDE_CLIPS: ["a/1.jpg", "a/3.gif", "c/film.jpg"],
         clips.OUTSIDE_FOLDERS: ["cover.jpg"],
         "no suffix of an image that Pillow reads": ["song.mp3"],
     }
@@ -539,7 +592,7 @@ def test_short_and_broken_clips_are_replaced_and_counted(tmp_path: Path) -> None
     write_frames(tmp_path / "train" / "short", clip(8, 3))
     (tmp_path / "train" / "part0" / "short.mkv").write_bytes(content_of(8, 3))
     (tmp_path / "train" / "part0" / "broken.mp4").write_bytes(b"broken")
-    (tmp_path / "train" / "part0" / "song.mkv").write_bytes(audio())
+    (tmp_path / "train" / "part0" / "song.mkv").write_bytes(song())
     data = folder_data(tmp_path)
     ledger = ImageLedger(data.num_images)
     batches = first_batches(data, 3)
