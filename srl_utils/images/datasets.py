@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from srl_utils.errors import UserError
-from srl_utils.images.decoding import UnreadableImage, decode_rgb
-from srl_utils.images.framing import DECODE_ATTEMPTS, Framing, RawImage, RawImages, Sample, centre_square, to_tensor
+from srl_utils.images.decoding import UnreadableImage
+from srl_utils.images.framing import DECODE_ATTEMPTS, Crop, Framing, RawImage, RawImages, Sample, decode_square
 from srl_utils.images.listing import Skipped
 from srl_utils.images.sources import DataSource, Images, StreamImages, captioned, open_images, open_validation
 
@@ -36,7 +36,7 @@ ORDER_SEED = 2  # second word of seeds: framing.py has 1 and sources.py 3, so th
 
 
 class ValidationImages(NamedTuple):
-    """Images `[n,3,R,R]` in [-1,1], caption ("" if none is wanted) and name of each, and what was left out."""
+    """Images `[n,3,R,R]` or clips `[n,3,T,R,R]` in [-1,1], caption ("" if none is wanted) and name of each, and what was left out."""
 
     images: Tensor
     unreadable: list[str]
@@ -140,7 +140,7 @@ class StreamSamples(IterableDataset):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """Training samples (`num_images` is None for a stream) and validation images `[n,3,R,R]` in [-1,1]."""
+    """Training samples (`num_images` is None for a stream), and validation images as in `ValidationImages`."""
 
     samples: TrainingSamples | StreamSamples
     num_images: int | None
@@ -173,6 +173,8 @@ def open_data(
 ) -> TrainingData:
     """Open the training and validation images, and check that both can be decoded.
 
+    If `source.num_frames` is above 1, they are clips.
+
     Args:
         source: where the images come from.
         resolution: side of the images in pixels.
@@ -184,12 +186,15 @@ def open_data(
     Raises:
         UserError: if there are no images, if settings conflict, or if none of the images tried can be decoded.
     """
-    framing = Framing(resolution=resolution, seed=seed, center_crop=center_crop, random_flip=random_flip)
+    num_frames = source.num_frames
+    framing = Framing(
+        resolution=resolution, seed=seed, center_crop=center_crop, random_flip=random_flip, num_frames=num_frames
+    )
     training, validation, skipped = open_images(source, resolution, seed)
     for part in filter(None, skipped):
         logger.warning("%s", part.report())
-    _check_readable(training)
-    validation_images = _decode_evenly(validation, num_validation_images, resolution).images
+    _check_readable(training, resolution, num_frames)
+    validation_images = _decode_evenly(validation, num_validation_images, resolution, num_frames).images
     # The description is published with the model, so it holds only the last part of a path.
     place = str(source.dataset_name or source.train_data_dir)
     place = Path(place).resolve().name if Path(place).exists() else place
@@ -199,11 +204,12 @@ def open_data(
         samples, num_images, amount = StreamSamples(images=training, framing=framing), None, "a stream of"
     else:
         samples, num_images, amount = TrainingSamples(training, framing), len(training), str(len(training))
+    kind = "images" if num_frames == 1 else f"clips of {num_frames} frames"
     return TrainingData(
         samples=samples,
         num_images=num_images,
         validation_images=validation_images,
-        description=f"{place}: {amount} training images, {len(validation_images)} validation images",
+        description=f"{place}: {amount} training {kind}, {len(validation_images)} validation {kind}",
         skipped=[part.summary() for part in skipped if part],
     )
 
@@ -211,7 +217,7 @@ def open_data(
 def load_validation_images(source: DataSource, *, num_images: int, resolution: int, seed: int = 0) -> ValidationImages:
     """Return the central squares of images spread evenly over the validation images, or of the first ones of a stream.
 
-    The choice is the same in each call. If `source` names captions, images without one are left out.
+    If `source.num_frames` is above 1, the images are clips, and the frames in the middle of each are returned. The choice is the same in each call. If `source` names captions, images without one are left out.
 
     Args:
         source: where the images come from; with `validation_data_dir` it needs no training images.
@@ -229,7 +235,7 @@ def load_validation_images(source: DataSource, *, num_images: int, resolution: i
         validation, without = captioned(validation)
         if without and not validation:
             raise UserError(NO_CAPTIONS.format(len(without), without[0]))
-    loaded = _decode_evenly(validation, num_images, resolution, captioned=wanted)
+    loaded = _decode_evenly(validation, num_images, resolution, source.num_frames, captioned=wanted)
     return loaded._replace(without_caption=without + loaded.without_caption, skipped=skipped)
 
 
@@ -242,11 +248,11 @@ def _probes(images: Images, number: int) -> Iterator[RawImage]:
     )
 
 
-def _check_readable(images: Images) -> None:
+def _check_readable(images: Images, resolution: int, num_frames: int) -> None:
     problems: list[str] = []
     for raw in _probes(images, PROBED_IMAGES):
         try:
-            decode_rgb(raw.source)
+            decode_square(raw.source, Crop(resolution=resolution), num_frames=num_frames)
             return
         except UnreadableImage as error:
             problems.append(f"{raw.name}: {error}")
@@ -255,7 +261,9 @@ def _check_readable(images: Images) -> None:
     raise UserError(f"none of {len(problems)} training images tried can be read; {problems[0]}")
 
 
-def _decode_evenly(images: Images, number: int, resolution: int, *, captioned: bool = False) -> ValidationImages:
+def _decode_evenly(
+    images: Images, number: int, resolution: int, num_frames: int, *, captioned: bool = False
+) -> ValidationImages:
     """Decode images spread evenly over all. If captions are wanted, skip images without one."""
     decoded: list[Tensor] = []
     captions: list[str] = []
@@ -271,7 +279,7 @@ def _decode_evenly(images: Images, number: int, resolution: int, *, captioned: b
     for candidates in _stretches(images, number, is_candidate):
         for raw in candidates:
             try:
-                decoded.append(to_tensor(centre_square(decode_rgb(raw.source), resolution=resolution)))
+                decoded.append(decode_square(raw.source, Crop(resolution=resolution), num_frames=num_frames))
                 captions.append(raw.caption)
                 names.append(raw.name)
                 break

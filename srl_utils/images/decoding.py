@@ -78,7 +78,7 @@ def open_image(source: object, *, max_pixels: int | None = None) -> Iterator[Ima
         UnreadableImage: if the image is missing, is of no known format, or has too many pixels.
     """
     with _pixel_limit(max_pixels):
-        with _one_line_reason():
+        with one_line_reason():
             image = _open(source)
         try:
             yield image
@@ -95,7 +95,7 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     Raises:
         UnreadableImage: if the pixels are broken, or if their range is ambiguous.
     """
-    with _one_line_reason():
+    with one_line_reason():
         _refuse_bomb(image)
         _expect_native_bytes(image)
         stated = image.declared if isinstance(image, tiff_pages.TiffPages) else None
@@ -126,7 +126,11 @@ def decode_rgb(source: object, *, max_pixels: int | None = None) -> Image.Image:
         UnreadableImage: if the image is missing, broken, too large, or of an ambiguous range of values.
     """
     with open_image(source, max_pixels=max_pixels) as image:
-        colour, alpha = to_srgb(image)
+        return over_white(*to_srgb(image))
+
+
+def over_white(colour: Image.Image, alpha: Image.Image | None) -> Image.Image:
+    """Return an RGB image with the transparent parts over white. `colour` may be changed."""
     if alpha is None:
         return colour
     colour.putalpha(alpha)
@@ -134,7 +138,7 @@ def decode_rgb(source: object, *, max_pixels: int | None = None) -> Image.Image:
 
 
 @contextmanager
-def _one_line_reason() -> Iterator[None]:
+def one_line_reason() -> Iterator[None]:
     """Turn any error within the context into an UnreadableImage with a reason of one line."""
     try:
         with warnings.catch_warnings():
@@ -178,8 +182,7 @@ def _refuse_bomb(image: Image.Image) -> None:
 
 def _open(source: object) -> Image.Image:
     """Open an image without reading its pixels; see `open_image` for `source`."""
-    if isinstance(source, dict):
-        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    source = content_or_path(source)
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, str) and "://" in source:
@@ -192,9 +195,21 @@ def _open(source: object) -> Image.Image:
     raise UnreadableImage(f"{type(source).__name__} instead of an image")
 
 
-def _open_file(path: Path) -> Image.Image:
-    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+def content_or_path(source: object) -> object:
+    """Return the content of `{"bytes", "path"}`, or else its path; any other source as it is."""
+    if isinstance(source, dict):
+        return source["path"] if source.get("bytes") is None else source["bytes"]
+    return source
+
+
+def check_regular(path: Path) -> None:
+    """Raise an UnreadableImage for a folder, a pipe or a device: reading these may never end."""
+    if path.exists() and not path.is_file():
         raise UnreadableImage("no regular file")
+
+
+def _open_file(path: Path) -> Image.Image:
+    check_regular(path)
     with path.open("rb") as file:
         head = file.read(HEAD)
     boxes = head.startswith(iso_boxes.JP2) or head[4:8] == iso_boxes.FILE_TYPE

@@ -1,11 +1,11 @@
-"""Turn undecoded images into square training images `[3,R,R]` in [-1,1]."""
+"""Turn undecoded images into square training images `[3,R,R]` in [-1,1], and clips into `[3,T,R,R]`."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypedDict
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from srl_utils.errors import UserError, one_line
+from srl_utils.images.clips import MIDDLE, decode_clip
 from srl_utils.images.decoding import UnreadableImage, decode_rgb
 from srl_utils.images.pixels import from_pil
 
@@ -26,10 +27,10 @@ Box = tuple[float, float, float, float]
 
 
 class RawImage(NamedTuple):
-    """An undecoded image.
+    """An undecoded image or clip.
 
     Attributes:
-        source: what `decode_rgb` takes.
+        source: what `decode_rgb` or `decode_clip` takes.
         label: its path, key or row.
         caption: its caption, "" without one.
     """
@@ -56,7 +57,7 @@ class RawImages(Protocol):
 
 
 class Sample(TypedDict):
-    """A training image `[3,R,R]` in [-1,1], and the names of the unreadable images that it replaces."""
+    """A training image `[3,R,R]` or clip `[3,T,R,R]` in [-1,1], and the names of the unreadable ones that it replaces."""
 
     image: Tensor
     position: int
@@ -64,14 +65,49 @@ class Sample(TypedDict):
     upscaled: bool
 
 
+@dataclass(kw_only=True, eq=False)
+class Crop:
+    """Turns an image, or each frame of a clip, into a square tensor. The first frame decides the box of the others."""
+
+    resolution: int
+    rng: np.random.Generator | None = None
+    """Draws the box; None takes the central square."""
+    flip: bool = False
+    size: tuple[int, int] | None = None
+    box: Box = field(init=False)
+
+    def __call__(self, frame: Image.Image) -> Tensor:
+        """Return the part of an RGB frame as `[3,R,R]` in [-1,1].
+
+        Raises:
+            UnreadableImage: if the frames before had another size.
+        """
+        if self.size is None:
+            self.size = frame.size
+            self.box = centre_box(*frame.size) if self.rng is None else random_box(*frame.size, rng=self.rng)
+        if frame.size != self.size:
+            sizes = " and ".join(f"{width}x{height}" for width, height in (self.size, frame.size))
+            raise UnreadableImage(f"has frames of different sizes: {sizes}")
+        return to_tensor(_scale(frame, self.box, self.resolution), flip=self.flip)
+
+    @property
+    def upscales(self) -> bool:
+        """Return whether the frames were smaller than the resolution."""
+        return self.size is not None and min(self.size) < self.resolution
+
+
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """How an image becomes a training image. All random draws depend on (seed, position) alone."""
+    """How an image becomes a training image, and a clip one of `num_frames`.
+
+    All random draws depend on (seed, position) alone.
+    """
 
     resolution: int
     seed: int
     center_crop: bool = False
     random_flip: bool = False
+    num_frames: int = 1
 
     def sample(self, position: int, candidate: Callable[[int], RawImage]) -> Sample:
         """Return the first readable image of candidate(0), candidate(1), ... as a training image.
@@ -82,40 +118,57 @@ class Framing:
         bad: list[str] = []
         for attempt in range(DECODE_ATTEMPTS):
             raw = candidate(attempt)
+            crop, start = self._draw(position)
             try:
-                image = decode_rgb(raw.source)
+                image = decode_square(raw.source, crop, num_frames=self.num_frames, start=start)
             except UnreadableImage as error:
                 bad.append(raw.name)
                 reason = str(error)
                 continue
-            upscaled = min(image.size) < self.resolution
-            return Sample(image=self._tensor(image, position), position=position, bad=bad, upscaled=upscaled)
+            return Sample(image=image, position=position, bad=bad, upscaled=crop.upscales)
         raise UserError(f"{DECODE_ATTEMPTS} training images in a row cannot be read, the last is {bad[-1]}: {reason}")
 
-    def _tensor(self, image: Image.Image, position: int) -> Tensor:
+    def _draw(self, position: int) -> tuple[Crop, float]:
+        """Return the part of the image to take, and where in a clip to begin."""
         rng = np.random.default_rng((self.seed, AUGMENTATION_SEED, position))
         flip = self.random_flip and rng.random() < 0.5
-        if self.center_crop:
-            return to_tensor(centre_square(image, resolution=self.resolution), flip=flip)
-        return to_tensor(random_square(image, resolution=self.resolution, rng=rng), flip=flip)
+        start = rng.random() if self.num_frames > 1 else MIDDLE
+        return Crop(resolution=self.resolution, rng=None if self.center_crop else rng, flip=flip), start
+
+
+def decode_square(source: object, crop: Crop, *, num_frames: int = 1, start: float = MIDDLE) -> Tensor:
+    """Return the part of an image as `[3,R,R]` in [-1,1], or of `num_frames` frames of a clip as `[3,T,R,R]`.
+
+    Args:
+        source: what `decode_rgb` takes if `num_frames` is 1, else what `decode_clip` takes.
+        crop: the part to take, which is the same for all frames.
+        num_frames: T.
+        start: as for `decode_clip`; the default takes the middle of the clip.
+
+    Raises:
+        UnreadableImage: if the image or clip is broken, or the clip too short.
+    """
+    if num_frames == 1:
+        return crop(decode_rgb(source))
+    return decode_clip(source, crop, num_frames=num_frames, start=start)
 
 
 def centre_square(image: Image.Image, *, resolution: int) -> Image.Image:
     """Return the central square of an RGB image, scaled to `resolution` x `resolution`."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return _scale(image, (left, top, left + side, top + side), resolution)
+    return _scale(image, centre_box(*image.size), resolution)
 
 
-def random_square(image: Image.Image, *, resolution: int, rng: np.random.Generator) -> Image.Image:
-    """Return a random part of an RGB image (`CROP_AREA`, `CROP_RATIO`), scaled to `resolution` x `resolution`."""
-    return _scale(image, random_box(*image.size, rng=rng), resolution)
+def centre_box(width: int, height: int) -> Box:
+    """Return the box (left, top, right, bottom) of the central square."""
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return (left, top, left + side, top + side)
 
 
 def random_box(width: int, height: int, *, rng: np.random.Generator) -> Box:
     """Return a random box (left, top, right, bottom) within an image, drawn like torchvision's RandomResizedCrop.
 
-    If no draw fits a long and narrow image, return its central square.
+    Its area and ratio are in `CROP_AREA` and `CROP_RATIO`. If no draw fits a long and narrow image, return its central square.
     """
     for _ in range(CROP_ATTEMPTS):
         area = width * height * rng.uniform(*CROP_AREA)
@@ -124,9 +177,7 @@ def random_box(width: int, height: int, *, rng: np.random.Generator) -> Box:
         if 0 < box_width <= width and 0 < box_height <= height:
             x, y = int(rng.integers(width - box_width + 1)), int(rng.integers(height - box_height + 1))
             return (x, y, x + box_width, y + box_height)
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return (left, top, left + side, top + side)
+    return centre_box(width, height)
 
 
 def to_tensor(image: Image.Image, *, flip: bool = False) -> Tensor:

@@ -34,7 +34,7 @@ LONGEST_LAST_BATCH = 5  # seconds that the end of a run waits for a batch that i
 
 
 class Batch(NamedTuple):
-    """Images `[b,3,R,R]` in [-1,1], their positions, and names and numbers for the `ImageLedger`."""
+    """Images `[b,3,R,R]` or clips `[b,3,T,R,R]` in [-1,1], their positions, and names and numbers for the `ImageLedger`."""
 
     images: Tensor
     positions: list[int]

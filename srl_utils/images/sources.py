@@ -19,6 +19,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from srl_utils.errors import MissingFile, UserError, one_line
 from srl_utils.images.captions import as_caption, folder_captions
+from srl_utils.images.clips import FrameFolder, list_clips
 from srl_utils.images.framing import RawImage, RawImages
 from srl_utils.images.listing import Skipped, list_files, list_images
 from srl_utils.images.photographs import Split, photograph_tiles, recoloured
@@ -30,6 +31,8 @@ LARGEST_TILE = 256  # pixels; no photograph is smaller
 VALIDATION_SPLITS = ("validation", "val", "test")
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
 SHUFFLE_BUFFER = 1000
+CLIPS_WANTED = "give videos, animated images or sub-folders of frames, or leave `num_frames` at 1"
+TARS_OF_IMAGES = "holds tars, of which only still images are read; unpack them, or leave `num_frames` at 1"
 UNKNOWN_TO_LIBRARY = "an image that the datasets library skips"
 HELD_OUT_SEED = 3  # second word of seeds, so that these draws differ from those of framing.py and datasets.py
 
@@ -48,6 +51,8 @@ class DataSource:
     caption_column: str | None = None
     streaming: bool = False
     max_train_samples: int | None = None
+    num_frames: int = 1
+    """Frames of a clip; 1 for images."""
     cache_dir: str | None = None
 
     @classmethod
@@ -66,6 +71,8 @@ class DataSource:
             raise UserError("give exactly one of `dataset_name` and `train_data_dir`")
         if self.validation_data_dir and self.validation_split:
             raise UserError("give one of `validation_data_dir` and `validation_split`, not both")
+        if self.num_frames < 1:
+            raise UserError(f"must be at least 1, got {self.num_frames}", parameter="num_frames")
         for name in ("train_data_dir", "validation_data_dir"):
             folder = getattr(self, name)
             if folder is not None:
@@ -355,6 +362,8 @@ def _find_splits(source: DataSource, resolution: int, skipped: list[Skipped]) ->
     if source.train_data_dir:
         return {source.train_split: _list_folder("train_data_dir", source, skipped)}
     if source.dataset_name == PHOTOGRAPHS:
+        if source.num_frames > 1:
+            raise UserError(f"the photographs of {PHOTOGRAPHS} are no clips; {CLIPS_WANTED}", parameter="dataset_name")
         return {"train": _training_photographs(resolution), "validation": _photographs("validation", resolution)}
     folder = Path(source.dataset_name or "")
     with _one_line_error(source.dataset_name, parameter="dataset_name"):
@@ -371,6 +380,8 @@ def _load_splits(source: DataSource, skipped: list[Skipped]) -> dict[str, RawSpl
     """Find the splits of a dataset of the Hub, or of a folder that the datasets library understands."""
     builder = datasets.load_dataset_builder(source.dataset_name, source.dataset_config_name, cache_dir=source.cache_dir)
     if isinstance(builder, WebDataset):
+        if source.num_frames > 1:
+            raise UserError(f"{source.dataset_name} {TARS_OF_IMAGES}", parameter="dataset_name")
         return {str(name): Tars(list(files)) for name, files in builder.config.data_files.items()}
     folder = Path(source.dataset_name or "")
     if isinstance(builder, ImageFolder) and folder.is_dir():
@@ -411,6 +422,8 @@ def _list_folder(parameter: str, source: DataSource, skipped: list[Skipped]) -> 
     """List the image files below the folder that `parameter` names, or else its tar files (WebDataset)."""
     folder = Path(getattr(source, parameter))
     _check_folder(folder, parameter)
+    if source.num_frames > 1:
+        return _list_folder_of_clips(folder, parameter, source, skipped)
     images, others = list_images(folder)
     if not images and (tars := [str(path) for path in list_files(folder) if is_tar(path)]):
         return Tars(tars)
@@ -421,9 +434,33 @@ def _list_folder(parameter: str, source: DataSource, skipped: list[Skipped]) -> 
         )
     _refuse_without_columns(source, parameter)
     skipped.append(others)
-    column = source.caption_column
-    captions = folder_captions(folder, images, column) if column else [""] * len(images)
+    captions = _folder_captions(folder, images, source.caption_column)
     return [RawImage(path, str(path), caption) for path, caption in zip(images, captions, strict=True)]
+
+
+def _list_folder_of_clips(
+    folder: Path, parameter: str, source: DataSource, skipped: list[Skipped]
+) -> list[RawImage] | Tars:
+    clips, others = list_clips(folder)
+    if not clips and any(map(is_tar, list_files(folder))):
+        raise UserError(f"{folder} {TARS_OF_IMAGES}", parameter=parameter)
+    if not clips:
+        found = f" ({others.report()})" if others else ""
+        raise UserError(
+            f"{folder} holds no clips, but `num_frames` is {source.num_frames}{found}; {CLIPS_WANTED}",
+            parameter=parameter,
+        )
+    _refuse_without_columns(source, parameter)
+    skipped.append(others)
+    captions = _folder_captions(folder, clips, source.caption_column)
+    return [
+        RawImage(FrameFolder(path) if path.is_dir() else path, str(path), caption)
+        for path, caption in zip(clips, captions, strict=True)
+    ]
+
+
+def _folder_captions(folder: Path, images: Sequence[Path], column: str | None) -> list[str]:
+    return folder_captions(folder, images, column) if column else [""] * len(images)
 
 
 def _check_folder(folder: str | Path, parameter: str) -> None:
@@ -488,8 +525,9 @@ def _image_column(split: datasets.Dataset | datasets.IterableDataset, source: Da
         if name is not None and name not in columns:
             told = f"there is no column '{name}'; the columns are {', '.join(columns)}"
             raise UserError(told + _advice_on_folder(source), parameter=parameter)
-    if isinstance((split.features or {}).get(column), datasets.Image):
-        split = split.cast_column(column, datasets.Image(decode=False))
+    feature = (split.features or {}).get(column)
+    if isinstance(feature, (datasets.Image, datasets.Video)):
+        split = split.cast_column(column, type(feature)(decode=False))
     split = split.select_columns([name for name in columns if name in (column, captions, "__key__")])
     kind = StreamImages if isinstance(split, datasets.IterableDataset) else DatasetImages
     return kind(split, column, captions)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from srl_utils.images.decoding import UnreadableImage, decode_rgb, image_suffixes
-from srl_utils.images.framing import centre_square, random_box, random_square, to_tensor
+from srl_utils.images.framing import Crop, centre_square, random_box, to_tensor
 from srl_utils.images.listing import list_files
 
 SIZE = (6, 4)
@@ -146,8 +146,8 @@ def test_random_boxes_obey_area_and_ratio() -> None:
 def test_narrow_pictures_fall_back_to_the_central_square() -> None:
     """Oracle: a 1000 x 2 picture has no part with a ratio of 4/3 and a quarter of its area."""
     assert random_box(1000, 2, rng=np.random.default_rng(0)) == (499.0, 0.0, 501.0, 2.0)
-    square = random_square(Image.new("RGB", (1000, 2)), resolution=8, rng=np.random.default_rng(0))
-    assert square.size == (8, 8)
+    square = Crop(resolution=8, rng=np.random.default_rng(0))(Image.new("RGB", (1000, 2)))
+    assert square.shape == (3, 8, 8)
 
 
 def test_flip_mirrors_the_tensor() -> None:
