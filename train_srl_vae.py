@@ -76,7 +76,7 @@ from srl_utils.training.resuming import Earlier
 from srl_utils.training.step import OBJECTIVES
 from srl_utils.vae.families import family_of
 from srl_utils.vae.loading import HALF_PRECISION, load_autoencoder, read_config
-from srl_utils.vae.networks import check_resolution
+from srl_utils.vae.networks import check_frames, check_resolution
 
 # Found by experiments/time_to_robustness.py, see benchmarks/RESULTS.md.
 FAST: dict[str, Any] = {
@@ -164,6 +164,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="split of the dataset to validate on, or the share of the training images to hold out, such as 0.05",
     )
     add("--resolution", type=image_side, default=256, help="side of the training images in pixels")
+    add("--num_frames", type=positive_int, default=1, help="frames of a training clip; 1 trains on images")
     add("--center_crop", action="store_true", help="instead of random resized crops")
     add("--random_flip", action="store_true", help="mirror half of the training images")
     add("--dataloader_num_workers", type=non_negative_int, default=0, help="worker processes for images")
@@ -510,7 +511,9 @@ def check(args: argparse.Namespace) -> tuple[ModelMixin, Earlier | None]:
         raise UserError("--objective feature needs an attack or --gaussian_noise: nothing else would train the VAE")
     check_execution(args.mixed_precision, args.torch_compile, leave_gpu=on_cpu(os.environ))
     DataSource.from_flags(args).check()
-    check_resolution(args.resolution, read_config(autoencoder_source(args)))
+    config = read_config(autoencoder_source(args))
+    check_resolution(args.resolution, config)
+    check_frames(args.num_frames, config)
     vae = load_autoencoder(autoencoder_source(args))
     if args.gradient_checkpointing and not family_of(vae).checkpointing:
         raise UserError(

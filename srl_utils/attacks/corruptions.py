@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from srl_utils.attacks.draws import Generators, draw, draw_normal
-from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN, from_pil, to_model_units, to_pil
+from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN, clips_of, frames_of, from_pil, to_model_units, to_pil
 
 BLUR_REACH = 4.0  # standard deviations after which the kernel is cut off, as in skimage and ImageNet-C
 
@@ -99,10 +99,10 @@ class Corruption:
     draws: bool = False
 
     def apply(self, clean: Tensor, severity: int, generators: Generators | None = None) -> Tensor:
-        """Return the corrupted images `[N,3,H,W]` in [-1,1], with the device and dtype of `clean`.
+        """Return the corrupted images or clips, in [-1,1], with the device and dtype of `clean`.
 
         Args:
-            clean: `[N,3,H,W]` float in [-1,1].
+            clean: `[N,3,H,W]`, or clips `[N,3,T,H,W]`, float in [-1,1].
             severity: 1 to 5.
             generators: one CPU generator per image; None draws from PyTorch's global generator. Corruptions that are
                 not random ignore them.
@@ -112,8 +112,11 @@ class Corruption:
         """
         if severity not in range(1, len(self.severities) + 1):
             raise ValueError(f"severity must be 1 to {len(self.severities)}, got {severity}")
-        drawn = {"generators": generators} if self.draws else {}
-        return self.function(clean, self.severities[severity - 1], **drawn)
+        strength = self.severities[severity - 1]
+        if self.draws:
+            return self.function(clean, strength, generators=generators)
+        changed = self.function(frames_of(clean), strength)
+        return changed if clean.ndim == 4 else clips_of(changed, len(clean))
 
 
 CORRUPTIONS: dict[str, Corruption] = {

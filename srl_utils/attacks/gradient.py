@@ -22,7 +22,7 @@ from srl_utils.attacks.draws import Generators, draw, draw_normal, draw_uniform
 from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN, to_model_units
 
 Objective = Callable[[Tensor], Tensor]
-"""Maps images `[N,3,H,W]` in [-1,1] to one value per image, `[N]` float32, to be maximised.
+"""Maps images `[N,3,H,W]` in [-1,1], or clips `[N,3,T,H,W]`, to one value per image, `[N]` float32, to be maximised.
 
 Value i may depend on image i only. It should have the size of a mean over pixels; see `value_and_gradient`.
 """
@@ -62,7 +62,7 @@ class Budget:
         return to_model_units(self.epsilon)
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
-        """Return images `[N,3,H,W]` moved into the ball around `clean` and clipped to [-1,1].
+        """Return images `[N,3,H,W]`, or clips `[N,3,T,H,W]`, moved into the ball around `clean` and clipped to [-1,1].
 
         For linf these are the nearest allowed images. For l2, images are first moved to the nearest point of the ball
         and then clipped, as in AutoAttack and foolbox.

@@ -64,7 +64,7 @@ def square_attack(
 
     Args:
         objective: returns one value per image, to be maximised; called under `torch.no_grad`.
-        clean: `[N,3,H,W]` float in [-1,1].
+        clean: `[N,3,H,W]`, or clips `[N,3,T,H,W]`, float in [-1,1].
         config: budget and number of queries.
         generators: one CPU generator per image, so that its squares do not depend on the batch. None draws from
             PyTorch's global generator.
@@ -78,23 +78,30 @@ def square_attack(
     clean = clean.detach()
     if config.num_queries == 0 or config.epsilon == 0:
         return clean
-    height, width = clean.shape[2:]
+    height, width = clean.shape[-2:]
+    frames = (1,) * (clean.ndim - 4)  # of a clip, which all get the same stripes and squares
     best = BestIterate(clean)
     with torch.no_grad():
-        stripes = config.project(clean + config.radius * draw_signs((3, 1, width), generators, like=clean), clean)
+        stripes = config.project(
+            clean + config.radius * draw_signs((3, *frames, 1, width), generators, like=clean), clean
+        )
         best.update(stripes, objective(stripes))
         for query in range(config.num_queries - 1):
             square = draw_square(config.side_at(query, height, width), generators, like=clean)
-            change = config.radius * draw_signs((3, 1, 1), generators, like=clean)
+            change = config.radius * draw_signs((3, *frames, 1, 1), generators, like=clean)
             tried = torch.where(square, config.project(clean + change, clean), best.images)
             best.update(tried, objective(tried))
     return best.images
 
 
 def draw_square(side: int, generators: Generators | None, *, like: Tensor) -> Tensor:
-    """Draw one square of `side` pixels in each image, every place equally likely: `[N,1,H,W]` bool, True inside."""
-    height, width = like.shape[2:]
+    """Draw one square of `side` pixels in each image, every place equally likely; bool, True inside.
+
+    The result is `[N,1,H,W]`, or for clips `[N,1,1,H,W]`.
+    """
+    height, width = like.shape[-2:]
     top, left = draw(torch.rand, (2, 1, 1), generators, like=like).split(1, dim=1)
     rows = torch.arange(height, device=like.device)[:, None] - (top * (height - side + 1)).floor()
     columns = torch.arange(width, device=like.device) - (left * (width - side + 1)).floor()
-    return (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
+    inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
+    return inside if like.ndim == 4 else inside.unsqueeze(2)

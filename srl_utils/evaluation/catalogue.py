@@ -14,7 +14,7 @@ from torch import Tensor
 from srl_utils.attacks.corruptions import CORRUPTIONS, Corruption
 from srl_utils.attacks.denoiser import Denoiser
 from srl_utils.attacks.draws import Generators
-from srl_utils.attacks.gradient import APGDConfig, apgd
+from srl_utils.attacks.gradient import APGDConfig, Objective, apgd, pgd
 from srl_utils.attacks.protections import PROTECTIONS, Protection, Victim, protect, target_of
 from srl_utils.attacks.random_search import SquareConfig, square_attack
 from srl_utils.errors import UserError
@@ -29,14 +29,16 @@ from srl_utils.evaluation.perturbations import (
     at_reconstructions,
     attack_on,
     noise,
-    pgd_attack,
+    on_first_frame,
     settling_pgd,
 )
 from srl_utils.metrics.losses import ImageDistance, PerceptualDistance, ReconstructionLoss
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import frozen
 
-ITERATED = re.compile(r"(?!square-\d+x)(pgd|apgd|square)-([1-9]\d*)(?:x([1-9]\d*))?(?:-(lpips|latents|tokens))?")
+ITERATED = re.compile(
+    r"(?!square-\d+x)(pgd|apgd|square)-([1-9]\d*)(?:x([1-9]\d*))?(?:-(lpips|latents|tokens))?(-first)?"
+)
 ITERATIONS = ("pgd-STEPS[xRESTARTS]", "apgd-STEPS[xRESTARTS]", "square-QUERIES")
 SEVERE = re.compile(r"([a-z-]+?)-([1-5])")
 NOISE = "noise"
@@ -75,6 +77,8 @@ class AttackResources:
     """Names of the VAEs without tokens."""
     has_tokens: bool = False
     """Whether the baseline has some."""
+    clips: bool = False
+    """Whether clips are attacked, and not images."""
     max_steps: int | None = None
     """Limits the steps of the published protections, which take hundreds."""
 
@@ -90,7 +94,7 @@ class Selection:
 def known_names() -> list[str]:
     """Return the names of presets and attacks, with their parameters in capitals."""
     return [
-        "clean", NOISE, *PRESETS, *(f"{name}[-lpips|-latents|-tokens]" for name in ITERATIONS), *(f"{name}[-SEVERITY]" for name in CORRUPTIONS), *PROTECTIONS,
+        "clean", NOISE, *PRESETS, *(f"{name}[-lpips|-latents|-tokens][-first]" for name in ITERATIONS), *(f"{name}[-SEVERITY]" for name in CORRUPTIONS), *PROTECTIONS,
     ]  # fmt: skip
 
 
@@ -135,9 +139,13 @@ def _missing(name: str, resources: AttackResources) -> str | None:
             return "it needs an image to imitate; give `target`"
         if resources.target_pipeline is None:
             return "it needs an image to imitate, or a text-to-image pipeline to draw one; give `target` or `pipeline`"
-    if name.endswith("-lpips") and resources.perceptual is None:
+    if "-lpips" in name and resources.perceptual is None:
         return "it needs LPIPS, whose weights are missing"
-    if name.endswith("-tokens") and not resources.has_tokens:
+    if name.endswith("-first") and not resources.clips:
+        return "only clips have a first frame; give `num_frames`"
+    if protection and resources.clips and (protection.needs_denoiser or protection.needs_perceptual):
+        return "it is made on images, and not on clips"
+    if "-tokens" in name and not resources.has_tokens:
         return "it needs a baseline with discrete latents"
     if protection and protection.needs_perceptual and resources.bound is None:
         return "it needs LPIPS, whose weights are missing, or a `classifier` in its place"
@@ -167,23 +175,23 @@ def _expand(name: str, epsilons: Sequence[float], resources: AttackResources) ->
 def _iterated(name: str, match: re.Match[str], epsilon: float, resources: AttackResources) -> Perturbation:
     kind, count, restarts = match[1], int(match[2]), int(match[3] or 1)
     aim = _aim(match[4], resources)
-    impossible = resources.continuous if aim is TOKENS else frozenset()
-    if kind == "pgd":
-        made = pgd_attack(settling_pgd(epsilon, count, restarts), aim, name=name)
-        return replace(made, impossible_on=impossible)
-    attack: Callable[..., Tensor]
-    if kind == "apgd":
-        attack = partial(apgd, config=APGDConfig(epsilon=epsilon, num_steps=count, num_restarts=restarts))
-    else:
-        attack = partial(square_attack, config=SquareConfig(epsilon=epsilon, num_queries=count))
+    search: Callable[..., Tensor] = {
+        "pgd": partial(pgd, config=settling_pgd(epsilon, count, restarts)),
+        "apgd": partial(apgd, config=APGDConfig(epsilon=epsilon, num_steps=count, num_restarts=restarts)),
+        "square": partial(square_attack, config=SquareConfig(epsilon=epsilon, num_queries=count)),
+    }[kind]
+
+    def attack(objective: Objective, clean: Tensor, generators: Generators) -> Tensor:
+        return search(objective, clean, generators=generators)
+
     made = attack_on(
         aim,
         name,
-        lambda objective, clean, generators: attack(objective, clean, generators=generators),
+        on_first_frame(attack) if match[5] else attack,
         epsilon=epsilon,
         calls=count if kind == "square" else 2 * count * restarts,
     )
-    return replace(made, impossible_on=impossible)
+    return replace(made, impossible_on=resources.continuous if aim is TOKENS else frozenset())
 
 
 def _aim(suffix: str | None, resources: AttackResources) -> Aim:

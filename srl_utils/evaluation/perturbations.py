@@ -118,12 +118,23 @@ def attack_on(aim: Aim, name: str, attack: Attack, *, epsilon: float, calls: int
     return Perturbation(name=name, objective=aim.name, epsilon=epsilon, apply=apply, passes=aim.passes * calls)
 
 
-def pgd_attack(config: PGDConfig, aim: Aim = MSE, *, name: str | None = None) -> Perturbation:
-    """Return PGD; the default name gives its steps and restarts, such as `pgd-50x2`."""
+def on_first_frame(attack: Attack) -> Attack:
+    """Return an attack that changes the first frame of clips alone, which is what users of image-to-video publish."""
+
+    def changed(objective: Objective, clean: Tensor, generators: Generators) -> Tensor:
+        first, others = clean[:, :, :1], clean[:, :, 1:]
+        frame = attack(lambda frames: objective(torch.cat([frames, others], dim=2)), first, generators)
+        return torch.cat([frame, others], dim=2)
+
+    return changed
+
+
+def pgd_attack(config: PGDConfig) -> Perturbation:
+    """Return PGD on the reconstruction, named by its steps and restarts, such as `pgd-50x2`."""
     restarts = f"x{config.num_restarts}" if config.num_restarts > 1 else ""
     return attack_on(
-        aim,
-        name or f"pgd-{config.num_steps}{restarts}",
+        MSE,
+        f"pgd-{config.num_steps}{restarts}",
         lambda objective, clean, generators: pgd(objective, clean, config, generators=generators),
         epsilon=config.epsilon,
         calls=2 * config.num_steps * config.num_restarts,

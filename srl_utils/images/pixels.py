@@ -73,13 +73,18 @@ def on_device(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device, memory_format=layout, non_blocking=True)
 
 
-def check_images(images: Tensor) -> None:
-    """Refuse anything but a float batch `[N,3,H,W]` in [-1,1].
+def check_images(images: Tensor, *, clips: bool = False) -> None:
+    """Refuse anything but a float batch of images `[N,3,H,W]` in [-1,1]; with `clips`, accept clips `[N,3,T,H,W]` too.
 
     Raises:
         ValueError: with the shape, dtype or range that was found.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or images.numel() == 0:
+    if (
+        images.ndim not in (4, 5 if clips else 4)
+        or images.shape[1] != 3
+        or not images.is_floating_point()
+        or images.numel() == 0
+    ):
         raise ValueError(f"expected float images [N,3,H,W], got {images.dtype} {tuple(images.shape)}")
     low, high = images.aminmax()
     # Half-precision rounding of an image at the border may pass it by one part in 256. NaN fails both comparisons.

@@ -9,6 +9,7 @@ import torch
 from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
+from srl_utils.images.pixels import frames_of
 from srl_utils.training.step import TrainingObjective
 from srl_utils.vae.networks import LatentDecoder, LatentEncoder, latent_shape
 
@@ -66,6 +67,7 @@ def step_arithmetic(
     vae: ModelMixin,
     *,
     resolution: int,
+    num_frames: int = 1,
     pgd_steps: int,
     lpips_net: str | None,
     objective: TrainingObjective = "srl",
@@ -78,6 +80,7 @@ def step_arithmetic(
     Args:
         vae: the VAE; its weights are not used.
         resolution: side of the images in pixels.
+        num_frames: frames of a clip; 1 for images.
         pgd_steps: steps of the attack; 0 without one.
         lpips_net: trunk of LPIPS; None without LPIPS.
         objective: of attack and loss.
@@ -87,11 +90,11 @@ def step_arithmetic(
     """
     with torch.device("meta"):
         twin = type(vae).from_config(vae.config).to("meta")  # some classes make a buffer elsewhere
-        image = torch.empty(1, 3, resolution, resolution)
+        image = torch.empty(1, 3, *([num_frames] if num_frames > 1 else []), resolution, resolution)
         latent = torch.empty(1, *latent_shape(LatentEncoder(twin), image))
         perceptual = lpips.LPIPS(net=lpips_net, pretrained=False, pnet_rand=True, verbose=False) if lpips_net else None
         encoder, decoder = _count(LatentEncoder(twin), image), _count(LatentDecoder(twin), latent)
-        trunk = _count(perceptual.net, image) if perceptual else 0
+        trunk = _count(perceptual.net, frames_of(image)) if perceptual else 0
     of_latents = objective == "feature" or (objective == "srl" and (latent_distance or latent_attack_share > 0))
     return StepArithmetic(
         encoder=encoder,

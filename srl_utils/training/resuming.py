@@ -33,7 +33,9 @@ BASE = frozenset({"pretrained_model_name_or_path", "subfolder", "revision", "var
 TRAINING_DATA = frozenset({
     "dataset_name", "dataset_config_name", "train_data_dir", "train_split", "image_column", "streaming", "max_train_samples"
 })  # fmt: skip
-VALIDATION_DATA = frozenset({"validation_data_dir", "validation_split", "num_validation_images", "resolution"})
+VALIDATION_DATA = frozenset(
+    {"validation_data_dir", "validation_split", "num_validation_images", "resolution", "num_frames"}
+)
 """Flags that may change as long as the validation images stay the same."""
 APPLIED = TRAINING_DATA | {
     "num_processes", "center_crop", "random_flip", "epsilon", "pgd_steps", "gaussian_noise", "pgd_step_size",

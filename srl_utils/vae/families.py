@@ -57,6 +57,11 @@ def svd_decoding(config: Config, latents: Tensor) -> Mapping[str, Any]:
     return {"num_frames": 1 if latents.ndim == 4 else latents.shape[2]}
 
 
+def four_at_a_time(config: Config) -> int:
+    """Return 4: Wan and Qwen-Image encode so many frames after the first together, and drop what is left."""
+    return 4
+
+
 def ltx_frames(config: Config) -> int:
     """Return the frames per latent of LTX."""
     return config["patch_size_t"] * 2 ** sum(config["spatio_temporal_scaling"])
@@ -72,9 +77,8 @@ class Family:
         trained: its submodules on the encoder's side; those that are None are left out. All others are frozen.
         checkpointing: whether diffusers can leave out its activations and compute the same. It has a mode for
             `AutoencoderTiny` too, in which the encoder does not bring images to [0,1].
-        frames: frames per latent in time, by configuration, after the first frame, which has a latent of its own. None
-            for VAEs of images, which encode clips frame by frame. VAEs of clips take `[N,3,T,H,W]`, and an image is a
-            clip of one frame.
+        frames: of which a multiple must follow the first frame of a clip, by configuration. None for VAEs of images, which
+            encode clips frame by frame. VAEs of clips take `[N,3,T,H,W]`, and an image is a clip of one frame.
         quantizer: its submodule with the codebook, of diffusers' `VectorQuantizer`; None for continuous latents.
         patch: entry of the configuration with the side of the pixel patches that its channels hold, if any.
         decoding: further arguments of `decode`, by configuration and latents.
@@ -120,11 +124,11 @@ FAMILIES = {
         Family(kind=VQModel, checkpointing=False, quantizer="quantize"),
         Family(
             kind=AutoencoderKLWan, down_sampling=lambda config: config["scale_factor_spatial"], checkpointing=False,
-            frames=lambda config: config["scale_factor_temporal"], patch="patch_size",
+            frames=four_at_a_time, patch="patch_size",
         ),
         Family(
             kind=AutoencoderKLQwenImage, down_sampling=halvings("dim_mult"), checkpointing=False,
-            frames=lambda config: 2 ** sum(config["temperal_downsample"]),
+            frames=four_at_a_time,
         ),
         Family(
             kind=AutoencoderKLHunyuanVideo, down_sampling=lambda config: config["spatial_compression_ratio"],

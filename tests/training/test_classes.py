@@ -13,6 +13,7 @@ from helpers.autoencoders import small_autoencoder
 from helpers.runs import ROOT, Run, assert_same_weights, launch, steps
 from safetensors.torch import load_file
 
+from miniature.scenes import draw_clip
 from srl_utils.evaluation.__main__ import main as evaluate
 from srl_utils.vae.families import FAMILIES
 from srl_utils.vae.loading import WEIGHTS_NAME, AutoencoderSource, load_autoencoder
@@ -124,3 +125,78 @@ def test_every_check_and_attack_of_the_evaluation(name: str, photographs: Path, 
     assert {"pgd-10", "apgd-100", "square-1000", "photoguard-encoder", "mist-textural", "pid"} <= attacks
     assert all(isinstance(row["value"], float) for row in rows)
     assert "checks" in (tmp_path / "out/report.html").read_text().lower()
+
+
+def classes_of_clips(*by_default: str) -> pytest.MarkDecorator:
+    """Parametrise a test over the classes of videos and one of images; all but those `by_default` are slow."""
+    names = ["AutoencoderKL", *(name for name, family in FAMILIES.items() if family.video)]
+    marked = [name if name in by_default else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+@pytest.fixture
+def clips(name: str, tmp_path: Path) -> tuple[Path, int]:
+    """Six folders of frames of moving scenes, and the least number of frames above 1 that a class takes."""
+    family = FAMILIES[name]
+    count = 3 if family.frames is None else 1 + family.frames(small_autoencoder(name).config)
+    for number in range(6):
+        folder = tmp_path / "clips" / f"{number}"
+        folder.mkdir(parents=True)
+        for time, frame in enumerate(draw_clip(1, number, frames=count + 2, size=32)):
+            frame.save(folder / f"{time}.png")
+    return tmp_path / "clips", count
+
+
+@classes_of_clips("AutoencoderKL", "AutoencoderKLWan")
+def test_training_on_clips(name: str, run: Run, flags: list[object], clips: tuple[Path, int], tmp_path: Path) -> None:
+    """Oracle: the PSNR of attacked training clips, the same in every fourth step, rises; a resumed run has the weights of
+    the undisturbed one."""
+    folder, count = clips
+    flags += ["--train_data_dir", folder, "--num_frames", count, "--center_crop", "--checkpointing_steps", 10]
+    code, printed = run(*flags)
+    assert code == 0, printed
+    attacked = [row["attacked_psnr"] for row in steps(tmp_path / "out")]
+    assert sum(attacked[-4:]) > sum(attacked[:4]) + 0.1
+    assert len(json.loads((tmp_path / "out/results.json").read_text())) > 0
+    shutil.copytree(tmp_path / "out/checkpoint-10", tmp_path / "resumed/checkpoint-10")
+    code, printed = run(*flags, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", "latest")
+    assert code == 0, printed
+    assert_same_weights(tmp_path / "out", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKLWan"])
+def test_clips_that_do_not_suit_are_refused(name: str, run: Run, flags: list[object], clips: tuple[Path, int]) -> None:
+    """Oracle: specification, one line: a number of frames that the VAE does not give back, and images instead of clips."""
+    folder, _ = clips
+    code, printed = run(*flags, "--train_data_dir", folder, "--num_frames", 4)
+    assert code == 2 and "--num_frames: 4 is not 1 plus a multiple of 4" in printed and "try 5" in printed, printed
+    code, printed = run(*flags, "--train_data_dir", folder / "0", "--num_frames", 5)
+    assert code == 2 and "holds no clips, but --num_frames is 5" in printed, printed
+
+
+@classes_of_clips("AutoencoderKL")
+def test_evaluation_of_clips(name: str, clips: tuple[Path, int], tmp_path: Path) -> None:
+    """Oracle: the real command: every attack on clips is measured, with the metrics of clips and each check; attacks on
+    the first frame do less than those on all; attacks on denoisers are left out with a note."""
+    folder, count = clips
+    for seed, place in enumerate(("base", "robust")):
+        small_autoencoder(name, seed=seed).save_pretrained(tmp_path / place)
+    attacks = [
+        "clean", "noise", "jpeg-3", "gaussian-blur-1", "pgd-10", "pgd-10-first", "apgd-10-latents", "square-20",
+        "photoguard-encoder", "mist-textural", "pid", "sds",
+    ]  # fmt: skip
+    code = evaluate([
+        "reconstruction", "--baseline", str(tmp_path / "base"), "--vae", f"robust={tmp_path / 'robust'}",
+        "--data_dir", str(folder), "--resolution", "32", "--num_frames", str(count), "--num_images", "2",
+        "--attacks", *attacks, "--epsilons", "8/255", "--max_attack_steps", "2", "--num_check_images", "2",
+        "--metrics", "psnr", "ssim", "drift", "latent-travel", "warping-error", "flicker", "--output_dir",
+        str(tmp_path / "out"),
+    ])  # fmt: skip
+    assert code == 0
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    measured = {(row["attack"], row["metric"]): row["value"] for row in rows if row["vae"] == "original"}
+    assert {attack for attack, _ in measured} == {*(set(attacks) - {"noise", "sds"}), "gaussian-noise"}
+    assert {"warping-error", "flicker", "latent-travel"} <= {metric for _, metric in measured}
+    assert measured["pgd-10", "psnr"] < measured["pgd-10-first", "psnr"] < measured["clean", "psnr"]
+    report = (tmp_path / "out/report.md").read_text()
+    assert "sds was left out: " in report and f"2 clips of clips, 32 px of {count} frames" in report

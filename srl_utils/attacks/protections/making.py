@@ -30,7 +30,7 @@ def protect(
     Args:
         protection: one of `PROTECTIONS`.
         victim: the networks that the protection attacks. Freeze their parameters to save memory.
-        clean: `[N,3,H,W]` float in [-1,1].
+        clean: `[N,3,H,W]` float in [-1,1]; protections that need neither denoiser nor LPIPS take clips `[N,3,T,H,W]` too.
         generators: one CPU generator per image, so that an image's draws do not depend on its batch. None draws from
             PyTorch's global generator.
         epsilon: a budget in place of the authors', in the same measure: L-infinity or Euclidean length in units of a
@@ -47,7 +47,7 @@ def protect(
         ValueError: if `clean` or `target` are not images in [-1,1], or if the number of generators is not the number of
             images.
     """
-    check_images(clean)
+    check_images(clean, clips=True)
     clean = clean.detach()
     _check_needs(protection, victim, target)
     goal = target_of(protection, clean, target)
@@ -74,8 +74,9 @@ def target_of(protection: Protection, clean: Tensor, given: Tensor | None) -> Te
 
     Args:
         protection: one of `PROTECTIONS`.
-        clean: `[N,3,H,W]` in [-1,1].
-        given: the target, `[1,3,H,W]`, or one per image; None stands for the protection's default.
+        clean: `[N,3,H,W]`, or clips `[N,3,T,H,W]`, in [-1,1].
+        given: the target, `[1,3,H,W]`, or one per image; None stands for the protection's default. For clips, an image is
+            the target of every frame.
 
     Raises:
         UserError: a ValueError, if the target does not have the images' size.
@@ -85,9 +86,11 @@ def target_of(protection: Protection, clean: Tensor, given: Tensor | None) -> Te
     target = given
     if target is None:
         assert protection.default_target is not None  # or else `_check_needs` has refused it
-        target = protection.default_target(*clean.shape[2:])
-    check_images(target)
-    if target.shape[2:] != clean.shape[2:] or len(target) not in (1, len(clean)):
+        target = protection.default_target(*clean.shape[-2:])
+    check_images(target, clips=True)
+    if clean.ndim == 5 and target.ndim == 4:
+        target = target.unsqueeze(2)  # for every frame
+    if target.shape[-2:] != clean.shape[-2:] or target.ndim != clean.ndim or len(target) not in (1, len(clean)):
         raise UserError(
             f"target of shape {tuple(target.shape)} does not fit images of shape {tuple(clean.shape)}; "
             "pass one target, or one per image, of the images' size"

@@ -185,7 +185,7 @@ def draws_targets(attacks: Sequence[str]) -> bool:
 
 def needs_perceptual(attacks: Sequence[str]) -> bool:
     """Return whether an attack uses LPIPS."""
-    return uses_glaze(attacks) or any(name.endswith("-lpips") for name in expanded(attacks))
+    return uses_glaze(attacks) or any("-lpips" in name for name in expanded(attacks))
 
 
 def uses_glaze(attacks: Sequence[str]) -> bool:

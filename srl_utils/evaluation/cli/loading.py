@@ -103,6 +103,7 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
         image_column=args.image_column,
         caption_column=args.caption_column,
         streaming=args.streaming,
+        num_frames=getattr(args, "num_frames", 1),
     )
     loaded = load_validation_images(source, num_images=args.num_images, resolution=args.resolution, seed=args.seed)
     notes.extend(part.report() for part in loaded.skipped if part)

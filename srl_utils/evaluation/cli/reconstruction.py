@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from statistics import median_low
 
-from srl_utils.command_line import Effects
+from srl_utils.command_line import Effects, positive_int
 from srl_utils.evaluation.catalogue import select
 from srl_utils.evaluation.cli.arguments import (
     add_attack_arguments,
@@ -22,9 +22,10 @@ from srl_utils.evaluation.cli.setup import build_attack_resources, build_metrics
 from srl_utils.evaluation.motion import MOTION_METRICS, USE
 from srl_utils.evaluation.sanity import CheckSettings
 from srl_utils.evaluation.tasks.base import Reconstruction, denoiser_of
+from srl_utils.metrics.clips import CLIP_METRICS
 from srl_utils.metrics.losses import LPIPS_METRICS
 
-METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "rfid", "kid", "is", "drift", *MOTION_METRICS, USE)
+METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "rfid", "kid", "is", "drift", *MOTION_METRICS, USE, *CLIP_METRICS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attack_arguments(parser, attacks=["quick"], epsilons=[2 / 255, 4 / 255, 8 / 255, 16 / 255])
     parser.set_defaults(caption_column=None)
     add = parser.add_argument
-    add_metrics_argument(parser, METRICS, default=["psnr", "ssim", "lpips-alex", "drift", *MOTION_METRICS, USE])
+    add_metrics_argument(
+        parser, METRICS, default=["psnr", "ssim", "lpips-alex", "drift", *MOTION_METRICS, USE, *CLIP_METRICS]
+    )
+    add("--num_frames", type=positive_int, default=1, help="frames of a clip; 1 for images")
     add("--pipeline", default=None, metavar="PLACE", help="diffusion pipeline for attacks that need a denoiser")
 
 

@@ -165,12 +165,19 @@ def settings(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
     return {
         "command": shlex.join(["python", "-m", "srl_utils.evaluation", *args.arguments]),
         **setup.origins,
-        "images": f"{len(setup.images)} of {args.dataset_name or Path(abspath(args.data_dir)).name}, {args.resolution} px",
+        "images": described_images(args, setup),
         "seed": str(args.seed),
         "device": used_device(setup.accelerator),
         "versions": ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
         "date": date.today().isoformat(),
     }
+
+
+def described_images(args: argparse.Namespace, setup: Setup) -> str:
+    """Return number, origin and size of the images or clips."""
+    clips = f" of {setup.images.shape[2]} frames" if setup.images.ndim == 5 else ""
+    place = args.dataset_name or Path(abspath(args.data_dir)).name
+    return f"{len(setup.images)}{' clips' if clips else ''} of {place}, {args.resolution} px{clips}"
 
 
 def used_device(accelerator: Accelerator) -> str:

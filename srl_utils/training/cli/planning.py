@@ -55,6 +55,7 @@ def plan_steps(
     arithmetic = step_arithmetic(
         vae,
         resolution=args.resolution,
+        num_frames=args.num_frames,
         pgd_steps=0 if args.gaussian_noise else args.pgd_steps,
         lpips_net=perceptual_trunk(args),
         objective=args.objective,
