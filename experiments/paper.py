@@ -20,6 +20,7 @@ import torch
 
 from experiments.claims import (
     ORIGINAL,
+    ROBUST,
     Claim,
     Results,
     closeness_claim,
@@ -30,6 +31,7 @@ from experiments.claims import (
     trained_name,
     verdict_table,
 )
+from experiments.example import draw_example
 from experiments.figures import draw_all
 from experiments.plan import (
     BETWEEN_SEEDS,
@@ -76,6 +78,7 @@ def main() -> None:
     poisons = {f"nightshade-{number}": number for number in scale.poisons if number}
     claims = judged(results, apgd=apgd, edits=edits, poison=list(poisons)[-1])
     draw_all(results, args.output_dir / "figures", attack=apgd, edits=edits, poisons=poisons)
+    draw_example(args.output_dir / SCENES, run.vae(ROBUST), args.output_dir / "figures/example.png")
     text = report(results, claims, scale, seed=args.seed, minutes=run.minutes())
     write_text_atomically(args.output_dir / "paper.md", text)
     print(f"Report: {args.output_dir / 'paper.md'}")
@@ -154,6 +157,8 @@ What a VAE wins back of an edit is the share of the original's loss that it does
 where FID is measured against the original's edits of clean images. A claim on edits holds if 70% (transfer) or 40%
 (adaptive) are won back, and at least twice as much as by the control. A claim on poisons holds if half of the
 original's damage is averted, and twice as much as by the control.
+
+![Scenes, protected scenes, and their edits by the original and the robust VAE](figures/example.png)
 
 ![PSNR and SSIM of reconstructions](figures/reconstruction.png)
 
