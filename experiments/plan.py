@@ -253,7 +253,16 @@ def costly_editing_flags(scale: Scale) -> list[object]:
 def clean_editing_flags(scale: Scale) -> list[object]:
     """Return the flags of the editing command for clean images alone."""
     metrics = ["psnr", "clip", "fid"]
-    return [*edits_of_shapes(scale), "--num_images", scale.edited, "--attacks", "clean", "--metrics", *metrics]
+    return [
+        *edits_of_shapes(scale),
+        "--num_images",
+        scale.edited,
+        "--attacks",
+        "clean",
+        "--metrics",
+        *metrics,
+        "--no_checks",
+    ]
 
 
 def attacked_edits(scale: Scale, attacks: Sequence[str], steps: int, *, threats: Sequence[str]) -> list[object]:

@@ -22,8 +22,8 @@ def test_the_picture_compares_both_vaes(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(example, "SCENES_SHOWN", 1)
     example.draw_example(tmp_path, WEIGHTS / "vae", tmp_path / "example.png")
     picture = np.asarray(Image.open(tmp_path / "example.png").convert("RGB"))
-    gap, cell, top = 6, 192, 24
-    shown = [picture[top : top + cell, gap + (cell + gap) * place :][:, :cell] for place in range(5)]
+    left, top, cell, gap = 12, 24, 192, 6
+    shown = [picture[top : top + cell, left + (cell + gap) * place :][:, :cell] for place in range(5)]
     scene = np.asarray(Image.open(tmp_path / "00000.png").resize((cell, cell), Image.Resampling.NEAREST))
     assert np.array_equal(shown[0], scene)
     assert np.array_equal(shown[3], shown[4]) and not np.array_equal(shown[2], shown[3])
