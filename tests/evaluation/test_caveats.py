@@ -52,6 +52,13 @@ def test_sets_of_few_images(n: int, singular: bool, noisy: bool, biased: bool, i
     assert any(text.startswith("95% intervals") for text in found) == (n < 20)
 
 
+def test_sets_hold_all_frames_of_clips(images) -> None:
+    """Oracle: linear algebra, as above: 13 clips of 5 frames have 65 frames, 12 have 60."""
+    metrics, clip = Metrics(names=("fid",), features=Narrow()), images(5, 64).transpose(0, 1)[None]
+    assert "FID" in starts(caveats_of_metrics(metrics, clip, n=12))
+    assert "FID" not in starts(caveats_of_metrics(metrics, clip, n=13))
+
+
 def test_only_what_is_measured_has_a_caveat(images) -> None:
     """Oracle: specification; at 16 px SSIM has 6 x 6 places and LPIPS less than its patches, at 64 px neither."""
     small = caveats_of_metrics(Metrics(names=("ssim", "lpips-alex")), images(1, 16), n=50)

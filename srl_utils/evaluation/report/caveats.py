@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from srl_utils.evaluation.tasks.base import Metrics
+from srl_utils.images.pixels import frames_of
 from srl_utils.metrics.features import SPLITS, SUBSET_SIZE, InceptionFeatures
 from srl_utils.metrics.losses import LPIPS_METRICS
 from srl_utils.metrics.pixels import SSIM_WINDOW
@@ -37,11 +38,12 @@ def caveats_of_metrics(metrics: Metrics, images: Tensor, *, n: int) -> list[Cave
 
     Args:
         metrics: the metrics to measure.
-        images: some of the images, `[N,3,R,R]` in [-1,1].
-        n: number of images in each mean and set.
+        images: some of the images, `[N,3,R,R]` in [-1,1], or clips `[N,3,T,R,R]`, of which sets hold all frames.
+        n: number of images or clips in each mean and set.
     """
     side = images.shape[-1]
-    found = [*_of_sets(metrics, images[:1], n), *_of_sizes(side)]
+    frames = frames_of(images[:1])
+    found = [*_of_sets(metrics, frames, n * len(frames)), *_of_sizes(side)]
     if n < FEW_FOR_BOOTSTRAP:
         found.append(
             Caveat(
