@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from srl_utils.errors import UserError
+from srl_utils.vae.families import family_of
 from srl_utils.vae.files import check_parameters
 from srl_utils.vae.latents import looks_at
 from srl_utils.vae.networks import LatentDecoder, LatentEncoder, downsampling_factor, split_moments
@@ -89,7 +90,7 @@ def fit_for(pipe: DiffusionPipeline, vae: ModelMixin) -> ModelMixin:
 def _attempt(images: Tensor, vae: ModelMixin, tiled: bool) -> tuple[Tensor, Tensor]:
     """Return reconstructions in float32 and, on the CPU, whether each reconstruction and its latent are finite."""
     view = copy.copy(vae)  # shares the modules of `vae`, but not its tiling
-    view.use_tiling = getattr(vae, "use_tiling", False) or tiled
+    view.use_tiling = getattr(vae, "use_tiling", False) or (tiled and family_of(vae).tiling)
     with torch.no_grad():
         latents = split_moments(LatentEncoder(view)(images.to(execution_device(vae), vae.dtype))).mean
         outcome = LatentDecoder(view)(latents.to(vae.dtype))

@@ -79,6 +79,8 @@ class Family:
             `AutoencoderTiny` too, in which the encoder does not bring images to [0,1].
         frames: of which a multiple must follow the first frame of a clip, by configuration. None for VAEs of images, which
             encode clips frame by frame. VAEs of clips take `[N,3,T,H,W]`, and an image is a clip of one frame.
+        tiling: whether large images may be processed in diffusers' tiles, if it has them. Those of `AutoencoderTiny` take
+            latents of four channels alone, and it needs little memory without them.
         quantizer: its submodule with the codebook, of diffusers' `VectorQuantizer`; None for continuous latents.
         patch: entry of the configuration with the side of the pixel patches that its channels hold, if any.
         decoding: further arguments of `decode`, by configuration and latents.
@@ -89,6 +91,7 @@ class Family:
     trained: Sequence[str] = ("encoder", "quant_conv")
     checkpointing: bool = True
     frames: Callable[[Config], int] | None = None
+    tiling: bool = True
     quantizer: str | None = None
     patch: str | None = None
     decoding: Callable[[Config, Tensor], Mapping[str, Any]] = lambda config, latents: {}
@@ -119,7 +122,7 @@ FAMILIES = {
         ),
         Family(
             kind=AutoencoderTiny, down_sampling=halvings("encoder_block_out_channels"), trained=("encoder",),
-            checkpointing=False,
+            checkpointing=False, tiling=False,
         ),
         Family(kind=VQModel, checkpointing=False, quantizer="quantize"),
         Family(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from helpers.runs import ROOT
 from helpers.small_pipelines import build_pipeline, small_vae
 from PIL import Image
@@ -157,6 +157,15 @@ def test_only_larger_images_are_tiled(tiny_vae: AutoencoderKL, longer: int) -> N
     assert not torch.allclose(plain, in_tiles, atol=1e-3)
     cleaned = sanitize(images, tiny_vae, tile_above=2 * TILE)
     torch.testing.assert_close(cleaned, in_tiles if longer > 2 * TILE else plain, rtol=0, atol=1e-6)
+
+
+def test_latents_of_any_number_of_channels_are_sanitized_at_any_size() -> None:
+    """Oracle: the same image in one piece; diffusers' tiles of this class take four channels alone."""
+    torch.manual_seed(0)
+    channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    vae = AutoencoderTiny(**channels, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=16).eval()
+    image = torch.rand(1, 3, 40, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sanitize(image, vae, tile_above=16), sanitize(image, vae, tile_above=64))
 
 
 @pytest.mark.parametrize("tiling", [True, False])
