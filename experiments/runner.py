@@ -21,7 +21,7 @@ from srl_utils.vae.loading import WEIGHTS_NAME
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "miniature/weights"
 BATCH = 8
-"""Images of a training step. At most as many processes share them; on a CPU, each needs about 2 GB."""
+"""Images of a training step, and most processes; on a CPU, each needs about 2 GB."""
 LONGEST_LINE = 60
 """Characters of a command's output beside the progress bar."""
 
@@ -42,26 +42,34 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         self.bar = progress_bar(num_calls, desc=title, unit="part")
 
-    def scenes(self, name: str, count: int, *, seed: int) -> None:
-        """Draw scenes into the folder `name`, unless they exist."""
-        if (self.folder / name / "metadata.jsonl").exists():
+    def scenes(self, name: str, count: int, *, seed: int, num_frames: int = 1) -> None:
+        """Draw scenes, or clips of moving ones, into the folder `name`, unless they exist."""
+        last = "metadata.jsonl" if num_frames == 1 else f"{count - 1:05d}/{num_frames - 1:03d}.png"
+        if (self.folder / name / last).exists():
             self.bar.update()
-        else:
-            self._call(
-                name, "-m", "miniature.draw", "--num_images", count, "--seed", seed, "--output_dir", self.folder / name
-            )
+            return
+        self._call(
+            name, "-m", "miniature.draw", "--num_images", count, "--num_frames", num_frames, "--seed", seed,
+            "--output_dir", self.folder / name,
+        )  # fmt: skip
 
-    def train(self, name: str, flags: Sequence[object]) -> None:
-        """Train the VAE `name` on images of 64 px, unless it exists; `flags` has what is not the same for all."""
+    def train(self, name: str, flags: Sequence[object], *, num_images: int = BATCH) -> None:
+        """Train the VAE `name` at 64 px, unless it exists.
+
+        Args:
+            name: of the VAE.
+            flags: what is not the same for all trainings.
+            num_images: images or clips of a step; at most as many processes share them.
+        """
         output_dir = self.vae(name)
         if (output_dir / WEIGHTS_NAME).exists() and (output_dir / "README.md").exists():
             self.bar.update()
             return
-        processes = num_processes()
+        processes = num_processes(num_images)
         self._call(
             f"train {name}", *launched(processes), ROOT / "train_srl_vae.py",
             "--pretrained_model_name_or_path", self.original, "--resolution", 64,
-            "--train_batch_size", BATCH // processes, "--learning_rate", "5e-4", "--lpips_weight", 0, "--random_flip",
+            "--train_batch_size", num_images // processes, "--learning_rate", "5e-4", "--lpips_weight", 0, "--random_flip",
             "--no-torch_compile", "--num_validation_images", 2, "--validation_steps", 10_000, "--report_to", "none",
             *flags, "--output_dir", output_dir, "--resume_from_checkpoint", "latest",
         )  # fmt: skip
@@ -80,7 +88,7 @@ class Runner:
         """
         compared = ["--vae", *(f"{vae}={self.vae(vae)}" for vae in vaes)] if vaes else []
         self._call(
-            name, *launched(num_processes()), "-m", "srl_utils.evaluation", command, "--baseline", self.vae(baseline),
+            name, *launched(num_processes(BATCH)), "-m", "srl_utils.evaluation", command, "--baseline", self.vae(baseline),
             *compared, "--resolution", 64, *flags, "--output_dir", self.folder / name,
         )  # fmt: skip
 
@@ -124,10 +132,10 @@ class Runner:
         return self.folder / "seconds.json"
 
 
-def num_processes() -> int:
-    """Return one process per GPU, or per core: networks this small gain little from threads."""
-    available = torch.cuda.device_count() or os.cpu_count() or 1
-    return max(count for count in (1, 2, 4, BATCH) if count <= available)
+def num_processes(most: int) -> int:
+    """Return one process per GPU, or per core, up to `most`: networks this small gain little from threads."""
+    available = min(most, torch.cuda.device_count() or os.cpu_count() or 1)
+    return max(count for count in (1, 2, 4, 8) if count <= available)
 
 
 def launched(processes: int) -> list[object]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import train_srl_vae
+from experiments import clips, tokens
 from experiments.plan import BETWEEN_SEEDS, FULL, PARTS, QUICK, VARIANTS, Scale, evaluations
 from srl_utils.evaluation.cli import main as evaluation
 
@@ -29,3 +30,16 @@ def test_every_variant_parses(name: str) -> None:
     """Oracle: the training script's own parser."""
     flags = ["--pretrained_model_name_or_path", "vae", "--train_data_dir", "scenes", *shlex.split(VARIANTS[name].flags)]
     assert train_srl_vae.parse_args(flags, environment={}).train_data_dir == "scenes"
+
+
+@pytest.mark.parametrize("name", ["tokens", "clips"])
+def test_the_other_experiments_parse(name: str) -> None:
+    """Oracle: the parsers of the commands, which also refuse flags without effect."""
+    module = {"tokens": tokens, "clips": clips}[name]
+    for flags in module.VARIANTS.values():
+        words = ["--pretrained_model_name_or_path", "vae", "--train_data_dir", "data", "--lpips_weight", "0"]
+        assert train_srl_vae.parse_args([*words, *shlex.split(flags)], environment={}).max_train_steps > 0
+    for flags in [tokens.EVALUATION] if name == "tokens" else [clips.ON_WHOLE_CLIPS, clips.ON_IMAGES]:
+        data = [] if "--dataset_name" in flags else ["--data_dir", "data"]
+        words = ["reconstruction", "--baseline", "vae", "--resolution", "64", *data, *map(str, flags)]
+        assert evaluation.parse_args(words).threat_models == ["adaptive"]

@@ -1,0 +1,132 @@
+"""Make the miniature's video autoencoder robust: on clips, and on single frames.
+
+    python -m experiments.clips                        # make clips
+
+Trains it without an attack, on the frames of clips one by one, and on whole clips, each about as long as the others. The
+evaluation attacks clips, their first frames, and single images, and `frames.md` tells which frames an attack on the first one
+reaches. Finished parts are kept, so the command can be interrupted and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+from collections.abc import Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments.claims import ORIGINAL, Results, spread, trained_name
+from experiments.runner import WEIGHTS, Runner
+from srl_utils.attacks.draws import image_generators
+from srl_utils.evaluation.catalogue import AttackResources, select
+from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
+from srl_utils.evaluation.report.tables import markdown_table
+from srl_utils.evaluation.tasks.base import DRIFT
+from srl_utils.files import write_text_atomically
+from srl_utils.images.datasets import load_validation_images
+from srl_utils.images.sources import DataSource
+from srl_utils.metrics.clips import FLICKER, WARPING
+from srl_utils.metrics.pixels import psnr
+from srl_utils.vae.codec import Codec
+from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
+
+SEEDS, FRAMES = 3, 9
+TRAINING_CLIPS, CLIPS = "training-clips", "clips"
+ON_CLIPS = f"--num_frames {FRAMES}"
+VARIANTS = {
+    "no attack": f"{ON_CLIPS} --recipe fast --pgd_steps 0 --max_train_steps 250",
+    "single frames": "--recipe latent --max_train_steps 800",
+    "clips": f"{ON_CLIPS} --recipe latent --max_train_steps 100",
+}
+"""Flags by variant; the numbers of steps take about the same time."""
+ATTACK, ON_LATENTS, ON_FIRST = "apgd-50", "apgd-50-latents", "apgd-50-first"
+EPSILON = "8/255"
+EVALUATION = [
+    "--num_images", 16, "--epsilons", EPSILON, "--threat_models", ADAPTIVE, "--no_checks", "--batch_size", 4,
+]  # fmt: skip
+ON_IMAGES = [*EVALUATION, "--attacks", "clean", ATTACK, "--metrics", "psnr", DRIFT]
+ON_WHOLE_CLIPS = [
+    *EVALUATION, "--num_frames", FRAMES, "--attacks", "clean", ATTACK, ON_LATENTS, ON_FIRST, "--metrics", "psnr", "ssim",
+    DRIFT, "latent-travel", WARPING, FLICKER,
+]  # fmt: skip
+
+
+def main() -> None:
+    """Train, evaluate, and write the tables."""
+    args = parse_args()
+    run = Runner(args.output_dir, WEIGHTS / "video", title="clips", num_calls=len(VARIANTS) * SEEDS + 4)
+    run.scenes(TRAINING_CLIPS, 300, seed=1, num_frames=FRAMES)
+    run.scenes(CLIPS, 32, seed=0, num_frames=FRAMES)
+    names = []
+    for seed in range(SEEDS):
+        for variant, flags in VARIANTS.items():
+            names.append(trained_name(variant, seed))
+            data = ["--train_data_dir", args.output_dir / TRAINING_CLIPS, "--seed", seed]
+            run.train(names[-1], [*data, *shlex.split(flags)], num_images=2)
+    data = ["--data_dir", args.output_dir / CLIPS]
+    run.evaluate("on-clips", "reconstruction", names, [*data, *ON_WHOLE_CLIPS])
+    run.evaluate("on-images", "reconstruction", names, [*data, *ON_IMAGES])
+    run.bar.close()
+    results = [Results(args.output_dir / name / "results.json") for name in ("on-clips", "on-images")]
+    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {date.today().isoformat()}"
+    tables = results_table(*results), frames_table(run, names[: len(VARIANTS)], args.output_dir / CLIPS)
+    text = "\n\n".join([f"{machine}, {EPSILON}, adaptive attacks", *tables])
+    write_text_atomically(args.output_dir / "clips.md", f"{text}\n")
+    print(text)
+
+
+def results_table(on_clips: Results, on_images: Results) -> str:
+    """Return a line for each variant: PSNR of clips and images, clean and attacked; drift; steadiness."""
+    attacked = {title: (name, ADAPTIVE) for title, name in (("attacked", ATTACK), ("first frame", ON_FIRST))}
+    settings = {"clean": ("clean", NO_THREAT), **attacked}
+    lines = [
+        ["VAE", *(f"clips, {title} (dB)" for title in settings), "images, clean (dB)", "images, attacked (dB)",
+         "latents moved", "drift", "warping error, attacked", "flicker, attacked"]
+    ]  # fmt: skip
+    for variant in (ORIGINAL, *VARIANTS):
+        of_clips, of_images = partial(on_clips.of, variant), partial(on_images.of, variant)
+        values = [of_clips(*setting, "psnr") for setting in settings.values()]
+        values += [of_images(*settings["clean"], "psnr"), of_images(*settings["attacked"], "psnr")]
+        values += [of_clips(ON_LATENTS, ADAPTIVE, "latent-travel"), of_clips(*settings["clean"], DRIFT)]
+        values += [of_clips(*settings["attacked"], metric) for metric in (WARPING, FLICKER)]
+        lines.append([variant, *map(spread, values)])
+    return markdown_table(lines)
+
+
+def frames_table(run: Runner, names: Sequence[str], folder: Path) -> str:
+    """Return the PSNR that an attack on the first frame costs each frame, in dB, by VAE."""
+    data = DataSource(validation_data_dir=str(folder), num_frames=FRAMES)
+    clips = load_validation_images(data, num_images=8, resolution=64).images
+    lines = [["PSNR lost (dB)", *(f"frame {number + 1}" for number in range(FRAMES))]]
+    for name in (ORIGINAL, *names):
+        source = AutoencoderSource(pretrained_model_name_or_path=str(run.vae(name)))
+        lost = lost_by_frame(Codec.of(load_autoencoder(source), name), clips)
+        lines.append([name, *(f"{value:.1f}" for value in lost)])
+    return markdown_table(lines)
+
+
+@torch.no_grad()
+def lost_by_frame(codec: Codec, clips: Tensor) -> list[float]:
+    """Return the mean PSNR that each frame of clips `[N,3,T,H,W]` loses when the first one is attacked, in dB."""
+    (attack,) = select([ON_FIRST], [8 / 255], AttackResources(clips=True)).perturbations
+    shown = attack.apply(codec, clips, image_generators(0, range(len(clips))))
+    before, after = (codec.reconstruct(each) for each in (clips, shown))
+    return [
+        (psnr(before[:, :, time], clips[:, :, time]) - psnr(after[:, :, time], clips[:, :, time])).mean().item()
+        for time in range(clips.shape[2])
+    ]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/clips"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
