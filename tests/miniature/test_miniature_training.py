@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from helpers.runs import build_tiny_vae
 from torch import Tensor, nn
 
-from miniature import autoencoder, classifier, contrastive, diffusion, discrete, mixture
+from miniature import autoencoder, classifier, contrastive, diffusion, discrete, mixture, video
 from miniature.imagenet import ImageNetLayers
 from miniature.scene_set import LABELS, NO_LABEL, scene_set
 from miniature.scenes import draw_scene
@@ -124,6 +124,47 @@ def test_discrete_autoencoder_s_training_resumes_in_both_parts(tmp_path: Path, m
         run(tmp_path / "parts", joint_steps=joint_steps)
     resumed = run(tmp_path / "parts")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_video_autoencoder_s_training_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: invariance, an undisturbed run, exact."""
+    monkeypatch.setattr(video, "SIZE", 16)
+    monkeypatch.setattr(video, "FRAMES", 5)
+    seen, calls = video.seen, []
+
+    def run(work_dir: Path, *, stop_at: int) -> dict[str, Tensor]:
+        def stopping(*args: object) -> dict[str, Tensor]:
+            calls.append(args)
+            if len(calls) == stop_at:
+                raise KeyboardInterrupt
+            return seen(*args)
+
+        torch.manual_seed(0)
+        calls.clear()
+        monkeypatch.setattr(video, "seen", stopping)
+        args = Namespace(
+            steps=3, batch_size=2, learning_rate=1e-2, checkpointing_steps=1, num_workers=0, seed=0, device="cpu",
+            work_dir=work_dir,
+        )  # fmt: skip
+        return video.train(args).state_dict()
+
+    whole = run(tmp_path / "whole", stop_at=0)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", stop_at=3)
+    resumed = run(tmp_path / "parts", stop_at=0)
+    assert len(calls) == 1
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_pans_move_within_the_photograph() -> None:
+    """Oracle: Pillow, which refuses a box beyond the image; frames of most pans differ; a clip depends on its number."""
+    clips, moved = video.Clips(0), 0
+    for number in range(40):
+        clip = clips._pan(np.random.default_rng(number))
+        assert clip.shape == (3, video.FRAMES, video.SIZE, video.SIZE)
+        moved += bool((clip[:, 0] - clip[:, -1]).abs().mean() > 0.02)
+    assert moved > 20
+    assert torch.equal(clips[3], clips[3]) and not torch.equal(clips[3], clips[4])
 
 
 def test_unused_codes_move_to_features() -> None:
