@@ -1,4 +1,4 @@
-# make setup | demo | paper | paper-quick | test | test-slow | faults | test-hub | docs | miniature | clean
+# make setup | demo | paper | paper-quick | tokens | clips | test | test-slow | faults | test-hub | docs | miniature | clean
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -15,7 +15,7 @@ DEMO := accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --num_p
 	--learning_rate 5e-4 --lpips_weight 0 \
 	--random_flip --no-torch_compile --num_validation_images 16 --validation_steps 400 --output_dir outputs/demo
 
-.PHONY: setup demo paper paper-quick test test-slow faults test-hub docs miniature clean
+.PHONY: setup demo paper paper-quick tokens clips test test-slow faults test-hub docs miniature clean
 
 setup: $(VENV)/.installed
 
@@ -94,6 +94,12 @@ paper: $(VENV)/.installed-test
 
 paper-quick: $(VENV)/.installed-test
 	$(RUN) python -m experiments.paper --quick --output_dir outputs/paper-quick
+
+tokens: $(VENV)/.installed-test
+	$(RUN) python -m experiments.tokens
+
+clips: $(VENV)/.installed-test
+	$(RUN) python -m experiments.clips
 
 clean:
 	rm -rf outputs $(VENV) .venv-hub

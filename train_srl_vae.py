@@ -215,7 +215,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--latent_weight",
         type=non_negative_float,
         default=0.0,
-        help="beta, weight of the distance of attacked images' latents from the original ones; not in the paper",
+        help="beta, weight of the distance of attacked images' latents from the clean ones; not in the paper",
     )
     add(
         "--latent_attack_share",
@@ -507,6 +507,10 @@ def check(args: argparse.Namespace) -> tuple[ModelMixin, Earlier | None]:
             raise UserError(f"{flag} needs the package {package}: pip install {package}")
     if args.objective == "trades" and args.latent_weight == 0:
         raise UserError("--objective trades needs a --latent_weight above 0: nothing else would make the VAE robust")
+    if args.no_pgd_random_start and (args.objective != "srl" or args.latent_attack_share):
+        raise UserError(
+            "--no_pgd_random_start: an attack on latents needs a random start: at the clean image their distance has no gradient"
+        )
     if args.objective == "feature" and not (attacks(args) or args.gaussian_noise):
         raise UserError("--objective feature needs an attack or --gaussian_noise: nothing else would train the VAE")
     check_execution(args.mixed_precision, args.torch_compile, leave_gpu=on_cpu(os.environ))

@@ -3,8 +3,7 @@
     python -m experiments.clips                        # make clips
 
 Trains it without an attack, on the frames of clips one by one, and on whole clips, each about as long as the others. The
-evaluation attacks clips, their first frames, and single images, and `frames.md` tells which frames an attack on the first one
-reaches. Finished parts are kept, so the command can be interrupted and repeated.
+evaluation attacks clips, their first frames, and single images, and tells which frames an attack on the first one reaches. Finished parts are kept, so the command can be interrupted and repeated.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from srl_utils.vae.loading import WEIGHTS_NAME
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "miniature/weights"
 BATCH = 8
-"""Images of a training step, and most processes; on a CPU, each needs about 2 GB."""
+"""Images of a training step, and the largest number of processes; on a CPU, each needs about 2 GB."""
 LONGEST_LINE = 60
 """Characters of a command's output beside the progress bar."""
 
@@ -107,7 +107,17 @@ class Runner:
     def _call(self, title: str, *command: object) -> None:
         started = time.time()
         self.bar.set_description_str(title)
-        words = [sys.executable, *map(str, command)]
+        try:
+            code = self._run([sys.executable, *map(str, command)])
+        finally:
+            self._add_time(title, started)  # of interrupted commands too, which later go on where they were
+        self.bar.set_postfix_str("", refresh=False)
+        self.bar.update()
+        if code:
+            raise SystemExit(f"{title} failed with exit code {code}; see {self.folder / 'log.txt'}")
+
+    def _run(self, words: Sequence[str]) -> int:
+        """Run a command, show its last line beside the bar, and return its exit code."""
         with (
             (self.folder / "log.txt").open("a", encoding="utf-8") as log,
             subprocess.Popen(
@@ -118,11 +128,9 @@ class Runner:
                 log.write(line)
                 self.bar.set_postfix_str(line.strip()[:LONGEST_LINE], refresh=False)
                 self.bar.update(0)
-            code = child.wait()
-        self.bar.set_postfix_str("", refresh=False)
-        self.bar.update()
-        if code:
-            raise SystemExit(f"{title} failed with exit code {code}; see {self.folder / 'log.txt'}")
+            return child.wait()
+
+    def _add_time(self, title: str, started: float) -> None:
         seconds = self.seconds()
         seconds[title] = seconds.get(title, 0) + round(time.time() - started)
         write_text_atomically(self._times, json.dumps(seconds, indent=1))

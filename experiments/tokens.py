@@ -2,8 +2,8 @@
 
     python -m experiments.tokens                       # make tokens
 
-Trains it without an attack, on feature distances alone (as arXiv 2602.18252 does with tokenizers) and with SRL-VAE, each as
-long as the others, and attacks reconstructions, features and tokens. Finished parts are kept, so the command can be
+Trains it without an attack, on feature distances alone (as arXiv 2602.18252 does with tokenizers), with TRADES and with
+SRL-VAE, each as long as the others, and attacks reconstructions, features and tokens. Finished parts are kept, so the command can be
 interrupted and repeated.
 """
 
@@ -57,7 +57,8 @@ def main() -> None:
     run.bar.close()
     seconds = run.seconds()
     times = {
-        variant: [seconds[f"train {trained_name(variant, seed)}"] for seed in range(SEEDS)] for variant in VARIANTS
+        variant: [seconds.get(f"train {trained_name(variant, seed)}", 0) for seed in range(SEEDS)]
+        for variant in VARIANTS
     }
     machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {date.today().isoformat()}"
     table = results_table(Results(args.output_dir / "reconstruction/results.json"), times)

@@ -76,7 +76,7 @@ class AttackResources:
     continuous: frozenset[str] = frozenset()
     """Names of the VAEs without tokens."""
     has_tokens: bool = False
-    """Whether the baseline has some."""
+    """Whether the baseline has tokens."""
     clips: bool = False
     """Whether clips are attacked, and not images."""
     max_steps: int | None = None

@@ -93,8 +93,8 @@ def compute(
         images: all images, `[n,3,H,W]` in [-1,1], on the CPU.
         seed: with an image's number, it fixes the attack's start and the noise of that image.
         meter: shows the current title and advances by the job's cost.
-        unit: returns the usual distance of two images' latents, in which `latent-travel` is measured; None if it is
-            not.
+        unit: returns the usual distance of two images' latents, in which `latent-travel` is measured; None to leave that
+            metric out.
 
     Raises:
         UserError: if a VAE returns values that are not finite.

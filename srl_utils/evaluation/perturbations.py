@@ -85,8 +85,8 @@ def latent_distance(codec: Codec, clean: Tensor) -> Objective:
 def token_flips(codec: Codec, clean: Tensor) -> Objective:
     """Return the share of tokens that differ from those of the clean images, with a straight-through gradient.
 
-    The distance from the nearest code that is usual in the clean images is the estimator's temperature. The VAE must
-    have a codebook.
+    The temperature is the mean squared distance of an image's clean features from their nearest codes. The VAE must have
+    a codebook.
     """
     codebook = codec.codebook
     assert codebook is not None  # `select` leaves the attack out otherwise
@@ -108,7 +108,7 @@ def attack_on(aim: Aim, name: str, attack: Attack, *, epsilon: float, calls: int
         name: of the perturbation.
         attack: searches for the perturbed images.
         epsilon: budget in units of a [0,1] image.
-        calls: how often it computes the objective of an image, where its gradient is another call.
+        calls: how often it computes the objective of an image; a gradient counts as a second call.
     """
 
     def apply(codec: Codec, clean: Tensor, generators: Generators) -> Tensor:

@@ -194,7 +194,7 @@ class _Trial:
 
     def wins_completely(self, steps: int) -> Check:
         """Check that an attack with a huge budget makes reconstructions no better than one flat colour."""
-        flat = self.clean.mean(dim=(2, 3), keepdim=True).expand_as(self.clean)
+        flat = self.clean.mean(dim=tuple(range(2, self.clean.ndim)), keepdim=True).expand_as(self.clean)
         attacked, flat_error = self.pgd(steps), mean_squared_error(flat, self.clean).mean().item()
         return Check(
             "A very large epsilon wins completely",

@@ -46,6 +46,8 @@ class CardFacts:
     data: str
     dataset: str | None = None
     resolution: int
+    num_frames: int = 1
+    objective: str = "srl"
     num_validation_images: int
     steps: int
     images_per_step: int
@@ -75,7 +77,7 @@ def render_card(facts: CardFacts) -> str:
         base_model=facts.base_model if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
         datasets=[facts.dataset] if facts.dataset else None,
-        tags=["srl-vae", "autoencoder", "vae", "adversarial-robustness"],
+        tags=[*(["srl-vae"] if facts.objective == "srl" else []), "autoencoder", "vae", "adversarial-robustness"],
         model_name=Path(facts.model_id).name if judged else None,  # of the model-index
         eval_results=[_eval_result(row, facts) for row in judged] or None,
         **licence,
@@ -92,6 +94,7 @@ def render_card(facts: CardFacts) -> str:
             "vae_class": facts.vae_class,
             "model_literal": json.dumps(facts.model_id),  # a string literal in the card's Python code
             "weights_heading": WEIGHTS_HEADING,
+            "samples": "images" if facts.num_frames == 1 else f"clips of {facts.num_frames} frames",
             "judged": bool(judged),
             "uneven": facts.images is not None and facts.images != facts.steps * facts.images_per_step,
             "changes": [as_code(change) for change in facts.changes],

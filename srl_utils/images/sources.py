@@ -384,6 +384,11 @@ def _load_splits(source: DataSource, skipped: list[Skipped]) -> dict[str, RawSpl
             raise UserError(f"{source.dataset_name} {TARS_OF_IMAGES}", parameter="dataset_name")
         return {str(name): Tars(list(files)) for name, files in builder.config.data_files.items()}
     folder = Path(source.dataset_name or "")
+    if isinstance(builder, ImageFolder) and source.num_frames > 1:
+        raise UserError(
+            f"{source.dataset_name} is read as still images; give its folder of frames as `train_data_dir` or `data_dir`",
+            parameter="dataset_name",
+        )
     if isinstance(builder, ImageFolder) and folder.is_dir():
         skipped.append(_skipped_by_library(folder))
     if source.streaming:

@@ -47,6 +47,8 @@ APPLIED = TRAINING_DATA | {
 """Flags whose new value holds from the resumed step on, and two entries that are not flags: num_processes, execution."""
 TRAINING_IMAGES = "training_images"
 """Name of a change in the number of training images that the same flags find."""
+NEWER_FLAGS: dict[str, Any] = {"objective": "srl", "num_frames": 1}
+"""What runs did before these flags existed."""
 WORDS = {"execution": "{}", TRAINING_IMAGES: "{} training images"}
 """Texts for entries that are not flags."""
 PLACES = frozenset({"pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir"})
@@ -133,7 +135,7 @@ def read_earlier(checkpoint: Path) -> Earlier:
     try:
         progress = read_json(checkpoint / STATE_FILE)["progress"]
         settings = Settings.from_record(read_json(place) if place.exists() else {"arguments": {}})
-        arguments = {**settings.arguments, "use_ema": (checkpoint / EMA_FILE).exists()}
+        arguments = {**NEWER_FLAGS, **settings.arguments, "use_ema": (checkpoint / EMA_FILE).exists()}
         return Earlier(checkpoint, progress["step"], progress["samples"], replace(settings, arguments=arguments))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint} does not fit this run: its state cannot be read ({error!r})") from None

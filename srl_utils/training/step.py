@@ -212,7 +212,7 @@ class Step:
             latent_noise=noise,
             generators=generators,
             reference=reference,
-            anchor=None if reference is None else reference.mean,
+            anchor=None if reference is None or self.objective == "trades" else reference.mean,
             latent_attacks=round(self._latent_share * len(clean)),
         )
 
@@ -303,7 +303,7 @@ class Step:
         return originality_loss(*posterior, *clean.reference, scale=self.latent_scale.factor_for(posterior.mean))
 
     def _encode(self, attacked: Tensor, clean: CleanBatch) -> tuple[Moments, Moments]:
-        """Return the posteriors of the attacked and of the clean images; without need of the second, the first twice.
+        """Return the posteriors of the attacked and of the clean images. If nothing needs the second, return the first twice.
 
         Both take one pass through the wrapper, whose backward pass averages gradients over the processes.
         """

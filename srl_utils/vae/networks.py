@@ -54,7 +54,7 @@ def check_frames(num_frames: int, config: dict[str, Any]) -> None:
     if (num_frames - 1) % factor:
         nearest = 1 + max(1, round((num_frames - 1) / factor)) * factor
         raise UserError(
-            f"{num_frames} is not 1 plus a multiple of {factor}, in which this VAE takes frames; try {nearest}",
+            f"{num_frames} frames do not suit this VAE, which takes 1 plus a multiple of {factor}; try {nearest}",
             parameter="num_frames",
         )
 

@@ -21,14 +21,16 @@ class Codebook(NamedTuple):
     codes: Tensor
 
     def tokens(self, features: Tensor) -> Tensor:
-        """Return the number of the nearest code of features `[N,D,h,w]`: `[N,h,w]`, whole numbers."""
-        return self.distances(features).argmin(dim=-1)
+        """Return the number of the nearest code of features `[N,D,h,w]`: `[N,h,w]`, whole numbers; of clips `[N,t,h,w]`."""
+        return torch.stack([self.distances(each).argmin(dim=-1) for each in features])
 
     def distances(self, features: Tensor) -> Tensor:
-        """Return the Euclidean distance of features `[N,D,h,w]` from each code, `[N,h,w,K]`."""
-        count, _, height, width = features.shape
-        rows = features.permute(0, 2, 3, 1).flatten(0, 2)
-        return torch.cdist(rows, self.codes.to(rows)).view(count, height, width, -1)
+        """Return the Euclidean distance of the features of one image, `[D,h,w]`, from each code, `[h,w,K]`.
+
+        A large codebook makes this large, so images come one by one.
+        """
+        rows = features.movedim(0, -1)
+        return torch.cdist(rows.flatten(0, -2), self.codes.to(rows)).unflatten(0, rows.shape[:-1])
 
     def flips(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Return the share of an image's tokens that are not `tokens` `[N,h,w]`, `[N]`."""
@@ -43,16 +45,20 @@ class Codebook(NamedTuple):
         Args:
             features: `[N,D,h,w]`.
             tokens: `[N,h,w]`.
-            temperature: in squared units of the features, as a scalar tensor.
+            temperature: `[N]`, in squared units of the features.
         """
-        probabilities = (-self.distances(features).square() / temperature).softmax(dim=-1)
-        kept = probabilities.gather(-1, tokens[..., None]).flatten(1).mean(dim=1)
+        kept = torch.stack([self._kept(*each) for each in zip(features, tokens, temperature, strict=True)])
         return self.flips(features.detach(), tokens) - (kept - kept.detach())
 
+    def _kept(self, features: Tensor, tokens: Tensor, temperature: Tensor) -> Tensor:
+        """Return the expected share of an image's tokens that stay `tokens` `[h,w]`, a scalar."""
+        probabilities = (-self.distances(features).square() / temperature).softmax(dim=-1)
+        return probabilities.gather(-1, tokens[..., None]).mean()
+
     def error(self, features: Tensor) -> Tensor:
-        """Return the mean squared distance of features `[N,D,h,w]` from their nearest codes, a scalar above 0."""
-        nearest = self.distances(features).amin(dim=-1)
-        return nearest.square().mean().clamp_min(torch.finfo(nearest.dtype).tiny)
+        """Return the mean squared distance of each image's features `[N,D,h,w]` from their nearest codes, `[N]`, above 0."""
+        errors = torch.stack([self.distances(each).amin(dim=-1).square().mean() for each in features])
+        return errors.clamp_min(torch.finfo(errors.dtype).tiny)
 
 
 def codebook_of(vae: ModelMixin) -> Codebook | None:

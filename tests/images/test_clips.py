@@ -640,7 +640,7 @@ def write_stills(tmp_path: Path) -> None:
         ({"dataset_name": "./tar"}, ["dataset_name: ./tar holds tars", "unpack them"]),
         ({"dataset_name": "scikit-image"}, ["dataset_name: ", "are no clips", "leave `num_frames` at 1"]),
         ({"dataset_name": "./saved"}, ["training images tried can be read", "is a still image, and not a clip"]),
-        ({"dataset_name": "./stills"}, ["training images tried can be read", "is a still image, and not a clip"]),
+        ({"dataset_name": "./stills"}, ["dataset_name: ./stills is read as still images", "`train_data_dir`"]),
         ({"train_data_dir": "stills", "num_frames": 0}, ["num_frames: must be at least 1, got 0"]),
     ],
 )

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from miniature.scenes import draw_clip
 from srl_utils.evaluation.__main__ import main as evaluate
+from srl_utils.images.datasets import load_validation_images
+from srl_utils.images.sources import DataSource
 from srl_utils.vae.families import FAMILIES
 from srl_utils.vae.loading import WEIGHTS_NAME, AutoencoderSource, load_autoencoder
 
@@ -129,7 +131,7 @@ def test_every_check_and_attack_of_the_evaluation(name: str, photographs: Path, 
 
 def classes_of_clips(*by_default: str) -> pytest.MarkDecorator:
     """Parametrise a test over the classes of videos and one of images; all but those `by_default` are slow."""
-    names = ["AutoencoderKL", *(name for name, family in FAMILIES.items() if family.video)]
+    names = ["AutoencoderKL", "VQModel", *(name for name, family in FAMILIES.items() if family.video)]
     marked = [name if name in by_default else pytest.param(name, marks=pytest.mark.slow) for name in names]
     return pytest.mark.parametrize("name", marked)
 
@@ -169,7 +171,7 @@ def test_clips_that_do_not_suit_are_refused(name: str, run: Run, flags: list[obj
     """Oracle: specification, one line: a number of frames that the VAE does not give back, and images instead of clips."""
     folder, _ = clips
     code, printed = run(*flags, "--train_data_dir", folder, "--num_frames", 4)
-    assert code == 2 and "--num_frames: 4 is not 1 plus a multiple of 4" in printed and "try 5" in printed, printed
+    assert code == 2 and "--num_frames: 4 frames do not suit this VAE" in printed and "try 5" in printed, printed
     code, printed = run(*flags, "--train_data_dir", folder / "0", "--num_frames", 5)
     assert code == 2 and "holds no clips, but --num_frames is 5" in printed, printed
 
@@ -199,4 +201,9 @@ def test_evaluation_of_clips(name: str, clips: tuple[Path, int], tmp_path: Path)
     assert {"warping-error", "flicker", "latent-travel"} <= {metric for _, metric in measured}
     assert measured["pgd-10", "psnr"] < measured["pgd-10-first", "psnr"] < measured["clean", "psnr"]
     report = (tmp_path / "out/report.md").read_text()
+    clip = load_validation_images(
+        DataSource(validation_data_dir=str(folder), num_frames=count), num_images=2, resolution=32
+    ).images
+    flat = (clip - clip.flatten(2).mean(dim=2)[..., None, None, None]).square().mean()
+    assert f"a flat colour: {10 * torch.log10(4 / flat):.2f} dB" in report
     assert "sds was left out: " in report and f"2 clips of clips, 32 px of {count} frames" in report

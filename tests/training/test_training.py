@@ -152,6 +152,14 @@ def test_rival_objectives_by_flags(
             "--latent_weight has no effect without --objective srl or",
         ),
         (["--objective", "feature", "--pgd_steps", "0"], "--objective feature needs an attack"),
+        (
+            ["--objective", "trades", "--latent_weight", "1", "--no_pgd_random_start"],
+            "--no_pgd_random_start: an attack on latents needs a random start",
+        ),
+        (
+            ["--latent_attack_share", "0.5", "--no_pgd_random_start"],
+            "--no_pgd_random_start: an attack on latents needs",
+        ),
         (["--objective", "trades"], "--objective trades needs a --latent_weight above 0"),
         (
             ["--objective", "trades", "--latent_weight", "1", "--latent_attack_share", "0.5"],

@@ -59,12 +59,12 @@ def test_flips_are_counted_per_image() -> None:
     seen = features((0.1, 0.2), (0.9, 0.4), (0.2, 0.8), (0.6, 0.7))
     assert CORNERS.tokens(seen).tolist() == [[[0, 1, 2, 3]]]
     assert CORNERS.flips(seen, torch.tensor([[[0, 2, 2, 0]]])).tolist() == [0.5]
-    assert CORNERS.error(features((0.0, 0.1), (1.0, 0.7))).item() == pytest.approx((0.01 + 0.09) / 2)
+    assert CORNERS.error(features((0.0, 0.1), (1.0, 0.7))).tolist() == pytest.approx([(0.01 + 0.09) / 2])
 
 
 def test_straight_through_gradient_is_that_of_the_expected_share() -> None:
     """Oracle: closed form, probabilities written out; the value stays the counted share."""
-    seen, tokens, temperature = features((0.1, 0.2), (0.9, 0.4)), torch.tensor([[[0, 2]]]), torch.tensor(0.3)
+    seen, tokens, temperature = features((0.1, 0.2), (0.9, 0.4)), torch.tensor([[[0, 2]]]), torch.tensor([0.3])
     counted = seen.clone().requires_grad_(True)
     share = CORNERS.straight_through_flips(counted, tokens, temperature)
     assert share.tolist() == [0.5]
@@ -116,6 +116,31 @@ def test_each_attack_does_most_at_its_own_aim(images) -> None:
             distances[name] = mean_squared_error(codec.encode(shown), codec.encode(clean)).mean().item()
     assert max(flips, key=lambda name: flips[name]) == "pgd-20-tokens"
     assert max(distances, key=lambda name: distances[name]) == "pgd-20-latents"
+
+
+def test_an_attack_on_tokens_does_not_depend_on_the_batch(images) -> None:
+    """Oracle: invariance: each image alone."""
+    codec, clean = Codec.of(tokenizer(0), "tokens"), images(3, 32)
+    clean[1] *= 0.1  # an image whose features are nearer to their codes, or further
+    (attack,) = select(["pgd-5-tokens"], [EPSILON], AttackResources(has_tokens=True)).perturbations
+    together = attack.apply(codec, clean, image_generators(0, range(3)))
+    for number in range(3):
+        alone = attack.apply(codec, clean[number : number + 1], image_generators(0, [number]))
+        assert (alone != together[number : number + 1]).float().mean() < 0.01  # signs of gradients near 0
+
+
+def test_tokens_of_clips_are_those_of_their_frames(images) -> None:
+    """Oracle: each frame by itself."""
+    codec, frames = Codec.of(tokenizer(0), "tokens"), images(6, 32)
+    clips = torch.stack([frames[:3].transpose(0, 1), frames[3:].transpose(0, 1)])
+    codebook = codec.codebook
+    assert codebook is not None
+    with torch.no_grad():
+        of_clips, of_frames = (codebook.tokens(codec.encode(each)) for each in (clips, frames))
+        assert torch.equal(of_clips.flatten(0, 1), of_frames)
+        assert motion(codec, clips, clips.flip(0), wanted=[FLIPS])[FLIPS].min() > 0.5
+        assert codebook_use(codec, clips, 1) == codebook_use(codec, frames, 6)
+    assert made("pgd-2-tokens", codec, clips).shape == clips.shape
 
 
 def test_attacks_on_tokens_need_a_codebook() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median_low
 
@@ -18,13 +19,14 @@ from srl_utils.evaluation.cli.arguments import (
     shared_effects,
 )
 from srl_utils.evaluation.cli.running import run_study
-from srl_utils.evaluation.cli.setup import build_attack_resources, build_metrics, prepare
-from srl_utils.evaluation.motion import MOTION_METRICS, USE
+from srl_utils.evaluation.cli.setup import Setup, build_attack_resources, build_metrics, prepare
+from srl_utils.evaluation.motion import FLIPS, MOTION_METRICS, USE
 from srl_utils.evaluation.sanity import CheckSettings
 from srl_utils.evaluation.tasks.base import Reconstruction, denoiser_of
-from srl_utils.metrics.clips import CLIP_METRICS
+from srl_utils.metrics.clips import CLIP_METRICS, FLICKER
 from srl_utils.metrics.losses import LPIPS_METRICS
 
+DEFAULT_METRICS = ["psnr", "ssim", "lpips-alex", "drift", *MOTION_METRICS, USE, FLICKER]
 METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "rfid", "kid", "is", "drift", *MOTION_METRICS, USE, *CLIP_METRICS)
 
 
@@ -38,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         denoiser=denoiser_of(setup.pipeline),
     )
     task.note_incomparable(setup.codecs, setup.notes)
+    note_inapplicable(args.metrics, setup)
     selection = select(args.attacks, args.epsilons, build_attack_resources(args, setup))
     setup.notes.extend(selection.notes)
     check_settings = CheckSettings(epsilon=median_low(args.epsilons))
@@ -48,15 +51,25 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
+def note_inapplicable(metrics: Sequence[str], setup: Setup) -> None:
+    """Add a note for each metric that was asked for and has nothing to measure; the default ones need none."""
+    lacking: dict[str, str] = {}
+    if setup.images.ndim == 4:
+        lacking |= dict.fromkeys(CLIP_METRICS, "clips; give `num_frames`")
+    if all(codec.codebook is None for codec in setup.codecs):
+        lacking |= dict.fromkeys((FLIPS, USE), "a VAE with a codebook")
+    for name, needed in lacking.items():
+        if name in metrics and list(metrics) != DEFAULT_METRICS:
+            setup.notes.append(f"{name} was left out: it needs {needed}")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this evaluation."""
     add_shared_arguments(parser)
     add_attack_arguments(parser, attacks=["quick"], epsilons=[2 / 255, 4 / 255, 8 / 255, 16 / 255])
     parser.set_defaults(caption_column=None)
     add = parser.add_argument
-    add_metrics_argument(
-        parser, METRICS, default=["psnr", "ssim", "lpips-alex", "drift", *MOTION_METRICS, USE, *CLIP_METRICS]
-    )
+    add_metrics_argument(parser, METRICS, default=DEFAULT_METRICS)
     add("--num_frames", type=positive_int, default=1, help="frames of a clip; 1 for images")
     add("--pipeline", default=None, metavar="PLACE", help="diffusion pipeline for attacks that need a denoiser")
 

@@ -48,8 +48,10 @@ from srl_utils.metrics.losses import (
 )
 from srl_utils.pipelines import robust_vae
 from srl_utils.vae.codec import Codec
+from srl_utils.vae.families import family_of
 from srl_utils.vae.files import first_line
 from srl_utils.vae.loading import HALF_PRECISION
+from srl_utils.vae.networks import check_frames
 
 LONGEST_WAIT = timedelta(days=1)
 """How long a process waits for the others, whose last attack may take hours."""
@@ -140,9 +142,12 @@ def check_fit(codec: Codec, images: Tensor) -> None:
     """Reconstruct the first of `images`, to find a VAE that does not work before hours of attacks.
 
     Raises:
-        UserError: if the VAE does not take the resolution, returns another one, or returns values that are not finite.
+        UserError: if the VAE does not take the resolution or the number of frames, returns another one, or returns values
+            that are not finite.
     """
     sample = images[:1].to(codec.device)
+    if sample.ndim == 5:
+        check_frames(sample.shape[2], dict(codec.vae.config) | {"_class_name": family_of(codec.vae).kind.__name__})
     try:
         reconstruction = codec.reconstruct(sample)
     except RuntimeError as error:  # the image is too small for a layer

@@ -124,10 +124,9 @@ class _Grid:
             self._write(self._left(column), 3, self._fitting(title, cell))
 
     def put(self, row: int, column: int, image: Tensor, caption: str) -> None:
-        """Draw one image `[3,H,W]` in [-1,1], or the middle frame of a clip `[3,T,H,W]`, with its caption below."""
+        """Draw one image `[3,H,W]` in [-1,1], or the first frame of a clip `[3,T,H,W]`, with its caption below."""
         left, top = self._left(column), self._top(row)
-        if image.ndim == 4:
-            image = image[:, image.shape[1] // 2]
+        image = image[:, 0] if image.ndim == 4 else image
         # Nearest neighbour keeps the pixels of small images visible.
         picture = to_pil(image).resize((self.cell, self.cell), Image.Resampling.NEAREST)
         self.picture.paste(picture, (left, top))

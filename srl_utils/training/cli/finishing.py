@@ -132,6 +132,8 @@ def write_card(run: Run, folder: Path, *, saved: Sequence[str] = ()) -> None:
         if args.dataset_name in (None, PHOTOGRAPHS) or Path(args.dataset_name).exists()
         else args.dataset_name,
         resolution=args.resolution,
+        num_frames=args.num_frames,
+        objective=args.objective,
         num_validation_images=len(run.data.validation_images),
         steps=run.progress.step,
         images_per_step=run.plan.samples_per_step,

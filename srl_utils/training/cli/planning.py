@@ -118,14 +118,15 @@ def describe(
     seen = before + plan.samples_per_step * (plan.max_train_steps - done)
     epochs = f", {seen / data.num_images:.2f} epochs" if data.num_images else ""
     settings = "\n".join(f"  {name:<32}{value}" for name, value in sorted(json_arguments(args).items()))
+    samples = "images" if args.num_frames == 1 else "clips"
     launched = "".join(f"{note}\n" for note in launch_notes(os.environ, args))
     return (
         f"Configuration\n{settings}\n{launched}"
         f"Device {accelerator.device}, {accelerator.num_processes} process(es), {plan.execution}\n"
         f"Data: {'; '.join([data.description, *data.skipped])}\n"
-        f"Step: {args.train_batch_size} images x {accelerator.num_processes} process(es) x "
-        f"{args.gradient_accumulation_steps} accumulated = {plan.samples_per_step} images\n"
-        f"Run: {plan.max_train_steps} steps, {seen} images{epochs}\n"
-        f"Arithmetic per image\n{arithmetic.table()}\n"
+        f"Step: {args.train_batch_size} {samples} x {accelerator.num_processes} process(es) x "
+        f"{args.gradient_accumulation_steps} accumulated = {plan.samples_per_step} {samples}\n"
+        f"Run: {plan.max_train_steps} steps, {seen} {samples}{epochs}\n"
+        f"Arithmetic per {samples[:-1]}\n{arithmetic.table()}\n"
         f"  {'one step':<24}{arithmetic.image * plan.samples_per_step / 1e12:>12.4f} TFLOP"
     )
