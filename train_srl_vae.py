@@ -237,7 +237,10 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="passes per update")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add(
-        "--attack_batch_size", type=positive_int, default=None, help="attack that many images at a time, to save memory"
+        "--attack_batch_size",
+        type=positive_int,
+        default=None,
+        help="attack that many images at a time; the update then has the peak of memory",
     )
     add("--seed", type=seed, default=0, help="of every random draw")
 

@@ -95,7 +95,9 @@ def poisons_figure(results: Results, controls: Results, poisons: Mapping[str, in
     draw_line(by_way, ways, label=ORIGINAL, colour=COLOURS[ORIGINAL])
     by_number.set(title="Images as prompted (%)", xlabel="number of poisons", ylim=(0, 100))
     by_way.set(
-        title=f"{most} poisons without an attack (%)", xlabel="latents, % of the way to the target", ylim=(0, 100)
+        title=f"Images as prompted (%), {most} interpolated latents",
+        xlabel="latents, % of the way to the target",
+        ylim=(0, 100),
     )
     return with_legend(figure)
 
@@ -129,5 +131,6 @@ def with_legend(figure: Figure) -> Figure:
         for ax in figure.axes
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }  # fmt: skip
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
+    labels = ["control" if label == CONTROL else label for label in entries]
+    figure.legend(entries.values(), labels, loc="outside lower center", ncols=len(entries))
     return figure
