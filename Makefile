@@ -95,6 +95,7 @@ paper: $(VENV)/.installed-test
 paper-quick: $(VENV)/.installed-test
 	$(RUN) python -m experiments.paper --quick --output_dir outputs/paper-quick
 
+# Both need a network that is not shipped: python -m miniature.build vq, python -m miniature.build video.
 tokens: $(VENV)/.installed-test
 	$(RUN) python -m experiments.tokens
 

@@ -16,7 +16,7 @@ import torch
 from experiments.claims import ORIGINAL
 from srl_utils.console import progress_bar
 from srl_utils.files import write_text_atomically
-from srl_utils.vae.loading import WEIGHTS_NAME
+from srl_utils.vae.loading import CONFIG_NAME, WEIGHTS_NAME
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "miniature/weights"
@@ -37,7 +37,12 @@ class Runner:
             original: the VAE that is fine-tuned.
             title: of the bar, before the first command.
             num_calls: number of commands.
+
+        Raises:
+            SystemExit: if there is no such VAE.
         """
+        if not (original / CONFIG_NAME).exists():
+            raise SystemExit(f"{original} holds no VAE; build it first: python -m miniature.build {original.name}")
         self.folder, self.original = folder, original
         folder.mkdir(parents=True, exist_ok=True)
         self.bar = progress_bar(num_calls, desc=title, unit="part")

@@ -10,6 +10,7 @@ import pytest
 import train_srl_vae
 from experiments import clips, tokens
 from experiments.plan import BETWEEN_SEEDS, FULL, PARTS, QUICK, VARIANTS, Scale, evaluations
+from experiments.runner import Runner
 from srl_utils.evaluation.cli import main as evaluation
 
 
@@ -43,3 +44,10 @@ def test_the_other_experiments_parse(name: str) -> None:
         data = [] if "--dataset_name" in flags else ["--data_dir", "data"]
         words = ["reconstruction", "--baseline", "vae", "--resolution", "64", *data, *map(str, flags)]
         assert evaluation.parse_args(words).threat_models == ["adaptive"]
+
+
+def test_a_missing_network_is_told_at_once(tmp_path: Path) -> None:
+    """Oracle: specification, one line with the command that builds it, before anything is run."""
+    with pytest.raises(SystemExit, match=r"vq holds no VAE; build it first: python -m miniature.build vq"):
+        Runner(tmp_path / "out", tmp_path / "vq", title="tokens", num_calls=1)
+    assert not (tmp_path / "out").exists()
