@@ -594,7 +594,8 @@ def test_pictures_after_the_step_are_taken_back(tmp_path: Path, step: int, left:
 
 
 def test_results_under_other_conditions_are_measured_anew(tmp_path: Path) -> None:
-    """Oracle: the rows. Those of the original VAE are kept where attacks, budget and number of images are the same."""
+    """Oracle: the rows. Those of the original VAE are kept where attacks, budget and number of images are the same, and
+    where tokens, if it has some, are counted."""
 
     class Counting(Validation):
         measured = 0
@@ -604,9 +605,9 @@ def test_results_under_other_conditions_are_measured_anew(tmp_path: Path) -> Non
             settings = [Setting(one.name, one.objective, "adaptive", one.epsilon, "psnr") for one in perturbations]
             return [to_row("original", setting, 20.0, n=len(self.images)) for setting in settings]
 
-    def times_measured(epsilon: float = 8 / 255, images: int = 3) -> int:
+    def times_measured(epsilon: float = 8 / 255, images: int = 3, codebook: object = None) -> int:
         validation = Counting(
-            SimpleNamespace(is_main_process=True), original=SimpleNamespace(name="original"), current=None,
+            SimpleNamespace(is_main_process=True), original=SimpleNamespace(name="original", codebook=codebook), current=None,
             images=torch.zeros(images, 3, 8, 8), perceptual=None, epsilon=epsilon, output_dir=tmp_path, seed=0, batch_size=1,
         )  # fmt: skip
         validation.measure_original(resumed=True)
@@ -616,6 +617,7 @@ def test_results_under_other_conditions_are_measured_anew(tmp_path: Path) -> Non
     larger = 16 / 255
     assert [times_measured(), times_measured()] == [1, 0]
     assert [times_measured(larger), times_measured(larger), times_measured(larger, images=2)] == [1, 0, 1]
+    assert times_measured(larger, images=2, codebook="codes") == 1
 
 
 def test_what_is_published_names_no_folder_of_this_machine(photographs: Path, vae_folder: Path, tmp_path: Path) -> None:
