@@ -62,6 +62,11 @@ def four_at_a_time(config: Config) -> int:
     return 4
 
 
+def cogvideox_frames(config: Config) -> int:
+    """Return twice the frames of a latent: the decoder makes more frames than there were of an even number of latents."""
+    return 2 * int(config["temporal_compression_ratio"])
+
+
 def ltx_frames(config: Config) -> int:
     """Return the frames per latent of LTX."""
     return config["patch_size_t"] * 2 ** sum(config["spatio_temporal_scaling"])
@@ -137,7 +142,7 @@ FAMILIES = {
             kind=AutoencoderKLHunyuanVideo, down_sampling=lambda config: config["spatial_compression_ratio"],
             frames=lambda config: config["temporal_compression_ratio"],
         ),
-        Family(kind=AutoencoderKLCogVideoX, frames=lambda config: int(config["temporal_compression_ratio"])),
+        Family(kind=AutoencoderKLCogVideoX, frames=cogvideox_frames),
         Family(
             kind=AutoencoderKLLTXVideo, trained=("encoder",), frames=ltx_frames,
             down_sampling=ltx_down_sampling, decoding=ltx_decoding,
