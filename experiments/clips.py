@@ -9,7 +9,6 @@ evaluation attacks clips, their first frames, and single images, and tells which
 from __future__ import annotations
 
 import argparse
-import platform
 import shlex
 from collections.abc import Sequence
 from datetime import date
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from experiments.claims import ORIGINAL, Results, spread, trained_name
-from experiments.runner import WEIGHTS, Runner
+from experiments.runner import WEIGHTS, Runner, machine
 from srl_utils.attacks.draws import image_generators
 from srl_utils.evaluation.catalogue import AttackResources, select
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
@@ -72,9 +71,9 @@ def main() -> None:
     run.evaluate("on-images", "reconstruction", names, [*data, *ON_IMAGES])
     run.bar.close()
     results = [Results(args.output_dir / name / "results.json") for name in ("on-clips", "on-images")]
-    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {date.today().isoformat()}"
+    made = f"{machine()}, {date.today().isoformat()}, {EPSILON}, adaptive attacks"
     tables = results_table(*results), frames_table(run, names[: len(VARIANTS)], args.output_dir / CLIPS)
-    text = "\n\n".join([f"{machine}, {EPSILON}, adaptive attacks", *tables])
+    text = "\n\n".join([made, *tables])
     write_text_atomically(args.output_dir / "clips.md", f"{text}\n")
     print(text)
 

@@ -11,12 +11,9 @@ kept, so the command can be interrupted and repeated.
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-
-import torch
 
 from experiments.claims import (
     ORIGINAL,
@@ -49,7 +46,7 @@ from experiments.plan import (
     evaluations,
     training_flags,
 )
-from experiments.runner import WEIGHTS, Runner
+from experiments.runner import WEIGHTS, Runner, machine
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.files import write_text_atomically
@@ -125,7 +122,7 @@ def report(results: Mapping[str, Results], claims: Sequence[Claim], scale: Scale
     """
     tables = [f"## {heading}\n\n{results_table(results[part])}" for part, heading in PARTS.items() if part in results]
     return REPORT.format(
-        machine=f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+        machine=machine(),
         date=date.today().isoformat(),
         seed=seed,
         minutes=f"{minutes:.0f}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -143,6 +144,11 @@ class Runner:
     @property
     def _times(self) -> Path:
         return self.folder / "seconds.json"
+
+
+def machine() -> str:
+    """Return the processor and the version of torch, for reports."""
+    return f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
 
 
 def num_processes(most: int) -> int:

@@ -10,16 +10,13 @@ interrupted and repeated.
 from __future__ import annotations
 
 import argparse
-import platform
 import shlex
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-import torch
-
 from experiments.claims import ORIGINAL, Results, spread, trained_name
-from experiments.runner import WEIGHTS, Runner
+from experiments.runner import WEIGHTS, Runner, machine
 from srl_utils.evaluation.motion import FLIPS, USE
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
 from srl_utils.evaluation.report.tables import markdown_table
@@ -60,9 +57,9 @@ def main() -> None:
         variant: [seconds.get(f"train {trained_name(variant, seed)}", 0) for seed in range(SEEDS)]
         for variant in VARIANTS
     }
-    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {date.today().isoformat()}"
+    made = f"{machine()}, {date.today().isoformat()}, {EPSILON}, adaptive attacks"
     table = results_table(Results(args.output_dir / "reconstruction/results.json"), times)
-    write_text_atomically(args.output_dir / "tokens.md", f"{machine}, {EPSILON}, adaptive attacks\n\n{table}\n")
+    write_text_atomically(args.output_dir / "tokens.md", f"{made}\n\n{table}\n")
     print(table)
 
 

@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers.batches import first_batches, joined
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -29,7 +30,6 @@ from srl_utils.images.datasets import DataSource, TrainingData, load_validation_
 from srl_utils.images.decoding import UnreadableImage
 from srl_utils.images.framing import random_box
 from srl_utils.images.ledger import ImageLedger
-from srl_utils.images.loading import Batch, training_batches
 from srl_utils.images.pixels import from_pil
 
 NUM_FRAMES = 4
@@ -434,15 +434,6 @@ def stream_data(tmp_path: Path, **changes) -> TrainingData:
 
 
 KINDS = {"map": folder_data, "stream": stream_data}
-
-
-def first_batches(data: TrainingData, number: int, **layout) -> list[Batch]:
-    return list(islice(training_batches(data, **({"batch_size": 4} | layout)), number))
-
-
-def joined(batches: list[Batch]) -> tuple[list[int], Tensor]:
-    positions = [position for batch in batches for position in batch.positions]
-    return positions, torch.cat([batch.images for batch in batches])
 
 
 def sources(tmp_path: Path) -> dict[str, DataSource]:

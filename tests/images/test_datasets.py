@@ -13,7 +13,6 @@ import tarfile
 import threading
 import time
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +20,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers.batches import first_batches, joined
 from helpers.runs import ROOT
 from PIL import Image
 from torch import Tensor
@@ -120,15 +120,6 @@ def stream_data(tmp_path: Path, **changes) -> TrainingData:
 
 
 KINDS = {"map": folder_data, "stream": stream_data}
-
-
-def first_batches(data: TrainingData, number: int, **layout) -> list[Batch]:
-    return list(islice(training_batches(data, **({"batch_size": 4} | layout)), number))
-
-
-def joined(batches: list[Batch]) -> tuple[list[int], Tensor]:
-    positions = [position for batch in batches for position in batch.positions]
-    return positions, torch.cat([batch.images for batch in batches])
 
 
 # Sources
