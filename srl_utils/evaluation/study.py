@@ -28,7 +28,7 @@ from srl_utils.evaluation.results import Record, Row, Setting, to_row, to_rows
 from srl_utils.evaluation.tasks.base import Cell, Task
 from srl_utils.files import read_json, write_atomically, write_text_atomically
 from srl_utils.images.pixels import frames_of
-from srl_utils.metrics.features import SET_METRICS
+from srl_utils.metrics.features import SET_METRICS, changes_of_clips
 from srl_utils.vae.codec import Codec
 
 THREAT_MODELS = (TRANSFER, ADAPTIVE)
@@ -151,6 +151,8 @@ class Study:
         if self.task.metrics.features is None:
             return {}
         layers = self.task.metrics.features.features(frames_of(images))
+        if images.ndim == 5:
+            layers["changes"] = changes_of_clips(layers["pool"], len(images))
         return {prefix + layer: value.cpu() for layer, value in layers.items()}
 
     # --- stored values ---
@@ -186,11 +188,13 @@ class Study:
             shown = {
                 layer: torch.cat([batch[f"{codec.name}/{variant}/{layer}"] for batch in batches]) for layer in real
             }
-            for metric in (name for name in SET_METRICS if name in self.task.metrics.names):
-                value = SET_METRICS[metric].value(real, shown)
+            for name, metric in SET_METRICS.items():
+                if name not in self.task.metrics.names or metric.layer not in real:
+                    continue
+                value = metric.value(real[metric.layer], shown[metric.layer])
                 done = (attempted(cell.perturbation.name, variant), cell.perturbation.objective)
                 for threat_model in cell.threat_models[codec.name]:
-                    setting = Setting(*done, threat_model, cell.perturbation.epsilon, metric)
+                    setting = Setting(*done, threat_model, cell.perturbation.epsilon, name)
                     yield to_row(codec.name, setting, value, n=len(self.images))
 
     @cached_property
@@ -210,9 +214,11 @@ class Study:
         path = self.output_dir / "study.json"
         current = {**self.fingerprint, "records": list(Setting._fields)}  # older versions stored other fields
         text = json.dumps(current, indent=1) + "\n"
-        stored = read_json(path) if path.exists() else None
-        if stored is not None and stored != json.loads(text):
-            changed = sorted(key for key in stored.keys() | current if stored.get(key) != current.get(key))
+        wanted = json.loads(text)
+        stored = read_json(path) if path.exists() else wanted
+        # A flag that is not given counts as one that older versions did not have.
+        changed = sorted(key for key in stored.keys() | wanted if stored.get(key) != wanted.get(key))
+        if changed:
             raise UserError(
                 f"{self.output_dir} holds an evaluation with other settings ({', '.join(changed)}); choose another folder",
                 parameter="output_dir",

@@ -165,6 +165,11 @@ def _open_file(source: object) -> Iterator[IO[bytes]]:
         raise UnreadableImage(f"{type(source).__name__} instead of a clip")
 
 
+def is_clip(path: Path) -> bool:
+    """Return whether `path` is a video, an animated image or a folder, whose images are then the frames."""
+    return path.is_dir() or suffix_of(path.name) in VIDEO_SUFFIXES or _is_animated(path)
+
+
 def list_clips(folder: Path) -> tuple[list[Path], Skipped]:
     """List the clips below `folder`, sorted, and the files that are in none.
 

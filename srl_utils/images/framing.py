@@ -153,11 +153,6 @@ def decode_square(source: object, crop: Crop, *, num_frames: int = 1, start: flo
     return decode_clip(source, crop, num_frames=num_frames, start=start)
 
 
-def centre_square(image: Image.Image, *, resolution: int) -> Image.Image:
-    """Return the central square of an RGB image, scaled to `resolution` x `resolution`."""
-    return _scale(image, centre_box(*image.size), resolution)
-
-
 def centre_box(width: int, height: int) -> Box:
     """Return the box (left, top, right, bottom) of the central square."""
     side = min(width, height)

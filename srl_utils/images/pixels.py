@@ -68,8 +68,8 @@ def over_frames(values: Tensor, count: int) -> Tensor:
 
 
 def on_device(images: Tensor, device: torch.device) -> Tensor:
-    """Return images or clips on a device, images in channels-last memory, without waiting for the copy."""
-    layout = torch.channels_last if images.ndim == 4 else torch.preserve_format
+    """Return images or clips on a device, in channels-last memory, without waiting for the copy."""
+    layout = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
     return images.to(device, memory_format=layout, non_blocking=True)
 
 

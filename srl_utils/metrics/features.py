@@ -168,21 +168,31 @@ class SetMetric(NamedTuple):
 
     Attributes:
         least: the smallest number of images.
-        value: computes it from the `Features` of the original images and of the images made from them.
+        layer: of the features that it takes.
+        value: computes it from those of the original images and of the images made from them.
     """
 
     least: int
-    value: Callable[[dict[str, Tensor], dict[str, Tensor]], float]
+    layer: str
+    value: Callable[[Tensor, Tensor], float]
 
 
-FID = SetMetric(2, lambda real, shown: frechet_distance(real["pool"], shown["pool"]))
+RFID_CHANGES = "rfid-changes"
+
+
+def changes_of_clips(features: Tensor, count: int) -> Tensor:
+    """Return how the features `[count*T,D]` of clips' frames change from frame to frame, `[count*(T-1),D]`."""
+    return features.unflatten(0, (count, -1)).diff(dim=1).flatten(0, 1)
+
+
 SET_METRICS = {
-    "rfid": FID,
-    "fid": FID,
-    "kid": SetMetric(2, lambda real, shown: _kernel_distance_of_any(real["pool"], shown["pool"])),
-    "is": SetMetric(2 * SPLITS, lambda _, shown: inception_score(shown["logits"], splits=SPLITS).mean),
+    "rfid": SetMetric(2, "pool", frechet_distance),
+    RFID_CHANGES: SetMetric(2, "changes", frechet_distance),
+    "fid": SetMetric(2, "pool", frechet_distance),
+    "kid": SetMetric(2, "pool", lambda real, shown: _kernel_distance_of_any(real, shown)),
+    "is": SetMetric(2 * SPLITS, "logits", lambda _, shown: inception_score(shown, splits=SPLITS).mean),
 }
-"""By their names in the results; rfid is the FID of reconstructions."""
+"""By their names in the results; rfid is the FID of reconstructions, rfid-changes that of the changes between frames."""
 
 
 def _kernel_distance_of_any(features: Tensor, others: Tensor) -> float:

@@ -221,9 +221,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def to_channels_last(vae: VAE) -> VAE:
-    """Move a VAE to channels-last memory, in place; one with convolutions over time keeps its layout."""
-    if all(parameter.ndim < 5 for parameter in vae.parameters()):
-        vae.to(memory_format=torch.channels_last)
+    """Move a VAE's weights to channels-last memory, in place, those of convolutions over time too.
+
+    `Module.to` refuses networks that have weights of both ranks.
+    """
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in vae.parameters():
+        if parameter.ndim in layouts:
+            parameter.data = parameter.data.to(memory_format=layouts[parameter.ndim])
     return vae
 
 

@@ -54,6 +54,7 @@ SETTINGS = {
     "sds-minus": (U0, "linf", 16 / 255, 1 / 255, 100, False, "constant", True, "a photo"),
     "pid": (U0, "linf", 12.75 / 255, 1 / 255, 1000, True, "constant", False, None),
     "nightshade": (U0, "linf", 0.04, 0.04, 500, False, "linear", True, None),
+    "uvcg": (U0, "linf", 16 / 255, 1 / 255, 100, True, "constant", True, None),  # UNCONFIRMED
 }
 BY_GRADIENT = [name for name in PROTECTIONS if not name.startswith("sds")]
 ENCODER_ONLY = [name for name, protection in PROTECTIONS.items() if not protection.needs_denoiser]

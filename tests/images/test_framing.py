@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from srl_utils.images.decoding import UnreadableImage, decode_rgb, image_suffixes
-from srl_utils.images.framing import Crop, centre_square, random_box, to_tensor
+from srl_utils.images.framing import Crop, random_box, to_tensor
 from srl_utils.images.listing import list_files
+from srl_utils.images.pixels import to_pil
 
 SIZE = (6, 4)
 
@@ -128,7 +129,7 @@ def test_centre_square_is_resize_then_crop() -> None:
     """Oracle: Pillow's resize of the whole picture followed by a central crop, where the scale is exact."""
     picture = Image.effect_noise((64, 32), 60).convert("RGB")
     expected = picture.resize((32, 16), Image.Resampling.LANCZOS).crop((8, 0, 24, 16))
-    difference = np.asarray(centre_square(picture, resolution=16), int) - np.asarray(expected, int)
+    difference = np.asarray(to_pil(Crop(resolution=16)(picture)), int) - np.asarray(expected, int)
     assert np.abs(difference).max() <= 1
 
 

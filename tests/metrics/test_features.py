@@ -45,6 +45,7 @@ from srl_utils.metrics.features import (
     ClipSimilarity,
     ImageClassifier,
     InceptionFeatures,
+    changes_of_clips,
     classifier_distance,
     frechet_distance,
     inception_score,
@@ -699,7 +700,15 @@ def test_metrics_of_the_evaluation(
 
 def test_set_metrics_are_the_published_ones() -> None:
     """Oracle: the functions above with torch-fidelity's own defaults, from the number of images that these need."""
-    real, shown = ({"pool": _noise(count, 4), "logits": _noise(count, 6)} for count in (1001, 1002))
-    assert SET_METRICS["rfid"].value(real, shown) == frechet_distance(real["pool"], shown["pool"])
-    assert SET_METRICS["kid"].value(real, shown) == kernel_distance(real["pool"], shown["pool"]).mean
-    assert SET_METRICS["is"].value(real, shown) == inception_score(shown["logits"]).mean
+    layers = {"pool": 4, "logits": 6, "changes": 4}
+    real, shown = ({layer: _noise(count, width) for layer, width in layers.items()} for count in (1001, 1002))
+    values = {name: metric.value(real[metric.layer], shown[metric.layer]) for name, metric in SET_METRICS.items()}
+    assert values["rfid"] == values["fid"] == frechet_distance(real["pool"], shown["pool"])
+    assert values["kid"] == kernel_distance(real["pool"], shown["pool"]).mean
+    assert values["is"] == inception_score(shown["logits"]).mean
+
+
+def test_changes_of_clips_are_differences_within_each_clip() -> None:
+    """Oracle: closed form: a number that grows by k in each frame of clip k changes by k, and never from clip to clip."""
+    features = torch.tensor([[0.0], [1.0], [2.0], [7.0], [9.0], [11.0]])
+    assert changes_of_clips(features, 2).tolist() == [[1.0], [1.0], [2.0], [2.0]]

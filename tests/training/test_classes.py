@@ -16,10 +16,14 @@ from safetensors.torch import load_file
 from miniature.scenes import draw_clip
 from srl_utils.evaluation.__main__ import main as evaluate
 from srl_utils.images.datasets import load_validation_images
+from srl_utils.images.pixels import frames_of
 from srl_utils.images.sources import DataSource
+from srl_utils.metrics.features import changes_of_clips, frechet_distance, load_image_classifier
+from srl_utils.vae.codec import Codec
 from srl_utils.vae.families import FAMILIES
 from srl_utils.vae.loading import WEIGHTS_NAME, AutoencoderSource, load_autoencoder
 
+CLASSIFIER = ROOT / "miniature/weights/classifier"
 EVERY_CLASS = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -179,31 +183,44 @@ def test_clips_that_do_not_suit_are_refused(name: str, run: Run, flags: list[obj
 @classes_of_clips("AutoencoderKL")
 def test_evaluation_of_clips(name: str, clips: tuple[Path, int], tmp_path: Path) -> None:
     """Oracle: the real command: every attack on clips is measured, with the metrics of clips and each check; attacks on
-    the first frame do less than those on all; attacks on denoisers are left out with a note."""
+    the first frame do less than those on all; one with a clip as its target pulls latents towards that clip's; attacks on
+    denoisers are left out with a note. The Fréchet distance of frame changes is that of the classifier's features."""
     folder, count = clips
     for seed, place in enumerate(("base", "robust")):
         small_autoencoder(name, seed=seed).save_pretrained(tmp_path / place)
     attacks = [
         "clean", "noise", "jpeg-3", "gaussian-blur-1", "pgd-10", "pgd-10-first", "apgd-10-latents", "square-20",
-        "photoguard-encoder", "mist-textural", "pid", "sds",
+        "photoguard-encoder", "mist-textural", "pid", "uvcg", "sds",
     ]  # fmt: skip
     code = evaluate([
         "reconstruction", "--baseline", str(tmp_path / "base"), "--vae", f"robust={tmp_path / 'robust'}",
         "--data_dir", str(folder), "--resolution", "32", "--num_frames", str(count), "--num_images", "2",
         "--attacks", *attacks, "--epsilons", "8/255", "--max_attack_steps", "2", "--num_check_images", "2",
-        "--metrics", "psnr", "ssim", "drift", "latent-travel", "warping-error", "flicker", "--output_dir",
-        str(tmp_path / "out"),
+        "--metrics", "psnr", "ssim", "drift", "latent-travel", "latent-share", "warping-error", "flicker", "rfid",
+        "rfid-changes", "--classifier", str(CLASSIFIER), "--target", str(folder / "1"), "--output_dir", str(tmp_path / "out"),
     ])  # fmt: skip
     assert code == 0
     rows = json.loads((tmp_path / "out/results.json").read_text())
     measured = {(row["attack"], row["metric"]): row["value"] for row in rows if row["vae"] == "original"}
     assert {attack for attack, _ in measured} == {*(set(attacks) - {"noise", "sds"}), "gaussian-noise"}
-    assert {"warping-error", "flicker", "latent-travel"} <= {metric for _, metric in measured}
+    assert {"warping-error", "flicker", "latent-travel", "rfid"} <= {metric for _, metric in measured}
+    assert measured["uvcg", "latent-share"] > 0
     assert measured["pgd-10", "psnr"] < measured["pgd-10-first", "psnr"] < measured["clean", "psnr"]
     report = (tmp_path / "out/report.md").read_text()
     clip = load_validation_images(
         DataSource(validation_data_dir=str(folder), num_frames=count), num_images=2, resolution=32
     ).images
+    pool = load_image_classifier(str(CLASSIFIER)).features
+    changes = [
+        changes_of_clips(pool(frames_of(each))["pool"], 2)
+        for each in (
+            clip,
+            Codec.of(
+                load_autoencoder(AutoencoderSource(pretrained_model_name_or_path=str(tmp_path / "base"))), "base"
+            ).reconstruct(clip),
+        )
+    ]
+    assert measured["clean", "rfid-changes"] == pytest.approx(frechet_distance(*changes), rel=1e-2)
     flat = (clip - clip.flatten(2).mean(dim=2)[..., None, None, None]).square().mean()
     assert f"a flat colour: {10 * torch.log10(4 / flat):.2f} dB" in report
     assert "sds was left out: " in report and f"2 clips of clips, 32 px of {count} frames" in report

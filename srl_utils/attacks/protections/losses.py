@@ -13,7 +13,7 @@ from srl_utils.metrics.losses import mean_squared_error
 
 
 def latent_distance(batch: ProtectedBatch) -> Objective:
-    """Return PhotoGuard's encoder attack and Nightshade's loss, `[N]`: |mean(x) - mean(target)|.
+    """Return the loss of PhotoGuard's encoder attack, Nightshade and UVCG, `[N]`: |mean(x) - mean(target)|.
 
     This is the Euclidean distance of the posteriors' raw means. Without a target it is |mean(x)|.
 
@@ -24,6 +24,10 @@ def latent_distance(batch: ProtectedBatch) -> Objective:
 
     Nightshade: Shan et al. (arXiv 2310.13828), Shawn-Shan/nightshade-release, opt.py and gen_poison.py. The paper's
     bound of 0.07 LPIPS and its optimizer are UNCONFIRMED; the release has an L-infinity bound.
+
+    UVCG: Li et al., "UVCG: Leveraging Temporal Consistency for Universal Video Protection" (arXiv 2411.17746). It pulls a
+    clip's latents to those of another clip by PGD. Its budget and steps are UNCONFIRMED; here they are Mist's. The authors
+    attack frame by frame and start from the perturbation of the frame before; here all frames change together.
     """
     goal = 0.0 if batch.target is None else batch.target_posterior().mean
     return lambda images: (batch.victim.encode(images).mean - goal).flatten(1).norm(dim=1)

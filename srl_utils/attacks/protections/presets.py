@@ -206,6 +206,13 @@ PROTECTIONS: dict[str, Protection] = {
             needs_target=True,
         ),
         Protection(
+            name="uvcg",
+            loss=latent_distance,
+            minimise=True,
+            config=SIXTEEN_LEVELS,
+            needs_target=True,
+        ),
+        Protection(
             name="glaze",
             loss=style_distance,
             minimise=True,

@@ -82,7 +82,12 @@ def add_attack_arguments(parser: argparse.ArgumentParser, *, attacks: Sequence[s
         "--threat_models", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS),
         help="transfer: attacks made on the baseline; adaptive: attacks made on each VAE itself",
     )  # fmt: skip
-    add("--target", type=expanded_path, default=None, help="image that targeted protections make others look like")
+    add(
+        "--target",
+        type=expanded_path,
+        default=None,
+        help="image (or clip, with clips) that targeted protections make others look like",
+    )
     add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
     add_check_arguments(parser)
 
@@ -102,12 +107,15 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
         "--caption_column", default=None,
         help="of the dataset, the tars, or the metadata.jsonl, metadata.csv or text files in --data_dir",
     )  # fmt: skip
-    add(
-        "--classifier", type=home_expanded, default=None,
-        help="image classifier (folder or Hub id): replaces Inception, and checks whether images show their prompts",
-    )  # fmt: skip
+    add_classifier_argument(parser, "replaces Inception, and checks whether images show their prompts")
     add("--num_inference_steps", type=positive_int, default=50, help="denoising steps at full strength")
     add("--guidance_scale", type=non_negative_float, default=7.5, help="of classifier-free guidance")
+
+
+def add_classifier_argument(parser: argparse.ArgumentParser, uses: str) -> None:
+    """Add `--classifier`, whose help says what it is used for."""
+    help = f"image classifier (folder or Hub id): {uses}"
+    parser.add_argument("--classifier", type=home_expanded, default=None, help=help)
 
 
 # --- which flags have an effect ---
@@ -120,7 +128,6 @@ def shared_effects(args: argparse.Namespace) -> Effects:
         "split": (args.dataset_name is not None, "--dataset_name"),
         "image_column": (data_set or args.data_dir is not None, "a dataset with columns"),
         "streaming": (data_set or args.data_dir is not None, "a dataset that can be streamed"),
-        "inception_weights": (has_set_metrics(args.metrics), "FID, rFID, KID or IS among --metrics"),
         "clip_model": (not set(CLIP_METRICS).isdisjoint(args.metrics), "a CLIP similarity among --metrics"),
     }
 
@@ -148,15 +155,15 @@ def check_effects(checked: bool) -> Effects:
     return {"num_check_images": (checked, "the checks, which --no_checks leaves out")}
 
 
-def pipeline_effects(metrics: Sequence[str], classifier: str | None, attacks: Sequence[str] = ()) -> Effects:
-    """Return when the flags of `add_pipeline_arguments` have an effect, with these metrics, classifier and attacks."""
+def classifier_effects(metrics: Sequence[str], classifier: str | None, attacks: Sequence[str] = ()) -> Effects:
+    """Return when a classifier and Inception's weights have an effect, with these metrics, classifier and attacks."""
     sets = has_set_metrics(metrics)
     return {
         "classifier": (
             sets or "shown" in metrics or uses_glaze(attacks),
-            "shown, FID, KID or IS among --metrics, or Glaze",
+            "shown, FID, rFID, KID or IS among --metrics, or Glaze",
         ),
-        "inception_weights": (sets and classifier is None, "FID, KID or IS among --metrics and no --classifier"),
+        "inception_weights": (sets and classifier is None, "FID, rFID, KID or IS among --metrics and no --classifier"),
     }
 
 

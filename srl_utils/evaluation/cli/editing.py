@@ -17,7 +17,7 @@ from srl_utils.evaluation.cli.arguments import (
     add_pipeline_arguments,
     add_shared_arguments,
     attack_effects,
-    pipeline_effects,
+    classifier_effects,
     share,
     shared_effects,
 )
@@ -189,7 +189,7 @@ def effects(args: argparse.Namespace) -> Effects:
     return {
         **shared_effects(args),
         **attack_effects(args.attacks, checked=not args.no_checks),
-        **pipeline_effects(args.metrics, args.classifier, args.attacks),
+        **classifier_effects(args.metrics, args.classifier, args.attacks),
         "caption_column": (args.prompts is None, "--replace, which edits captions"),
     }
 

@@ -9,7 +9,7 @@ from srl_utils.evaluation.cli.arguments import (
     add_metrics_argument,
     add_pipeline_arguments,
     add_shared_arguments,
-    pipeline_effects,
+    classifier_effects,
     share,
     shared_effects,
 )
@@ -63,4 +63,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def effects(args: argparse.Namespace) -> Effects:
     """Return when each flag has an effect, and what it needs to have one."""
-    return {**shared_effects(args), **pipeline_effects(args.metrics, args.classifier)}
+    return {**shared_effects(args), **classifier_effects(args.metrics, args.classifier)}

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from srl_utils.errors import UserError
 from srl_utils.evaluation.cli.places import described, parse_named_place, parse_place
+from srl_utils.images.clips import FrameFolder, is_clip
 from srl_utils.images.datasets import ValidationImages, load_validation_images
-from srl_utils.images.decoding import UnreadableImage, decode_rgb
-from srl_utils.images.framing import centre_square, to_tensor
+from srl_utils.images.decoding import UnreadableImage
+from srl_utils.images.framing import Crop, decode_square
 from srl_utils.images.listing import few
 from srl_utils.images.sources import DataSource
 from srl_utils.metrics.features import ImageClassifier, load_image_classifier
@@ -156,13 +157,17 @@ def load_classifier(place: str | None, metrics: Sequence[str]) -> ImageClassifie
     return load_image_classifier(place)
 
 
-def load_target(path: Path, resolution: int) -> Tensor:
+def load_target(path: Path, resolution: int, *, num_frames: int = 1) -> Tensor:
     """Return the central square of an image at `resolution` R, `[1,3,R,R]` in [-1,1].
 
+    For clips, `path` may also be a clip, of which the middle `num_frames` are returned, `[1,3,T,R,R]`.
+
     Raises:
-        UserError: if the image cannot be read.
+        UserError: if the image or clip cannot be read.
     """
+    clip = num_frames > 1 and is_clip(path)
+    source = FrameFolder(path) if path.is_dir() and clip else path
     try:
-        return to_tensor(centre_square(decode_rgb(path), resolution=resolution))[None]
+        return decode_square(source, Crop(resolution=resolution), num_frames=num_frames if clip else 1)[None]
     except UnreadableImage as error:
         raise UserError(f"{path} cannot be read: {error}", parameter="target") from None

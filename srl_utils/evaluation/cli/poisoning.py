@@ -24,7 +24,7 @@ from srl_utils.evaluation.cli.arguments import (
     add_shared_arguments,
     budget,
     check_effects,
-    pipeline_effects,
+    classifier_effects,
     shared_effects,
 )
 from srl_utils.evaluation.cli.loading import load_classifier
@@ -234,7 +234,7 @@ def effects(args: argparse.Namespace) -> Effects:
     poisoned = any(args.num_poisons)
     return {
         **shared_effects(args),
-        **pipeline_effects(args.metrics, args.classifier, args.protection),
+        **classifier_effects(args.metrics, args.classifier, args.protection),
         **check_effects(not args.no_checks),
         **dict.fromkeys(("epsilon", "threat_models", "max_attack_steps"), (poisoned, "a number of poisons above 0")),
     }

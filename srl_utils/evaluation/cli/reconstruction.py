@@ -11,37 +11,55 @@ from srl_utils.command_line import Effects, positive_int
 from srl_utils.evaluation.catalogue import select
 from srl_utils.evaluation.cli.arguments import (
     add_attack_arguments,
+    add_classifier_argument,
     add_metrics_argument,
     add_shared_arguments,
     attack_effects,
+    classifier_effects,
     draws_targets,
     needs_denoiser,
     shared_effects,
 )
+from srl_utils.evaluation.cli.loading import load_classifier
 from srl_utils.evaluation.cli.running import run_study
 from srl_utils.evaluation.cli.setup import Setup, build_attack_resources, build_metrics, prepare
 from srl_utils.evaluation.motion import FLIPS, MOTION_METRICS, USE
 from srl_utils.evaluation.sanity import CheckSettings
 from srl_utils.evaluation.tasks.base import Reconstruction, denoiser_of
 from srl_utils.metrics.clips import CLIP_METRICS, FLICKER
+from srl_utils.metrics.features import RFID_CHANGES
 from srl_utils.metrics.losses import LPIPS_METRICS
 
 DEFAULT_METRICS = ["psnr", "ssim", "lpips-alex", "drift", *MOTION_METRICS, USE, FLICKER]
-METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "rfid", "kid", "is", "drift", *MOTION_METRICS, USE, *CLIP_METRICS)
+METRICS = (
+    "psnr",
+    "ssim",
+    *LPIPS_METRICS,
+    "clip",
+    "rfid",
+    RFID_CHANGES,
+    "kid",
+    "is",
+    "drift",
+    *MOTION_METRICS,
+    USE,
+    *CLIP_METRICS,
+)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the evaluation and return its exit code."""
+    classifier = load_classifier(args.classifier, args.metrics)
     setup = prepare(args)
     task = Reconstruction(
-        metrics=build_metrics(args, setup),
+        metrics=build_metrics(args, setup, classifier),
         baseline=setup.codecs[0],
         images=setup.images,
         denoiser=denoiser_of(setup.pipeline),
     )
     task.note_incomparable(setup.codecs, setup.notes)
     note_inapplicable(args.metrics, setup)
-    selection = select(args.attacks, args.epsilons, build_attack_resources(args, setup))
+    selection = select(args.attacks, args.epsilons, build_attack_resources(args, setup, classifier))
     setup.notes.extend(selection.notes)
     check_settings = CheckSettings(epsilon=median_low(args.epsilons))
     if set(args.attacks) == {"quick"}:
@@ -55,7 +73,7 @@ def note_inapplicable(metrics: Sequence[str], setup: Setup) -> None:
     """Add a note for each metric that was asked for and has nothing to measure; the default ones need none."""
     lacking: dict[str, str] = {}
     if setup.images.ndim == 4:
-        lacking |= dict.fromkeys(CLIP_METRICS, "clips; give `num_frames`")
+        lacking |= dict.fromkeys((RFID_CHANGES, *CLIP_METRICS), "clips; give `num_frames`")
     if all(codec.codebook is None for codec in setup.codecs):
         lacking |= dict.fromkeys((FLIPS, USE), "a VAE with a codebook")
     for name, needed in lacking.items():
@@ -71,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_metrics_argument(parser, METRICS, default=DEFAULT_METRICS)
     add("--num_frames", type=positive_int, default=1, help="frames of a clip; 1 for images")
+    add_classifier_argument(parser, "replaces Inception, and LPIPS where Glaze lacks its weights")
     add("--pipeline", default=None, metavar="PLACE", help="diffusion pipeline for attacks that need a denoiser")
 
 
@@ -80,6 +99,7 @@ def effects(args: argparse.Namespace) -> Effects:
     return {
         **shared_effects(args),
         **attack_effects(args.attacks, checked=not args.no_checks),
+        **classifier_effects(args.metrics, args.classifier, args.attacks),
         "pipeline": (
             needs_denoiser(args.attacks) or drawn,
             "an attack on a denoiser, or one whose target it draws",

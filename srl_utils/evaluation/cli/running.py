@@ -194,7 +194,8 @@ def fingerprint(args: argparse.Namespace, setup: Setup, metrics: Metrics) -> dic
     """Return all that the stored values depend on, except attacks and epsilons, which may be added later."""
     given = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_IN_FINGERPRINT}
     if given.get("target"):
-        given["target"] = digest(args.target.read_bytes())
+        files = sorted(args.target.iterdir()) if args.target.is_dir() else [args.target]
+        given["target"] = digest(b"".join(file.read_bytes() for file in files if file.is_file()))
     if args.pipeline is not None:
         source = parse_place(args.pipeline)
         if commit := resolved_commit(source, "model_index.json"):

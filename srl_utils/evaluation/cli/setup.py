@@ -278,7 +278,10 @@ def build_attack_resources(
         setup: gets a note for each missing thing.
         classifier: bounds Glaze where LPIPS has no weights.
     """
-    target = None if args.target is None else load_target(args.target, args.resolution).to(setup.accelerator.device)
+    target = None
+    if args.target is not None:
+        num_frames = setup.images.shape[2] if setup.images.ndim == 5 else 1
+        target = load_target(args.target, args.resolution, num_frames=num_frames).to(setup.accelerator.device)
     perceptual = try_lpips(setup) if needs_perceptual(args.attacks) else None
     target_pipeline = try_image_to_image(setup) if target is None and draws_targets(args.attacks) else None
     incompatible: frozenset[str] = frozenset()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srl_utils.evaluation.tasks.base import Metrics
 from srl_utils.images.pixels import frames_of
-from srl_utils.metrics.features import SPLITS, SUBSET_SIZE, InceptionFeatures
+from srl_utils.metrics.features import RFID_CHANGES, SPLITS, SUBSET_SIZE, InceptionFeatures
 from srl_utils.metrics.losses import LPIPS_METRICS
 from srl_utils.metrics.pixels import SSIM_WINDOW
 
@@ -23,7 +23,7 @@ INCEPTION_SIDE = 299
 """Side of the images that Inception takes, pixels."""
 MOST_NAMED = 3
 """Number of captions that a caveat quotes."""
-FRECHET = ("fid", "rfid")
+FRECHET = ("fid", "rfid", RFID_CHANGES)
 
 
 class Caveat(NamedTuple):
