@@ -84,6 +84,7 @@ test-hub-%: .venv-hub/%/.installed
 # (9 min on an H100).
 miniature: $(VENV)/.installed-test
 	$(RUN) python -m miniature.build vae
+	$(RUN) python -m miniature.build vq --torch_compile
 	$(RUN) python -m miniature.build clip
 	$(RUN) python -m miniature.build classifier
 	$(RUN) python -m miniature.build diffusion
@@ -95,10 +96,10 @@ paper: $(VENV)/.installed-test
 paper-quick: $(VENV)/.installed-test
 	$(RUN) python -m experiments.paper --quick --output_dir outputs/paper-quick
 
-# Both need a network that is not shipped: python -m miniature.build vq, python -m miniature.build video.
 tokens: $(VENV)/.installed-test
 	$(RUN) python -m experiments.tokens
 
+# Needs a network that is not shipped: python -m miniature.build video.
 clips: $(VENV)/.installed-test
 	$(RUN) python -m experiments.clips
 

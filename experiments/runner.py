@@ -152,8 +152,9 @@ def machine() -> str:
 
 
 def num_processes(most: int) -> int:
-    """Return one process per GPU, or per core, up to `most`: networks this small gain little from threads."""
-    available = min(most, torch.cuda.device_count() or os.cpu_count() or 1)
+    """Return one process per GPU, or per core that may be used, up to `most`: networks this small gain little from threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = min(most, torch.cuda.device_count() or cores)
     return max(count for count in (1, 2, 4, 8) if count <= available)
 
 

@@ -26,10 +26,10 @@ from srl_utils.files import write_text_atomically
 SEEDS = 3
 ATTACKED = "--recipe fast --pgd_steps 3 --pgd_step_size 4/255"
 VARIANTS = {
-    "no attack": "--recipe fast --pgd_steps 0 --max_train_steps 1500",
-    "feature distance": f"{ATTACKED} --objective feature --max_train_steps 1000",
-    "trades": f"{ATTACKED} --objective trades --latent_weight 1 --max_train_steps 700",
-    "srl": f"{ATTACKED} --latent_weight 0.3 --latent_attack_share 0.5 --max_train_steps 600",
+    "no attack": "--recipe fast --pgd_steps 0 --max_train_steps 930",
+    "feature distance": f"{ATTACKED} --objective feature --max_train_steps 760",
+    "trades": f"{ATTACKED} --objective trades --latent_weight 1 --max_train_steps 520",
+    "srl": f"{ATTACKED} --latent_weight 0.3 --latent_attack_share 0.5 --max_train_steps 400",
 }
 """Flags by variant; the numbers of steps take about the same time."""
 ATTACKS = {"reconstruction": "apgd-100", "features": "apgd-100-latents", "tokens": "apgd-100-tokens"}

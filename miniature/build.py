@@ -1,7 +1,7 @@
 """Train a network of the miniature world: its autoencoders, CLIP, classifier or diffusion model.
 
-    python -m miniature.build vae | clip | classifier | diffusion              # make miniature: all of them
-    python -m miniature.build vq | video                                       # not shipped
+    python -m miniature.build vae | vq | clip | classifier | diffusion         # make miniature: all of them
+    python -m miniature.build video                                            # not shipped
 
 Every batch is a function of (seed, step), so a stopped run resumes with the same next batch.
 """

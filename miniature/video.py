@@ -29,7 +29,7 @@ from srl_utils.vae.networks import to_channels_last
 
 ABOUT = """# The miniature's video autoencoder
 
-A `diffusers.AutoencoderKLWan` of {parameters} million parameters for clips of 64 px, or another multiple of 8, and of 1 plus
+A `diffusers.AutoencoderKLWan` of {parameters} million parameters for clips of 64 px, or another multiple of 4, and of 1 plus
 a multiple of 4 frames. Its weights are in float16.
 
 `python -m miniature.build video` trained it on drawn scenes whose objects move, and on pans over scikit-image's training
@@ -58,11 +58,12 @@ def build(args: argparse.Namespace) -> None:
 def build_autoencoder() -> AutoencoderKLWan:
     """Return the autoencoder with random weights: Wan's blocks with fewer channels."""
     return AutoencoderKLWan(
-        base_dim=12,
+        base_dim=16,
         z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 4, 4],
+        dim_mult=[1, 2, 4],
         num_res_blocks=1,
-        temperal_downsample=[False, True, True],
+        temperal_downsample=[True, True],
+        scale_factor_spatial=4,
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
     )
