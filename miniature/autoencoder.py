@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from miniature.imagenet import NAME, ImageNetLayers
-from miniature.measure import measure_scaling_factor, write_measurements
+from miniature.measure import as_saved, measure_scaling_factor, save
 from miniature.mixture import SIZE, first_images, sample_batches
 from miniature.teacher import FACTOR, FEATURE_CHANNELS, PIXEL_CHANNELS, Teacher
 from miniature.training import BETAS, Loop, autocast, cosine_schedule, descend
@@ -39,6 +39,10 @@ Settings: {build}.
 
 `scaling_factor` is the measured 1 / standard deviation of its latents.
 """
+SETTINGS = (
+    "teaching_steps", "joint_steps", "adversarial_steps", "batch_size", "learning_rate", "adversarial_learning_rate", "seed",
+    "torch_compile",
+)  # fmt: skip
 TEACHER_SAMPLES = 512
 LATENT_NOISE = 0.15
 """Of the teacher's latents that the decoder sees, in each channel's standard deviation."""
@@ -52,22 +56,9 @@ ADVERSARIAL_BETAS = (0.5, 0.9)
 def build(args: argparse.Namespace) -> None:
     """Train the autoencoder, measure it, and write it to `args.output_dir`."""
     torch.manual_seed(args.seed)
-    trained = train(args).to(memory_format=torch.contiguous_format).eval()  # safetensors takes no other format
-    vae = trained.half().float()  # as saved: half the file size; diffusers loads it in float32
+    vae = as_saved(train(args))
     vae.register_to_config(scaling_factor=measure_scaling_factor(vae))
-    vae.half().save_pretrained(args.output_dir)
-    names = (
-        "teaching_steps",
-        "joint_steps",
-        "adversarial_steps",
-        "batch_size",
-        "learning_rate",
-        "adversarial_learning_rate",
-        "seed",
-    )
-    settings = {name: getattr(args, name) for name in names}
-    settings["torch_compile"] = args.torch_compile
-    write_measurements(vae.float(), args.output_dir, about=ABOUT, build=settings)
+    save(vae, args, about=ABOUT, settings=SETTINGS)
 
 
 def build_autoencoder() -> AutoencoderKL:

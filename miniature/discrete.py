@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from miniature.autoencoder import seen
 from miniature.imagenet import NAME, ImageNetLayers
-from miniature.measure import write_measurements
+from miniature.measure import as_saved, save
 from miniature.mixture import SIZE, first_images, sample_batches
 from miniature.training import BETAS, Loop, autocast, cosine_schedule, descend
 from srl_utils.metrics.losses import FeatureDistance
@@ -32,6 +32,7 @@ become one of 512 tokens. Its weights are in float16.
 `python -m miniature.build vq` trained it on drawn scenes, dead leaves and augmented crops of scikit-image's training
 photographs: first without the codebook, then with it. Settings: {build}.
 """
+SETTINGS = ("plain_steps", "joint_steps", "batch_size", "learning_rate", "seed", "torch_compile")
 CODES, CODE_DIMENSIONS = 512, 4
 COMMITMENT_WEIGHT = 0.25
 """Of the quantiser's loss: of the codes' distance from the features, and the features' from them."""
@@ -45,12 +46,7 @@ Terms = dict[str, Tensor]
 def build(args: argparse.Namespace) -> None:
     """Train the autoencoder, measure it, and write it to `args.output_dir`."""
     torch.manual_seed(args.seed)
-    trained = train(args).to(memory_format=torch.contiguous_format).eval()  # safetensors takes no other format
-    vae = trained.half().float()  # as saved: half the file size; diffusers loads it in float32
-    vae.half().save_pretrained(args.output_dir)
-    names = ("plain_steps", "joint_steps", "batch_size", "learning_rate", "seed", "torch_compile")
-    settings = {name: getattr(args, name) for name in names}
-    write_measurements(vae.float(), args.output_dir, about=ABOUT, build=settings)
+    save(as_saved(train(args)), args, about=ABOUT, settings=SETTINGS)
 
 
 def build_autoencoder() -> VQModel:

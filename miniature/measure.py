@@ -115,16 +115,24 @@ def latent_share(codec: Codec, images: Tensor) -> float:
         )
 
 
-def write_measurements(vae: ModelMixin, folder: Path, *, about: str, build: dict[str, object]) -> None:
-    """Write `measured.json` and a README with its table into the weights' folder.
+def as_saved(vae: ModelMixin) -> ModelMixin:
+    """Return a trained autoencoder as it loads from its file: rounded to float16, and in contiguous memory."""
+    return vae.to(memory_format=torch.contiguous_format).eval().half().float()
+
+
+def save(vae: ModelMixin, args: argparse.Namespace, *, about: str, settings: Sequence[str]) -> None:
+    """Write the weights in float16, `measured.json`, and a README with its table into `args.output_dir`.
 
     Args:
-        vae: the autoencoder.
-        folder: of its weights.
+        vae: the autoencoder, from `as_saved`.
+        args: settings of the training, and the folder.
         about: the README's text on shape and training, with `{parameters}` and `{build}`.
-        build: settings of the training.
+        settings: names of the settings that the README tells.
     """
-    results = measure(vae)
+    folder: Path = args.output_dir
+    build = {name: getattr(args, name) for name in settings}
+    vae.half().save_pretrained(folder)
+    results = measure(vae.float())
     content = {"build": build, "results": {name: measured.to_json() for name, measured in results.items()}}
     (folder / "measured.json").write_text(json.dumps(content, indent=1) + "\n")
     parameters = sum(parameter.numel() for parameter in vae.parameters())

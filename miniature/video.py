@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from miniature.autoencoder import KL_WEIGHT, seen
 from miniature.imagenet import NAME, ImageNetLayers
-from miniature.measure import write_measurements
+from miniature.measure import as_saved, save
 from miniature.mixture import PHOTOGRAPH_SIDE, SIZE, batches_of
 from miniature.scenes import draw_clip
 from miniature.training import BETAS, Loop, autocast, cosine_schedule, descend
@@ -35,6 +35,7 @@ a multiple of 4 frames. Its weights are in float16.
 `python -m miniature.build video` trained it on drawn scenes whose objects move, and on pans over scikit-image's training
 photographs. Settings: {build}.
 """
+SETTINGS = ("steps", "batch_size", "learning_rate", "seed")
 LATENT_CHANNELS = 12
 FRAMES = 9
 SCENE_SHARE = 0.5
@@ -46,13 +47,10 @@ MEASURED = 64
 def build(args: argparse.Namespace) -> None:
     """Train the autoencoder, measure it, and write it to `args.output_dir`."""
     torch.manual_seed(args.seed)
-    trained = train(args).to(memory_format=torch.contiguous_format).eval()  # safetensors takes no other format
-    vae = trained.half().float()  # as saved: half the file size; diffusers loads it in float32
+    vae = as_saved(train(args))
     mean, deviation = latent_statistics(vae, args.seed)
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
-    vae.half().save_pretrained(args.output_dir)
-    names = ("steps", "batch_size", "learning_rate", "seed")
-    write_measurements(vae.float(), args.output_dir, about=ABOUT, build={name: getattr(args, name) for name in names})
+    save(vae, args, about=ABOUT, settings=SETTINGS)
 
 
 def build_autoencoder() -> AutoencoderKLWan:
