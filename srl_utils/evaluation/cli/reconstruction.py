@@ -32,19 +32,8 @@ from srl_utils.metrics.losses import LPIPS_METRICS
 
 DEFAULT_METRICS = ["psnr", "ssim", "lpips-alex", "drift", *MOTION_METRICS, USE, FLICKER]
 METRICS = (
-    "psnr",
-    "ssim",
-    *LPIPS_METRICS,
-    "clip",
-    "rfid",
-    RFID_CHANGES,
-    "kid",
-    "is",
-    "drift",
-    *MOTION_METRICS,
-    USE,
-    *CLIP_METRICS,
-)
+    "psnr", "ssim", *LPIPS_METRICS, "clip", "rfid", RFID_CHANGES, "kid", "is", "drift", *MOTION_METRICS, USE, *CLIP_METRICS,
+)  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
