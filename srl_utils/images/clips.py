@@ -96,6 +96,11 @@ class FrameFolder:
         return sorted((path for path in visible if why_no_image(path) is None), key=_natural)
 
 
+def clip_at(path: Path) -> Path | FrameFolder:
+    """Return what `decode_clip` takes for a clip's file, or for the folder of its frames."""
+    return FrameFolder(path) if path.is_dir() else path
+
+
 @dataclass(frozen=True)
 class FrameFiles:
     """The frames of a clip as image files."""

@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from srl_utils.errors import MissingFile, UserError, one_line
 from srl_utils.images.captions import as_caption, folder_captions
-from srl_utils.images.clips import FrameFolder, list_clips
+from srl_utils.images.clips import clip_at, list_clips
 from srl_utils.images.framing import RawImage, RawImages
 from srl_utils.images.listing import Skipped, list_files, list_images
 from srl_utils.images.photographs import Split, photograph_tiles, recoloured
@@ -458,10 +458,7 @@ def _list_folder_of_clips(
     _refuse_without_columns(source, parameter)
     skipped.append(others)
     captions = _folder_captions(folder, clips, source.caption_column)
-    return [
-        RawImage(FrameFolder(path) if path.is_dir() else path, str(path), caption)
-        for path, caption in zip(clips, captions, strict=True)
-    ]
+    return [RawImage(clip_at(path), str(path), caption) for path, caption in zip(clips, captions, strict=True)]
 
 
 def _folder_captions(folder: Path, images: Sequence[Path], column: str | None) -> list[str]:

@@ -163,6 +163,13 @@ def inception_score(logits: Tensor, *, splits: int = SPLITS, seed: int = 2020) -
     return Spread(result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD])
 
 
+def _kernel_distance_of_any(features: Tensor, others: Tensor) -> float:
+    """Return the KID; sets of up to `SUBSET_SIZE` images are one subset."""
+    if len(features) <= SUBSET_SIZE:
+        return kernel_distance(features, others, subset_size=len(features), subsets=1).mean
+    return kernel_distance(features, others).mean
+
+
 class SetMetric(NamedTuple):
     """A metric of a set of images.
 
@@ -189,17 +196,10 @@ SET_METRICS = {
     "rfid": SetMetric(2, "pool", frechet_distance),
     RFID_CHANGES: SetMetric(2, "changes", frechet_distance),
     "fid": SetMetric(2, "pool", frechet_distance),
-    "kid": SetMetric(2, "pool", lambda real, shown: _kernel_distance_of_any(real, shown)),
+    "kid": SetMetric(2, "pool", _kernel_distance_of_any),
     "is": SetMetric(2 * SPLITS, "logits", lambda _, shown: inception_score(shown, splits=SPLITS).mean),
 }
 """By their names in the results; rfid is the FID of reconstructions, rfid-changes that of the changes between frames."""
-
-
-def _kernel_distance_of_any(features: Tensor, others: Tensor) -> float:
-    """Return the KID; sets of up to `SUBSET_SIZE` images are one subset."""
-    if len(features) <= SUBSET_SIZE:
-        return kernel_distance(features, others, subset_size=len(features), subsets=1).mean
-    return kernel_distance(features, others).mean
 
 
 class ClipSimilarity:

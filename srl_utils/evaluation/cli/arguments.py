@@ -83,11 +83,9 @@ def add_attack_arguments(parser: argparse.ArgumentParser, *, attacks: Sequence[s
         help="transfer: attacks made on the baseline; adaptive: attacks made on each VAE itself",
     )  # fmt: skip
     add(
-        "--target",
-        type=expanded_path,
-        default=None,
+        "--target", type=expanded_path, default=None,
         help="image (or clip, with clips) that targeted protections make others look like",
-    )
+    )  # fmt: skip
     add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
     add_check_arguments(parser)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from srl_utils.errors import UserError
 from srl_utils.evaluation.cli.places import described, parse_named_place, parse_place
-from srl_utils.images.clips import FrameFolder, is_clip
+from srl_utils.images.clips import clip_at, is_clip
 from srl_utils.images.datasets import ValidationImages, load_validation_images
 from srl_utils.images.decoding import UnreadableImage
 from srl_utils.images.framing import Crop, decode_square
@@ -166,8 +166,8 @@ def load_target(path: Path, resolution: int, *, num_frames: int = 1) -> Tensor:
         UserError: if the image or clip cannot be read.
     """
     clip = num_frames > 1 and is_clip(path)
-    source = FrameFolder(path) if path.is_dir() and clip else path
+    crop = Crop(resolution=resolution)
     try:
-        return decode_square(source, Crop(resolution=resolution), num_frames=num_frames if clip else 1)[None]
+        return (decode_square(clip_at(path), crop, num_frames=num_frames) if clip else decode_square(path, crop))[None]
     except UnreadableImage as error:
         raise UserError(f"{path} cannot be read: {error}", parameter="target") from None

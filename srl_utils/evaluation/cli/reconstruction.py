@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 def note_inapplicable(metrics: Sequence[str], setup: Setup) -> None:
     """Add a note for each metric that was asked for and has nothing to measure; the default ones need none."""
     lacking: dict[str, str] = {}
-    if setup.images.ndim == 4:
+    if setup.num_frames == 1:
         lacking |= dict.fromkeys((RFID_CHANGES, *CLIP_METRICS), "clips; give `num_frames`")
     if all(codec.codebook is None for codec in setup.codecs):
         lacking |= dict.fromkeys((FLIPS, USE), "a VAE with a codebook")

@@ -65,7 +65,7 @@ class Setup:
     codecs: Sequence[Codec]
     """The VAEs, the baseline first."""
     images: Tensor
-    """All images, `[n,3,R,R]` in [-1,1], on the CPU."""
+    """All images, `[n,3,R,R]` in [-1,1], or clips, `[n,3,T,R,R]`, on the CPU."""
     captions: Sequence[str]
     names: Sequence[str]
     """Path or row of each image."""
@@ -74,6 +74,11 @@ class Setup:
     """Where VAEs and pipeline were loaded from, for the report's settings."""
     notes: list[str]
     """What a reader of the report must know; later steps add notes."""
+
+    @property
+    def num_frames(self) -> int:
+        """Return the frames of a clip; 1 for images."""
+        return self.images.shape[2] if self.images.ndim == 5 else 1
 
 
 def prepare(args: argparse.Namespace) -> Setup:
@@ -280,8 +285,7 @@ def build_attack_resources(
     """
     target = None
     if args.target is not None:
-        num_frames = setup.images.shape[2] if setup.images.ndim == 5 else 1
-        target = load_target(args.target, args.resolution, num_frames=num_frames).to(setup.accelerator.device)
+        target = load_target(args.target, args.resolution, num_frames=setup.num_frames).to(setup.accelerator.device)
     perceptual = try_lpips(setup) if needs_perceptual(args.attacks) else None
     target_pipeline = try_image_to_image(setup) if target is None and draws_targets(args.attacks) else None
     incompatible: frozenset[str] = frozenset()
@@ -289,7 +293,7 @@ def build_attack_resources(
         incompatible = find_incompatible(setup.pipeline, setup.codecs, setup.images, setup.notes)
     continuous = frozenset(codec.name for codec in setup.codecs if codec.codebook is None)
     return AttackResources(
-        clips=setup.images.ndim == 5, continuous=continuous, has_tokens=setup.codecs[0].name not in continuous, pipeline=setup.pipeline, incompatible=incompatible, target_pipeline=target_pipeline, perceptual=perceptual,
+        clips=setup.num_frames > 1, continuous=continuous, has_tokens=setup.codecs[0].name not in continuous, pipeline=setup.pipeline, incompatible=incompatible, target_pipeline=target_pipeline, perceptual=perceptual,
         bound=glaze_bound(setup, perceptual, classifier) if uses_glaze(args.attacks) else None, target=target, max_steps=args.max_attack_steps,
     )  # fmt: skip
 
