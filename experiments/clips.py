@@ -36,12 +36,15 @@ from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 SEEDS, FRAMES = 3, 9
 TRAINING_CLIPS, CLIPS = "training-clips", "clips"
 ON_CLIPS = f"--num_frames {FRAMES}"
+ROBUST = "--recipe fast --pgd_steps 3 --pgd_step_size 4/255 --latent_weight 0.3 --latent_attack_share 0.5"
 VARIANTS = {
-    "no attack": f"{ON_CLIPS} --recipe fast --pgd_steps 0 --max_train_steps 250",
-    "single frames": "--recipe latent --max_train_steps 800",
-    "clips": f"{ON_CLIPS} --recipe latent --max_train_steps 100",
+    "no attack": f"{ON_CLIPS} --recipe fast --pgd_steps 0 --max_train_steps 430",
+    "single frames": f"{ROBUST} --max_train_steps 400",
+    "clips": f"{ON_CLIPS} {ROBUST} --max_train_steps 150",
 }
 """Flags by variant; the numbers of steps take about the same time."""
+BATCH_CLIPS = 2
+"""Clips of a training step, in the place of the `BATCH` single frames."""
 ATTACK, ON_LATENTS, ON_FIRST = "apgd-50", "apgd-50-latents", "apgd-50-first"
 EPSILON = "8/255"
 EVALUATION = [
@@ -65,7 +68,8 @@ def main() -> None:
         for variant, flags in VARIANTS.items():
             names.append(trained_name(variant, seed))
             data = ["--train_data_dir", args.output_dir / TRAINING_CLIPS, "--seed", seed]
-            run.train(names[-1], [*data, *shlex.split(flags)], num_images=2)
+            on_clips = {"num_images": BATCH_CLIPS, "num_validation": 1} if ON_CLIPS in flags else {}
+            run.train(names[-1], [*data, *shlex.split(flags)], **on_clips)
     data = ["--data_dir", args.output_dir / CLIPS]
     run.evaluate("on-clips", "reconstruction", names, [*data, *ON_WHOLE_CLIPS])
     run.evaluate("on-images", "reconstruction", names, [*data, *ON_IMAGES])

@@ -59,13 +59,14 @@ class Runner:
             "--output_dir", self.folder / name,
         )  # fmt: skip
 
-    def train(self, name: str, flags: Sequence[object], *, num_images: int = BATCH) -> None:
+    def train(self, name: str, flags: Sequence[object], *, num_images: int = BATCH, num_validation: int = 2) -> None:
         """Train the VAE `name` at 64 px, unless it exists.
 
         Args:
             name: of the VAE.
             flags: what is not the same for all trainings.
             num_images: images or clips of a step; at most as many processes share them.
+            num_validation: images or clips of the training's own validation.
         """
         output_dir = self.vae(name)
         if (output_dir / WEIGHTS_NAME).exists() and (output_dir / "README.md").exists():
@@ -76,7 +77,8 @@ class Runner:
             f"train {name}", *launched(processes), ROOT / "train_srl_vae.py",
             "--pretrained_model_name_or_path", self.original, "--resolution", 64,
             "--train_batch_size", num_images // processes, "--learning_rate", "5e-4", "--lpips_weight", 0, "--random_flip",
-            "--no-torch_compile", "--num_validation_images", 2, "--validation_steps", 10_000, "--report_to", "none",
+            "--no-torch_compile", "--num_validation_images", num_validation, "--validation_steps", 10_000,
+            "--report_to", "none",
             *flags, "--output_dir", output_dir, "--resume_from_checkpoint", "latest",
         )  # fmt: skip
 

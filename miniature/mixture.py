@@ -73,10 +73,10 @@ def sample_batches(args: argparse.Namespace, first_step: int, steps: int) -> Ite
     Returns:
         Images `[N,3,SIZE,SIZE]` and whether they have texture, `[N]`.
     """
-    return batches_of(Mixture(args.seed), args, first_step, steps)
+    return batches_of(Mixture(args.seed), range(first_step, steps), args.batch_size, args.num_workers)
 
 
-def batches_of(samples: Dataset, args: argparse.Namespace, first_step: int, steps: int) -> Iterator:
-    """Yield the batches of the steps from `first_step` to before `steps`; step i has the samples from i times its size."""
-    remaining = range(first_step * args.batch_size, steps * args.batch_size)
-    return iter(DataLoader(samples, args.batch_size, sampler=remaining, num_workers=args.num_workers))
+def batches_of(samples: Dataset, steps: range, batch_size: int, num_workers: int) -> Iterator:
+    """Yield the batches of consecutive steps; step i has the samples from i times the batch's size."""
+    numbers = range(steps.start * batch_size, steps.stop * batch_size)
+    return iter(DataLoader(samples, batch_size, sampler=numbers, num_workers=num_workers))

@@ -92,7 +92,7 @@ class Loop:
         write_atomically(self.path, lambda aside: torch.save(state, aside))
 
     def _load(self) -> None:
-        state = torch.load(self.path, weights_only=True)
+        state = torch.load(self.path, map_location="cpu", weights_only=True)  # resumes on another device too
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.step = state["step"]

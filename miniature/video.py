@@ -1,14 +1,15 @@
-"""The miniature's video autoencoder, trained on moving scenes and on pans over scikit-image's training photographs.
+"""The miniature's video autoencoder, trained on still images, then on clips: moving scenes and pans over photographs.
 
     python -m miniature.build video
 
 It has the shape of Wan's in small: causal, so that the first frame has a latent of its own and every later latent stands
-for four frames.
+for four frames. Still images come first, since they teach in a fraction of the time how to show a frame.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 from miniature.autoencoder import KL_WEIGHT, seen
 from miniature.imagenet import NAME, ImageNetLayers
 from miniature.measure import as_saved, save
-from miniature.mixture import PHOTOGRAPH_SIDE, SIZE, batches_of
+from miniature.mixture import PHOTOGRAPH_SIDE, SIZE, Mixture, batches_of
 from miniature.scenes import draw_clip
 from miniature.training import BETAS, Loop, autocast, cosine_schedule, descend
 from srl_utils.images.photographs import load_photographs
@@ -32,10 +33,12 @@ ABOUT = """# The miniature's video autoencoder
 A `diffusers.AutoencoderKLWan` of {parameters} million parameters for clips of 64 px, or another multiple of 4, and of 1 plus
 a multiple of 4 frames. Its weights are in float16.
 
-`python -m miniature.build video` trained it on drawn scenes whose objects move, and on pans over scikit-image's training
-photographs. Settings: {build}.
+`python -m miniature.build video` trained it on the images of the other autoencoders, then on clips: drawn scenes whose
+objects move, and pans over scikit-image's training photographs. Settings: {build}.
 """
-SETTINGS = ("steps", "batch_size", "learning_rate", "seed")
+SETTINGS = ("still_steps", "clip_steps", "batch_size", "learning_rate", "seed")
+STILLS = 4
+"""Still images in the place of a clip."""
 LATENT_CHANNELS = 12
 FRAMES = 9
 SCENE_SHARE = 0.5
@@ -71,11 +74,12 @@ def train(args: argparse.Namespace) -> AutoencoderKLWan:
     """Train encoder and decoder together, for pixels and for features of the frames."""
     vae = to_channels_last(build_autoencoder().to(args.device))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=BETAS)
-    schedule = cosine_schedule(optimizer, args.steps)
+    steps = args.still_steps + args.clip_steps
+    schedule = cosine_schedule(optimizer, steps)
     parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule}
-    loop = Loop(args.work_dir / "video.pt", parts, steps=args.steps, saving_steps=args.checkpointing_steps)
+    loop = Loop(args.work_dir / "video.pt", parts, steps=steps, saving_steps=args.checkpointing_steps)
     perceptual = FeatureDistance(ImageNetLayers().to(args.device), NAME)
-    batches = batches_of(Clips(args.seed), args, loop.step, args.steps)
+    batches = still_and_moving(args, loop.step)
 
     def update(step: int) -> dict[str, Tensor]:
         clips = on_device(next(batches), torch.device(args.device))
@@ -91,6 +95,15 @@ def train(args: argparse.Namespace) -> AutoencoderKLWan:
 
     loop.run(update)
     return vae
+
+
+def still_and_moving(args: argparse.Namespace, first_step: int) -> Iterator[Tensor]:
+    """Yield the batches from `first_step` on: images as clips of one frame `[N,3,1,SIZE,SIZE]`, then clips."""
+    stills = range(min(first_step, args.still_steps), args.still_steps)
+    for images, _ in batches_of(Mixture(args.seed), stills, STILLS * args.batch_size, args.num_workers):
+        yield images.unsqueeze(2)
+    clips = range(max(first_step, args.still_steps), args.still_steps + args.clip_steps)
+    yield from batches_of(Clips(args.seed), clips, args.batch_size, args.num_workers)
 
 
 class Clips(Dataset):
@@ -138,8 +151,9 @@ def latent_statistics(vae: AutoencoderKLWan, seed: int) -> tuple[Tensor, Tensor]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this training."""
-    parser.add_argument("--steps", type=int, default=4_000)
-    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--still_steps", type=int, default=2_500)
+    parser.add_argument("--clip_steps", type=int, default=1_250)
+    parser.add_argument("--batch_size", type=int, default=16, help="clips; four times as many still images")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--checkpointing_steps", type=int, default=250)
     parser.add_argument("--num_workers", type=int, default=1)
