@@ -122,6 +122,18 @@ def won_back(results: Results, variant: str, attack: str, threat: str, metric: s
     return [1 - abs(sum(clean) - sum(values)) / lost for values in zip(*own, strict=True)]
 
 
+def decibels_won_back(results: Results, variant: str, attack: str) -> list[float]:
+    """Return the share of the PSNR that an adaptive attack takes from the original's reconstructions which a variant wins
+    back, for each seed."""
+    (clean,), (attacked,) = (results.of(ORIGINAL, *of, "psnr") for of in ((CLEAN.name, NO_THREAT), (attack, ADAPTIVE)))
+    return [(value - attacked) / (clean - attacked) for value in results.of(variant, attack, ADAPTIVE, "psnr")]
+
+
+def percent(shares: Sequence[float]) -> list[float]:
+    """Return shares in percent."""
+    return [100 * share for share in shares]
+
+
 def clean_value(results: Results, edit: str, metric: str) -> float:
     """Return the metric of the original's edits of clean images."""
     _, _, name = edit.partition(", ")

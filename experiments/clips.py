@@ -3,7 +3,8 @@
     python -m experiments.clips                        # make clips
 
 Trains it without an attack, on the frames of clips one by one, and on whole clips, each about as long as the others. The
-evaluation attacks clips, their first frames, and single images, and tells which frames an attack on the first one reaches. Finished parts are kept, so the command can be interrupted and repeated.
+evaluation attacks clips, their first frames, and single images, and tells which frames an attack on the first one reaches.
+Finished parts are kept, so the command can be interrupted and repeated.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from experiments.claims import ORIGINAL, Results, spread, trained_name
+from experiments.claims import ORIGINAL, Results, decibels_won_back, percent, spread, trained_name
 from experiments.runner import WEIGHTS, Runner, machine
 from srl_utils.attacks.draws import image_generators
 from srl_utils.evaluation.catalogue import AttackResources, select
+from srl_utils.evaluation.motion import SHARE, TRAVEL
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.evaluation.tasks.base import DRIFT
@@ -29,12 +30,13 @@ from srl_utils.files import write_text_atomically
 from srl_utils.images.datasets import load_validation_images
 from srl_utils.images.sources import DataSource
 from srl_utils.metrics.clips import FLICKER, WARPING
+from srl_utils.metrics.features import RFID_CHANGES
 from srl_utils.metrics.pixels import psnr
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 
 SEEDS, FRAMES = 3, 9
-TRAINING_CLIPS, CLIPS = "training-clips", "clips"
+TRAINING_CLIPS, CLIPS, TARGET, IMAGES = "training-clips", "clips", "target", "images"
 ON_CLIPS = f"--num_frames {FRAMES}"
 ROBUST = "--recipe fast --pgd_steps 3 --pgd_step_size 4/255 --latent_weight 0.3 --latent_attack_share 0.5"
 VARIANTS = {
@@ -45,24 +47,24 @@ VARIANTS = {
 """Flags by variant; the numbers of steps take about the same time."""
 BATCH_CLIPS = 2
 """Clips of a training step, in the place of the `BATCH` single frames."""
-ATTACK, ON_LATENTS, ON_FIRST = "apgd-50", "apgd-50-latents", "apgd-50-first"
+ATTACK, ON_LATENTS, ON_FIRST, TO_TARGET = "apgd-50", "apgd-50-latents", "apgd-50-first", "uvcg"
 EPSILON = "8/255"
-EVALUATION = [
-    "--num_images", 16, "--epsilons", EPSILON, "--threat_models", ADAPTIVE, "--no_checks", "--batch_size", 4,
-]  # fmt: skip
-ON_IMAGES = [*EVALUATION, "--attacks", "clean", ATTACK, "--metrics", "psnr", DRIFT]
+EVALUATION = ["--epsilons", EPSILON, "--threat_models", ADAPTIVE, "--no_checks", "--batch_size", 4]
+ON_IMAGES = [*EVALUATION, "--num_images", 32, "--attacks", "clean", ATTACK, "--metrics", "psnr", DRIFT]
 ON_WHOLE_CLIPS = [
-    *EVALUATION, "--num_frames", FRAMES, "--attacks", "clean", ATTACK, ON_LATENTS, ON_FIRST, "--metrics", "psnr", "ssim",
-    DRIFT, "latent-travel", WARPING, FLICKER,
+    *EVALUATION, "--num_images", 8, "--num_frames", FRAMES, "--attacks", "clean", ATTACK, ON_LATENTS, ON_FIRST, TO_TARGET, "--metrics",
+    "psnr", "ssim", DRIFT, TRAVEL, SHARE, WARPING, FLICKER, "rfid", RFID_CHANGES, "--classifier", WEIGHTS / "classifier",
 ]  # fmt: skip
 
 
 def main() -> None:
     """Train, evaluate, and write the tables."""
     args = parse_args()
-    run = Runner(args.output_dir, WEIGHTS / "video", title="clips", num_calls=len(VARIANTS) * SEEDS + 4)
+    run = Runner(args.output_dir, WEIGHTS / "video", title="clips", num_calls=len(VARIANTS) * SEEDS + 6)
     run.scenes(TRAINING_CLIPS, 300, seed=1, num_frames=FRAMES)
-    run.scenes(CLIPS, 32, seed=0, num_frames=FRAMES)
+    run.scenes(CLIPS, 8, seed=0, num_frames=FRAMES)
+    run.scenes(TARGET, 1, seed=2, num_frames=FRAMES)
+    run.scenes(IMAGES, 32, seed=0)
     names = []
     for seed in range(SEEDS):
         for variant, flags in VARIANTS.items():
@@ -70,33 +72,50 @@ def main() -> None:
             data = ["--train_data_dir", args.output_dir / TRAINING_CLIPS, "--seed", seed]
             on_clips = {"num_images": BATCH_CLIPS, "num_validation": 1} if ON_CLIPS in flags else {}
             run.train(names[-1], [*data, *shlex.split(flags)], **on_clips)
-    data = ["--data_dir", args.output_dir / CLIPS]
-    run.evaluate("on-clips", "reconstruction", names, [*data, *ON_WHOLE_CLIPS])
-    run.evaluate("on-images", "reconstruction", names, [*data, *ON_IMAGES])
+    clips = ["--data_dir", args.output_dir / CLIPS, "--target", args.output_dir / TARGET / "00000"]
+    run.evaluate("on-clips", "reconstruction", names, [*clips, *ON_WHOLE_CLIPS])
+    run.evaluate("on-images", "reconstruction", names, ["--data_dir", args.output_dir / IMAGES, *ON_IMAGES])
     run.bar.close()
-    results = [Results(args.output_dir / name / "results.json") for name in ("on-clips", "on-images")]
+    on_clips, on_images = (Results(args.output_dir / name / "results.json") for name in ("on-clips", "on-images"))
     made = f"{machine()}, {date.today().isoformat()}, {EPSILON}, adaptive attacks"
-    tables = results_table(*results), frames_table(run, names[: len(VARIANTS)], args.output_dir / CLIPS)
-    text = "\n\n".join([made, *tables])
+    of_frames = frames_table(run, names[: len(VARIANTS)], args.output_dir / CLIPS)
+    text = "\n\n".join([made, quality_table(on_clips, on_images), movement_table(on_clips), of_frames])
     write_text_atomically(args.output_dir / "clips.md", f"{text}\n")
     print(text)
 
 
-def results_table(on_clips: Results, on_images: Results) -> str:
-    """Return a line for each variant: PSNR of clips and images, clean and attacked; drift; steadiness."""
-    attacked = {title: (name, ADAPTIVE) for title, name in (("attacked", ATTACK), ("first frame", ON_FIRST))}
-    settings = {"clean": ("clean", NO_THREAT), **attacked}
-    lines = [
-        ["VAE", *(f"clips, {title} (dB)" for title in settings), "images, clean (dB)", "images, attacked (dB)",
-         "latents moved", "drift", "warping error, attacked", "flicker, attacked"]
-    ]  # fmt: skip
+def quality_table(on_clips: Results, on_images: Results) -> str:
+    """Return a line for each variant: PSNR of clips and of single images, clean and attacked, and what is won back."""
+    titles = ["clean (dB)", "attacked (dB)", "won back (%)"]
+    clips, images = ([f"{kind}, {title}" for title in titles] for kind in ("clips", "images"))
+    lines = [["VAE", *clips, "clips, first frame attacked (dB)", *images]]
     for variant in (ORIGINAL, *VARIANTS):
-        of_clips, of_images = partial(on_clips.of, variant), partial(on_images.of, variant)
-        values = [of_clips(*setting, "psnr") for setting in settings.values()]
-        values += [of_images(*settings["clean"], "psnr"), of_images(*settings["attacked"], "psnr")]
-        values += [of_clips(ON_LATENTS, ADAPTIVE, "latent-travel"), of_clips(*settings["clean"], DRIFT)]
-        values += [of_clips(*settings["attacked"], metric) for metric in (WARPING, FLICKER)]
-        lines.append([variant, *map(spread, values)])
+        first = on_clips.of(variant, ON_FIRST, ADAPTIVE, "psnr")
+        lines.append([variant, *quality(on_clips, variant), spread(first), *quality(on_images, variant)])
+    return markdown_table(lines)
+
+
+def quality(results: Results, variant: str) -> list[str]:
+    """Return a variant's PSNR, clean and attacked, in dB, and the share won back, in percent."""
+    psnr = [results.of(variant, *setting, "psnr") for setting in (("clean", NO_THREAT), (ATTACK, ADAPTIVE))]
+    return [*map(spread, psnr), spread(percent(decibels_won_back(results, variant, ATTACK)))]
+
+
+def movement_table(results: Results) -> str:
+    """Return a line for each variant: how far latents move, and how steady and how natural attacked clips look."""
+    columns = {
+        "drift": ("clean", NO_THREAT, DRIFT),
+        "latents moved": (ON_LATENTS, ADAPTIVE, TRAVEL),
+        "share of the way to the target": (TO_TARGET, ADAPTIVE, SHARE),
+        "warping error, clean": ("clean", NO_THREAT, WARPING),
+        "attacked": (ATTACK, ADAPTIVE, WARPING),
+        "flicker": (ATTACK, ADAPTIVE, FLICKER),
+        "FID of frames": (ATTACK, ADAPTIVE, "rfid"),
+        "FID of changes": (ATTACK, ADAPTIVE, RFID_CHANGES),
+    }
+    lines = [["VAE", *columns]]
+    for variant in (ORIGINAL, *VARIANTS):
+        lines.append([variant, *(spread(results.of(variant, *column)) for column in columns.values())])
     return markdown_table(lines)
 
 

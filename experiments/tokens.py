@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from experiments.claims import ORIGINAL, Results, spread, trained_name
+from experiments.claims import ORIGINAL, Results, decibels_won_back, percent, spread, trained_name
 from experiments.runner import WEIGHTS, Runner, machine
 from srl_utils.evaluation.motion import FLIPS, USE
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
@@ -64,7 +64,8 @@ def main() -> None:
 
 
 def results_table(results: Results, times: dict[str, Sequence[int]]) -> str:
-    """Return a line for each variant: PSNR and changed tokens, clean and under each attack; drift; codes in use; time.
+    """Return a line for each variant: PSNR and changed tokens, clean and under each attack; drift; codes in use; the
+    share of the decibels won back that the attack on reconstructions takes; time.
 
     Args:
         results: of the evaluation.
@@ -73,19 +74,15 @@ def results_table(results: Results, times: dict[str, Sequence[int]]) -> str:
     attacked = [(title, (attack, ADAPTIVE)) for title, attack in ATTACKS.items()]
     settings = [("clean", ("clean", NO_THREAT)), *attacked]
     titles = [f"{title} (dB)" for title, _ in settings] + [f"tokens changed: {title} (%)" for title, _ in settings]
-    lines = [["VAE", *titles, "drift", "codes used (%)", "seconds"]]
+    lines = [["VAE", *titles, "drift", "codes used (%)", "won back (%)", "seconds"]]
     for variant in (ORIGINAL, *VARIANTS):
         psnr = [spread(results.of(variant, *setting, "psnr")) for _, setting in settings]
+        won = spread(percent(decibels_won_back(results, variant, ATTACKS["reconstruction"])))
         flips = [spread(percent(results.of(variant, *setting, FLIPS))) for _, setting in settings]
         drift = spread(results.of(variant, "clean", NO_THREAT, DRIFT))
         use = spread(percent(results.of(variant, "clean", NO_THREAT, USE)))
-        lines.append([variant, *psnr, *flips, drift, use, spread(times.get(variant, []))])
+        lines.append([variant, *psnr, *flips, drift, use, won, spread(times.get(variant, []))])
     return markdown_table(lines)
-
-
-def percent(shares: Sequence[float]) -> list[float]:
-    """Return shares in percent."""
-    return [100 * share for share in shares]
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,7 +1,6 @@
 """Train a network of the miniature world: its autoencoders, CLIP, classifier or diffusion model.
 
-    python -m miniature.build vae | vq | clip | classifier | diffusion         # make miniature: all of them
-    python -m miniature.build video                                            # not shipped
+    python -m miniature.build vae | vq | video | clip | classifier | diffusion         # make miniature: all of them
 
 Every batch is a function of (seed, step), so a stopped run resumes with the same next batch.
 """

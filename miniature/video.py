@@ -35,6 +35,8 @@ a multiple of 4 frames. Its weights are in float16.
 
 `python -m miniature.build video` trained it on the images of the other autoencoders, then on clips: drawn scenes whose
 objects move, and pans over scikit-image's training photographs. Settings: {build}.
+
+The table below is of single images; `make clips` measures clips.
 """
 SETTINGS = ("still_steps", "clip_steps", "batch_size", "learning_rate", "seed")
 STILLS = 4

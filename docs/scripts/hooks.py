@@ -27,6 +27,7 @@ OUTSIDE = (
     "miniature/weights/README.md",
     "miniature/weights/vae/README.md",
     "miniature/weights/vq/README.md",
+    "miniature/weights/video/README.md",
 )
 
 

@@ -20,6 +20,7 @@ from experiments.claims import (
     closeness_claim,
     compared,
     damage_verdict,
+    decibels_won_back,
     edits_claims,
     poison_claim,
     share_verdict,
@@ -69,6 +70,15 @@ def test_what_is_won_back(results) -> None:
     assert won_back(found, ROBUST, "pid", "transfer", "fid") == [0.75]
     assert won_back(found, ROBUST, "pid", "transfer", "clip-text") == pytest.approx([0.5, 0.0])
     assert won_back(found, ORIGINAL, "pid", "transfer", "fid") == [0.0]
+
+
+def test_decibels_won_back(results) -> None:
+    """Oracle: by hand, of 10 dB lost; two seeds."""
+    psnr = {(ORIGINAL, "clean", "none"): 30, (ORIGINAL, "apgd", "adaptive"): 20, (ROBUST, "apgd", "adaptive"): 26}
+    psnr[trained_name(ROBUST, 1), "apgd", "adaptive"] = 18
+    found = results({(*key, "psnr"): value for key, value in psnr.items()})
+    assert decibels_won_back(found, ROBUST, "apgd") == pytest.approx([0.6, -0.2])
+    assert decibels_won_back(found, ORIGINAL, "apgd") == [0.0]
 
 
 @pytest.mark.parametrize(("between", "verdict"), [((38, 40), HOLDS), ((42, 44), FAILS)])

@@ -42,6 +42,7 @@ def test_the_other_experiments_parse(name: str) -> None:
         assert train_srl_vae.parse_args([*words, *shlex.split(flags)], environment={}).max_train_steps > 0
     for flags in [tokens.EVALUATION] if name == "tokens" else [clips.ON_WHOLE_CLIPS, clips.ON_IMAGES]:
         data = [] if "--dataset_name" in flags else ["--data_dir", "data"]
+        data += ["--target", "clip"] if "uvcg" in flags else []
         words = ["reconstruction", "--baseline", "vae", "--resolution", "64", *data, *map(str, flags)]
         assert evaluation.parse_args(words).threat_models == ["adaptive"]
 

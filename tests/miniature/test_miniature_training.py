@@ -127,32 +127,37 @@ def test_discrete_autoencoder_s_training_resumes_in_both_parts(tmp_path: Path, m
 
 
 def test_video_autoencoder_s_training_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: invariance, an undisturbed run, exact."""
-    monkeypatch.setattr(video, "SIZE", 16)
+    """Oracle: invariance, an undisturbed run of two steps on still images and three on clips, exact; and its batches."""
+    for module in (mixture, video):
+        monkeypatch.setattr(module, "SIZE", 16)
+        monkeypatch.setattr(module, "PHOTOGRAPH_SIDE", 64)
     monkeypatch.setattr(video, "FRAMES", 5)
     seen, calls = video.seen, []
 
     def run(work_dir: Path, *, stop_at: int) -> dict[str, Tensor]:
-        def stopping(*args: object) -> dict[str, Tensor]:
-            calls.append(args)
+        def stopping(perceptual: nn.Module, reconstruction: Tensor, frames: Tensor) -> dict[str, Tensor]:
+            calls.append(len(frames))
             if len(calls) == stop_at:
                 raise KeyboardInterrupt
-            return seen(*args)
+            return seen(perceptual, reconstruction, frames)
 
         torch.manual_seed(0)
         calls.clear()
         monkeypatch.setattr(video, "seen", stopping)
         args = Namespace(
-            steps=3, batch_size=2, learning_rate=1e-2, checkpointing_steps=1, num_workers=0, seed=0, device="cpu",
-            work_dir=work_dir,
+            still_steps=2, clip_steps=3, batch_size=2, learning_rate=1e-2, checkpointing_steps=1, num_workers=0, seed=0,
+            device="cpu", work_dir=work_dir,
         )  # fmt: skip
         return video.train(args).state_dict()
 
     whole = run(tmp_path / "whole", stop_at=0)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", stop_at=3)
+    assert calls == [8, 8, 10, 10, 10]
+    for stop_at, done in ((2, [8, 8]), (3, [8, 10, 10])):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", stop_at=stop_at)
+        assert calls == done
     resumed = run(tmp_path / "parts", stop_at=0)
-    assert len(calls) == 1
+    assert calls == [10, 10]
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
