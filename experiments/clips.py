@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from experiments.claims import ORIGINAL, Results, decibels_won_back, percent, spread, trained_name
+from experiments.clip_pictures import draw_animation, draw_strip
 from experiments.runner import WEIGHTS, Runner, machine
 from srl_utils.attacks.draws import image_generators
 from srl_utils.evaluation.catalogue import AttackResources, select
@@ -28,6 +29,7 @@ from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.evaluation.tasks.base import DRIFT
 from srl_utils.files import write_text_atomically
 from srl_utils.images.datasets import load_validation_images
+from srl_utils.images.pixels import parse_pixel_distance
 from srl_utils.images.sources import DataSource
 from srl_utils.metrics.clips import FLICKER, WARPING
 from srl_utils.metrics.features import RFID_CHANGES
@@ -35,7 +37,7 @@ from srl_utils.metrics.pixels import psnr
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 
-SEEDS, FRAMES = 3, 9
+SEEDS, FRAMES, NUM_CLIPS = 3, 9, 8
 TRAINING_CLIPS, CLIPS, TARGET, IMAGES = "training-clips", "clips", "target", "images"
 ON_CLIPS = f"--num_frames {FRAMES}"
 ROBUST = "--recipe fast --pgd_steps 3 --pgd_step_size 4/255 --latent_weight 0.3 --latent_attack_share 0.5"
@@ -52,7 +54,7 @@ EPSILON = "8/255"
 EVALUATION = ["--epsilons", EPSILON, "--threat_models", ADAPTIVE, "--no_checks", "--batch_size", 4]
 ON_IMAGES = [*EVALUATION, "--num_images", 32, "--attacks", "clean", ATTACK, "--metrics", "psnr", DRIFT]
 ON_WHOLE_CLIPS = [
-    *EVALUATION, "--num_images", 8, "--num_frames", FRAMES, "--attacks", "clean", ATTACK, ON_LATENTS, ON_FIRST, TO_TARGET, "--metrics",
+    *EVALUATION, "--num_images", NUM_CLIPS, "--num_frames", FRAMES, "--attacks", "clean", ATTACK, ON_LATENTS, ON_FIRST, TO_TARGET, "--metrics",
     "psnr", "ssim", DRIFT, TRAVEL, SHARE, WARPING, FLICKER, "rfid", RFID_CHANGES, "--classifier", WEIGHTS / "classifier",
 ]  # fmt: skip
 
@@ -62,7 +64,7 @@ def main() -> None:
     args = parse_args()
     run = Runner(args.output_dir, WEIGHTS / "video", title="clips", num_calls=len(VARIANTS) * SEEDS + 6)
     run.scenes(TRAINING_CLIPS, 300, seed=1, num_frames=FRAMES)
-    run.scenes(CLIPS, 8, seed=0, num_frames=FRAMES)
+    run.scenes(CLIPS, NUM_CLIPS, seed=0, num_frames=FRAMES)
     run.scenes(TARGET, 1, seed=2, num_frames=FRAMES)
     run.scenes(IMAGES, 32, seed=0)
     names = []
@@ -79,6 +81,7 @@ def main() -> None:
     on_clips, on_images = (Results(args.output_dir / name / "results.json") for name in ("on-clips", "on-images"))
     made = f"{machine()}, {date.today().isoformat()}, {EPSILON}, adaptive attacks"
     of_frames = frames_table(run, names[: len(VARIANTS)], args.output_dir / CLIPS)
+    draw_pictures(run, args.output_dir / CLIPS)
     text = "\n\n".join([made, quality_table(on_clips, on_images), movement_table(on_clips), of_frames])
     write_text_atomically(args.output_dir / "clips.md", f"{text}\n")
     print(text)
@@ -121,12 +124,10 @@ def movement_table(results: Results) -> str:
 
 def frames_table(run: Runner, names: Sequence[str], folder: Path) -> str:
     """Return the PSNR that an attack on the first frame costs each frame, in dB, by VAE."""
-    data = DataSource(validation_data_dir=str(folder), num_frames=FRAMES)
-    clips = load_validation_images(data, num_images=8, resolution=64).images
+    clips = clips_in(folder)
     lines = [["PSNR lost (dB)", *(f"frame {number + 1}" for number in range(FRAMES))]]
     for name in (ORIGINAL, *names):
-        source = AutoencoderSource(pretrained_model_name_or_path=str(run.vae(name)))
-        lost = lost_by_frame(Codec.of(load_autoencoder(source), name), clips)
+        lost = lost_by_frame(codec_of(run, name), clips)
         lines.append([name, *(f"{value:.1f}" for value in lost)])
     return markdown_table(lines)
 
@@ -134,13 +135,38 @@ def frames_table(run: Runner, names: Sequence[str], folder: Path) -> str:
 @torch.no_grad()
 def lost_by_frame(codec: Codec, clips: Tensor) -> list[float]:
     """Return the mean PSNR that each frame of clips `[N,3,T,H,W]` loses when the first one is attacked, in dB."""
-    (attack,) = select([ON_FIRST], [8 / 255], AttackResources(clips=True)).perturbations
-    shown = attack.apply(codec, clips, image_generators(0, range(len(clips))))
-    before, after = (codec.reconstruct(each) for each in (clips, shown))
+    before, after = codec.reconstruct(clips), codec.reconstruct(attacked(codec, clips, ON_FIRST))
     return [
         (psnr(before[:, :, time], clips[:, :, time]) - psnr(after[:, :, time], clips[:, :, time])).mean().item()
         for time in range(clips.shape[2])
     ]
+
+
+@torch.no_grad()
+def draw_pictures(run: Runner, folder: Path) -> None:
+    """Draw the first clip, and how VAEs reconstruct it when it is attacked on them, as `strip.png` and `clips.gif`."""
+    clip = clips_in(folder)[:1]
+    codecs = {name: codec_of(run, name) for name in (ORIGINAL, "single frames", "clips")}
+    shown = {name: codec.reconstruct(attacked(codec, clip, ATTACK))[0] for name, codec in codecs.items()}
+    draw_strip({"clean": clip[0], **shown}, run.folder / "strip.png")
+    draw_animation({"clean": clip[0], **shown}, run.folder / "clips.gif")
+
+
+def clips_in(folder: Path) -> Tensor:
+    """Return the clips of the evaluation, `[N,3,T,H,W]` in [-1,1]."""
+    data = DataSource(validation_data_dir=str(folder), num_frames=FRAMES)
+    return load_validation_images(data, num_images=NUM_CLIPS, resolution=64).images
+
+
+def codec_of(run: Runner, name: str) -> Codec:
+    """Return a VAE of the experiment."""
+    return Codec.of(load_autoencoder(AutoencoderSource(pretrained_model_name_or_path=str(run.vae(name)))), name)
+
+
+def attacked(codec: Codec, clips: Tensor, name: str) -> Tensor:
+    """Return clips `[N,3,T,H,W]` under an attack on a VAE, by its name in the catalogue."""
+    (attack,) = select([name], [parse_pixel_distance(EPSILON)], AttackResources(clips=True)).perturbations
+    return attack.apply(codec, clips, image_generators(0, range(len(clips))))
 
 
 def parse_args() -> argparse.Namespace:
