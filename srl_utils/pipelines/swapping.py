@@ -24,6 +24,8 @@ from srl_utils.vae.files import LATENT_CHANNELS, short
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 from srl_utils.vae.networks import downsampling_factor
 
+NAMES = ("vae", "movq", "vqvae")
+"""Names under which pipelines hold their VAE: movq those of Kandinsky, vqvae those with discrete latents."""
 STRUCTURE = ("in_channels", "out_channels", *LATENT_CHANNELS)
 FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "invert_scale_latents")
 BUFFERS = ("bn.running_mean", "bn.running_var", "latents_mean", "latents_std")
@@ -58,7 +60,7 @@ def swap_vae(
     `force_upcast` is used, or the VAE is refused if the pipeline ignores that setting.
 
     Args:
-        pipe: any pipeline whose `.vae` is of a class in `FAMILIES`.
+        pipe: any pipeline whose VAE is of a class in `FAMILIES`; it may be called `vae`, `movq` or `vqvae`.
         vae: such a VAE, a folder, or a Hub id.
         subfolder: folder of the VAE inside `vae`, as in `from_pretrained`.
         revision: branch, tag or commit of a Hub id.
@@ -73,7 +75,7 @@ def swap_vae(
             factors do not fit; if `pipe` has a device map, group offloading or another pipeline's hooks; or if `vae`
             overflows in the pipeline's precision.
     """
-    previous = _vae_of(pipe)
+    previous = vae_of(pipe)
     replacement = resolve_vae(vae, subfolder=subfolder, revision=revision, variant=variant)
     _check_newcomer(replacement, pipe, allow_mismatch)
     with _offload_suspended(pipe):
@@ -93,14 +95,14 @@ def robust_vae(pipe: DiffusionPipeline, vae: ModelMixin | str | PathLike[str], *
     dtype = _dtype_beside_vae(pipe)
     previous = swap_vae(pipe, vae, **settings)
     try:
-        yield pipe.vae
+        yield vae_of(pipe)
     except BaseException:
         if _dtype_beside_vae(pipe) == dtype:
-            pipe.vae.to(previous.dtype)  # a call that failed in fp16 may have left it in float32
+            vae_of(pipe).to(previous.dtype)  # a call that failed in fp16 may have left it in float32
         raise
     finally:
-        if previous.dtype != pipe.vae.dtype:
-            previous.to(pipe.vae.dtype)
+        if previous.dtype != vae_of(pipe).dtype:
+            previous.to(vae_of(pipe).dtype)
         swap_vae(pipe, previous)
         for name, value in settings_before.items():
             setattr(vae, name, value)
@@ -126,7 +128,7 @@ def robustify(
     Returns:
         The VAE object that was there; `swap_vae(pipe, previous)` undoes the change.
     """
-    previous = _vae_of(pipe)
+    previous = vae_of(pipe)
     source = resolve_vae(vae, subfolder=subfolder, revision=revision, variant=variant)
     _check_newcomer(source, pipe, allow_mismatch)
     with _offload_suspended(pipe):
@@ -165,8 +167,13 @@ def resolve_vae(
     return load_autoencoder(source)
 
 
-def _vae_of(pipe: DiffusionPipeline) -> ModelMixin:
-    vae = getattr(pipe, "vae", None)
+def vae_of(pipe: DiffusionPipeline) -> ModelMixin:
+    """Return the VAE of a pipeline.
+
+    Raises:
+        WrongType: a TypeError, if it has none or one of a class that is not in `FAMILIES`.
+    """
+    vae = getattr(pipe, _name(pipe))
     if find_family(vae) is None:
         raise WrongType(
             f"the VAE of this {type(pipe).__name__} is {type(vae).__name__}; supported are {', '.join(FAMILIES)}"
@@ -174,14 +181,22 @@ def _vae_of(pipe: DiffusionPipeline) -> ModelMixin:
     return vae
 
 
+def _name(pipe: DiffusionPipeline) -> str:
+    """Return the name under which a pipeline holds its VAE."""
+    name = next((name for name in NAMES if getattr(pipe, name, None) is not None), None)
+    if name is None:
+        raise WrongType(f"this {type(pipe).__name__} has no VAE")
+    return name
+
+
 def _register(pipe: DiffusionPipeline, vae: ModelMixin) -> None:
-    _TAKEN_OUT.setdefault(pipe, WeakSet()).add(pipe.vae)
-    pipe.register_modules(vae=vae)
+    _TAKEN_OUT.setdefault(pipe, WeakSet()).add(vae_of(pipe))
+    pipe.register_modules(**{_name(pipe): vae})
 
 
 def _had(pipe: DiffusionPipeline, vae: ModelMixin) -> bool:
     """Return whether `vae` is or was in `pipe`: putting it back never fails."""
-    return vae is pipe.vae or vae in _TAKEN_OUT.get(pipe, ())
+    return vae is vae_of(pipe) or vae in _TAKEN_OUT.get(pipe, ())
 
 
 def _check_newcomer(candidate: ModelMixin, pipe: DiffusionPipeline, allow_mismatch: bool) -> None:
@@ -192,7 +207,7 @@ def _check_newcomer(candidate: ModelMixin, pipe: DiffusionPipeline, allow_mismat
         raise UserError(
             "the VAE given is offloaded by another pipeline; call remove_all_hooks() there first, or give its folder"
         )
-    _check_fit(candidate, pipe.vae, allow_mismatch)
+    _check_fit(candidate, vae_of(pipe), allow_mismatch)
 
 
 def _check_fit(candidate: ModelMixin, present: ModelMixin, allow_mismatch: bool) -> None:
@@ -238,7 +253,7 @@ def _dtype_beside_vae(pipe: DiffusionPipeline) -> torch.dtype | None:
 
     It tells apart a call that upcasts the VAE, which does not change it, and a move of the pipeline, which does.
     """
-    networks = (part for part in pipe.components.values() if isinstance(part, ModelMixin) and part is not pipe.vae)
+    networks = (part for part in pipe.components.values() if isinstance(part, ModelMixin) and part is not vae_of(pipe))
     return next((network.dtype for network in networks), None)
 
 
@@ -323,7 +338,7 @@ def _offload_suspended(pipe: DiffusionPipeline) -> Iterator[None]:
         raise UserError("this pipeline has group offloading; exchange the VAE before enable_group_offload")
     if getattr(pipe, "_all_hooks", None):
         enable = pipe.enable_model_cpu_offload
-    elif not _offloaded(pipe.vae):
+    elif not _offloaded(vae_of(pipe)):
         yield
         return
     elif hasattr(pipe, "_offload_device"):

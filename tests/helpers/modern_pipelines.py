@@ -6,15 +6,17 @@ frames = run_pipeline(pipe, "wan image-to-video")
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import (
+    AmusedScheduler,
     CogVideoXDDIMScheduler,
     CogVideoXTransformer3DModel,
+    DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -26,6 +28,7 @@ from diffusers import (
     SCMScheduler,
     UNet2DConditionModel,
     UNetSpatioTemporalConditionModel,
+    UVit2DModel,
     WanTransformer3DModel,
 )
 from torch import Tensor
@@ -136,14 +139,44 @@ def cogvideo_parts() -> dict[str, Any]:
     return {**NO_TEXT, "scheduler": CogVideoXDDIMScheduler(), "transformer": transformer}
 
 
+def kandinsky_parts() -> dict[str, Any]:
+    unet = seeded(
+        lambda: UNet2DConditionModel(
+            **{**UNET, "sample_size": SIDE // 2}, in_channels=4, out_channels=8,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), addition_embed_type="image",
+            encoder_hid_dim_type="image_proj", encoder_hid_dim=WIDTH, resnet_time_scale_shift="scale_shift",
+        )
+    )  # fmt: skip
+    return {"scheduler": DDIMScheduler(), "unet": unet}
+
+
+def amused_parts() -> dict[str, Any]:
+    transformer = seeded(
+        lambda: UVit2DModel(
+            hidden_size=WIDTH, hidden_dropout=0.0, cond_embed_dim=WIDTH, micro_cond_encode_dim=2, micro_cond_embed_dim=10,
+            encoder_hidden_size=WIDTH, codebook_size=64, vocab_size=66, in_channels=WIDTH, block_out_channels=WIDTH,
+            num_res_blocks=1, num_hidden_layers=1, num_attention_heads=2, block_num_heads=2, attention_dropout=0.0,
+            intermediate_size=16, sample_size=SIDE // 2,
+        )
+    )  # fmt: skip
+    return {**NO_TEXT, "scheduler": AmusedScheduler(mask_token_id=65), "transformer": transformer}
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A pipeline class, its autoencoder's class, its other parts, and what it is called with beside image and size."""
+    """A pipeline class, its autoencoder's class, its other parts, and what it is called with beside image and size.
+
+    Then the name under which it holds its autoencoder, and entries of that one's configuration that are not the usual ones.
+    """
 
     pipeline: str
     vae: str
     parts: Callable[[], dict[str, Any]]
     arguments: Callable[[], dict[str, Any]] = field(default=lambda: {"prompt_embeds": embedding()})
+    name: str = "vae"
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def masked() -> dict[str, Any]:
@@ -190,13 +223,29 @@ KINDS = {
         "CogVideoXImageToVideoPipeline", "AutoencoderKLCogVideoX", cogvideo_parts,
         lambda: {**CLIP_OF_FRAMES, "prompt_embeds": embedding(), "guidance_scale": 1.0},
     ),
+    "kandinsky img2img": Kind(
+        "KandinskyV22Img2ImgPipeline", "VQModel", kandinsky_parts,
+        lambda: {"image_embeds": embedding()[:, 0], "negative_image_embeds": -embedding()[:, 0], "strength": 0.5},
+        name="movq", config={"latent_channels": 4},
+    ),
+    "amused img2img": Kind(
+        "AmusedImg2ImgPipeline", "VQModel", amused_parts,
+        lambda: {
+            "prompt_embeds": embedding()[:, 0], "encoder_hidden_states": embedding(), "guidance_scale": 1.0, "strength": 0.5,
+        },
+        name="vqvae", config={"lookup_from_codebook": True},
+    ),
 }  # fmt: skip
+WITHOUT_SIZE = ("lcm img2img", "amused img2img")
+"""These take the image's."""
 
 
 def build_pipeline(name: str) -> DiffusionPipeline:
     """The same pipeline in each call, weights and all."""
     kind = KINDS[name]
-    pipe = getattr(diffusers, kind.pipeline)(vae=small_autoencoder(kind.vae), **kind.parts())
+    usual = small_autoencoder(kind.vae)
+    vae = seeded(lambda: type(usual).from_config(usual.config, **kind.config)) if kind.config else usual
+    pipe = getattr(diffusers, kind.pipeline)(**{kind.name: vae}, **kind.parts())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -207,6 +256,6 @@ def run_pipeline(pipe: DiffusionPipeline, name: str) -> Tensor:
         "image": to_pil(draw_images(1, SIDE)[0]), "height": SIDE, "width": SIDE, "num_inference_steps": STEPS,
         "generator": torch.Generator().manual_seed(2), "output_type": "pt", **KINDS[name].arguments(),
     }  # fmt: skip
-    if name == "lcm img2img":
+    if name in WITHOUT_SIZE:
         del arguments["height"], arguments["width"]
     return pipe(**arguments)[0]

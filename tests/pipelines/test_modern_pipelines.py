@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 from helpers.autoencoders import small_autoencoder, with_other_encoder
 from helpers.modern_pipelines import KINDS, build_pipeline, run_pipeline
 from helpers.runs import draw_images
@@ -15,7 +15,8 @@ from helpers.small_pipelines import build_pipeline as build_sd_pipeline
 from PIL import Image
 
 from srl_utils import robust_vae, robustify, sanitize, swap_vae
-from srl_utils.errors import UserError
+from srl_utils.errors import UserError, WrongType
+from srl_utils.pipelines.swapping import vae_of
 from srl_utils.vae.families import FAMILIES, family_of
 
 EVERY_KIND = pytest.mark.parametrize("name", KINDS)
@@ -25,19 +26,19 @@ EVERY_KIND = pytest.mark.parametrize("name", KINDS)
 def test_the_robust_vae_is_used_within_the_context(name: str) -> None:
     """Oracle: the pixels from before, with the same weights and afterwards; others within."""
     pipe = build_pipeline(name)
-    own, before = pipe.vae, run_pipeline(pipe, name)
+    own, before = vae_of(pipe), run_pipeline(pipe, name)
     with robust_vae(pipe, copy.deepcopy(own)):
-        assert pipe.vae is not own and torch.equal(run_pipeline(pipe, name), before)
+        assert vae_of(pipe) is not own and torch.equal(run_pipeline(pipe, name), before)
     with robust_vae(pipe, with_other_encoder(own)):
         assert not torch.equal(run_pipeline(pipe, name), before)
-    assert pipe.vae is own and torch.equal(run_pipeline(pipe, name), before)
+    assert vae_of(pipe) is own and torch.equal(run_pipeline(pipe, name), before)
 
 
 @EVERY_KIND
 def test_robustify_gives_the_encoder_alone(name: str) -> None:
     """Oracle: the pixels of a pipeline that has the whole VAE, whose decoder is the same."""
     pipe, whole = build_pipeline(name), build_pipeline(name)
-    robust = with_other_encoder(pipe.vae)
+    robust = with_other_encoder(vae_of(pipe))
     robustify(pipe, robust)
     swap_vae(whole, robust)
     assert torch.equal(run_pipeline(pipe, name), run_pipeline(whole, name))
@@ -79,6 +80,13 @@ def test_a_vae_that_the_pipeline_cannot_call_is_refused(other: str) -> None:
     pipe = build_sd_pipeline("sd")
     with pytest.raises(UserError, match=f"a {other} cannot replace a AutoencoderKL: its decode takes no generator"):
         swap_vae(pipe, small_autoencoder(other))
+
+
+def test_a_pipeline_without_a_vae_is_refused() -> None:
+    """Oracle: specification: one line that names the pipeline."""
+    pipe = DDPMPipeline(unet=UNet2DModel(), scheduler=DDPMScheduler())
+    with pytest.raises(WrongType, match="this DDPMPipeline has no VAE"):
+        swap_vae(pipe, small_autoencoder("VQModel"))
 
 
 def test_a_derived_class_is_one_of_its_base() -> None:
