@@ -54,7 +54,8 @@ EPSILON = "8/255"
 EVALUATION = ["--epsilons", EPSILON, "--threat_models", ADAPTIVE, "--no_checks", "--batch_size", 4]
 ON_IMAGES = [*EVALUATION, "--num_images", 32, "--attacks", "clean", ATTACK, "--metrics", "psnr", DRIFT]
 ON_WHOLE_CLIPS = [
-    *EVALUATION, "--num_images", NUM_CLIPS, "--num_frames", FRAMES, "--attacks", "clean", ATTACK, ON_LATENTS, ON_FIRST, TO_TARGET, "--metrics",
+    *EVALUATION, "--num_images", NUM_CLIPS, "--num_frames", FRAMES, "--attacks", "clean", ATTACK, ON_LATENTS, ON_FIRST,
+    TO_TARGET, "--metrics",
     "psnr", "ssim", DRIFT, TRAVEL, SHARE, WARPING, FLICKER, "rfid", RFID_CHANGES, "--classifier", WEIGHTS / "classifier",
 ]  # fmt: skip
 

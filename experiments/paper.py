@@ -101,7 +101,8 @@ def judged(results: Mapping[str, Results], *, apgd: str, edits: Mapping[str, Res
     reconstruction, generation = results["reconstruction"], results["generation"]
     image_to_image = ("clean, img2img-0.6", NO_THREAT, "fid")
     return [
-        compared("Clean images are reconstructed better.", "PSNR (dB)", reconstruction, ("clean", NO_THREAT, "psnr"), higher=True),
+        compared("Clean images are reconstructed better.", "PSNR (dB)", reconstruction, ("clean", NO_THREAT, "psnr"),
+                 higher=True),
         compared("Attacked images too.", "PSNR (dB)", reconstruction, (apgd, ADAPTIVE, "psnr"), higher=True),
         compared("The unchanged diffusion model generates better.", "FID", generation, image_to_image, higher=False),
         *([closeness_claim(results["editing"], results[BETWEEN_SEEDS])] if BETWEEN_SEEDS in results else []),

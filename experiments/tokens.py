@@ -3,8 +3,8 @@
     python -m experiments.tokens                       # make tokens
 
 Trains it without an attack, on feature distances alone (as arXiv 2602.18252 does with tokenizers), with TRADES and with
-SRL-VAE, each as long as the others, and attacks reconstructions, features and tokens. Finished parts are kept, so the command can be
-interrupted and repeated.
+SRL-VAE, each as long as the others, and attacks reconstructions, features and tokens. Finished parts are kept, so the
+command can be interrupted and repeated.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ class Selection:
 def known_names() -> list[str]:
     """Return the names of presets and attacks, with their parameters in capitals."""
     return [
-        "clean", NOISE, *PRESETS, *(f"{name}[-lpips|-latents|-tokens][-first]" for name in ITERATIONS), *(f"{name}[-SEVERITY]" for name in CORRUPTIONS), *PROTECTIONS,
+        "clean", NOISE, *PRESETS, *(f"{name}[-lpips|-latents|-tokens][-first]" for name in ITERATIONS),
+        *(f"{name}[-SEVERITY]" for name in CORRUPTIONS), *PROTECTIONS,
     ]  # fmt: skip
 
 

@@ -217,7 +217,8 @@ def open_data(
 def load_validation_images(source: DataSource, *, num_images: int, resolution: int, seed: int = 0) -> ValidationImages:
     """Return the central squares of images spread evenly over the validation images, or of the first ones of a stream.
 
-    If `source.num_frames` is above 1, the images are clips, and the frames in the middle of each are returned. The choice is the same in each call. If `source` names captions, images without one are left out.
+    If `source.num_frames` is above 1, the images are clips, and the frames in the middle of each are returned. The
+    choice is the same in each call. If `source` names captions, images without one are left out.
 
     Args:
         source: where the images come from; with `validation_data_dir` it needs no training images.

@@ -1,7 +1,8 @@
 """Pixel ranges: the one place where a budget in units of a [0,1] image meets images in [-1,1].
 
-Everywhere inside the code images are `[N,3,H,W]` float tensors in [-1,1], and clips of T frames `[N,3,T,H,W]`. On the command line and in public
-functions an epsilon or a step size is in units of a [0,1] image, as the literature writes it (8/255).
+Everywhere inside the code images are `[N,3,H,W]` float tensors in [-1,1], and clips of T frames `[N,3,T,H,W]`. On the
+command line and in public functions an epsilon or a step size is in units of a [0,1] image, as the literature writes
+it (8/255).
 """
 
 from __future__ import annotations

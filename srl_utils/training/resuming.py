@@ -40,7 +40,8 @@ VALIDATION_DATA = frozenset(
 APPLIED = TRAINING_DATA | {
     "num_processes", "center_crop", "random_flip", "epsilon", "pgd_steps", "gaussian_noise", "pgd_step_size",
     "no_pgd_random_start", "lpips_weight", "lpips_net", "objective", "originality_weight", "originality_units",
-    "latent_weight", "latent_attack_share", "sample_posterior", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "learning_rate", "scale_lr",
+    "latent_weight", "latent_attack_share", "sample_posterior", "train_batch_size", "num_train_epochs",
+    "max_train_steps", "gradient_accumulation_steps", "learning_rate", "scale_lr",
     "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay",
     "adam_epsilon", "max_grad_norm", "execution", "allow_tf32",
 }  # fmt: skip

@@ -98,7 +98,8 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of evaluations with a diffusion pipeline."""
+    """Add the flags of evaluations with a diffusion pipeline, which take images and no clips."""
+    parser.set_defaults(num_frames=1)
     add = parser.add_argument
     add("--pipeline", required=True, metavar="PLACE", help="diffusion pipeline, written like --baseline")
     add(

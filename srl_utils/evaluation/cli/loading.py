@@ -87,7 +87,7 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
     """Load the images that the flags choose, with their captions.
 
     Args:
-        args: the flags of `add_shared_arguments`, and `caption_column`.
+        args: the flags of `add_shared_arguments`, `caption_column` and `num_frames`.
         notes: gets a note for each kind of image that was left out, and one if there are fewer than asked for.
 
     Raises:
@@ -104,7 +104,7 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
         image_column=args.image_column,
         caption_column=args.caption_column,
         streaming=args.streaming,
-        num_frames=getattr(args, "num_frames", 1),
+        num_frames=args.num_frames,
     )
     loaded = load_validation_images(source, num_images=args.num_images, resolution=args.resolution, seed=args.seed)
     notes.extend(part.report() for part in loaded.skipped if part)

@@ -293,8 +293,10 @@ def build_attack_resources(
         incompatible = find_incompatible(setup.pipeline, setup.codecs, setup.images, setup.notes)
     continuous = frozenset(codec.name for codec in setup.codecs if codec.codebook is None)
     return AttackResources(
-        clips=setup.num_frames > 1, continuous=continuous, has_tokens=setup.codecs[0].name not in continuous, pipeline=setup.pipeline, incompatible=incompatible, target_pipeline=target_pipeline, perceptual=perceptual,
-        bound=glaze_bound(setup, perceptual, classifier) if uses_glaze(args.attacks) else None, target=target, max_steps=args.max_attack_steps,
+        clips=setup.num_frames > 1, continuous=continuous, has_tokens=setup.codecs[0].name not in continuous,
+        pipeline=setup.pipeline, incompatible=incompatible, target_pipeline=target_pipeline, perceptual=perceptual,
+        bound=glaze_bound(setup, perceptual, classifier) if uses_glaze(args.attacks) else None, target=target,
+        max_steps=args.max_attack_steps,
     )  # fmt: skip
 
 
