@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import functional as transforms
 
 from srl_utils.attacks.corruptions import gaussian_noise, jpeg, resize, webp
 from srl_utils.purifiers.base import Purifier
@@ -97,7 +98,8 @@ def bilateral(images: Tensor, *, reach: int, colour_sigma: float, space_sigma: f
 def guided(guide: Tensor, images: Tensor, *, radius: int, epsilon: float) -> Tensor:
     """Return images as locally linear functions of all channels of a guide: the guided filter.
 
-    Source: He, Sun and Tang, "Guided Image Filtering", PAMI 2013, equations 19 to 21.
+    Source: He, Sun and Tang, "Guided Image Filtering", PAMI 2013, equations 19 to 21. As OpenCV does, borders are mirrored
+    with the edge repeated.
 
     Args:
         guide: `[N,3,H,W]`.
@@ -107,7 +109,7 @@ def guided(guide: Tensor, images: Tensor, *, radius: int, epsilon: float) -> Ten
     """
 
     def mean(values: Tensor) -> Tensor:
-        padded = F.pad(values, [radius] * 4, mode="reflect")
+        padded = transforms.pad(values, [radius], padding_mode="symmetric")
         return F.avg_pool2d(padded, 2 * radius + 1, stride=1)
 
     channels = guide.shape[1]
