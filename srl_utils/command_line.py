@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from srl_utils.errors import PARAMETER, UserError, one_line, without_tokens
 from srl_utils.images.pixels import parse_pixel_distance
+from srl_utils.purifiers import check_purifier
 from srl_utils.resources import explained, keep_freed_memory
 
 LARGEST_SIDE = 2**12  # pixels; 16 images of that side take 3 GB as numbers
@@ -149,3 +150,12 @@ def pixel_distance(text: str) -> float:
         return parse_pixel_distance(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def purifier_name(text: str) -> str:
+    """Return the name of a purifier or a chain."""
+    try:
+        check_purifier(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(error.problem) from None
+    return text

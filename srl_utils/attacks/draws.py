@@ -55,3 +55,14 @@ def draw_normal(generators: Generators | None, *, like: Tensor) -> Tensor:
 def image_generators(seed: int, indices: Iterable[int]) -> Generators:
     """Return one generator for each image number: what an image draws does not depend on its batch."""
     return [torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63) for index in indices]
+
+
+def purifying_generators(seed: int, indices: Iterable[int], *, attacked: bool = False) -> Generators:
+    """Return one generator for each image number, from which purifiers draw.
+
+    Args:
+        seed: of the evaluation; the draws are not those of `image_generators`.
+        indices: numbers of the images.
+        attacked: whether the draws are those of an attacker, who does not know which ones will be judged.
+    """
+    return image_generators((seed + 1) * 7_919 + attacked, indices)

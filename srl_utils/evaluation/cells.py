@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srl_utils.attacks.draws import image_generators
+from srl_utils.attacks.draws import image_generators, purifying_generators
 from srl_utils.console import progress_bar
 from srl_utils.errors import UserError
 from srl_utils.evaluation.metering import Meter, images_of
@@ -56,7 +56,8 @@ def cells_of(
 
     Args:
         perturbation: attack or corruption.
-        codecs: the VAEs, the baseline first; transferred attacks are made on it.
+        codecs: the VAEs, the baseline first; transferred attacks are made on it. Adaptive attacks are made on what the
+            attacker can compute gradients of, which is among them.
         threat_models: `transfer`, `adaptive` or both.
     """
     baseline, *others = codecs
@@ -64,14 +65,20 @@ def cells_of(
         yield Cell(perturbation, baseline, tuple(codecs), {codec.name: (NO_THREAT,) for codec in codecs})
         return
     # On the baseline, both threat models are the same attack.
-    labels = {baseline.name: tuple(threat_models)}
-    if TRANSFER in threat_models:
-        labels |= {codec.name: (TRANSFER,) for codec in others}
-    yield Cell(perturbation, baseline, tuple(codec for codec in codecs if codec.name in labels), labels)
-    if ADAPTIVE in threat_models:
-        for codec in others:
-            if codec.name not in perturbation.impossible_on:
-                yield Cell(perturbation, codec, (codec,), {codec.name: (ADAPTIVE,)})
+    exposed = {codec.name: codec.exposed for codec in codecs}
+    labels = {
+        codec.name: tuple(
+            threat for threat in threat_models if threat == TRANSFER or exposed[codec.name].name == baseline.name
+        )
+        for codec in codecs
+    }
+    yield Cell(perturbation, baseline, tuple(codec for codec in codecs if labels[codec.name]), labels)
+    if ADAPTIVE not in threat_models:
+        return
+    for source in codecs[1:]:
+        judged = tuple(codec for codec in others if exposed[codec.name].name == source.name)
+        if judged and source.bare.name not in perturbation.impossible_on:
+            yield Cell(perturbation, source, judged, {codec.name: (ADAPTIVE,) for codec in judged})
 
 
 def batched(cell: Cell, numbers: Sequence[int], batch_size: int) -> Iterator[Job]:
@@ -109,14 +116,16 @@ def _compute(
 ) -> Iterator[Measured]:
     cell, numbers = job.cell, job.batch
     clean = on_device(images[numbers], cell.source.device)
-    with _finite_outputs(cell.source) as finite:
+    attackers_draws = purifying_generators(seed, numbers, attacked=True)
+    with _finite_outputs(cell.source) as finite, cell.source.drawing(attackers_draws):
         shown = cell.perturbation.apply(cell.source, clean, image_generators(seed, numbers))
     if not all(finite):  # the attack would be weaker than its name says
         raise _not_finite(job, cell.source, numbers)
     for codec, variant in product(cell.judged, task.variants):
         meter.say(f"{codec.name} judged, {attempted(cell.title, variant)}: {images_of(numbers, len(images))}")
         # Freeze the encoder: convolution kernels depend on whether weights require gradients, and inference has none.
-        with torch.no_grad(), frozen(codec.encoder):
+        draws = purifying_generators(seed, numbers)
+        with torch.no_grad(), frozen(codec.encoder), codec.drawing(draws):
             outcome = task.attempt(cell, codec, shown, numbers, variant)
             _check_finite(outcome, job, codec)
             values = task.measure(cell, codec, outcome, numbers, variant)
@@ -148,7 +157,7 @@ def _motion(
     """Return how far the latents of `codec` moved, of the wanted `MOTION_METRICS`, `[N]` each."""
     wanted = [name for name in MOTION_METRICS if name in task.metrics.names]
     find_goal = job.cell.perturbation.goal if SHARE in wanted else None  # a pipeline may have to draw the target
-    with frozen(codec.encoder):
+    with frozen(codec.encoder), codec.drawing(purifying_generators(seed, job.batch)):
         goal = None if find_goal is None else find_goal(codec, clean, image_generators(seed, job.batch))
         return motion(codec, clean, shown, wanted=wanted, unit=unit, goal=goal)
 

@@ -68,6 +68,11 @@ class Study:
         """Return the VAE with which the others are compared."""
         return self.codecs[0]
 
+    @property
+    def undefended(self) -> list[Codec]:
+        """Return the VAEs alone, without those behind purifiers."""
+        return [codec for codec in self.codecs if codec.bare is codec]
+
     def run(self) -> list[Record]:
         """Compute the batches that are not stored yet; return the values of all images in all cells.
 

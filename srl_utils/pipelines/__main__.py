@@ -1,4 +1,4 @@
-"""python -m srl_utils.pipelines sanitize INPUT OUTPUT --vae DIR"""
+"""python -m srl_utils.pipelines sanitize INPUT OUTPUT [--vae DIR] [--purifier NAME]"""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from itertools import chain, count
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
 from PIL import Image
 from tqdm.auto import tqdm
 
-from srl_utils.command_line import Parser, exit_code, positive_int
+from srl_utils.command_line import Parser, exit_code, positive_int, purifier_name
 from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.images.decoding import UnreadableImage, open_image
 from srl_utils.images.listing import Skipped, list_images
 from srl_utils.pipelines.files import check_size, check_writable, fitting_target, sanitize_file
 from srl_utils.pipelines.formats import format_of, format_to_write
-from srl_utils.pipelines.sanitizing import TILE_ABOVE
+from srl_utils.pipelines.sanitizing import TILE_ABOVE, build_purifier
 from srl_utils.pipelines.swapping import resolve_vae
+from srl_utils.purifiers import LOOP, Purifier, known_purifiers, needs_vae
 from srl_utils.resources import failed_write
 
 
@@ -49,23 +49,26 @@ def main(arguments: list[str] | None = None) -> int:
     jobs, skipped = plan(args.input, args.output)
     if args.input.is_file():
         check_before(*jobs[0], args)
-    vae = resolve_vae(args.vae, subfolder=args.subfolder, revision=args.revision, variant=args.variant)
-    vae.to(args.device)
+    vae = None
+    if args.vae is not None:
+        vae = resolve_vae(args.vae, subfolder=args.subfolder, revision=args.revision, variant=args.variant)
+        vae.to(args.device)
+    purifier = build_purifier(args.purifier, vae, tile_above=args.tile_above)
     outcome = Outcome()
     for source, target in tqdm(jobs, desc="sanitize", unit="image"):
-        work(source, target, vae, args, outcome)
+        work(source, target, purifier, args, outcome)
     if skipped:
         print(skipped.report(), file=sys.stderr)
     report(outcome, len(jobs), args.output)
     return 0
 
 
-def work(source: Path, target: Path, vae: ModelMixin, args: argparse.Namespace, outcome: Outcome) -> None:
+def work(source: Path, target: Path, purifier: Purifier, args: argparse.Namespace, outcome: Outcome) -> None:
     """Sanitize one image. An error is noted in `outcome`, so that the other images are still processed."""
     try:
         place = unlike(outcome, fitting_target(source, target, max_pixels=args.max_pixels))
         check_writable(place)
-        lost = sanitize_file(source, place, vae, tile_above=args.tile_above, max_pixels=args.max_pixels)
+        lost = sanitize_file(source, place, purifier, max_pixels=args.max_pixels)
         found = os.lstat(place)
     except UnreadableImage as error:
         outcome.unreadable.append(one_line(f"{source} ({reason_of(error)})"))
@@ -194,10 +197,14 @@ def writable(place: Path, taken: set[Path]) -> Path:
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m srl_utils.pipelines", description="Tools around a robust VAE.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    command = commands.add_parser("sanitize", help="encode and decode images through a robust VAE")
+    command = commands.add_parser("sanitize", help="clean images: pass them through a robust VAE, or another purifier")
     command.add_argument("input", type=Path, help="an image, or a folder of them (nested)")
     command.add_argument("output", type=Path, help="the image or folder to write")
-    command.add_argument("--vae", required=True, help="folder or Hub id of a VAE of diffusers")
+    command.add_argument("--vae", default=None, help="folder or Hub id of a VAE of diffusers")
+    command.add_argument(
+        "--purifier", type=purifier_name, default=LOOP,
+        help=f"what is done, A+B for one after the other: {', '.join(known_purifiers())}; {LOOP} is a pass through --vae",
+    )  # fmt: skip
     for name, what in (
         ("subfolder", "folder inside it"),
         ("revision", "branch, tag or commit"),
@@ -213,7 +220,16 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     command.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    command.refuse_without_effect(args, {"revision": (not os.path.isdir(args.vae), "a model of the Hub", "main")})
+    if args.vae is None and needs_vae(args.purifier):
+        raise UserError(f"{args.purifier} needs a VAE; give `vae`")
+    no_vae = (needs_vae(args.purifier), f"a purifier that uses a VAE, such as {LOOP}")
+    command.refuse_without_effect(
+        args,
+        {
+            "vae": no_vae, "subfolder": no_vae, "variant": no_vae, "tile_above": no_vae,
+            "revision": (args.vae is not None and not os.path.isdir(args.vae), "a model of the Hub", "main"),
+        },
+    )  # fmt: skip
     return args
 
 

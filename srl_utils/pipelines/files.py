@@ -7,7 +7,6 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from diffusers import ModelMixin
 from PIL import Image
 
 from srl_utils.errors import UserError
@@ -26,6 +25,7 @@ from srl_utils.pipelines.formats import (
 )
 from srl_utils.pipelines.metadata import read_metadata
 from srl_utils.pipelines.sanitizing import purify_frame
+from srl_utils.purifiers import Purifier
 
 # In other formats, further frames are layers, sizes, previews or gain maps of one image.
 SEQUENCES = {
@@ -40,16 +40,13 @@ SEQUENCES = {
 WEBP_HEAD = 2**16  # bytes, in which the first pixels begin
 
 
-def sanitize_file(
-    source: Path, target: Path, vae: ModelMixin, *, tile_above: int, max_pixels: int | None = None
-) -> list[str]:
-    """Encode and decode every frame of an image file, and write it in the format that the target's suffix names.
+def sanitize_file(source: Path, target: Path, purifier: Purifier, *, max_pixels: int | None = None) -> list[str]:
+    """Purify every frame of an image file, and write it in the format that the target's suffix names.
 
     Args:
         source: a file of any readable format.
         target: the file to write; its suffix is one of `writable_suffixes`.
-        vae: the robust VAE.
-        tile_above: images with a longer side, in pixels, are processed in tiles.
+        purifier: for images of any size.
         max_pixels: the largest image to read, in place of Pillow's limit.
 
     Returns:
@@ -67,7 +64,7 @@ def sanitize_file(
         film, alphas = Film(lossless=_is_lossless_webp(source)), set()
         for index in range(count if sequence and sequence == form.sequence else 1):
             _seek(image, index)
-            frame, alpha = purify_frame(image, vae, tile_above, flat=not form.alpha)
+            frame, alpha = purify_frame(image, purifier, flat=not form.alpha)
             film.frames.append(frame)
             film.durations.append(_duration(image))
             alphas |= _alpha_kinds(alpha)

@@ -1,7 +1,8 @@
-"""Clean images: encode and decode them with a robust VAE, which weakens perturbations."""
+"""Clean images: pass them through a robust VAE or other purifiers, which weaken perturbations."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -15,9 +16,12 @@ from torch import Tensor
 from srl_utils.errors import WrongType
 from srl_utils.images.decoding import to_srgb
 from srl_utils.images.pixels import check_images, from_pil, to_model_range, to_pil, to_unit_range
+from srl_utils.metrics.losses import load_perceptual_distance
 from srl_utils.pipelines.metadata import read_metadata, srgb_profile
 from srl_utils.pipelines.precision import reconstruct
 from srl_utils.pipelines.swapping import resolve_vae
+from srl_utils.purifiers import LOOP, Purifier, PurifierResources, needs_perceptual, purifier_of
+from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import downsampling_factor
 
 TILE_ABOVE = 1024
@@ -26,18 +30,26 @@ Images = TypeVar("Images", Image.Image, np.ndarray, Tensor, list)
 
 
 def sanitize(
-    images: Images, vae: ModelMixin | str | PathLike[str], *, tile_above: int = TILE_ABOVE, **loading: Any
+    images: Images,
+    vae: ModelMixin | str | PathLike[str] | None = None,
+    *,
+    purifier: str = LOOP,
+    tile_above: int = TILE_ABOVE,
+    **loading: Any,
 ) -> Images:
-    """Encode and decode images with `vae`, to clean protected or attacked images.
+    """Clean protected or attacked images: by default, encode and decode them with `vae`.
 
-    The posterior's mean is decoded, so the result is deterministic. Sides are padded to a multiple of the VAE's
+    The posterior's mean is decoded, so that pass is deterministic. Sides are padded to a multiple of the VAE's
     down-sampling factor by repeating the border, and cropped afterwards.
 
     Args:
         images: a PIL image of any mode (of an animation the current frame), an array `[H,W,3]` or `[N,H,W,3]`, a tensor
             `[3,H,W]` or `[N,3,H,W]` (floats in [0,1], as pipelines return them, or uint8 in [0,255]), or a list of
             these, of any sizes.
-        vae: a VAE of a class in `FAMILIES`, a folder, or a Hub id. A folder or Hub id is loaded in each call.
+        vae: a VAE of a class in `FAMILIES`, a folder, or a Hub id. A folder or Hub id is loaded in each call. None for a
+            purifier that needs no VAE.
+        purifier: what is done, as `srl_utils.purifiers.purifier_of` reads it: `vae-loop` is the pass through the VAE, and
+            `jpeg-75+vae-loop` writes a JPEG file before it.
         tile_above: images with a longer side, in pixels, are processed in the VAE's overlapping tiles.
         loading: `subfolder`, `revision`, `variant` of a folder or Hub id.
 
@@ -47,38 +59,82 @@ def sanitize(
         overflows computes in float32.
 
     Raises:
-        UserError: if `vae` cannot be loaded, or returns values that are not finite.
+        UserError: if `vae` cannot be loaded, or returns values that are not finite; if there is no such purifier, or if
+            it lacks a VAE or LPIPS.
         WrongType: a TypeError and a ValueError, if `images` are of another kind.
         ValueError: if an array or a tensor has another shape, dtype or range; UnreadableImage, if a PIL image is
             broken.
     """
-    model = resolve_vae(vae, **loading)
+    model = None if vae is None else resolve_vae(vae, **loading)
+    return _sanitize(images, build_purifier(purifier, model, tile_above=tile_above))
+
+
+def build_purifier(name: str, vae: ModelMixin | None, *, tile_above: int = TILE_ABOVE) -> Purifier:
+    """Return the purifier of this name for images of any size.
+
+    Args:
+        name: of a purifier or a chain.
+        vae: what `vae-loop` and IMPRESS use.
+        tile_above: images with a longer side, in pixels, are processed in the VAE's tiles.
+
+    Raises:
+        UserError: see `sanitize`.
+    """
+    vaes = {} if vae is None else {"vae": AnySize(vae, tile_above)}
+    perceptual = load_perceptual_distance("vgg").to(vae.device) if vae is not None and needs_perceptual(name) else None
+    return purifier_of(name, PurifierResources(vaes=vaes, perceptual=perceptual))
+
+
+@dataclass(frozen=True)
+class AnySize:
+    """A VAE that takes images of any size.
+
+    Attributes:
+        vae: of a class in `FAMILIES`.
+        tile_above: images with a longer side, in pixels, are processed in its tiles.
+    """
+
+    vae: ModelMixin
+    tile_above: int
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Return reconstructions of images, both `[N,3,H,W]` in [-1,1]; with gradients neither in tiles nor in float32."""
+        height, width = images.shape[-2:]
+        factor = downsampling_factor(self.vae)
+        padded = F.pad(images.float(), (0, -width % factor, 0, -height % factor), mode="replicate")
+        if torch.is_grad_enabled() and images.requires_grad:
+            made = Codec.of(self.vae, "").reconstruct(padded.to(self.vae.device))
+        else:
+            made = reconstruct(padded, self.vae, tiled=max(height, width) > self.tile_above)
+        return made[..., :height, :width]
+
+
+def _sanitize(images: Images, purifier: Purifier) -> Images:
     if isinstance(images, (list, tuple)):
-        each: Any = [sanitize(image, model, tile_above=tile_above) for image in images]
+        each: Any = [_sanitize(image, purifier) for image in images]
         return each
     if isinstance(images, Image.Image):
-        return _sanitize_image(images, model, tile_above)
+        return _sanitize_image(images, purifier)
     if isinstance(images, np.ndarray):
         channels_first = np.moveaxis(images, -1, -3) if images.ndim in (3, 4) else images
-        cleaned = _sanitize_tensor(torch.from_numpy(np.ascontiguousarray(channels_first)), model, tile_above)
+        cleaned = _sanitize_tensor(torch.from_numpy(np.ascontiguousarray(channels_first)), purifier)
         return np.ascontiguousarray(np.moveaxis(cleaned.numpy(), -3, -1))
     if isinstance(images, Tensor):
-        return _sanitize_tensor(images, model, tile_above)
+        return _sanitize_tensor(images, purifier)
     raise WrongType(f"expected PIL images, arrays or tensors, got {type(images).__name__}")
 
 
 def purify_frame(
-    image: Image.Image, vae: ModelMixin, tile_above: int, *, flat: bool = False
+    image: Image.Image, purifier: Purifier, *, flat: bool = False
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Encode and decode the current frame of an opened image.
+    """Purify the current frame of an opened image.
 
     The alpha stays the same. Fully transparent parts first get the colours around them, so that hidden colours do not
     show at the edges.
 
     Args:
         image: the opened image.
-        vae: the robust VAE.
-        tile_above: images with a longer side, in pixels, are processed in tiles.
+        purifier: changes its colours.
         flat: put transparent parts over white instead.
 
     Returns:
@@ -89,7 +145,7 @@ def purify_frame(
         colour = Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
     elif alpha is not None:
         colour = spread_colours(colour, alpha)
-    cleaned = to_pil(_purify(from_pil(colour)[None], vae, tile_above)[0])
+    cleaned = to_pil(_purify(from_pil(colour)[None], purifier)[0])
     if alpha is not None and not flat:
         cleaned.putalpha(alpha)
     return cleaned, alpha
@@ -112,8 +168,8 @@ def spread_colours(colour: Image.Image, alpha: Image.Image) -> Image.Image:
     return Image.composite(colour, around, alpha.point([0] + [255] * 255))
 
 
-def _sanitize_image(image: Image.Image, vae: ModelMixin, tile_above: int) -> Image.Image:
-    cleaned, _ = purify_frame(image, vae, tile_above)
+def _sanitize_image(image: Image.Image, purifier: Purifier) -> Image.Image:
+    cleaned, _ = purify_frame(image, purifier)
     metadata = read_metadata(image)
     kept = {"dpi": metadata.dpi, "xmp": metadata.xmp, "comment": metadata.comment, "icc_profile": srgb_profile()}
     if len(metadata.exif):
@@ -122,13 +178,13 @@ def _sanitize_image(image: Image.Image, vae: ModelMixin, tile_above: int) -> Ima
     return cleaned
 
 
-def _sanitize_tensor(images: Tensor, vae: ModelMixin, tile_above: int) -> Tensor:
+def _sanitize_tensor(images: Tensor, purifier: Purifier) -> Tensor:
     """Return sanitized images `[...,3,H,W]` in the range and dtype of the input: floats in [0,1] or uint8."""
     if images.ndim == 3:
-        return _sanitize_tensor(images[None], vae, tile_above)[0]
+        return _sanitize_tensor(images[None], purifier)[0]
     whole_numbers = images.dtype == torch.uint8
     unit_range = images.float() / 255 if whole_numbers else _checked(images).float()
-    cleaned = to_unit_range(_purify(to_model_range(unit_range), vae, tile_above))
+    cleaned = to_unit_range(_purify(to_model_range(unit_range), purifier))
     if whole_numbers:
         cleaned = cleaned.mul(255).round()
     return cleaned.to(device=images.device, dtype=images.dtype)
@@ -144,11 +200,8 @@ def _checked(images: Tensor) -> Tensor:
     return images
 
 
-def _purify(images: Tensor, vae: ModelMixin, tile_above: int) -> Tensor:
-    """Return reconstructions, float32 in [-1,1], of images `[N,3,H,W]` in [-1,1] of any size."""
+@torch.no_grad()
+def _purify(images: Tensor, purifier: Purifier) -> Tensor:
+    """Return purified images, float32 in [-1,1], of images `[N,3,H,W]` in [-1,1] of any size."""
     check_images(images)
-    height, width = images.shape[-2:]
-    factor = downsampling_factor(vae)
-    padded = F.pad(images.float(), (0, -width % factor, 0, -height % factor), mode="replicate")
-    reconstructions = reconstruct(padded, vae, tiled=max(height, width) > tile_above)
-    return reconstructions[..., :height, :width].clamp(-1, 1)
+    return purifier(images.float())

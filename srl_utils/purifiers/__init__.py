@@ -4,7 +4,26 @@ purifier = purifier_of("resize-0.5+jpeg-75")
 purified = purifier(images)                     # [N,3,H,W] in [-1,1]
 """
 
-from srl_utils.purifiers.base import Purifier, chain
-from srl_utils.purifiers.catalogue import PurifierResources, known_purifiers, purifier_of
+from srl_utils.purifiers.base import Autoencoder, Purifier, chain
+from srl_utils.purifiers.catalogue import (
+    LOOP,
+    PurifierResources,
+    check_purifier,
+    known_purifiers,
+    needs_perceptual,
+    needs_vae,
+    purifier_of,
+)
 
-__all__ = ["Purifier", "PurifierResources", "chain", "known_purifiers", "purifier_of"]
+__all__ = [
+    "LOOP",
+    "Autoencoder",
+    "Purifier",
+    "PurifierResources",
+    "chain",
+    "check_purifier",
+    "known_purifiers",
+    "needs_perceptual",
+    "needs_vae",
+    "purifier_of",
+]

@@ -10,9 +10,7 @@ from torch import Tensor
 from srl_utils.attacks.draws import Generators, draw_normal
 from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN
 from srl_utils.metrics.losses import ImageDistance, mean_squared_error
-from srl_utils.purifiers.base import Purifier
-from srl_utils.vae.codec import Codec
-from srl_utils.vae.networks import frozen
+from srl_utils.purifiers.base import Autoencoder, Purifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,33 +39,33 @@ IMPRESS = {
 """The settings of the authors' code, against PhotoGuard and against Glaze."""
 
 
-def vae_loop(codec: Codec, name: str) -> Purifier:
+def vae_loop(vae: Autoencoder, name: str) -> Purifier:
     """Return a pass through an autoencoder: encode to the posterior's mean, and decode."""
-    return Purifier(name=name, apply=lambda images, _: codec.reconstruct(images), passes=1.0)
+    return Purifier(name=name, apply=lambda images, _: vae.reconstruct(images), passes=1.0)
 
 
-def impress(codec: Codec, perceptual: ImageDistance, config: ImpressConfig, name: str) -> Purifier:
+def impress(vae: Autoencoder, perceptual: ImageDistance, config: ImpressConfig, name: str) -> Purifier:
     """Return IMPRESS, which looks for an image near the given one that the autoencoder reconstructs well.
 
     Source: Cao et al., "IMPRESS: Evaluating the Resilience of Imperceptible Perturbations Against Unauthorized Data Usage
     in Diffusion-Based Generative AI", NeurIPS 2023, and the authors' code. Reconstructions are of the posterior's mean.
 
     Args:
-        codec: the autoencoder.
+        vae: the autoencoder; its weights should be frozen, which saves time.
         perceptual: the authors' is LPIPS on VGG.
         config: see `IMPRESS`.
         name: of the purifier.
     """
 
     def apply(images: Tensor, generators: Generators | None) -> Tensor:
-        with torch.enable_grad(), frozen(codec.encoder):
-            return consistent(images, generators, codec, perceptual, config)
+        with torch.enable_grad():
+            return consistent(images, generators, vae, perceptual, config)
 
     return Purifier(name=name, apply=apply, differentiable=False, passes=2.0 * config.num_steps)
 
 
 def consistent(
-    images: Tensor, generators: Generators | None, codec: Codec, perceptual: ImageDistance, config: ImpressConfig
+    images: Tensor, generators: Generators | None, vae: Autoencoder, perceptual: ImageDistance, config: ImpressConfig
 ) -> Tensor:
     """Return images near `images` `[N,3,H,W]` that the autoencoder reconstructs well: the minimum of IMPRESS's loss."""
     given = perceptual.features(images)
@@ -77,7 +75,7 @@ def consistent(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.num_steps)
     for _ in range(config.num_steps):
         excess = (perceptual.distance(found, given) - config.allowed).clamp_min(0)
-        loss = mean_squared_error(codec.reconstruct(found), found) + config.weight * excess
+        loss = mean_squared_error(vae.reconstruct(found), found) + config.weight * excess
         optimizer.zero_grad()
         loss.sum().backward()  # a sum, so that no image changes another one's step
         optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,6 +13,13 @@ from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN
 
 SEPARATOR = "+"
 """Between the names of a chain, the first one in front."""
+
+
+class Autoencoder(Protocol):
+    """A VAE that purifiers use, such as a `Codec`."""
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Return reconstructions of images, both `[N,3,H,W]` in [-1,1]; with gradients, if they are enabled."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -45,6 +47,24 @@ class Codec:
         for tensor in self.vae.state_dict().values():
             state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return state.hexdigest()[:16]
+
+    @property
+    def bare(self) -> Codec:
+        """Return the VAE alone, if this is one with a purifier in front."""
+        return self
+
+    @property
+    def exposed(self) -> Codec:
+        """Return what an adaptive attacker can compute gradients of: this one, or the VAE alone."""
+        return self
+
+    def purified(self, images: Tensor) -> Tensor:
+        """Return images as the encoder sees them; a VAE alone takes them as they are."""
+        return images
+
+    def drawing(self, generators: Sequence[torch.Generator]) -> AbstractContextManager[None]:
+        """Return a context in which image i of a batch is purified with `generators[i]`; a VAE alone draws nothing."""
+        return nullcontext()
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import subprocess
 import sys
@@ -367,6 +368,28 @@ def test_bad_input_ends_in_one_line(
 
 
 def test_the_vae_has_to_be_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    """Oracle: exit code 2 and argparse's reason in one line."""
+    """Oracle: exit code 2 and the reason in one line."""
     assert sanitize_command(folder, folder.parent / "out") == UserError.exit_code
-    assert capsys.readouterr().err == "error: the following arguments are required: --vae\n"
+    assert capsys.readouterr().err == "error: vae-loop needs a VAE; give --vae\n"
+
+
+def test_other_purifiers_need_no_vae(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """Oracle: Pillow's own JPEG file; a VAE beside it would have no effect, and it is said."""
+    out = folder.parent / "out.png"
+    assert sanitize_command(folder / "0.png", out, "--purifier", "jpeg-30") == 0
+    file = io.BytesIO()
+    Image.open(folder / "0.png").convert("RGB").save(file, "JPEG", quality=30)
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(Image.open(file)))
+    for flags, message in (
+        (("--vae", folder), "--vae has no effect without a purifier that uses a VAE"),
+        (("--purifier", "jpg"), "no purifier 'jpg'; choose from jpeg-QUALITY"),
+    ):
+        assert sanitize_command(folder / "0.png", out, "--purifier", "jpeg-30", *flags) == UserError.exit_code
+        assert message in capsys.readouterr().err
+
+
+def test_chains_pass_the_vae_in_their_place(tiny_vae) -> None:
+    """Oracle: the two steps one after the other, also of a size that the VAE does not take."""
+    images = draw_floats(2, 3, 17, 22)
+    filed = sanitize(images, purifier="jpeg-60")
+    torch.testing.assert_close(sanitize(images, tiny_vae, purifier="jpeg-60+vae-loop"), sanitize(filed, tiny_vae))

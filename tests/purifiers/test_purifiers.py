@@ -42,7 +42,7 @@ def codec() -> Codec:
 @pytest.fixture
 def resources(codec: Codec) -> PurifierResources:
     robust = Codec.of(build_tiny_vae(seed=1).eval().requires_grad_(False), "robust")
-    return PurifierResources(codecs={"original": codec, "robust": robust}, perceptual=FEATURES)
+    return PurifierResources(vaes={"original": codec, "robust": robust}, perceptual=FEATURES)
 
 
 def test_a_jpeg_is_that_of_pillow() -> None:
@@ -168,7 +168,7 @@ def test_impress_does_not_depend_on_the_batch(codec: Codec) -> None:
 def test_loops_are_named_by_their_vae(resources: PurifierResources) -> None:
     """Oracle: the two VAEs' own reconstructions."""
     for name, vae in (("vae-loop", "original"), ("vae-loop-robust", "robust")):
-        expected = resources.codecs[vae].reconstruct(IMAGES).clamp(-1, 1)
+        expected = resources.vaes[vae].reconstruct(IMAGES).clamp(-1, 1)
         assert torch.equal(purifier_of(name, resources)(IMAGES), expected)
 
 

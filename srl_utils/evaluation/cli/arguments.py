@@ -17,6 +17,7 @@ from srl_utils.command_line import (
     non_negative_float,
     pixel_distance,
     positive_int,
+    purifier_name,
     seed,
 )
 from srl_utils.evaluation.catalogue import ITERATED, NOISE, expanded, known_names
@@ -24,6 +25,7 @@ from srl_utils.evaluation.cli.places import FORM
 from srl_utils.evaluation.study import THREAT_MODELS
 from srl_utils.images.sources import PHOTOGRAPHS
 from srl_utils.metrics.features import CLIP_MODEL, SET_METRICS
+from srl_utils.purifiers import known_purifiers
 
 CLIP_METRICS = ("clip", "clip-text")
 
@@ -37,6 +39,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--vae", nargs="+", default=[], metavar="NAME=PLACE",
         help="VAEs to compare with the baseline; the name may be left out. Without one, only the baseline is evaluated",
+    )  # fmt: skip
+    add(
+        "--purifiers", nargs="+", type=purifier_name, default=[], metavar="NAME",
+        help=f"judge each VAE also with these purifiers in front; A+B chains two: {', '.join(known_purifiers())}",
     )  # fmt: skip
     add("--dataset_name", type=home_expanded, default=None, help="Hub dataset, local dataset folder, or scikit-image")
     add("--data_dir", type=home_expanded, default=None, help="folder of images (nested)")

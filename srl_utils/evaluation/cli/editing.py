@@ -28,6 +28,7 @@ from srl_utils.evaluation.cli.setup import (
     build_attack_resources,
     build_metrics,
     check_captions,
+    defended,
     exchangeable,
     prepare,
     quoted,
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.prompts is None) == (args.replace is None):
         raise UserError("say how to edit the images: give either `prompts` or `replace`, and not both")
     classifier = load_classifier(args.classifier, args.metrics)
-    setup = exchangeable(prepare(args))
+    setup = defended(exchangeable(prepare(args)), args.purifiers, classifier)
     edits = build_edits(
         setup.pipeline, strengths=args.strengths, num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,

@@ -15,7 +15,7 @@ from srl_utils.evaluation.cli.arguments import (
 )
 from srl_utils.evaluation.cli.loading import load_classifier
 from srl_utils.evaluation.cli.running import run_study
-from srl_utils.evaluation.cli.setup import build_metrics, check_captions, exchangeable, prepare
+from srl_utils.evaluation.cli.setup import build_metrics, check_captions, defended, exchangeable, prepare
 from srl_utils.evaluation.perturbations import CLEAN
 from srl_utils.evaluation.study import TRANSFER
 from srl_utils.evaluation.tasks.editing import INPAINTING, build_edits, check_steps
@@ -30,7 +30,7 @@ METRICS = (
 def run(args: argparse.Namespace) -> int:
     """Run the evaluation and return its exit code."""
     classifier = load_classifier(args.classifier, args.metrics)
-    setup = exchangeable(prepare(args))
+    setup = defended(exchangeable(prepare(args)), args.purifiers, classifier)
     check_captions(setup, "generation")
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     edits = build_edits(setup.pipeline, strengths=args.strengths, **settings)

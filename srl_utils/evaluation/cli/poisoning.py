@@ -33,8 +33,9 @@ from srl_utils.evaluation.cli.setup import (
     Setup,
     build_metrics,
     check_captions,
+    defended,
     exchangeable,
-    glaze_bound,
+    perceptual_bound,
     prepare,
     try_lpips,
 )
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     finetuning.check()
     classifier = load_classifier(args.classifier, args.metrics)
-    setup = exchangeable(prepare(args))
+    setup = defended(exchangeable(prepare(args)), args.purifiers, classifier)
     check_captions(setup, "poisoning")
     concepts = divide(
         setup.captions, concept=args.concept, target=args.target_concept, num_poisons=max(args.num_poisons),
@@ -161,7 +162,7 @@ def build_poison(name: str, args: argparse.Namespace, setup: Setup, classifier: 
     if match := INTERPOLATED.fullmatch(name):
         return Poison(name=name, share=int(match[1]) / 100)
     protection = PROTECTIONS[name]
-    bound = glaze_bound(setup, try_lpips(setup), classifier) if protection.needs_perceptual else None
+    bound = perceptual_bound(setup, try_lpips(setup), classifier, "Glaze") if protection.needs_perceptual else None
     resources = AttackResources(pipeline=setup.pipeline, bound=bound, max_steps=args.max_attack_steps)
     epsilon = args.epsilon or protection.config.epsilon
 

@@ -22,7 +22,7 @@ from srl_utils.evaluation.cli.arguments import (
 )
 from srl_utils.evaluation.cli.loading import load_classifier
 from srl_utils.evaluation.cli.running import run_study
-from srl_utils.evaluation.cli.setup import Setup, build_attack_resources, build_metrics, prepare
+from srl_utils.evaluation.cli.setup import Setup, build_attack_resources, build_metrics, defended, prepare
 from srl_utils.evaluation.motion import FLIPS, MOTION_METRICS, USE
 from srl_utils.evaluation.sanity import CheckSettings
 from srl_utils.evaluation.tasks.base import Reconstruction, denoiser_of
@@ -39,7 +39,7 @@ METRICS = (
 def run(args: argparse.Namespace) -> int:
     """Run the evaluation and return its exit code."""
     classifier = load_classifier(args.classifier, args.metrics)
-    setup = prepare(args)
+    setup = defended(prepare(args), args.purifiers, classifier)
     task = Reconstruction(
         metrics=build_metrics(args, setup, classifier),
         baseline=setup.codecs[0],

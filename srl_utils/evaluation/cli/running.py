@@ -23,6 +23,7 @@ from srl_utils.evaluation.cli.places import parse_place, resolved_commit
 from srl_utils.evaluation.cli.setup import Setup
 from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.evaluation.report.caveats import Caveat, caveat_of_precision, caveats_of_metrics, caveats_of_prompts
+from srl_utils.evaluation.report.defences import defence_panels
 from srl_utils.evaluation.report.document import ReportContent, write_report
 from srl_utils.evaluation.report.extremes import draw_extremes
 from srl_utils.evaluation.results import Record, Rows
@@ -91,7 +92,8 @@ def run_study(
             content = ReportContent(
                 title=title,
                 baseline=study.baseline.name,
-                vaes=[codec.name for codec in setup.codecs],
+                vaes=[codec.name for codec in study.undefended],
+                panels=defence_panels(setup.codecs, rows, records),
                 rows=rows,
                 records=records,
                 checks=checks,
@@ -118,10 +120,10 @@ def describe(study: Study) -> str:
 
 
 def run_checks(study: Study, settings: CheckSettings, *, num_images: int) -> dict[str, list[Check]]:
-    """Check every VAE except the baseline on the first `num_images` images; finished checks are read from the disk."""
+    """Check every VAE except the baseline, without purifiers, on the first `num_images` images; finished checks are read from the disk."""
     images = study.images[:num_images]
     checks = {}
-    for number, codec in enumerate(study.codecs[1:], start=1):
+    for number, codec in enumerate(study.undefended[1:], start=1):
         path = study.output_dir / "checks" / f"{number}-{settings.epsilon!r}-{len(images)}-{settings.name}.json"
         if not path.exists():
             found = check_robustness(codec, study.baseline, images, settings, seed=study.seed)

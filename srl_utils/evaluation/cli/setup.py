@@ -29,6 +29,7 @@ from srl_utils.evaluation.cli.loading import (
     vae_sources,
 )
 from srl_utils.evaluation.cli.places import described, parse_place
+from srl_utils.evaluation.defences import defences
 from srl_utils.evaluation.tasks.base import Metrics
 from srl_utils.evaluation.tasks.editing import as_image_to_image
 from srl_utils.images.listing import few
@@ -47,6 +48,8 @@ from srl_utils.metrics.losses import (
     load_perceptual_distance,
 )
 from srl_utils.pipelines import robust_vae
+from srl_utils.purifiers import PurifierResources, purifier_of
+from srl_utils.purifiers import needs_perceptual as perceives
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.families import family_of
 from srl_utils.vae.files import first_line
@@ -217,6 +220,26 @@ def find_incompatible(
     return frozenset(incompatible)
 
 
+def defended(setup: Setup, names: Sequence[str], classifier: ImageClassifier | None) -> Setup:
+    """Return `setup` with each VAE also behind each purifier.
+
+    Args:
+        setup: its notes are extended.
+        names: of the purifiers.
+        classifier: measures what looks alike where LPIPS has no weights.
+
+    Raises:
+        UserError: if a purifier lacks what it needs.
+    """
+    perceptual = None
+    if any(map(perceives, names)):
+        perceptual = perceptual_bound(setup, try_lpips(setup), classifier, "IMPRESS")
+    resources = PurifierResources(vaes={codec.name: codec for codec in setup.codecs}, perceptual=perceptual)
+    return replace(
+        setup, codecs=defences(setup.codecs, [purifier_of(name, resources) for name in dict.fromkeys(names)])
+    )
+
+
 # --- captions ---
 
 
@@ -295,7 +318,7 @@ def build_attack_resources(
     return AttackResources(
         clips=setup.num_frames > 1, continuous=continuous, has_tokens=setup.codecs[0].name not in continuous,
         pipeline=setup.pipeline, incompatible=incompatible, target_pipeline=target_pipeline, perceptual=perceptual,
-        bound=glaze_bound(setup, perceptual, classifier) if uses_glaze(args.attacks) else None, target=target,
+        bound=perceptual_bound(setup, perceptual, classifier, "Glaze") if uses_glaze(args.attacks) else None, target=target,
         max_steps=args.max_attack_steps,
     )  # fmt: skip
 
@@ -309,10 +332,10 @@ def try_lpips(setup: Setup) -> PerceptualDistance | None:
         return None
 
 
-def glaze_bound(
-    setup: Setup, perceptual: PerceptualDistance | None, classifier: ImageClassifier | None
+def perceptual_bound(
+    setup: Setup, perceptual: PerceptualDistance | None, classifier: ImageClassifier | None, bounded: str
 ) -> ImageDistance | None:
-    """Return what bounds Glaze: LPIPS, or the classifier's features, of which a note tells; None without either."""
+    """Return what bounds Glaze or IMPRESS: LPIPS, or the classifier's features, of which a note tells; None without either."""
     if perceptual is not None or classifier is None:
         return perceptual
     try:
@@ -320,7 +343,7 @@ def glaze_bound(
     except UserError as error:
         setup.notes.append(message_of(error))
         return None
-    setup.notes.append(f"Glaze is bounded by {bound.name}, not by LPIPS: its strength is not that of the paper")
+    setup.notes.append(f"{bounded} is bounded by {bound.name}, not by LPIPS: its strength is not that of the paper")
     return bound
 
 

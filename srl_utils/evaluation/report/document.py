@@ -21,9 +21,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from srl_utils.evaluation.report.caveats import Caveat
-from srl_utils.evaluation.report.effects import Effects, effects_on
+from srl_utils.evaluation.report.effects import effects_on
 from srl_utils.evaluation.report.figures import draw_figures, safe_name
-from srl_utils.evaluation.report.tables import METRIC_TITLES, markdown_table, measured
+from srl_utils.evaluation.report.tables import METRIC_TITLES, Panel, markdown_table, measured
 from srl_utils.evaluation.results import Difference, Record, Row, Rows, Setting, differences_to
 from srl_utils.evaluation.sanity import Check
 from srl_utils.files import write_atomically, write_text_atomically
@@ -58,6 +58,8 @@ class ReportContent:
     """What limits the numbers; each stands beside the metrics that it concerns."""
     settings: Mapping[str, str]
     """How it was run: machine, versions, command, seed, images, date."""
+    panels: Sequence[Panel] = ()
+    """Further tables, such as of defences."""
     pictures: Mapping[str, Path]
     """PNG files by title; files outside the report's `figures` folder are copied there."""
 
@@ -133,7 +135,8 @@ def write_report(content: ReportContent, output_dir: Path) -> None:
     drawn = draw_figures(content.rows, content.vaes, folder)
     figures = [Figure(title, path) for title, path in drawn.items()] + list(_copied_figures(content.pictures, folder))
     variables = {"content": content, "sections": list(_sections(content)), "figures": figures}
-    variables["effects"] = effects_on(content.baseline, content.rows, content.records)
+    effects = effects_on(content.baseline, content.rows, content.records)
+    variables["panels"] = [*([] if effects is None else [effects]), *content.panels]
     variables["failures"] = [(vae, check) for vae, check in _checks(content) if not check.passed]
     variables["checked"] = len(list(_checks(content)))
     variables["legend"] = _legend(content)
@@ -253,7 +256,7 @@ def _render_markdown(variables: Mapping[str, Any]) -> str:
     """Return the Markdown report; all text except `Markup` is escaped."""
     environment = _environment(finalize=_escape_markdown)
     environment.filters["table"] = _markdown_table
-    environment.filters["effects_table"] = _markdown_effects
+    environment.filters["panel_table"] = _markdown_panel
     return environment.get_template("report.md.jinja").render(variables)
 
 
@@ -287,9 +290,9 @@ def _escape_markdown(value: Any) -> Any:
     return value if isinstance(value, Markup) or not isinstance(value, str) else as_text(value)
 
 
-def _markdown_effects(effects: Effects) -> Markup:
-    """Return the table of what the attacks do to the baseline in Markdown."""
-    titles, *lines = effects.table
+def _markdown_panel(panel: Panel) -> Markup:
+    """Return a panel's table in Markdown."""
+    titles, *lines = panel.table
     return Markup(markdown_table([titles, *([_escape_markdown(name), *values] for name, *values in lines)]))
 
 

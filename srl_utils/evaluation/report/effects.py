@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from srl_utils.evaluation.motion import SHARE, TRAVEL
 from srl_utils.evaluation.perturbations import CLEAN, GAUSSIAN_NOISE, NO_THREAT
-from srl_utils.evaluation.report.tables import METRIC_TITLES, measured
+from srl_utils.evaluation.report.tables import METRIC_TITLES, Panel, measured
 from srl_utils.evaluation.results import Difference, Record, Row, Rows, Setting, paired_difference
 from srl_utils.images.pixels import format_pixel_distance
 
@@ -15,17 +14,7 @@ OUTCOME_METRICS = ("psnr", "clip", "rfid", "fid")
 GRIP, NO_GRIP = "more than noise", "no grip"
 
 
-@dataclass(frozen=True)
-class Effects:
-    """What the attacks do to one VAE."""
-
-    title: str
-    explanation: str
-    table: Sequence[Sequence[str]]
-    """Lines of cells, the first one with the titles."""
-
-
-def effects_on(vae: str, rows: Rows, records: Sequence[Record]) -> Effects | None:
+def effects_on(vae: str, rows: Rows, records: Sequence[Record]) -> Panel | None:
     """Return what the attacks of a study do to a VAE; None if it has no attack whose motion of latents was measured.
 
     An attack does more than noise if it lowers the PSNR or moves the latents more than Gaussian noise of its size does:
@@ -58,7 +47,7 @@ def effects_on(vae: str, rows: Rows, records: Sequence[Record]) -> Effects | Non
             epsilon = format_pixel_distance(attack.epsilon) if attack.epsilon else ""
             verdict = [own.verdict(attack, outcome)] if judged else []
             table.append([outcome, epsilon, *values, *verdict])
-    return Effects(f"What the attacks do to {vae}", EXPLANATION, table)
+    return Panel(f"What the attacks do to {vae}", EXPLANATION, table)
 
 
 EXPLANATION = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from srl_utils.evaluation.results import Row, Rows
@@ -24,6 +25,16 @@ DECIMALS = {
     "latent-travel": 3, "latent-share": 3, "token-flips": 3, "codebook-use": 3, "warping-error": 5, "flicker": 4,
     "drift": 4, "denoising-loss": 4, "difference": 4,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A table of texts with a heading."""
+
+    title: str
+    explanation: str
+    table: Sequence[Sequence[str]]
+    """Lines of cells, the first one with the titles."""
 
 
 def comparison_table(rows: Rows, vaes: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffu
 from torch import Tensor, nn
 
 from srl_utils.attacks.denoiser import takes_latents_alone
-from srl_utils.attacks.draws import Generators, draw_normal, image_generators
+from srl_utils.attacks.draws import Generators, draw_normal, image_generators, purifying_generators
 from srl_utils.errors import UserError
 from srl_utils.evaluation.metering import DENOISER
 from srl_utils.evaluation.perturbations import CLEAN
@@ -56,12 +56,12 @@ class Edit:
         """Return edited images, `[N,3,H,W]` in [-1,1], float32.
 
         Args:
-            codec: its VAE replaces the pipeline's own.
+            codec: its VAE replaces the pipeline's own; its purifier, if it has one, comes first.
             images: `[N,3,H,W]` in [-1,1].
             prompts: one for each image.
             generators: one for each image.
         """
-        shown = to_unit_range(images).clamp(0, 1)
+        shown = to_unit_range(codec.purified(images)).clamp(0, 1)
         with robust_vae(self.pipeline, codec.vae):
             arguments = {**_size(self.pipeline, shown), **self.arguments(codec, shown, generators), **self.settings}
             output = self.pipeline(prompt=list(prompts), generator=generators, output_type="pt", **arguments)
@@ -153,7 +153,7 @@ def _image_and_blending(
     expects (Avrahami et al., "Blended Latent Diffusion", arXiv 2206.02779). diffusers' own inpainting does the same,
     but for latents of 4 channels only.
     """
-    latents = codec.scale(codec.encode(to_model_range(shown)), pipeline)
+    latents = codec.scale(codec.bare.encode(to_model_range(shown)), pipeline)
     hole = F.interpolate(central_mask(shown), latents.shape[2:]).expand_as(latents)
     # Draw from copies of the generators, so that the pipeline draws the same noise as without a hole.
     noise = draw_normal([_copied(generator) for generator in generators], like=latents)
@@ -250,7 +250,8 @@ class Editing:
         """Return the edit of one clean image, `[1,3,H,W]` in [-1,1], from its file; batches may change between runs."""
         path = self.folder / codec.digest / variant / f"{number:06d}.safetensors"
         clean = self.images[number : number + 1]
-        return kept_images(path, lambda: self._edit(codec, clean.to(codec.device), [number], variant))
+        with codec.drawing(purifying_generators(self.seed, [number])):
+            return kept_images(path, lambda: self._edit(codec, clean.to(codec.device), [number], variant))
 
 
 def prompt_measures(

@@ -1,0 +1,113 @@
+"""Which defence helps: a table of purifiers and VAEs for each attack, with the best choice for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from srl_utils.evaluation.defences import Defence
+from srl_utils.evaluation.report.tables import METRIC_TITLES, Panel, measured
+from srl_utils.evaluation.results import Record, Row, Rows, Setting
+from srl_utils.images.pixels import format_pixel_distance
+from srl_utils.metrics.pixels import bootstrap_interval
+from srl_utils.vae.codec import Codec
+
+SHOWN = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "clip", "clip-text", "fid", "rfid")
+HIGHER = ("psnr", "ssim", "clip", "clip-text")
+NO_PURIFIER = "none"
+BEST = "best purifier of each image"
+EXPLANATION = (
+    "The VAE, and the purifier in front of it, with the best mean for each attack and metric. The tables below have all: a "
+    "line for each purifier, and one that takes for each image the purifier that is best for it, which is the least that a "
+    "protection achieves against someone who tries them all. Adaptive attacks know the purifier if it has a gradient, "
+    "else the VAE alone."
+)
+
+
+def defence_panels(codecs: Sequence[Codec], rows: Rows, records: Sequence[Record]) -> list[Panel]:
+    """Return a panel with the best defences, and one for each attack and threat model; none without purifiers.
+
+    Args:
+        codecs: the VAEs alone, and with purifiers.
+        rows: of the study.
+        records: of the study.
+    """
+    if not any(isinstance(codec, Defence) for codec in codecs):
+        return []
+    names = {(purifier_name(codec), codec.bare.name): codec.name for codec in codecs}
+    settings = dict.fromkeys(row.setting for row in rows if row.metric in SHOWN)
+    groups: dict[Setting, list[Setting]] = {}
+    for setting in settings:
+        groups.setdefault(setting._replace(metric=""), []).append(setting)
+    return [_best_panel(settings, rows), *(_panel(group, names, rows, records) for group in groups.values())]
+
+
+def purifier_name(codec: Codec) -> str:
+    """Return the name of the purifier in front of a VAE."""
+    return codec.purifier.name if isinstance(codec, Defence) else NO_PURIFIER
+
+
+def _best_panel(settings: Iterable[Setting], rows: Rows) -> Panel:
+    """Return the best defence for each setting."""
+    table = [["images", "threat model", "metric", "best defence", "value"]]
+    for setting in settings:
+        found = {row.vae: row for row in rows if row.setting == setting}
+        best = _choice(setting)(found, key=lambda vae, found=found: found[vae].value)
+        table.append([_title(setting), setting.threat_model, METRIC_TITLES[setting.metric], best, _text(found[best])])
+    return Panel("Which defence", EXPLANATION, table)
+
+
+def _panel(
+    settings: Sequence[Setting], names: Mapping[tuple[str, str], str], rows: Rows, records: Sequence[Record]
+) -> Panel:
+    """Return the table of settings that differ in the metric alone.
+
+    Args:
+        settings: as many as metrics.
+        names: of the defences in the results, by purifier and VAE.
+        rows: of the study.
+        records: of the study.
+    """
+    purifiers, vaes = (list(dict.fromkeys(part)) for part in zip(*names, strict=True))
+    table = [["purifier", "metric", *vaes]]
+    for setting in settings:
+        found = {row.vae: row for row in rows if row.setting == setting}
+        metric = METRIC_TITLES[setting.metric]
+        for purifier in purifiers:
+            table.append([purifier, metric, *(_text(found.get(names[purifier, vae])) for vae in vaes)])
+        best = [_best(setting, [names[purifier, vae] for purifier in purifiers], records) for vae in vaes]
+        if any(best):
+            table.append([BEST, metric, *best])
+    return Panel(f"Defences: {_title(settings[0])}, {settings[0].threat_model}", "", table)
+
+
+def _title(setting: Setting) -> str:
+    return f"{setting.attack}, {format_pixel_distance(setting.epsilon)}" if setting.epsilon else setting.attack
+
+
+def _choice(setting: Setting) -> Callable[..., Any]:
+    """Return `max` or `min`, whichever chooses the better value."""
+    return max if setting.metric in HIGHER else min
+
+
+def _text(row: Row | None) -> str:
+    return "" if row is None else " ".join(measured(row.metric, row.value, row.ci95))
+
+
+def _best(setting: Setting, defences: Sequence[str], records: Sequence[Record]) -> str:
+    """Return the mean over images of the best value among defences; empty for a metric without a value per image."""
+    values = list(_by_image(setting, defences, records))
+    if not values:
+        return ""
+    return " ".join(measured(setting.metric, fmean(values), bootstrap_interval(values)))
+
+
+def _by_image(setting: Setting, defences: Sequence[str], records: Sequence[Record]) -> Iterator[float]:
+    """Yield the best value of each image."""
+    by_image: dict[int, list[float]] = {}
+    for record in records:
+        if record.setting == setting and record.vae in defences:
+            by_image.setdefault(record.index, []).append(record.value)
+    for _, values in sorted(by_image.items()):
+        yield _choice(setting)(values)

@@ -1,0 +1,164 @@
+"""Defences: VAEs behind purifiers, what attacks on them know, and the report's choice among them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.runs import draw_images
+from helpers.small_pipelines import build_pipeline
+from helpers.small_text_encoder import add_text_encoders
+from torch import Tensor
+
+from srl_utils.attacks.draws import image_generators, purifying_generators
+from srl_utils.errors import UserError
+from srl_utils.evaluation.__main__ import main as evaluate
+from srl_utils.evaluation.cells import cells_of, measure
+from srl_utils.evaluation.defences import Defence, defences
+from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, TRANSFER, usual_attack
+from srl_utils.evaluation.report.defences import BEST, defence_panels
+from srl_utils.evaluation.results import Record, Setting, to_rows
+from srl_utils.evaluation.study import THREAT_MODELS
+from srl_utils.evaluation.tasks.base import Metrics, Reconstruction
+from srl_utils.evaluation.tasks.editing import build_edits
+from srl_utils.images.pixels import to_pil
+from srl_utils.metrics.pixels import psnr
+from srl_utils.purifiers import Purifier, purifier_of
+from srl_utils.vae.codec import Codec, frozen_codec
+
+EPSILON = 8 / 255
+JPEG, NOISE = purifier_of("jpeg-30"), purifier_of("noise-0.1")
+HIDDEN = Purifier(name="hidden", apply=lambda images, _: images.detach() / 2, differentiable=False)
+
+
+@pytest.fixture
+def codecs(tiny_vae, other_tiny_vae) -> list[Codec]:
+    return [
+        frozen_codec(vae, name, device=torch.device("cpu"))
+        for name, vae in (("original", tiny_vae), ("robust", other_tiny_vae))
+    ]
+
+
+def measured(codecs: list[Codec], images: Tensor, *, batch_size: int = 4) -> list[Record]:
+    task = Reconstruction(metrics=Metrics(names=["psnr"]), baseline=codecs[0], images=images)
+    attacks = [CLEAN, usual_attack(EPSILON)]
+    return measure(codecs, attacks, task, images, numbers=range(len(images)), seed=0, batch_size=batch_size)
+
+
+def test_attacks_are_made_on_what_they_can_differentiate(codecs: list[Codec]) -> None:
+    """Oracle: specification. An attacker who cannot see through a purifier attacks the VAE alone."""
+    every = defences(codecs, [JPEG, HIDDEN])
+    cells = list(cells_of(usual_attack(EPSILON), every, THREAT_MODELS))
+    made = {cell.source.name: {codec.name: cell.threat_models[codec.name] for codec in cell.judged} for cell in cells}
+    both = (TRANSFER, ADAPTIVE)
+    assert made == {
+        "original": {
+            "original": both, "robust": (TRANSFER,), "original + jpeg-30": (TRANSFER,), "robust + jpeg-30": (TRANSFER,),
+            "original + hidden": both, "robust + hidden": (TRANSFER,),
+        },
+        "robust": {"robust": (ADAPTIVE,), "robust + hidden": (ADAPTIVE,)},
+        "original + jpeg-30": {"original + jpeg-30": (ADAPTIVE,)},
+        "robust + jpeg-30": {"robust + jpeg-30": (ADAPTIVE,)},
+    }  # fmt: skip
+
+
+def test_a_defence_reconstructs_the_purified_image(codecs: list[Codec]) -> None:
+    """Oracle: the purifier and the VAE, one after the other."""
+    images = draw_images(2, 16)
+    expected = codecs[1].reconstruct(JPEG(images))
+    assert torch.equal(Defence.by(codecs[1], JPEG).reconstruct(images), expected)
+    values = {record.vae: record.value for record in measured(defences(codecs, [JPEG]), images[:1])[:4]}
+    assert values["robust + jpeg-30"] == pytest.approx(psnr(expected, images)[0].item(), abs=1e-4)
+
+
+def test_an_attack_sees_through_a_differentiable_purifier(codecs: list[Codec]) -> None:
+    """Oracle: an attack that knows the purifier does more harm behind it than one that does not."""
+    images, defence = draw_images(4, 16), Defence.by(codecs[0], purifier_of("resize-0.5"))
+    attack = usual_attack(EPSILON)
+    harm = {}
+    for name, victim in (("knowing", defence), ("unknowing", codecs[0])):
+        attacked = attack.apply(victim, images, image_generators(0, range(4)))
+        harm[name] = psnr(defence.reconstruct(attacked), defence.reconstruct(images)).mean().item()
+    assert harm["knowing"] < harm["unknowing"] - 0.5
+
+
+def test_noise_does_not_depend_on_the_batch(codecs: list[Codec]) -> None:
+    """Oracle: invariance: one image at a time; a second image has noise of its own."""
+    images = draw_images(1, 16).repeat(3, 1, 1, 1)
+    every = [codecs[0], Defence.by(codecs[0], NOISE)]
+    together, alone = (
+        {
+            (record.vae, record.index): record.value
+            for record in measured(every, images, batch_size=size)
+            if record.setting.attack == "clean"
+        }
+        for size in (3, 1)
+    )
+    assert together == {key: pytest.approx(value, rel=1e-4) for key, value in alone.items()}
+    assert len({value for (vae, _), value in together.items() if vae != "original"}) == 3
+
+
+def test_draws_end_with_their_context(codecs: list[Codec]) -> None:
+    """Oracle: invariance within the context; the attacker's draws are others; after it, the outer ones return."""
+    defence, images = Defence.by(codecs[0], NOISE), draw_images(2, 16)
+    judged, attackers = (
+        lambda attacked=attacked: purifying_generators(0, range(2), attacked=attacked) for attacked in (False, True)
+    )
+    with defence.drawing(judged()):
+        first = defence.purified(images)
+        with defence.drawing(attackers()):
+            assert not torch.equal(defence.purified(images), first)
+    with defence.drawing(judged()):
+        assert torch.equal(defence.purified(images), first)
+    assert not torch.equal(codecs[0].purified(images), first) and torch.equal(codecs[0].purified(images), images)
+
+
+@pytest.mark.parametrize("name", ["img2img-0.5", "inpainting"])
+def test_edits_are_of_purified_images(name: str, tmp_path: Path) -> None:
+    """Oracle: the same edit of an image that was purified beforehand, by the VAE alone."""
+    pipe = add_text_encoders(build_pipeline("sd"), tmp_path)
+    edit = build_edits(pipe, strengths=[0.5], num_inference_steps=4, guidance_scale=1.0)[name]
+    codec = frozen_codec(pipe.vae, "original", device=torch.device("cpu"))
+    images = draw_images(1, 32)
+    found = edit(Defence.by(codec, JPEG), images, ["a cat"], image_generators(0, [0]))
+    assert torch.equal(found, edit(codec, JPEG(images), ["a cat"], image_generators(0, [0])))
+    assert not torch.equal(found, edit(codec, images, ["a cat"], image_generators(0, [0])))
+
+
+def test_the_best_purifier_of_each_image(codecs: list[Codec]) -> None:
+    """Oracle: by hand: of two images, one is better with the purifier and one without it."""
+    every = defences(codecs[:1], [JPEG])
+    setting = Setting("clean", None, "none", 0.0, "psnr")
+    values = {"original": (20.0, 30.0), "original + jpeg-30": (28.0, 24.0)}
+    records = [Record(vae, setting, index, value) for vae, pair in values.items() for index, value in enumerate(pair)]
+    best, table = defence_panels(every, to_rows(records), records)
+    assert best.table[1][3:] == ["original + jpeg-30", table.table[2][2]] and table.table[2][2].startswith("26.00")
+    assert table.table[3][:2] == [BEST, "PSNR (dB)"] and table.table[3][2].startswith("29.00 [28.00, 30.00]")
+    assert defence_panels(codecs, to_rows(records), records) == []
+
+
+def test_the_command_judges_defences(codecs: list[Codec], tmp_path: Path) -> None:
+    """Oracle: the real command: rows of every defence, the panel in both reports, and wrong names told at once."""
+    (tmp_path / "photos").mkdir()
+    for number, image in enumerate(draw_images(2, 32)):
+        to_pil(image).save(tmp_path / f"photos/{number}.png")
+    for codec in codecs:
+        codec.vae.save_pretrained(tmp_path / codec.name)
+    command = [
+        "reconstruction", "--baseline", str(tmp_path / "original"), "--vae", f"robust={tmp_path / 'robust'}", "--data_dir",
+        str(tmp_path / "photos"), "--resolution", "32", "--attacks", "clean", "pgd-2", "--epsilons", "8/255", "--metrics",
+        "psnr", "--num_images", "2", "--output_dir", str(tmp_path / "out"), "--no_checks",
+    ]  # fmt: skip
+    assert evaluate([*command, "--purifiers", "resize-0.5+jpeg-75", "vae-loop-robust"]) == 0
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    assert {row["vae"] for row in rows} == {
+        f"{vae}{purifier}"
+        for vae in ("original", "robust")
+        for purifier in ("", " + resize-0.5+jpeg-75", " + vae-loop-robust")
+    }
+    for report in ("report.md", "report.html"):
+        assert "Which defence" in (tmp_path / "out" / report).read_text()
+    with pytest.raises(UserError, match="no purifier 'jpg-75'; choose from jpeg-QUALITY"):
+        evaluate([*command, "--purifiers", "jpg-75"])
