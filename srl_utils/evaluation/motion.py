@@ -19,7 +19,9 @@ MOST_IMAGES = 64
 
 @torch.no_grad()
 def usual_distance(codec: Codec, images: Tensor, batch_size: int) -> float:
-    """Return the median distance between the latents of two images, Euclidean; of equal images or a single one, its latents' length.
+    """Return the median Euclidean distance between the latents of two images.
+
+    Of equal images, or of a single one, return the length of the latents.
 
     Args:
         codec: the VAE.

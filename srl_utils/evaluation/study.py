@@ -121,9 +121,9 @@ class Study:
         return rows
 
     def _use_rows(self) -> Iterator[Row]:
-        """Yield the share of the codes that clean images use, of each VAE with a codebook."""
+        """Yield the share of the codes that clean images use, of each VAE alone with a codebook."""
         setting = Setting(CLEAN.name, None, NO_THREAT, 0.0, USE)
-        for codec in self.codecs:
+        for codec in self.undefended:
             share = codebook_use(codec, self.images, self.batch_size)
             if share is not None:
                 yield to_row(codec.name, setting, share, n=len(self.images))
@@ -148,8 +148,8 @@ class Study:
         """Return a function that returns the usual distance of two images' latents, computed once for each VAE."""
         if TRAVEL not in self.task.metrics.names:
             return None
-        units = {codec.name: usual_distance(codec, self.images, self.batch_size) for codec in self.codecs}
-        return lambda codec: units[codec.name]
+        units = {codec.name: usual_distance(codec, self.images, self.batch_size) for codec in self.undefended}
+        return lambda codec: units[codec.bare.name]
 
     def _features(self, images: Tensor, prefix: str = "") -> dict[str, Tensor]:
         """Return the features of images, or of clips' frames, by layer, on the CPU; empty if no metric of sets is wanted."""

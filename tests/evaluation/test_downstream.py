@@ -474,6 +474,29 @@ def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows_of(tmp_path / "out") == rows
 
 
+@pytest.mark.parametrize(
+    "task",
+    [
+        ["generation", "--strengths", "0.5"],
+        ["editing", "--replace", "ring=box", "star=cup", "--strengths", "0.5", "--attacks", "clean", "photoguard-encoder",
+         "--max_attack_steps", "2", "--no_checks"],
+        ["poisoning", "--concept", "ring", "--target_concept", "star", "--num_poisons", "0", "2", "--num_generated", "2",
+         "--max_attack_steps", "2", "--finetuning_steps", "2", "--finetuning_batch_size", "2", "--no_checks"],
+    ],
+    ids=lambda task: task[0],
+)  # fmt: skip
+def test_every_task_takes_purifiers(task: list[str], world, tmp_path: Path) -> None:
+    """Oracle: invariance: the same rows from one image at a time, with a purifier that draws; a defence has rows of its own."""
+    found = []
+    for size in ("4", "1"):
+        out = ["--output_dir", str(tmp_path / size), "--batch_size", size]
+        assert command.main([*task, *world, *out, "--metrics", "psnr", "--purifiers", "noise-0.1", "jpeg-30"]) == 0
+        found.append(rows_of(tmp_path / size))
+    assert found[0] == {key: pytest.approx(value, abs=0.05) for key, value in found[1].items()}
+    names = {key[0] for key in found[0]}
+    assert names == {f"{vae}{end}" for vae in ("original", "robust") for end in ("", " + noise-0.1", " + jpeg-30")}
+
+
 def test_interpolated_latents(world, pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the latents that the model learns: those of the two images, mixed, at the scale of the denoiser."""
     learnt: dict[str, Tensor] = {}

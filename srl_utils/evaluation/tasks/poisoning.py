@@ -20,7 +20,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from srl_utils.attacks.draws import image_generators
+from srl_utils.attacks.draws import image_generators, purifying_generators
 from srl_utils.errors import UserError
 from srl_utils.evaluation.metering import DENOISER
 from srl_utils.evaluation.perturbations import AS_PUBLISHED, Perturbation
@@ -245,7 +245,11 @@ class Poisoning:
 
     def _latents(self, codec: Codec, images: Tensor) -> Tensor:
         """Return the raw latents of images, which are on the CPU and encoded in batches."""
-        return torch.cat([codec.encode(batch.to(codec.device)) for batch in images.split(self.batch_size)])
+        latents = []
+        for part in torch.arange(len(images)).split(self.batch_size):
+            with codec.drawing(purifying_generators(self.seed, part.tolist())):
+                latents.append(codec.encode(images[part].to(codec.device)))
+        return torch.cat(latents)
 
     def _poisoned_latents(self, source: Codec, codec: Codec, dose: Dose) -> Tensor:
         """Return the raw latents of poisoned images: of poisons made on `source`, or interpolated ones."""
@@ -279,4 +283,5 @@ class Poisoning:
             for numbers in (self.concepts.poisonable, self.concepts.targets)
         )
         assert poison.attack is not None  # or else nothing has to be made
-        return poison.attack(targets).apply(source, clean, image_generators(self.seed, places))
+        with source.drawing(purifying_generators(self.seed, places, attacked=True)):
+            return poison.attack(targets).apply(source, clean, image_generators(self.seed, places))
