@@ -107,7 +107,7 @@ class Family:
             `AutoencoderKLHunyuanVideo15` fits one alone.
         tiling: whether large images may be processed in diffusers' tiles, if it has them. Those of `AutoencoderTiny` take
             latents of four channels alone, and it needs little memory without them. Those of `AutoencoderKLMagvit` are put
-            together without regard to their overlap.
+            together without regard to their overlap, and those of `AutoencoderKLHunyuanImage` expect clips.
         quantizer: its submodule with the codebook, of diffusers' `VectorQuantizer`; None for continuous latents.
         channels: entries of the configuration that tell the channels of an image; each class has some of them.
         patch: entry of the configuration with the side of the pixel patches that its channels hold, if any.
@@ -157,7 +157,7 @@ FAMILIES = {
         Family(kind=VQModel, checkpointing=False, quantizer="quantize"),
         Family(
             kind=AutoencoderKLHunyuanImage, down_sampling=stated("spatial_compression_ratio"), trained=("encoder",),
-            checkpointing=False,
+            checkpointing=False, tiling=False,
         ),
         Family(
             kind=AutoencoderKLWan, down_sampling=stated("scale_factor_spatial"), checkpointing=False,

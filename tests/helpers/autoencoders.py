@@ -91,8 +91,8 @@ BUILDERS: Mapping[str, Callable[[], ModelMixin]] = {
         spatial_compression_ratio=2, sample_size=256, scaling_factor=0.75,
     ),
     "AutoencoderKLHunyuanVideo15": lambda: AutoencoderKLHunyuanVideo15(
-        latent_channels=4, block_out_channels=(8, 8, 8), layers_per_block=1, spatial_compression_ratio=4,
-        temporal_compression_ratio=2,
+        latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, spatial_compression_ratio=4,
+        temporal_compression_ratio=2, downsample_match_channel=False, upsample_match_channel=False,
     ),
     "AutoencoderKLLTX2Video": lambda: diffusers.AutoencoderKLLTX2Video(
         latent_channels=8, block_out_channels=(8, 8), down_block_types=("LTX2VideoDownBlock3D",) * 2,
@@ -108,7 +108,7 @@ BUILDERS: Mapping[str, Callable[[], ModelMixin]] = {
     ),
     "AutoencoderKLMochi": lambda: AutoencoderKLMochi(
         encoder_block_out_channels=(32, 32), decoder_block_out_channels=(32, 32), latent_channels=4,
-        layers_per_block=(1, 1, 1), temporal_expansions=(2,), spatial_expansions=(2,),
+        layers_per_block=(0, 1, 1), temporal_expansions=(2,), spatial_expansions=(2,),
         add_attention_block=(False, True, True), **STATISTICS,
     ),
 }  # fmt: skip
