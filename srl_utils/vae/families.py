@@ -36,7 +36,7 @@ from srl_utils.errors import UserError
 
 Config = Mapping[str, Any]
 
-AutoencoderKLLTX2Video = getattr(diffusers, "AutoencoderKLLTX2Video", None)
+AutoencoderKLLTX2Video: Any = getattr(diffusers, "AutoencoderKLLTX2Video", None)
 """None before diffusers 0.37, which has no such class."""
 
 

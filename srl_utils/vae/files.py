@@ -43,7 +43,9 @@ def completed_config(config: dict[str, Any], kind: type[ModelMixin], name: str) 
     complete = {**defaults, **config}
     for key, value in complete.items():
         if value is REQUIRED:
-            raise UserError(f"the configuration of '{name}' cannot be: it leaves out {key}, which {kind.__name__} needs")
+            raise UserError(
+                f"the configuration of '{name}' cannot be: it leaves out {key}, which {kind.__name__} needs"
+            )
     for key, default in defaults.items():
         deep = DEPTHS.search(key) is not None
         largest, least_entry = (LARGEST_DEPTH, 0) if deep else (LARGEST_INTEGER, 1)  # a level may have no layers

@@ -175,6 +175,16 @@ def test_released_variants(case: str, images, tmp_path: Path) -> None:
     assert downsampling_factor(loaded) == 32 // latents.shape[-1]
 
 
+def test_frames_that_a_configuration_names(images) -> None:
+    """Oracle: the two latents of a clip with so many frames after its first, and as many frames decoded."""
+    vae = VARIANTS["a decoder that denoises (LTX 0.9.5)"]()
+    clip = images(1 + family_of(vae).frames(vae.config), 32).transpose(0, 1)[None]
+    codec = Codec.of(vae, "judged")
+    with torch.no_grad():
+        latents = codec.encode(clip)
+        assert latents.shape[2] == 2 and codec.decoder(latents).shape == clip.shape
+
+
 def test_inverted_factor(images) -> None:
     """Oracle: `prepare_latents` of diffusers' image-to-video pipeline of CogVideoX 1.5, which divides by the factor."""
     pipe = build_pipeline("cogvideo image-to-video")
