@@ -27,6 +27,7 @@ DIFFUSERS_PICKLE = "diffusion_pytorch_model.bin"
 MAX_BILLIONS = 2  # of weights; the VAE of Stable Diffusion has 0.08
 LARGEST_INTEGER = 2**16  # of channels, groups, entries and pixels
 LARGEST_DEPTH = 64  # of layers in a block, and of blocks
+REQUIRED = inspect.Parameter.empty
 DEPTHS = re.compile(r"layers_per_|num_.*_blocks")
 LATENT_CHANNELS = ("latent_channels", "z_dim")
 
@@ -40,13 +41,19 @@ def completed_config(config: dict[str, Any], kind: type[ModelMixin], name: str) 
     parameters = inspect.signature(kind.__init__).parameters
     defaults = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
     complete = {**defaults, **config}
+    for key, value in complete.items():
+        if value is REQUIRED:
+            raise UserError(
+                f"the configuration of '{name}' cannot be: it leaves out {key}, which {kind.__name__} needs"
+            )
     for key, default in defaults.items():
         deep = DEPTHS.search(key) is not None
         largest, least_entry = (LARGEST_DEPTH, 0) if deep else (LARGEST_INTEGER, 1)  # a level may have no layers
         if not _possible(complete[key], default, largest, least_entry=least_entry):
             raise UserError(f"the configuration of '{name}' cannot be: its {key} is {short(complete[key])}")
-    if not complete.get("scaling_factor", 1.0) > 0:
-        raise UserError(f"the configuration of '{name}' cannot be: its scaling_factor is {complete['scaling_factor']}")
+    factor = complete.get("scaling_factor")
+    if factor is not None and not factor > 0:
+        raise UserError(f"the configuration of '{name}' cannot be: its scaling_factor is {factor}")
     _check_statistics(complete, name)
     network = _network({key: complete[key] for key in defaults}, kind, name, left_out=sorted(defaults.keys() - config))
     unknown = sorted(key for key in config.keys() - network.config.keys() if not key.startswith("_"))
@@ -97,6 +104,8 @@ def _possible(value: object, default: object, largest: int, *, least: int = 1, l
     A number is finite, a count is from `least` to `largest`, or from `least_entry` in a list, and the entries of a list suit
     the first entry of the default. A default without entries says nothing of them.
     """
+    if default is REQUIRED:  # required entries of a VAE are counts and lists of counts
+        default = [1] if isinstance(value, (tuple, list)) else 1
     if isinstance(default, bool):
         return isinstance(value, bool)
     if isinstance(default, int):

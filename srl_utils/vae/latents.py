@@ -5,12 +5,12 @@ decoder.
 
 | configuration | pipeline | to the denoiser |
 |---|---|---|
-| `scaling_factor` | Stable Diffusion 1, 2, XL; SVD; LDM | `latents * scaling_factor` |
+| `scaling_factor` | Stable Diffusion 1, 2, XL; SVD; LDM; Hunyuan | `latents * scaling_factor` |
 | and `shift_factor` | Stable Diffusion 3, Flux | `(latents - shift_factor) * scaling_factor` |
 | and both `latents_mean` and `latents_std` | Playground 2.5 (XL) | `(latents - mean) * scaling_factor / std` |
-| these two alone | Wan, Qwen-Image | `(latents - mean) / std` |
+| these two alone | Wan, Qwen-Image, Mochi | `(latents - mean) / std` |
 | and `invert_scale_latents` | CogVideoX 1.5, the image of image-to-video | `latents / scaling_factor` |
-| buffers `latents_mean` and `latents_std` | LTX | `(latents - mean) * scaling_factor / std` |
+| buffers `latents_mean` and `latents_std` | LTX, LTX-2 | `(latents - mean) * scaling_factor / std` |
 | buffers `bn.running_mean` and `bn.running_var` | Flux 2 | of 2x2 patches, `(latents - mean) / sqrt(var + eps)` |
 
 A pipeline ignores the entries of the other rows; Stable Diffusion 1 and 2 use `scaling_factor` alone.
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLFlux2, AutoencoderKLLTXVideo, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKLFlux2, DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 IGNORED_BY_SOME = ("shift_factor", "latents_mean", "latents_std")
@@ -58,8 +58,9 @@ class LatentScale:
         if isinstance(vae, AutoencoderKLFlux2):
             deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
             return cls(vae.bn.running_mean.clone(), 1 / deviation, vae.config.patch_size[0])
-        if isinstance(vae, AutoencoderKLLTXVideo):
-            return cls(vae.latents_mean.clone(), vae.config.scaling_factor / vae.latents_std)
+        statistics = dict(vae.named_buffers(recurse=False))
+        if "latents_mean" in statistics:
+            return cls(statistics["latents_mean"].clone(), vae.config.scaling_factor / statistics["latents_std"])
         if (
             pipe is not None
             and vae.config.get("invert_scale_latents")

@@ -117,12 +117,14 @@ class LatentEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         layout = Layout.of(self.family, images)
         with autocast(images, self.autocast_dtype):
-            (output,) = self.whole[0].encode(layout.given(images), return_dict=False)
-        if isinstance(output, Tensor):
-            moments = torch.cat([output, torch.full_like(output, NO_VARIANCE)], dim=1)
-        else:
-            moments = output.parameters
+            moments = in_batches(self.family, self._moments, layout.given(images))
         return full_precision(layout.returned(moments))
+
+    def _moments(self, given: Tensor) -> Tensor:
+        (output,) = self.whole[0].encode(given, return_dict=False)
+        if isinstance(output, Tensor):
+            return torch.cat([output, torch.full_like(output, NO_VARIANCE)], dim=1)
+        return output.parameters
 
 
 class LatentDecoder(nn.Module):
@@ -143,12 +145,19 @@ class LatentDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         layout = Layout.of(self.family, latents)
-        given = layout.given(latents)
+        arguments = self.family.decoding(self.whole[0].config, latents)
         with autocast(latents, self.autocast_dtype):
-            output = self.whole[0].decode(
-                given, return_dict=False, **self.family.decoding(self.whole[0].config, latents)
+            images = in_batches(
+                self.family,
+                lambda given: self.whole[0].decode(given, return_dict=False, **arguments)[0],
+                layout.given(latents),
             )
-        return full_precision(layout.returned(output[0]))
+        return full_precision(layout.returned(images))
+
+
+def in_batches(family: Family, network: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+    """Return what a network makes of a batch, one by one where the VAE takes no batches."""
+    return network(given) if family.batches else torch.cat([network(part) for part in given.split(1)])
 
 
 def split_moments(moments: Tensor) -> Moments:

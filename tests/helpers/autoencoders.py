@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 
+import diffusers
 import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
@@ -12,8 +13,12 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
     AutoencoderKLFlux2,
+    AutoencoderKLHunyuanImage,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
+    AutoencoderKLMagvit,
+    AutoencoderKLMochi,
     AutoencoderKLQwenImage,
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
@@ -32,7 +37,7 @@ BLOCKS = {
 }
 STATISTICS = {"latents_mean": [0.5, -0.5, 0.1, 0.0], "latents_std": [1.5, 0.5, 1.0, 2.0]}
 
-INSTANCES: Mapping[str, Callable[[], ModelMixin]] = {
+BUILDERS: Mapping[str, Callable[[], ModelMixin]] = {
     "AutoencoderKL": lambda: AutoencoderKL(**BLOCKS, block_out_channels=LEVELS),
     "AsymmetricAutoencoderKL": lambda: AsymmetricAutoencoderKL(
         **BLOCKS, down_block_out_channels=LEVELS, up_block_out_channels=LEVELS
@@ -81,7 +86,33 @@ INSTANCES: Mapping[str, Callable[[], ModelMixin]] = {
         upsample_residual=(False, False), upsample_factor=(1, 1), down_block_types=("LTXVideoDownBlock3D",) * 2,
         downsample_type=("conv", "conv"),
     ),
+    "AutoencoderKLHunyuanImage": lambda: AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1,
+        spatial_compression_ratio=2, sample_size=256, scaling_factor=0.75,
+    ),
+    "AutoencoderKLHunyuanVideo15": lambda: AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, spatial_compression_ratio=4,
+        temporal_compression_ratio=2, downsample_match_channel=False, upsample_match_channel=False,
+    ),
+    "AutoencoderKLLTX2Video": lambda: diffusers.AutoencoderKLLTX2Video(
+        latent_channels=8, block_out_channels=(8, 8), down_block_types=("LTX2VideoDownBlock3D",) * 2,
+        decoder_block_out_channels=(8,), layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True, True), decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False),
+        downsample_type=("spatial", "temporal"), upsample_type=("spatiotemporal",), upsample_residual=(True,),
+        upsample_factor=(2,), patch_size=2, spatial_compression_ratio=4, temporal_compression_ratio=2,
+    ),
+    "AutoencoderKLMagvit": lambda: AutoencoderKLMagvit(
+        latent_channels=4, block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("SpatialDownBlock3D",) + ("SpatialTemporalDownBlock3D",) * 2,
+        up_block_types=("SpatialUpBlock3D",) + ("SpatialTemporalUpBlock3D",) * 2,
+    ),
+    "AutoencoderKLMochi": lambda: AutoencoderKLMochi(
+        encoder_block_out_channels=(32, 32), decoder_block_out_channels=(32, 32), latent_channels=4,
+        layers_per_block=(0, 1, 1), temporal_expansions=(2,), spatial_expansions=(2,),
+        add_attention_block=(False, True, True), **STATISTICS,
+    ),
 }  # fmt: skip
+INSTANCES = {name: build for name, build in BUILDERS.items() if hasattr(diffusers, name)}
 """One for each row of `srl_utils.vae.families.FAMILIES`."""
 
 

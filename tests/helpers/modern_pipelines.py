@@ -21,6 +21,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    HunyuanVideo15Transformer3DModel,
     LCMScheduler,
     LTXVideoTransformer3DModel,
     QwenImageTransformer2DModel,
@@ -31,8 +32,16 @@ from diffusers import (
     UVit2DModel,
     WanTransformer3DModel,
 )
+from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from helpers.autoencoders import small_autoencoder
 from helpers.runs import draw_images
@@ -164,6 +173,31 @@ def amused_parts() -> dict[str, Any]:
     return {**NO_TEXT, "scheduler": AmusedScheduler(mask_token_id=65), "transformer": transformer}
 
 
+def hunyuan15_parts() -> dict[str, Any]:
+    transformer = seeded(
+        lambda: HunyuanVideo15Transformer3DModel(
+            in_channels=9, out_channels=4, attention_head_dim=16, num_refiner_layers=1, text_embed_dim=WIDTH,
+            text_embed_2_dim=WIDTH, image_embed_dim=WIDTH, rope_axes_dim=(4, 6, 6), target_size=SIDE, **HEADS,
+        )  # the latent, the image's latent, a mask
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    return {
+        **without("text_encoder", "text_encoder_2"),
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "transformer": transformer,
+        "guider": ClassifierFreeGuidance(enabled=False),
+        "image_encoder": seeded(lambda: SiglipVisionModel(vision)),
+        "feature_extractor": SiglipImageProcessor(size={"height": 32, "width": 32}),
+    }
+
+
 @dataclass(frozen=True)
 class Kind:
     """A pipeline class, its autoencoder's class, its other parts, and what it is called with beside image and size.
@@ -185,6 +219,12 @@ def masked() -> dict[str, Any]:
         "prompt_embeds_mask": torch.ones(1, TOKENS, dtype=torch.long),
         "true_cfg_scale": 1.0,
     }
+
+
+def twofold() -> dict[str, Any]:
+    embeddings = {"prompt_embeds": embedding(), "prompt_embeds_2": embedding()}
+    masks = {f"prompt_embeds_mask{suffix}": torch.ones(1, TOKENS) for suffix in ("", "_2")}
+    return {**embeddings, **masks}
 
 
 CLIP_OF_FRAMES = {"num_frames": FRAMES}
@@ -235,9 +275,13 @@ KINDS = {
         },
         name="vqvae", config={"lookup_from_codebook": True},
     ),
+    "hunyuan 1.5 image-to-video": Kind(
+        "HunyuanVideo15ImageToVideoPipeline", "AutoencoderKLHunyuanVideo15", hunyuan15_parts,
+        lambda: {**CLIP_OF_FRAMES, **twofold()},
+    ),
 }  # fmt: skip
-WITHOUT_SIZE = ("lcm img2img", "amused img2img")
-"""These take the image's."""
+OF_THEIR_OWN_SIZE = ("lcm img2img", "amused img2img", "hunyuan 1.5 image-to-video")
+"""These take no size."""
 
 
 def build_pipeline(name: str) -> DiffusionPipeline:
@@ -256,6 +300,6 @@ def run_pipeline(pipe: DiffusionPipeline, name: str) -> Tensor:
         "image": to_pil(draw_images(1, SIDE)[0]), "height": SIDE, "width": SIDE, "num_inference_steps": STEPS,
         "generator": torch.Generator().manual_seed(2), "output_type": "pt", **KINDS[name].arguments(),
     }  # fmt: skip
-    if name in WITHOUT_SIZE:
+    if name in OF_THEIR_OWN_SIZE:
         del arguments["height"], arguments["width"]
     return pipe(**arguments)[0]

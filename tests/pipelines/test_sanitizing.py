@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook
 from diffusers import AutoencoderKL, AutoencoderTiny
+from helpers.autoencoders import small_autoencoder
 from helpers.runs import ROOT
 from helpers.small_pipelines import build_pipeline, small_vae
 from PIL import Image
@@ -27,6 +28,7 @@ from srl_utils.images.decoding import UnreadableImage
 from srl_utils.pipelines import sanitize
 from srl_utils.pipelines.__main__ import main
 from srl_utils.pipelines.formats import writable_suffixes
+from srl_utils.vae.families import FAMILIES
 from srl_utils.vae.loading import save_autoencoder
 
 SIZES = [(1, 1), (3, 5), (16, 16), (17, 2), (9, 40)]
@@ -166,6 +168,16 @@ def test_latents_of_any_number_of_channels_are_sanitized_at_any_size() -> None:
     channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     vae = AutoencoderTiny(**channels, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=16).eval()
     image = torch.rand(1, 3, 40, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sanitize(image, vae, tile_above=16), sanitize(image, vae, tile_above=64))
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.tiling])
+def test_classes_whose_tiles_are_wrong_take_an_image_in_one_piece(name: str) -> None:
+    """Oracle: the same image below the size from which tiles, of 16 pixels here, are used; they fail or change it."""
+    vae = small_autoencoder(name)
+    for entry in ("tile_sample_min_size", "tile_sample_min_height", "tile_sample_min_width"):
+        setattr(vae, entry, 16)
+    image = draw_floats(1, 3, 40, 40)
     assert torch.equal(sanitize(image, vae, tile_above=16), sanitize(image, vae, tile_above=64))
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoModel
+from diffusers import AutoModel, ModelMixin
 from helpers.autoencoders import small_autoencoder
 from helpers.runs import ROOT, Run, assert_same_weights, launch, steps
 from safetensors.torch import load_file
+from torch import Tensor
 
 from miniature.scenes import draw_clip
 from srl_utils.evaluation.__main__ import main as evaluate
@@ -22,6 +23,7 @@ from srl_utils.metrics.features import changes_of_clips, frechet_distance, load_
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.families import FAMILIES
 from srl_utils.vae.loading import WEIGHTS_NAME, AutoencoderSource, load_autoencoder
+from srl_utils.vae.networks import LatentDecoder, LatentEncoder, split_moments
 
 CLASSIFIER = ROOT / "miniature/weights/classifier"
 EVERY_CLASS = pytest.mark.parametrize("name", FAMILIES)
@@ -57,7 +59,27 @@ def test_training(name: str, run: Run, flags: list[object], tmp_path: Path) -> N
     assert f"{name}.from_pretrained(" in (tmp_path / "out/README.md").read_text()
 
 
-@EVERY_CLASS
+def gradients(vae: ModelMixin, images: Tensor) -> list[Tensor]:
+    """Those of the images and of the encoder's side, through encoder and decoder."""
+    vae.zero_grad()
+    encoder, shown = LatentEncoder(vae), images.clone().requires_grad_(True)
+    LatentDecoder(vae)(split_moments(encoder(shown)).mean).square().sum().backward()
+    return [shown.grad, *(each.grad for each in encoder.parameters() if each.grad is not None)]
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.checkpointing])
+def test_gradients_with_checkpointing(name: str, images) -> None:
+    """Oracle: the gradients without it, of two batches in turn."""
+    plain, checkpointed = small_autoencoder(name), small_autoencoder(name)
+    checkpointed.enable_gradient_checkpointing()
+    assert checkpointed.is_gradient_checkpointing
+    for batch in images(4, 32).split(2):
+        torch.testing.assert_close(gradients(checkpointed, batch), gradients(plain, batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["AutoencoderKL", *(name for name, family in FAMILIES.items() if not family.checkpointing)]
+)
 def test_gradient_checkpointing(name: str, run: Run, flags: list[object], tmp_path: Path) -> None:
     """Oracle: the losses without it, or one line for the classes where diffusers has none or a wrong one."""
     flags += ["--max_train_steps", 1]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLHunyuanImage
 from helpers.runs import Run, build_tiny_vae
 from safetensors.torch import load_file, save_file
 
@@ -196,6 +196,32 @@ def test_the_embedded_configuration_is_possible(miniature_vae: AutoencoderKL) ->
     """Oracle: invariance: a complete, sound configuration comes back as it was."""
     settings = dict(miniature_vae.config)
     assert completed_config(settings, AutoencoderKL, "miniature") == settings
+
+
+SOUND = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [32, 32], "layers_per_block": 1,
+    "spatial_compression_ratio": 2, "sample_size": 64, "scaling_factor": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"latent_channels": ...}, "leaves out latent_channels, which AutoencoderKLHunyuanImage needs"),
+        ({"layers_per_block": 10**9}, "layers_per_block is 1000000000"),
+        ({"block_out_channels": [10**9, 10**9]}, "block_out_channels is"),
+        ({"block_out_channels": "32,32"}, "block_out_channels is '32,32'"),
+        ({"in_channels": 2.5}, "in_channels is 2.5"),
+        ({"scaling_factor": 0.0}, "scaling_factor is 0.0"),
+    ],
+)
+def test_entries_without_a_default_are_checked(entries: dict[str, object], message: str) -> None:
+    """Oracle: a sound configuration comes back whole; one that lacks an entry, or has an impossible one, is refused."""
+    complete = completed_config(SOUND, AutoencoderKLHunyuanImage, "it")
+    assert SOUND.items() <= complete.items()
+    broken = {key: value for key, value in {**SOUND, **entries}.items() if value is not ...}
+    with pytest.raises(UserError, match=message):
+        completed_config(broken, AutoencoderKLHunyuanImage, "it")
 
 
 # --- pickles --------------------------------------------------------------------------------------------
