@@ -59,13 +59,15 @@ def straight_through(images: Tensor, changed: Tensor) -> Tensor:
 
 def clean_adversely(images: Tensor) -> Tensor:
     """Return images `[N,3,H,W]` in [-1,1] after AdverseCleaner's filters."""
-    levels = (images + 1) * 127.5
+    height, width = images.shape[2:]
+    missing = [max(GUIDED_RADIUS + 1 - side, 0) for side in (width, height)]  # a smaller image cannot be mirrored
+    levels = (F.pad(images, (0, missing[0], 0, missing[1]), mode="replicate") + 1) * 127.5
     smooth = levels
     for _ in range(BILATERAL_STEPS):
         smooth = bilateral(smooth, reach=BILATERAL_REACH, colour_sigma=BILATERAL_SIGMA, space_sigma=BILATERAL_SIGMA)
     for _ in range(GUIDED_STEPS):
         smooth = guided(levels, smooth, radius=GUIDED_RADIUS, epsilon=GUIDED_EPSILON)
-    return smooth / 127.5 - 1
+    return smooth[..., :height, :width] / 127.5 - 1
 
 
 def bilateral(images: Tensor, *, reach: int, colour_sigma: float, space_sigma: float) -> Tensor:

@@ -144,6 +144,14 @@ def test_adverse_cleaner_removes_noise_and_keeps_edges() -> None:
     torch.testing.assert_close(clean_adversely(clean), clean, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["jpeg-75", "webp-75", "resize-0.5", "noise-0.05", "adverse-cleaner"])
+def test_the_smallest_images(name: str) -> None:
+    """Oracle: specification: no image is too small; a grey one stays nearly grey."""
+    for height, width in ((1, 1), (3, 40)):
+        purified = purifier_of(name)(torch.full((1, 3, height, width), 0.2), image_generators(0, [0]))
+        assert purified.shape == (1, 3, height, width) and (purified - 0.2).abs().max() < 0.5
+
+
 def test_impress_finds_a_consistent_image_nearby(codec: Codec) -> None:
     """Oracle: what it minimises: the image is reconstructed better than before, and looks nearly like the given one."""
     config = ImpressConfig(num_steps=60, learning_rate=0.02, weight=1.0, noise=0.05)
