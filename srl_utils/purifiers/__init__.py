@@ -11,6 +11,7 @@ from srl_utils.purifiers.catalogue import (
     check_purifier,
     known_purifiers,
     needs_perceptual,
+    needs_pipeline,
     needs_vae,
     purifier_of,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "check_purifier",
     "known_purifiers",
     "needs_perceptual",
+    "needs_pipeline",
     "needs_vae",
     "purifier_of",
 ]

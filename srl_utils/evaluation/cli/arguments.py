@@ -25,7 +25,7 @@ from srl_utils.evaluation.cli.places import FORM
 from srl_utils.evaluation.study import THREAT_MODELS
 from srl_utils.images.sources import PHOTOGRAPHS
 from srl_utils.metrics.features import CLIP_MODEL, SET_METRICS
-from srl_utils.purifiers import known_purifiers
+from srl_utils.purifiers import known_purifiers, needs_pipeline
 
 CLIP_METRICS = ("clip", "clip-text")
 
@@ -41,8 +41,12 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         help="VAEs to compare with the baseline; the name may be left out. Without one, only the baseline is evaluated",
     )  # fmt: skip
     add(
-        "--purifiers", nargs="+", type=purifier_name, default=[], metavar="NAME",
+        "--purifiers", nargs="+", type=purifier_name, default=None, metavar="NAME",
         help=f"judge each VAE also with these purifiers in front; A+B chains two: {', '.join(known_purifiers())}",
+    )  # fmt: skip
+    add(
+        "--purifier_pipelines", nargs="+", default=None, metavar="PLACE",
+        help="diffusion pipelines of purifiers, written like --baseline; img2img also takes that of --pipeline",
     )  # fmt: skip
     add("--dataset_name", type=home_expanded, default=None, help="Hub dataset, local dataset folder, or scikit-image")
     add("--data_dir", type=home_expanded, default=None, help="folder of images (nested)")
@@ -133,6 +137,7 @@ def shared_effects(args: argparse.Namespace) -> Effects:
         "split": (args.dataset_name is not None, "--dataset_name"),
         "image_column": (data_set or args.data_dir is not None, "a dataset with columns"),
         "streaming": (data_set or args.data_dir is not None, "a dataset that can be streamed"),
+        "purifier_pipelines": (any(map(needs_pipeline, args.purifiers or [])), "a purifier that uses a pipeline"),
         "clip_model": (not set(CLIP_METRICS).isdisjoint(args.metrics), "a CLIP similarity among --metrics"),
     }
 

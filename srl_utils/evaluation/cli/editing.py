@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.prompts is None) == (args.replace is None):
         raise UserError("say how to edit the images: give either `prompts` or `replace`, and not both")
     classifier = load_classifier(args.classifier, args.metrics)
-    setup = defended(exchangeable(prepare(args)), args.purifiers, classifier)
+    setup = defended(exchangeable(prepare(args)), args, classifier)
     edits = build_edits(
         setup.pipeline, strengths=args.strengths, num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,

@@ -30,7 +30,7 @@ METRICS = (
 def run(args: argparse.Namespace) -> int:
     """Run the evaluation and return its exit code."""
     classifier = load_classifier(args.classifier, args.metrics)
-    setup = defended(exchangeable(prepare(args)), args.purifiers, classifier)
+    setup = defended(exchangeable(prepare(args)), args, classifier)
     check_captions(setup, "generation")
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     edits = build_edits(setup.pipeline, strengths=args.strengths, **settings)

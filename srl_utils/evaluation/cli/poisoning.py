@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     finetuning.check()
     classifier = load_classifier(args.classifier, args.metrics)
-    setup = defended(exchangeable(prepare(args)), args.purifiers, classifier)
+    setup = defended(exchangeable(prepare(args)), args, classifier)
     check_captions(setup, "poisoning")
     concepts = divide(
         setup.captions, concept=args.concept, target=args.target_concept, num_poisons=max(args.num_poisons),

@@ -39,7 +39,7 @@ METRICS = (
 def run(args: argparse.Namespace) -> int:
     """Run the evaluation and return its exit code."""
     classifier = load_classifier(args.classifier, args.metrics)
-    setup = defended(prepare(args), args.purifiers, classifier)
+    setup = defended(prepare(args), args, classifier)
     task = Reconstruction(
         metrics=build_metrics(args, setup, classifier),
         baseline=setup.codecs[0],

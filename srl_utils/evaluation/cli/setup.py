@@ -48,7 +48,7 @@ from srl_utils.metrics.losses import (
     load_perceptual_distance,
 )
 from srl_utils.pipelines import robust_vae
-from srl_utils.purifiers import PurifierResources, purifier_of
+from srl_utils.purifiers import PurifierResources, needs_pipeline, purifier_of
 from srl_utils.purifiers import needs_perceptual as perceives
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.families import family_of
@@ -220,24 +220,52 @@ def find_incompatible(
     return frozenset(incompatible)
 
 
-def defended(setup: Setup, names: Sequence[str], classifier: ImageClassifier | None) -> Setup:
+def defended(setup: Setup, args: argparse.Namespace, classifier: ImageClassifier | None) -> Setup:
     """Return `setup` with each VAE also behind each purifier.
 
     Args:
         setup: its notes are extended.
-        names: of the purifiers.
+        args: `purifiers` and `purifier_pipelines`.
         classifier: measures what looks alike where LPIPS has no weights.
 
     Raises:
         UserError: if a purifier lacks what it needs.
     """
+    names = list(dict.fromkeys(args.purifiers or ()))
     perceptual = None
     if any(map(perceives, names)):
         perceptual = perceptual_bound(setup, try_lpips(setup), classifier, "IMPRESS")
-    resources = PurifierResources(vaes={codec.name: codec for codec in setup.codecs}, perceptual=perceptual)
-    return replace(
-        setup, codecs=defences(setup.codecs, [purifier_of(name, resources) for name in dict.fromkeys(names)])
+    resources = PurifierResources(
+        vaes={codec.name: codec for codec in setup.codecs},
+        pipelines=purifying_pipelines(setup, args) if any(map(needs_pipeline, names)) else (),
+        perceptual=perceptual,
     )
+    return replace(setup, codecs=defences(setup.codecs, [purifier_of(name, resources) for name in names]))
+
+
+def purifying_pipelines(setup: Setup, args: argparse.Namespace) -> list[DiffusionPipeline]:
+    """Load the pipelines of purifiers; the last one is the evaluation's own, for image-to-image, if it can be that.
+
+    Raises:
+        UserError: if one cannot be loaded.
+    """
+    dtype = HALF_PRECISION.get(setup.accelerator.mixed_precision)
+    pipelines = []
+    for place in args.purifier_pipelines or ():
+        with errors_about("purifier_pipelines"):
+            source = parse_place(place)
+        pipelines.append(load_pipeline(source, dtype).to(setup.accelerator.device))
+    if setup.pipeline is not None:
+        pipelines.append(setup.pipeline)
+    return [with_image(pipeline) for pipeline in pipelines]
+
+
+def with_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Return a text-to-image pipeline as one that starts from images, and others as they are."""
+    try:
+        return as_image_to_image(pipeline)
+    except UserError:
+        return pipeline
 
 
 # --- captions ---
