@@ -12,6 +12,7 @@ from helpers.small_pipelines import SIZE, build_pipeline, diffusion_scheduler
 from helpers.small_text_encoder import add_text_encoders
 from test_denoiser import draw_embeddings
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from miniature.scenes import draw_scene
 from srl_utils.attacks.denoiser import Denoiser
@@ -53,11 +54,14 @@ SETTINGS = {
     "sds": (U0, "linf", 16 / 255, 1 / 255, 100, False, "constant", False, "a photo"),
     "sds-minus": (U0, "linf", 16 / 255, 1 / 255, 100, False, "constant", True, "a photo"),
     "pid": (U0, "linf", 12.75 / 255, 1 / 255, 1000, True, "constant", False, None),
+    "posterior-collapse-plus": (U0, "linf", 16 / 255, 2 / 255, 40, False, "constant", False, None),
+    "posterior-collapse-minus": (U0, "linf", 16 / 255, 2 / 255, 40, False, "constant", True, None),
     "nightshade": (U0, "linf", 0.04, 0.04, 500, False, "linear", True, None),
     "uvcg": (U0, "linf", 16 / 255, 1 / 255, 100, True, "constant", True, None),  # UNCONFIRMED
 }
 BY_GRADIENT = [name for name in PROTECTIONS if not name.startswith("sds")]
 ENCODER_ONLY = [name for name, protection in PROTECTIONS.items() if not protection.needs_denoiser]
+WITHOUT_CHANCE = ("nightshade", "posterior-collapse-plus", "posterior-collapse-minus")
 DENOISING = [name for name, protection in PROTECTIONS.items() if protection.needs_denoiser]
 
 
@@ -226,8 +230,7 @@ def test_result_of_an_image_does_not_depend_on_its_batch(name, victim, images, g
 
     alone = run(slice(1, 2), 2)
     assert ((run(slice(0, 2), 1, 2)[1:] - alone).abs() > 1e-4).float().mean() < 0.02
-    # Nightshade is the only one without chance.
-    assert torch.equal(alone, run(slice(1, 2), 3)) == (name == "nightshade")
+    assert torch.equal(alone, run(slice(1, 2), 3)) == (name in WITHOUT_CHANCE)
 
 
 @pytest.mark.parametrize("outer", [torch.no_grad, torch.enable_grad])
@@ -330,6 +333,29 @@ def test_pid_compares_means_and_logarithms_of_variances(images) -> None:
     clean, other = images(2), images(2, seed=5)
     value = loss_of("pid", victim, clean, clean, [0, 1])(other)
     torch.testing.assert_close(value, (1 + 9) * (other - clean).square().flatten(1).mean(dim=1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("name", "variance"), [("posterior-collapse-plus", 1.0), ("posterior-collapse-minus", 1e-8)])
+def test_posterior_collapse_is_the_divergence_from_a_prior(name, variance, images) -> None:
+    """Oracle: torch.distributions, in float64, for a posterior whose mean is the image and whose variance varies."""
+    victim = Victim(
+        encode=lambda batch: Moments(batch, (3 * batch).exp()), decode=torch.nn.Identity(), scale=torch.nn.Identity()
+    )
+    clean = images(2)
+    posterior = Normal(clean.double(), (1.5 * clean.double()).exp())
+    prior = Normal(torch.zeros((), dtype=torch.float64), variance**0.5)
+    expected = variance * kl_divergence(posterior, prior).flatten(1).mean(dim=1)
+    torch.testing.assert_close(loss_of(name, victim, clean, clean, [0, 1])(clean).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", PROTECTIONS)
+def test_protections_that_pull_latents_are_known(name) -> None:
+    """Oracle: specification; those that minimise a distance of latents from fixed ones, which `latent-share` measures."""
+    pulling = (
+        "photoguard-encoder", "mist-textural", "mist-fused", "nightshade", "uvcg", "glaze", "photoguard-encoder-grey",
+        "posterior-collapse-minus",
+    )  # fmt: skip
+    assert PROTECTIONS[name].pulls_latents == (name in pulling)
 
 
 @pytest.mark.parametrize("name", ["mist-textural", "glaze"])

@@ -131,6 +131,25 @@ def moment_distance(batch: ProtectedBatch) -> Objective:
     return loss
 
 
+def posterior_divergence(batch: ProtectedBatch, *, variance: float) -> Objective:
+    """Return the loss of the posterior collapse attack, `[N]`: KL(posterior || N(0, v I)), v = `variance`, mean of values.
+
+    Source: Guo et al., "A Gray-Box Attack Against Latent Diffusion Model-Based Image Editing by Posterior Collapse" (IEEE
+    TIFS 2025), ZhongliangGuo/PosteriorCollapseAttack, README.md, loss.py, main.py and vae_attack.py. The authors maximise
+    for v = 1 (PCA+), to keep an edit from changing the image, and minimise for v = 1e-8 (PCA-), to spoil it.
+
+    The authors sum over the values and leave out the constant ln v. The divergence here is multiplied by v. Neither changes
+    a step, and the gradients stay within half precision.
+    """
+
+    def loss(images: Tensor) -> Tensor:
+        posterior = batch.victim.encode(images)
+        spread = posterior.variance - variance * (1 + (posterior.variance / variance).log())
+        return (posterior.mean.square() + spread).flatten(1).mean(dim=1) / 2
+
+    return loss
+
+
 def style_distance(batch: ProtectedBatch) -> Objective:
     """Return Glaze's loss, `[N]`: the mean squared distance of raw sampled latents from those of the image restyled.
 

@@ -15,6 +15,7 @@ from srl_utils.attacks.protections.losses import (
     fused,
     latent_distance,
     moment_distance,
+    posterior_divergence,
     score_distillation,
     style_distance,
     textural,
@@ -86,7 +87,9 @@ class Protection:
     @property
     def pulls_latents(self) -> bool:
         """Whether it moves latents towards those of its target; without a target, towards 0."""
-        return self.loss in (latent_distance, textural, fused, style_distance)
+        loss = self.loss.func if isinstance(self.loss, partial) else self.loss
+        pulling = (latent_distance, textural, fused, style_distance, posterior_divergence)
+        return self.minimise and loss in pulling
 
     @property
     def scalable(self) -> bool:
@@ -99,6 +102,8 @@ class Protection:
         return self.config.num_steps
 
 
+# Start at the clean image.
+POSTERIOR_COLLAPSE = PGDConfig(epsilon=16 / 255, step_size=2 / 255, num_steps=40, random_start=False)
 # Settings of Diff-Protect and Mist. Both call advertorch, which starts at random.
 SIXTEEN_LEVELS = PGDConfig(epsilon=16 / 255, step_size=1 / 255, num_steps=100)
 
@@ -197,6 +202,18 @@ PROTECTIONS: dict[str, Protection] = {
             loss=moment_distance,
             minimise=False,
             config=PGDConfig(epsilon=12.75 / 255, step_size=1 / 255, num_steps=1000),
+        ),
+        Protection(
+            name="posterior-collapse-plus",
+            loss=partial(posterior_divergence, variance=1.0),
+            minimise=False,
+            config=POSTERIOR_COLLAPSE,
+        ),
+        Protection(
+            name="posterior-collapse-minus",
+            loss=partial(posterior_divergence, variance=1e-8),
+            minimise=True,
+            config=POSTERIOR_COLLAPSE,
         ),
         Protection(
             name="nightshade",
