@@ -5,12 +5,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from helpers.small_pipelines import SIZE, build_pipeline, diffusion_scheduler
 from helpers.small_text_encoder import add_text_encoders
-from test_denoiser import draw_embeddings
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from test_denoiser import draw_embeddings, draw_latents
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -51,11 +54,14 @@ SETTINGS = {
     "mist-fused": (U0, "linf", 16 / 255, 1 / 255, 100, True, "constant", True, "a painting"),
     "advdm": (U0, "linf", 16 / 255, 1 / 255, 100, True, "constant", False, "a photo"),
     "advdm-minus": (U0, "linf", 16 / 255, 1 / 255, 100, True, "constant", True, "a photo"),
+    "anti-dreambooth-fsmg": (U1, "linf", 0.05, 0.005, 100, False, "constant", False, "a photo of sks person"),
+    "diffusionguard": (U1, "linf", 16 / 255, 1 / 255, 800, False, "constant", False, ""),
     "sds": (U0, "linf", 16 / 255, 1 / 255, 100, False, "constant", False, "a photo"),
     "sds-minus": (U0, "linf", 16 / 255, 1 / 255, 100, False, "constant", True, "a photo"),
     "pid": (U0, "linf", 12.75 / 255, 1 / 255, 1000, True, "constant", False, None),
     "posterior-collapse-plus": (U0, "linf", 16 / 255, 2 / 255, 40, False, "constant", False, None),
     "posterior-collapse-minus": (U0, "linf", 16 / 255, 2 / 255, 40, False, "constant", True, None),
+    "editshield": (U0, "linf", 0.05, 1 / 255, 30, False, "constant", False, None),
     "nightshade": (U0, "linf", 0.04, 0.04, 500, False, "linear", True, None),
     "uvcg": (U0, "linf", 16 / 255, 1 / 255, 100, True, "constant", True, None),  # UNCONFIRMED
 }
@@ -358,6 +364,39 @@ def test_protections_that_pull_latents_are_known(name) -> None:
     assert PROTECTIONS[name].pulls_latents == (name in pulling)
 
 
+def looked_at(images: Tensor) -> Tensor:
+    """Images as scipy blurs them, cut off after two pixels, and as Pillow rotates them, after the images themselves."""
+    blurred = gaussian_filter(images.numpy(), (0, 0, 1.5, 1.5), mode="mirror", truncate=2 / 1.5)
+    turned = [np.array(Image.fromarray(plane.numpy()).rotate(5, fillcolor=-1.0)) for plane in images.flatten(end_dim=1)]
+    return torch.stack([images, torch.from_numpy(blurred), torch.from_numpy(np.stack(turned)).view_as(images)])
+
+
+def test_editshield_moves_latents_of_three_views(images) -> None:
+    """Oracle: closed form for an encoder that doubles its image; scipy's blur and Pillow's rotation, clip by clip too."""
+    victim = Victim(encode=fixed_latents(2.0, 0.0), decode=torch.nn.Identity(), scale=torch.nn.Identity())
+    clean, other = images(2, SIZE), images(2, SIZE, seed=5)
+    expected = (2 * looked_at(other) - 2 * clean).square().mean(dim=(0, 2, 3, 4))
+    torch.testing.assert_close(loss_of("editshield", victim, clean, clean, [0, 1])(other), expected)
+    twice = [torch.stack([batch, batch], dim=2) for batch in (clean, other)]
+    torch.testing.assert_close(loss_of("editshield", victim, twice[0], twice[0], [0, 1])(twice[1]), expected)
+
+
+def test_diffusionguard_lengthens_the_first_prediction_of_an_edit(generators) -> None:
+    """Oracle: diffusers' image-to-image pipeline at full strength with 4 steps, whose UNet is called first with the same
+    noised latents. The latents are the images, and their posterior's sample is the first draw of each image."""
+    pipe, latents, drawn, predicted = build_pipeline("sd img2img"), draw_latents(1), generators(7), []
+    denoiser = Denoiser.from_pipeline(pipe, draw_embeddings(pooled=False))
+    pipe.unet.register_forward_hook(lambda module, inputs, output: predicted.append(output[0]))
+    torch.randn(latents.shape[1:], generator=drawn[0])
+    settings = {"num_inference_steps": 4, "strength": 1.0, "guidance_scale": 1.0, "output_type": "latent"}
+    pipe(image=latents, prompt_embeds=denoiser.prompt.embeds, generator=drawn[0], **settings)
+    victim = Victim(
+        encode=fixed_latents(1.0, 0.0), decode=torch.nn.Identity(), scale=torch.nn.Identity(), denoiser=denoiser
+    )
+    value = loss_of("diffusionguard", victim, latents, latents, [7])(latents)
+    torch.testing.assert_close(value, predicted[0].flatten(1).norm(dim=1), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", ["mist-textural", "glaze"])
 def test_latents_are_sampled(name, images) -> None:
     """Oracle: closed form. Between two samples of one image's posterior of variance s the squared distance is 2 s on
@@ -369,7 +408,7 @@ def test_latents_are_sampled(name, images) -> None:
     assert mean == pytest.approx(2 * 0.7, rel=4 * (2 / clean.numel()) ** 0.5)
 
 
-@pytest.mark.parametrize("name", ["mist-semantic", "advdm", "advdm-minus"])
+@pytest.mark.parametrize("name", ["mist-semantic", "advdm", "advdm-minus", "anti-dreambooth-fsmg"])
 def test_semantic_losses_are_the_denoisers(name, victim, images, generators) -> None:
     """Oracle: the denoiser's loss, held against diffusers elsewhere, of latents sampled and scaled by hand; exact."""
     clean, drawn = images(2), generators(4, 5)
@@ -416,7 +455,7 @@ def test_averaged_is_the_mean_of_the_calls() -> None:
     """Oracle: closed form. Of 1 x, 2 x and 3 x the mean is 2 x, with a gradient of 2."""
     factors = iter([1.0, 2.0, 3.0])
     images = torch.full((2, 3, 4, 4), 0.5)
-    mean = averaged(lambda batch: next(factors) * batch.flatten(1).sum(dim=1), 3)
+    mean = averaged([lambda batch: next(factors) * batch.flatten(1).sum(dim=1)] * 3)
     value, gradient = value_and_gradient(mean, images)
     torch.testing.assert_close(value, torch.full((2,), 2 * 0.5 * 48))
     torch.testing.assert_close(gradient / 48, torch.full_like(images, 2.0))

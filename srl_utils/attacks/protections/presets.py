@@ -12,6 +12,7 @@ from srl_utils.attacks.gradient import Objective, PGDConfig
 from srl_utils.attacks.protections.losses import (
     diffusion_loss,
     edit_distance,
+    first_prediction,
     fused,
     latent_distance,
     moment_distance,
@@ -19,6 +20,7 @@ from srl_utils.attacks.protections.losses import (
     score_distillation,
     style_distance,
     textural,
+    transformed_distance,
 )
 from srl_utils.attacks.protections.targets import grey, mist_pattern, style_transfer
 from srl_utils.attacks.protections.victim import ProtectedBatch
@@ -182,6 +184,22 @@ PROTECTIONS: dict[str, Protection] = {
             prompt="a photo",
         ),
         Protection(
+            name="anti-dreambooth-fsmg",
+            loss=diffusion_loss,
+            minimise=False,
+            config=PGDConfig(epsilon=0.05 / 2, step_size=0.005 / 2, num_steps=100, random_start=False),
+            passes_per_step=1,
+            prompt="a photo of sks person",
+        ),
+        Protection(
+            name="diffusionguard",
+            loss=first_prediction,
+            minimise=False,
+            config=PGDConfig(epsilon=16 / 255 / 2, step_size=1 / 255 / 2, num_steps=800, random_start=False),
+            passes_per_step=1,
+            prompt="",
+        ),
+        Protection(
             name="sds",
             loss=score_distillation,
             minimise=False,
@@ -214,6 +232,13 @@ PROTECTIONS: dict[str, Protection] = {
             loss=partial(posterior_divergence, variance=1e-8),
             minimise=True,
             config=POSTERIOR_COLLAPSE,
+        ),
+        Protection(
+            name="editshield",
+            loss=transformed_distance,
+            minimise=False,
+            config=PGDConfig(epsilon=0.05, step_size=1 / 255, num_steps=30, random_start=False),
+            passes_per_step=1.8,
         ),
         Protection(
             name="nightshade",
