@@ -22,6 +22,7 @@ from srl_utils.attacks.denoiser import Denoiser
 from srl_utils.attacks.gradient import PGDConfig, value_and_gradient
 from srl_utils.attacks.protections import (
     PROTECTIONS,
+    BlurGuardConfig,
     GlazeConfig,
     ProtectedBatch,
     Protection,
@@ -148,7 +149,10 @@ def test_other_settings_are_the_authors() -> None:
     glaze = PROTECTIONS["glaze"]
     assert glaze.config == GlazeConfig(epsilon=0.05, step_size=U1 * 0.01, num_steps=500, penalty=30)
     assert glaze.minimise and glaze.needs_target and glaze.needs_perceptual and not glaze.scalable
-    assert set(PROTECTIONS) == {*SETTINGS, "glaze"}
+    blurguard = PROTECTIONS["blurguard"]
+    assert blurguard.config == BlurGuardConfig(epsilon=U0 * 16 / 255, step_size=U1 * 2, num_steps=150 - 50)
+    assert blurguard.minimise and not blurguard.has_target and not blurguard.needs_denoiser
+    assert set(PROTECTIONS) == {*SETTINGS, "blurguard", "glaze"}
     assert FUSION_RATE == 10_000
     assert EDIT == {"num_steps": 4, "strength": 0.5, "guidance_scale": 7.5, "eta": 1.0}
     assert PROTECTIONS["photoguard-diffusion"].loss.keywords == {"repetitions": 10}
@@ -359,7 +363,7 @@ def test_protections_that_pull_latents_are_known(name) -> None:
     """Oracle: specification; those that minimise a distance of latents from fixed ones, which `latent-share` measures."""
     pulling = (
         "photoguard-encoder", "mist-textural", "mist-fused", "nightshade", "uvcg", "glaze", "photoguard-encoder-grey",
-        "posterior-collapse-minus",
+        "posterior-collapse-minus", "blurguard",
     )  # fmt: skip
     assert PROTECTIONS[name].pulls_latents == (name in pulling)
 

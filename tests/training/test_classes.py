@@ -213,7 +213,7 @@ def test_evaluation_of_clips(name: str, clips: tuple[Path, int], tmp_path: Path)
     attacks = [
         "clean", "noise", "jpeg-3", "gaussian-blur-1", "pgd-10", "pgd-10-first", "apgd-10-latents", "square-20",
         "photoguard-encoder", "mist-textural", "pid", "uvcg", "posterior-collapse-minus",
-        "editshield", "sds",
+        "editshield", "blurguard", "sds",
     ]  # fmt: skip
     code = evaluate([
         "reconstruction", "--baseline", str(tmp_path / "base"), "--vae", f"robust={tmp_path / 'robust'}",

@@ -224,6 +224,14 @@ def transformed_distance(batch: ProtectedBatch) -> Objective:
     return averaged([seen_through(transform) for transform in (as_it_is, smoothed, turned)])
 
 
+def latent_energy(batch: ProtectedBatch) -> Objective:
+    """Return the loss that BlurGuard adds its blur to, `[N]`: the mean square of sampled latents, scaled for the denoiser.
+
+    Source: jsu-kim/BlurGuard, BlurGuard/code/attacks.py; see `blurring`.
+    """
+    return lambda images: batch.sample_scaled(images).square().flatten(1).mean(dim=1)
+
+
 def style_distance(batch: ProtectedBatch) -> Objective:
     """Return Glaze's loss, `[N]`: the mean squared distance of raw sampled latents from those of the image restyled.
 

@@ -9,12 +9,14 @@ from functools import partial
 from torch import Tensor
 
 from srl_utils.attacks.gradient import Objective, PGDConfig
+from srl_utils.attacks.protections.blurring import BlurGuardConfig
 from srl_utils.attacks.protections.losses import (
     diffusion_loss,
     edit_distance,
     first_prediction,
     fused,
     latent_distance,
+    latent_energy,
     moment_distance,
     posterior_divergence,
     score_distillation,
@@ -44,6 +46,10 @@ class GlazeConfig:
     penalty: float = 30.0
 
 
+Config = PGDConfig | BlurGuardConfig | GlazeConfig
+"""Budget and steps of a protection."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Protection:
     """One published protection with its authors' settings.
@@ -52,7 +58,7 @@ class Protection:
         name: its name in `PROTECTIONS` and in the results.
         loss: makes the objective of a batch.
         minimise: minimise the objective instead of maximising it.
-        config: budget and steps.
+        config: budget and steps; another kind of them exchanges the search, as `BlurGuardConfig` does.
         prompt: the authors' prompt for the denoiser; None if the protection needs no denoiser.
         default_target: maps height and width to the image `[1,3,H,W]` that is imitated unless another is given.
         needs_target: whether a target must be given.
@@ -64,7 +70,7 @@ class Protection:
     name: str
     loss: Callable[[ProtectedBatch], Objective]
     minimise: bool
-    config: PGDConfig | GlazeConfig
+    config: Config
     prompt: str | None = None
     default_target: Callable[[int, int], Tensor] | None = None
     needs_target: bool = False
@@ -90,13 +96,13 @@ class Protection:
     def pulls_latents(self) -> bool:
         """Whether it moves latents towards those of its target; without a target, towards 0."""
         loss = self.loss.func if isinstance(self.loss, partial) else self.loss
-        pulling = (latent_distance, textural, fused, style_distance, posterior_divergence)
+        pulling = (latent_distance, textural, fused, style_distance, posterior_divergence, latent_energy)
         return self.minimise and loss in pulling
 
     @property
     def scalable(self) -> bool:
         """Whether the budget is an L-infinity one, which means the same for all protections."""
-        return isinstance(self.config, PGDConfig) and self.config.norm == "linf"
+        return not isinstance(self.config, GlazeConfig) and self.config.norm == "linf"
 
     @property
     def num_steps(self) -> int:
@@ -239,6 +245,12 @@ PROTECTIONS: dict[str, Protection] = {
             minimise=False,
             config=PGDConfig(epsilon=0.05, step_size=1 / 255, num_steps=30, random_start=False),
             passes_per_step=1.8,
+        ),
+        Protection(
+            name="blurguard",
+            loss=latent_energy,
+            minimise=True,
+            config=BlurGuardConfig(),
         ),
         Protection(
             name="nightshade",
