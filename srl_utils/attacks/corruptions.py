@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from srl_utils.attacks.draws import Generators, draw, draw_normal
-from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN, clips_of, frames_of, from_pil, to_model_units, to_pil
+from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN, by_frame, from_pil, to_model_units, to_pil
 
 BLUR_REACH = 4.0  # standard deviations after which the kernel is cut off, as in skimage and ImageNet-C
 
@@ -115,8 +115,7 @@ class Corruption:
         strength = self.severities[severity - 1]
         if self.draws:
             return self.function(clean, strength, generators=generators)
-        changed = self.function(frames_of(clean), strength)
-        return changed if clean.ndim == 4 else clips_of(changed, len(clean))
+        return by_frame(lambda frames: self.function(frames, strength), clean)
 
 
 CORRUPTIONS: dict[str, Corruption] = {

@@ -93,7 +93,7 @@ class Budget:
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """Return the change of size 1 along which the objective grows fastest; 0 where the gradient is 0."""
-        return gradient.sign() if self.norm == "linf" else gradient / lengths(gradient).clamp_min(1e-30)
+        return gradient.sign() if self.norm == "linf" else unit_changes(gradient)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +203,11 @@ def negated(objective: Objective) -> Objective:
 def lengths(changes: Tensor) -> Tensor:
     """Return the Euclidean length of each image's change `[N,...]`, as `[N,1,...]`."""
     return per_image(changes.flatten(1).norm(dim=1), changes)
+
+
+def unit_changes(changes: Tensor) -> Tensor:
+    """Return the changes `[N,...]`, each scaled to a Euclidean length of 1; 0 stays 0."""
+    return changes / lengths(changes).clamp_min(1e-30)
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:

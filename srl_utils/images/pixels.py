@@ -7,6 +7,7 @@ it (8/255).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -61,6 +62,12 @@ def frames_of(images: Tensor) -> Tensor:
 def clips_of(frames: Tensor, count: int) -> Tensor:
     """Return frames `[count*T,C,H,W]` as `count` clips `[count,C,T,H,W]`: the inverse of `frames_of`."""
     return frames.unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def by_frame(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Apply a function of images `[N,C,H,W]` to images, or to the frames of clips `[N,C,T,H,W]`."""
+    changed = function(frames_of(images))
+    return changed if images.ndim == 4 else clips_of(changed, len(images))
 
 
 def over_frames(values: Tensor, count: int) -> Tensor:

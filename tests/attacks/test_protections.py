@@ -5,19 +5,24 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from helpers.small_pipelines import SIZE, build_pipeline, diffusion_scheduler
 from helpers.small_text_encoder import add_text_encoders
-from test_denoiser import draw_embeddings
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from test_denoiser import draw_embeddings, draw_latents
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from miniature.scenes import draw_scene
 from srl_utils.attacks.denoiser import Denoiser
 from srl_utils.attacks.gradient import PGDConfig, value_and_gradient
 from srl_utils.attacks.protections import (
     PROTECTIONS,
+    BlurGuardConfig,
     GlazeConfig,
     ProtectedBatch,
     Protection,
@@ -50,14 +55,20 @@ SETTINGS = {
     "mist-fused": (U0, "linf", 16 / 255, 1 / 255, 100, True, "constant", True, "a painting"),
     "advdm": (U0, "linf", 16 / 255, 1 / 255, 100, True, "constant", False, "a photo"),
     "advdm-minus": (U0, "linf", 16 / 255, 1 / 255, 100, True, "constant", True, "a photo"),
+    "anti-dreambooth-fsmg": (U1, "linf", 0.05, 0.005, 100, False, "constant", False, "a photo of sks person"),
+    "diffusionguard": (U1, "linf", 16 / 255, 1 / 255, 800, False, "constant", False, ""),
     "sds": (U0, "linf", 16 / 255, 1 / 255, 100, False, "constant", False, "a photo"),
     "sds-minus": (U0, "linf", 16 / 255, 1 / 255, 100, False, "constant", True, "a photo"),
     "pid": (U0, "linf", 12.75 / 255, 1 / 255, 1000, True, "constant", False, None),
+    "posterior-collapse-plus": (U0, "linf", 16 / 255, 2 / 255, 40, False, "constant", False, None),
+    "posterior-collapse-minus": (U0, "linf", 16 / 255, 2 / 255, 40, False, "constant", True, None),
+    "editshield": (U0, "linf", 0.05, 1 / 255, 30, False, "constant", False, None),
     "nightshade": (U0, "linf", 0.04, 0.04, 500, False, "linear", True, None),
     "uvcg": (U0, "linf", 16 / 255, 1 / 255, 100, True, "constant", True, None),  # UNCONFIRMED
 }
 BY_GRADIENT = [name for name in PROTECTIONS if not name.startswith("sds")]
 ENCODER_ONLY = [name for name, protection in PROTECTIONS.items() if not protection.needs_denoiser]
+WITHOUT_CHANCE = ("nightshade", "posterior-collapse-plus", "posterior-collapse-minus")
 DENOISING = [name for name, protection in PROTECTIONS.items() if protection.needs_denoiser]
 
 
@@ -138,7 +149,10 @@ def test_other_settings_are_the_authors() -> None:
     glaze = PROTECTIONS["glaze"]
     assert glaze.config == GlazeConfig(epsilon=0.05, step_size=U1 * 0.01, num_steps=500, penalty=30)
     assert glaze.minimise and glaze.needs_target and glaze.needs_perceptual and not glaze.scalable
-    assert set(PROTECTIONS) == {*SETTINGS, "glaze"}
+    blurguard = PROTECTIONS["blurguard"]
+    assert blurguard.config == BlurGuardConfig(epsilon=U0 * 16 / 255, step_size=U1 * 2, num_steps=150 - 50)
+    assert blurguard.minimise and not blurguard.has_target and not blurguard.needs_denoiser
+    assert set(PROTECTIONS) == {*SETTINGS, "blurguard", "glaze"}
     assert FUSION_RATE == 10_000
     assert EDIT == {"num_steps": 4, "strength": 0.5, "guidance_scale": 7.5, "eta": 1.0}
     assert PROTECTIONS["photoguard-diffusion"].loss.keywords == {"repetitions": 10}
@@ -226,8 +240,7 @@ def test_result_of_an_image_does_not_depend_on_its_batch(name, victim, images, g
 
     alone = run(slice(1, 2), 2)
     assert ((run(slice(0, 2), 1, 2)[1:] - alone).abs() > 1e-4).float().mean() < 0.02
-    # Nightshade is the only one without chance.
-    assert torch.equal(alone, run(slice(1, 2), 3)) == (name == "nightshade")
+    assert torch.equal(alone, run(slice(1, 2), 3)) == (name in WITHOUT_CHANCE)
 
 
 @pytest.mark.parametrize("outer", [torch.no_grad, torch.enable_grad])
@@ -332,6 +345,62 @@ def test_pid_compares_means_and_logarithms_of_variances(images) -> None:
     torch.testing.assert_close(value, (1 + 9) * (other - clean).square().flatten(1).mean(dim=1), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(("name", "variance"), [("posterior-collapse-plus", 1.0), ("posterior-collapse-minus", 1e-8)])
+def test_posterior_collapse_is_the_divergence_from_a_prior(name, variance, images) -> None:
+    """Oracle: torch.distributions, in float64, for a posterior whose mean is the image and whose variance varies."""
+    victim = Victim(
+        encode=lambda batch: Moments(batch, (3 * batch).exp()), decode=torch.nn.Identity(), scale=torch.nn.Identity()
+    )
+    clean = images(2)
+    posterior = Normal(clean.double(), (1.5 * clean.double()).exp())
+    prior = Normal(torch.zeros((), dtype=torch.float64), variance**0.5)
+    expected = variance * kl_divergence(posterior, prior).flatten(1).mean(dim=1)
+    torch.testing.assert_close(loss_of(name, victim, clean, clean, [0, 1])(clean).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", PROTECTIONS)
+def test_protections_that_pull_latents_are_known(name) -> None:
+    """Oracle: specification; those that minimise a distance of latents from fixed ones, which `latent-share` measures."""
+    pulling = (
+        "photoguard-encoder", "mist-textural", "mist-fused", "nightshade", "uvcg", "glaze", "photoguard-encoder-grey",
+        "posterior-collapse-minus", "blurguard",
+    )  # fmt: skip
+    assert PROTECTIONS[name].pulls_latents == (name in pulling)
+
+
+def looked_at(images: Tensor) -> Tensor:
+    """Images as scipy blurs them, cut off after two pixels, and as Pillow rotates them, after the images themselves."""
+    blurred = gaussian_filter(images.numpy(), (0, 0, 1.5, 1.5), mode="mirror", truncate=2 / 1.5)
+    turned = [np.array(Image.fromarray(plane.numpy()).rotate(5, fillcolor=-1.0)) for plane in images.flatten(end_dim=1)]
+    return torch.stack([images, torch.from_numpy(blurred), torch.from_numpy(np.stack(turned)).view_as(images)])
+
+
+def test_editshield_moves_latents_of_three_views(images) -> None:
+    """Oracle: closed form for an encoder that doubles its image; scipy's blur and Pillow's rotation, clip by clip too."""
+    victim = Victim(encode=fixed_latents(2.0, 0.0), decode=torch.nn.Identity(), scale=torch.nn.Identity())
+    clean, other = images(2, SIZE), images(2, SIZE, seed=5)
+    expected = (2 * looked_at(other) - 2 * clean).square().mean(dim=(0, 2, 3, 4))
+    torch.testing.assert_close(loss_of("editshield", victim, clean, clean, [0, 1])(other), expected)
+    twice = [torch.stack([batch, batch], dim=2) for batch in (clean, other)]
+    torch.testing.assert_close(loss_of("editshield", victim, twice[0], twice[0], [0, 1])(twice[1]), expected)
+
+
+def test_diffusionguard_lengthens_the_first_prediction_of_an_edit(generators) -> None:
+    """Oracle: diffusers' image-to-image pipeline at full strength with 4 steps, whose UNet is called first with the same
+    noised latents. The latents are the images, and their posterior's sample is the first draw of each image."""
+    pipe, latents, drawn, predicted = build_pipeline("sd img2img"), draw_latents(1), generators(7), []
+    denoiser = Denoiser.from_pipeline(pipe, draw_embeddings(pooled=False))
+    pipe.unet.register_forward_hook(lambda module, inputs, output: predicted.append(output[0]))
+    torch.randn(latents.shape[1:], generator=drawn[0])
+    settings = {"num_inference_steps": 4, "strength": 1.0, "guidance_scale": 1.0, "output_type": "latent"}
+    pipe(image=latents, prompt_embeds=denoiser.prompt.embeds, generator=drawn[0], **settings)
+    victim = Victim(
+        encode=fixed_latents(1.0, 0.0), decode=torch.nn.Identity(), scale=torch.nn.Identity(), denoiser=denoiser
+    )
+    value = loss_of("diffusionguard", victim, latents, latents, [7])(latents)
+    torch.testing.assert_close(value, predicted[0].flatten(1).norm(dim=1), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", ["mist-textural", "glaze"])
 def test_latents_are_sampled(name, images) -> None:
     """Oracle: closed form. Between two samples of one image's posterior of variance s the squared distance is 2 s on
@@ -343,7 +412,7 @@ def test_latents_are_sampled(name, images) -> None:
     assert mean == pytest.approx(2 * 0.7, rel=4 * (2 / clean.numel()) ** 0.5)
 
 
-@pytest.mark.parametrize("name", ["mist-semantic", "advdm", "advdm-minus"])
+@pytest.mark.parametrize("name", ["mist-semantic", "advdm", "advdm-minus", "anti-dreambooth-fsmg"])
 def test_semantic_losses_are_the_denoisers(name, victim, images, generators) -> None:
     """Oracle: the denoiser's loss, held against diffusers elsewhere, of latents sampled and scaled by hand; exact."""
     clean, drawn = images(2), generators(4, 5)
@@ -390,7 +459,7 @@ def test_averaged_is_the_mean_of_the_calls() -> None:
     """Oracle: closed form. Of 1 x, 2 x and 3 x the mean is 2 x, with a gradient of 2."""
     factors = iter([1.0, 2.0, 3.0])
     images = torch.full((2, 3, 4, 4), 0.5)
-    mean = averaged(lambda batch: next(factors) * batch.flatten(1).sum(dim=1), 3)
+    mean = averaged([lambda batch: next(factors) * batch.flatten(1).sum(dim=1)] * 3)
     value, gradient = value_and_gradient(mean, images)
     torch.testing.assert_close(value, torch.full((2,), 2 * 0.5 * 48))
     torch.testing.assert_close(gradient / 48, torch.full_like(images, 2.0))

@@ -212,7 +212,8 @@ def test_evaluation_of_clips(name: str, clips: tuple[Path, int], tmp_path: Path)
         small_autoencoder(name, seed=seed).save_pretrained(tmp_path / place)
     attacks = [
         "clean", "noise", "jpeg-3", "gaussian-blur-1", "pgd-10", "pgd-10-first", "apgd-10-latents", "square-20",
-        "photoguard-encoder", "mist-textural", "pid", "uvcg", "sds",
+        "photoguard-encoder", "mist-textural", "pid", "uvcg", "posterior-collapse-minus",
+        "editshield", "blurguard", "sds",
     ]  # fmt: skip
     code = evaluate([
         "reconstruction", "--baseline", str(tmp_path / "base"), "--vae", f"robust={tmp_path / 'robust'}",

@@ -8,6 +8,7 @@ those of the code that each loss names as its source; a setting of a paper that 
 UNCONFIRMED. Rounding a protected image to 8 bits may add up to half a level to its perturbation.
 """
 
+from srl_utils.attacks.protections.blurring import BlurGuardConfig
 from srl_utils.attacks.protections.making import protect, target_of
 from srl_utils.attacks.protections.presets import PROTECTIONS, GlazeConfig, Protection
 from srl_utils.attacks.protections.targets import grey, mist_pattern, style_transfer
@@ -15,6 +16,7 @@ from srl_utils.attacks.protections.victim import ProtectedBatch, Victim
 
 __all__ = [
     "PROTECTIONS",
+    "BlurGuardConfig",
     "GlazeConfig",
     "ProtectedBatch",
     "Protection",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.transforms import functional as transforms
 
+from srl_utils.attacks.draws import draw_normal
 from srl_utils.attacks.gradient import Objective, value_and_gradient
 from srl_utils.attacks.protections.victim import ProtectedBatch
+from srl_utils.images.pixels import PIXEL_MIN, by_frame
 from srl_utils.metrics.losses import mean_squared_error
 
 
@@ -54,7 +58,7 @@ def edit_distance(batch: ProtectedBatch, *, repetitions: int) -> Objective:
         edited = batch.denoiser.edit(batch.sample_scaled(images), batch.generators, **EDIT)
         return (victim.decode(victim.unscale(edited)) - batch.needed_target).flatten(1).norm(dim=1)
 
-    return averaged(distance, repetitions)
+    return averaged([distance] * repetitions)
 
 
 def textural(batch: ProtectedBatch) -> Objective:
@@ -73,14 +77,19 @@ def textural(batch: ProtectedBatch) -> Objective:
 
 
 def diffusion_loss(batch: ProtectedBatch) -> Objective:
-    """Return the denoiser's training loss, `[N]`, at a new timestep and noise in each call: AdvDM, Mist's semantic loss.
+    """Return the denoiser's training loss, `[N]`, at a new timestep and noise in each call: AdvDM, Mist, Anti-DreamBooth.
 
     AdvDM: Liang et al., "Adversarial Example Does Good" (arXiv 2302.04578); its own settings are UNCONFIRMED. The
     settings here are those of xavihart/Diff-Protect, code/diff_mist.py and configs/attack/base.yaml. That code
     maximises the loss or minimises it ("minus", arXiv 2311.12832), and has a prompt for each folder, by default
     "a photo".
 
-    Mist: arXiv 2305.12683, mist-project/mist, mist_v3.py, prompt "a painting".
+    Mist's semantic loss: arXiv 2305.12683, mist-project/mist, mist_v3.py, prompt "a painting".
+
+    Anti-DreamBooth's FSMG: Le et al., "Anti-DreamBooth: Protecting Users from Personalized Text-to-Image Synthesis"
+    (arXiv 2303.15433), VinAIResearch/Anti-DreamBooth, attacks/fsmg.py and scripts/attack_with_fsmg.sh. The authors attack
+    a denoiser that DreamBooth has trained on other images of the person for 1000 steps; pass its pipeline to do the same.
+    ASPL, which trains a denoiser between the steps of the attack, is left out.
     """
     return lambda images: batch.denoiser.loss(batch.sample_scaled(images), batch.generators)
 
@@ -96,6 +105,34 @@ def fused(batch: ProtectedBatch) -> Objective:
     """
     near, denoised = textural(batch), diffusion_loss(batch)
     return lambda images: near(images) - FUSION_RATE * denoised(images)
+
+
+EDIT_STEPS = 4
+"""Steps of the sampler whose first prediction DiffusionGuard attacks."""
+
+
+def first_prediction(batch: ProtectedBatch) -> Objective:
+    """Return DiffusionGuard's loss, `[N]`: the Euclidean length of the noise predicted at an edit's first timestep.
+
+    Source: Choi et al., "DiffusionGuard: A Robust Defense Against Malicious Diffusion-based Image Editing" (arXiv
+    2410.05694), choi403/DiffusionGuard, attacks/attack_diffusionguard.py, attacks/common.py and config/diffusionguard.yaml:
+    the first of 4 timesteps, with new noise in each call.
+
+    The authors attack an inpainting model, which takes pure noise beside the latents of the image outside a mask, whose
+    contour shrinks at random in each step. The models of `Denoiser` take no mask and see the image through its noised
+    latents alone, so here the whole image is attacked.
+    """
+    denoiser = batch.denoiser
+    denoiser.scheduler.set_timesteps(EDIT_STEPS)
+    first = denoiser.scheduler.timesteps[:1]
+
+    def loss(images: Tensor) -> Tensor:
+        latents = batch.sample_scaled(images)
+        timesteps = first.to(latents.device).expand(len(latents))
+        noised = denoiser.add_noise(latents, draw_normal(batch.generators, like=latents), timesteps)
+        return denoiser.predict_noise(noised, timesteps).flatten(1).norm(dim=1)
+
+    return loss
 
 
 def score_distillation(batch: ProtectedBatch) -> Objective:
@@ -131,6 +168,70 @@ def moment_distance(batch: ProtectedBatch) -> Objective:
     return loss
 
 
+def posterior_divergence(batch: ProtectedBatch, *, variance: float) -> Objective:
+    """Return the loss of the posterior collapse attack, `[N]`: KL(posterior || N(0, v I)), v = `variance`, mean of values.
+
+    Source: Guo et al., "A Gray-Box Attack Against Latent Diffusion Model-Based Image Editing by Posterior Collapse" (IEEE
+    TIFS 2025), ZhongliangGuo/PosteriorCollapseAttack, README.md, loss.py, main.py and vae_attack.py. The authors maximise
+    for v = 1 (PCA+), to keep an edit from changing the image, and minimise for v = 1e-8 (PCA-), to spoil it.
+
+    The authors sum over the values and leave out the constant ln v. The divergence here is multiplied by v. Neither changes
+    a step, and the gradients stay within half precision.
+    """
+
+    def loss(images: Tensor) -> Tensor:
+        posterior = batch.victim.encode(images)
+        spread = posterior.variance - variance * (1 + (posterior.variance / variance).log())
+        return (posterior.mean.square() + spread).flatten(1).mean(dim=1) / 2
+
+    return loss
+
+
+def as_it_is(images: Tensor) -> Tensor:
+    """Return the images."""
+    return images
+
+
+def smoothed(images: Tensor) -> Tensor:
+    """Return images `[N,3,H,W]` after EditShield's Gaussian blur: 5 pixels wide, of standard deviation 1.5."""
+    return transforms.gaussian_blur(images, [5, 5], [1.5, 1.5])
+
+
+def turned(images: Tensor) -> Tensor:
+    """Return images `[N,3,H,W]` in [-1,1] after EditShield's rotation by 5 degrees, with black corners."""
+    return transforms.rotate(images, 5, fill=[PIXEL_MIN] * images.shape[1])
+
+
+def transformed_distance(batch: ProtectedBatch) -> Objective:
+    """Return EditShield's loss, `[N]`: the mean squared distance of transformed images' latents from the clean image's.
+
+    It is the mean over the image itself, blurred and rotated. Latents are raw and sampled, the clean image's once.
+
+    Source: Chen et al., "EditShield: Protecting Unauthorized Image Editing by Instruction-guided Diffusion Models" (arXiv
+    2311.12066), Allen-piexl/Editshield, EOT_Center.py, EOT_Gaussion.py, EOT_Resize.py (the rotation) and Functions.py. The
+    centre crop of EOT_Center.py leaves its square images as they are, as the image itself does here.
+
+    Budget and step size are those that the code defines without using them: it takes 30 steps of Adam at 0.001, without a
+    bound, with 0.1 times the mean squared change of the pixels as a penalty. Each of its files has one transformation, and
+    compares noised latents as well. The paper averages over transformations: which ones, and its budget, are UNCONFIRMED.
+    """
+    with torch.no_grad():
+        goal = batch.sample(batch.clean)
+
+    def seen_through(transform: Callable[[Tensor], Tensor]) -> Objective:
+        return lambda images: mean_squared_error(batch.sample(by_frame(transform, images)), goal)
+
+    return averaged([seen_through(transform) for transform in (as_it_is, smoothed, turned)])
+
+
+def latent_energy(batch: ProtectedBatch) -> Objective:
+    """Return the loss that BlurGuard adds its blur to, `[N]`: the mean square of sampled latents, scaled for the denoiser.
+
+    Source: jsu-kim/BlurGuard, BlurGuard/code/attacks.py; see `blurring`.
+    """
+    return lambda images: batch.sample_scaled(images).square().flatten(1).mean(dim=1)
+
+
 def style_distance(batch: ProtectedBatch) -> Objective:
     """Return Glaze's loss, `[N]`: the mean squared distance of raw sampled latents from those of the image restyled.
 
@@ -154,11 +255,11 @@ def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
     return value.detach() + ((at - at.detach()) * gradient).flatten(1).sum(dim=1)
 
 
-def averaged(objective: Objective, repetitions: int) -> Objective:
-    """Return the mean of `repetitions` calls of a random objective, keeping one call's graph in memory at a time."""
+def averaged(objectives: Sequence[Objective]) -> Objective:
+    """Return the mean of objectives, each called once in its turn, keeping one call's graph in memory at a time."""
 
     def mean(images: Tensor) -> Tensor:
-        calls = [value_and_gradient(objective, images) for _ in range(repetitions)]
+        calls = [value_and_gradient(objective, images) for objective in objectives]
         value, gradient = (torch.stack(part).mean(dim=0) for part in zip(*calls, strict=True))
         return with_gradient(value, images, gradient / images[0].numel())
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from srl_utils.attacks.draws import Generators, draw_uniform
-from srl_utils.attacks.gradient import Objective, PGDConfig, negated, pgd, value_and_gradient
-from srl_utils.attacks.protections.presets import GlazeConfig, Protection
+from srl_utils.attacks.gradient import Objective, negated, pgd, value_and_gradient
+from srl_utils.attacks.protections.blurring import BlurGuardConfig, blurred_attack
+from srl_utils.attacks.protections.presets import Config, GlazeConfig, Protection
 from srl_utils.attacks.protections.victim import ProtectedBatch, Victim
 from srl_utils.errors import UserError
 from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN, check_images, to_model_units
@@ -55,7 +56,10 @@ def protect(
     loss, config = protection.loss(batch), _adjusted(protection.config, epsilon, num_steps)
     if isinstance(config, GlazeConfig):
         return _descend(loss, batch, config)
-    return pgd(negated(loss) if protection.minimise else loss, clean, config, generators=generators)
+    objective = negated(loss) if protection.minimise else loss
+    if isinstance(config, BlurGuardConfig):
+        return blurred_attack(objective, clean, config, generators=generators)
+    return pgd(objective, clean, config, generators=generators)
 
 
 def _check_needs(protection: Protection, victim: Victim, target: Tensor | None) -> None:
@@ -98,7 +102,7 @@ def target_of(protection: Protection, clean: Tensor, given: Tensor | None) -> Te
     return target.to(clean).expand_as(clean)
 
 
-def _adjusted(config: PGDConfig | GlazeConfig, epsilon: float | None, num_steps: int | None) -> PGDConfig | GlazeConfig:
+def _adjusted(config: Config, epsilon: float | None, num_steps: int | None) -> Config:
     if epsilon is not None:
         config = replace(config, epsilon=epsilon, step_size=config.step_size * epsilon / config.epsilon)
     return config if num_steps is None else replace(config, num_steps=num_steps)

@@ -9,15 +9,20 @@ from functools import partial
 from torch import Tensor
 
 from srl_utils.attacks.gradient import Objective, PGDConfig
+from srl_utils.attacks.protections.blurring import BlurGuardConfig
 from srl_utils.attacks.protections.losses import (
     diffusion_loss,
     edit_distance,
+    first_prediction,
     fused,
     latent_distance,
+    latent_energy,
     moment_distance,
+    posterior_divergence,
     score_distillation,
     style_distance,
     textural,
+    transformed_distance,
 )
 from srl_utils.attacks.protections.targets import grey, mist_pattern, style_transfer
 from srl_utils.attacks.protections.victim import ProtectedBatch
@@ -41,6 +46,10 @@ class GlazeConfig:
     penalty: float = 30.0
 
 
+Config = PGDConfig | BlurGuardConfig | GlazeConfig
+"""Budget and steps of a protection."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Protection:
     """One published protection with its authors' settings.
@@ -49,7 +58,7 @@ class Protection:
         name: its name in `PROTECTIONS` and in the results.
         loss: makes the objective of a batch.
         minimise: minimise the objective instead of maximising it.
-        config: budget and steps.
+        config: budget and steps; another kind of them exchanges the search, as `BlurGuardConfig` does.
         prompt: the authors' prompt for the denoiser; None if the protection needs no denoiser.
         default_target: maps height and width to the image `[1,3,H,W]` that is imitated unless another is given.
         needs_target: whether a target must be given.
@@ -61,7 +70,7 @@ class Protection:
     name: str
     loss: Callable[[ProtectedBatch], Objective]
     minimise: bool
-    config: PGDConfig | GlazeConfig
+    config: Config
     prompt: str | None = None
     default_target: Callable[[int, int], Tensor] | None = None
     needs_target: bool = False
@@ -86,12 +95,14 @@ class Protection:
     @property
     def pulls_latents(self) -> bool:
         """Whether it moves latents towards those of its target; without a target, towards 0."""
-        return self.loss in (latent_distance, textural, fused, style_distance)
+        loss = self.loss.func if isinstance(self.loss, partial) else self.loss
+        pulling = (latent_distance, textural, fused, style_distance, posterior_divergence, latent_energy)
+        return self.minimise and loss in pulling
 
     @property
     def scalable(self) -> bool:
         """Whether the budget is an L-infinity one, which means the same for all protections."""
-        return isinstance(self.config, PGDConfig) and self.config.norm == "linf"
+        return not isinstance(self.config, GlazeConfig) and self.config.norm == "linf"
 
     @property
     def num_steps(self) -> int:
@@ -99,6 +110,8 @@ class Protection:
         return self.config.num_steps
 
 
+# Start at the clean image.
+POSTERIOR_COLLAPSE = PGDConfig(epsilon=16 / 255, step_size=2 / 255, num_steps=40, random_start=False)
 # Settings of Diff-Protect and Mist. Both call advertorch, which starts at random.
 SIXTEEN_LEVELS = PGDConfig(epsilon=16 / 255, step_size=1 / 255, num_steps=100)
 
@@ -177,6 +190,22 @@ PROTECTIONS: dict[str, Protection] = {
             prompt="a photo",
         ),
         Protection(
+            name="anti-dreambooth-fsmg",
+            loss=diffusion_loss,
+            minimise=False,
+            config=PGDConfig(epsilon=0.05 / 2, step_size=0.005 / 2, num_steps=100, random_start=False),
+            passes_per_step=1,
+            prompt="a photo of sks person",
+        ),
+        Protection(
+            name="diffusionguard",
+            loss=first_prediction,
+            minimise=False,
+            config=PGDConfig(epsilon=16 / 255 / 2, step_size=1 / 255 / 2, num_steps=800, random_start=False),
+            passes_per_step=1,
+            prompt="",
+        ),
+        Protection(
             name="sds",
             loss=score_distillation,
             minimise=False,
@@ -197,6 +226,31 @@ PROTECTIONS: dict[str, Protection] = {
             loss=moment_distance,
             minimise=False,
             config=PGDConfig(epsilon=12.75 / 255, step_size=1 / 255, num_steps=1000),
+        ),
+        Protection(
+            name="posterior-collapse-plus",
+            loss=partial(posterior_divergence, variance=1.0),
+            minimise=False,
+            config=POSTERIOR_COLLAPSE,
+        ),
+        Protection(
+            name="posterior-collapse-minus",
+            loss=partial(posterior_divergence, variance=1e-8),
+            minimise=True,
+            config=POSTERIOR_COLLAPSE,
+        ),
+        Protection(
+            name="editshield",
+            loss=transformed_distance,
+            minimise=False,
+            config=PGDConfig(epsilon=0.05, step_size=1 / 255, num_steps=30, random_start=False),
+            passes_per_step=1.8,
+        ),
+        Protection(
+            name="blurguard",
+            loss=latent_energy,
+            minimise=True,
+            config=BlurGuardConfig(),
         ),
         Protection(
             name="nightshade",
