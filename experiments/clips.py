@@ -40,7 +40,7 @@ from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 SEEDS, FRAMES, NUM_CLIPS = 3, 9, 8
 TRAINING_CLIPS, CLIPS, TARGET, IMAGES = "training-clips", "clips", "target", "images"
 ON_CLIPS = f"--num_frames {FRAMES}"
-ROBUST = "--recipe fast --pgd_steps 3 --pgd_step_size 4/255 --latent_weight 0.3 --latent_attack_share 0.5"
+ROBUST = "--recipe fast --pgd_steps 3 --pgd_step_size 4/255"
 VARIANTS = {
     "no attack": f"{ON_CLIPS} --recipe fast --pgd_steps 0 --max_train_steps 430",
     "single frames": f"{ROBUST} --max_train_steps 400",

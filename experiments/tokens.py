@@ -28,10 +28,11 @@ ATTACKED = "--recipe fast --pgd_steps 3 --pgd_step_size 4/255"
 VARIANTS = {
     "no attack": "--recipe fast --pgd_steps 0 --max_train_steps 930",
     "feature distance": f"{ATTACKED} --objective feature --max_train_steps 760",
-    "trades": f"{ATTACKED} --objective trades --latent_weight 1 --max_train_steps 520",
-    "srl": f"{ATTACKED} --latent_weight 0.3 --latent_attack_share 0.5 --max_train_steps 400",
+    "trades": f"{ATTACKED} --objective trades --latent_weight 0.05 --max_train_steps 520",
+    "srl": f"{ATTACKED} --max_train_steps 400",
 }
-"""Flags by variant; the numbers of steps take about the same time."""
+"""Flags by variant; the numbers of steps take about the same time. The squared distance of these latents is dozens of times
+the error of the pixels, so a weight as for continuous ones would leave nothing of the reconstruction."""
 ATTACKS = {"reconstruction": "apgd-100", "features": "apgd-100-latents", "tokens": "apgd-100-tokens"}
 """Attacks by what they aim at."""
 EPSILON = "8/255"
