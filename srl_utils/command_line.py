@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 from srl_utils.errors import PARAMETER, UserError, one_line, without_tokens
 from srl_utils.images.pixels import parse_pixel_distance
-from srl_utils.purifiers import check_purifier
 from srl_utils.resources import explained, keep_freed_memory
 
 LARGEST_SIDE = 2**12  # pixels; 16 images of that side take 3 GB as numbers
@@ -152,10 +151,14 @@ def pixel_distance(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def purifier_name(text: str) -> str:
-    """Return the name of a purifier or a chain."""
-    try:
-        check_purifier(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(error.problem) from None
-    return text
+def checked(check: Callable[[str], None]) -> Callable[[str], str]:
+    """Return a type of texts that `check` accepts; it raises a UserError for others."""
+
+    def accepted(text: str) -> str:
+        try:
+            check(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(error.problem) from None
+        return text
+
+    return accepted

@@ -65,10 +65,9 @@ def cells_of(
         yield Cell(perturbation, baseline, tuple(codecs), {codec.name: (NO_THREAT,) for codec in codecs})
         return
     # On the baseline, both threat models are the same attack.
-    exposed = {codec.name: codec.exposed for codec in codecs}
     labels = {
         codec.name: tuple(
-            threat for threat in threat_models if threat == TRANSFER or exposed[codec.name].name == baseline.name
+            threat for threat in threat_models if threat == TRANSFER or codec.exposed.name == baseline.name
         )
         for codec in codecs
     }
@@ -76,7 +75,7 @@ def cells_of(
     if ADAPTIVE not in threat_models:
         return
     for source in codecs[1:]:
-        judged = tuple(codec for codec in others if exposed[codec.name].name == source.name)
+        judged = tuple(codec for codec in others if codec.exposed.name == source.name)
         if judged and source.bare.name not in perturbation.impossible_on:
             yield Cell(perturbation, source, judged, {codec.name: (ADAPTIVE,) for codec in judged})
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from srl_utils.attacks.draws import Generators
-from srl_utils.images.pixels import clips_of, frames_of
+from srl_utils.images.pixels import by_frame
 from srl_utils.purifiers import Purifier
 from srl_utils.vae.codec import Codec
 
@@ -30,13 +30,13 @@ class PurifyingEncoder(nn.Module):
 
     def purified(self, images: Tensor) -> Tensor:
         """Return purified images or clips, in [-1,1]."""
-        frames = frames_of(images)
-        generators = self.generators
-        if generators is not None:  # a single target may be encoded for a whole batch
-            count = len(frames) // len(images)
-            generators = [generator for generator in generators[: len(images)] for _ in range(count)]
-        purified = self.purifier(frames, generators)
-        return purified if images.ndim == 4 else clips_of(purified, len(images))
+        return by_frame(lambda frames: self.purifier(frames, self._draws(len(images), len(frames))), images)
+
+    def _draws(self, images: int, frames: int) -> Generators | None:
+        """Return a generator for each frame; a single target may be encoded for a whole batch."""
+        if self.generators is None:
+            return None
+        return [generator for generator in self.generators[:images] for _ in range(frames // images)]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encoder(self.purified(images))

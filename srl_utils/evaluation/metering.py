@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from srl_utils.purifiers.base import DENOISER
 from srl_utils.vae.codec import Codec
 
-ENCODER, DECODER, DENOISER = 0.3, 0.7, 0.2
+ENCODER, DECODER = 0.3, 0.7
 """Cost of one forward call for one image, in passes; the backward call costs as much again."""
 
 

@@ -111,13 +111,22 @@ def to_row(vae: str, setting: Setting, value: float, *, n: int, ci95: tuple[floa
     return Row(vae=vae, **setting._asdict(), value=value, ci95=ci95, n=n)
 
 
+Values = Mapping[tuple[str, Setting], Mapping[int, float]]
+"""Values by VAE and setting, and then by image number."""
+
+
+def by_setting(records: Sequence[Record]) -> Values:
+    """Return the values of records by VAE, setting and image."""
+    values: dict[tuple[str, Setting], dict[int, float]] = defaultdict(dict)
+    for record in records:
+        values[record.vae, record.setting][record.index] = record.value
+    return dict(values)
+
+
 def to_rows(records: Sequence[Record]) -> list[Row]:
     """Return the mean over images for each VAE and setting, with its 95% bootstrap interval."""
-    groups: dict[tuple[str, Setting], dict[int, float]] = defaultdict(dict)
-    for record in records:
-        groups[record.vae, record.setting][record.index] = record.value
     rows = []
-    for (vae, setting), by_image in groups.items():
+    for (vae, setting), by_image in by_setting(records).items():
         values = [by_image[index] for index in sorted(by_image)]
         rows.append(to_row(vae, setting, sum(values) / len(values), n=len(values), ci95=bootstrap_interval(values)))
     return rows
@@ -138,9 +147,7 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
 
 def differences_to(baseline: str, records: Sequence[Record]) -> dict[tuple[str, Setting], Difference]:
     """Return the paired difference of each other VAE from `baseline`, by VAE and setting, if they share images."""
-    values: dict[tuple[str, Setting], dict[int, float]] = defaultdict(dict)
-    for record in records:
-        values[record.vae, record.setting][record.index] = record.value
+    values = by_setting(records)
     found = {
         (vae, setting): paired_difference(by_image, values.get((baseline, setting), {}))
         for (vae, setting), by_image in values.items()

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from srl_utils.command_line import Parser, exit_code, positive_int, purifier_name
+from srl_utils.command_line import Parser, checked, exit_code, positive_int
 from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.images.decoding import UnreadableImage, open_image
 from srl_utils.images.listing import Skipped, list_images
@@ -21,7 +21,7 @@ from srl_utils.pipelines.files import check_size, check_writable, fitting_target
 from srl_utils.pipelines.formats import format_of, format_to_write
 from srl_utils.pipelines.sanitizing import TILE_ABOVE, build_purifier
 from srl_utils.pipelines.swapping import resolve_vae
-from srl_utils.purifiers import LOOP, Purifier, known_purifiers, needs_vae
+from srl_utils.purifiers import LOOP, Purifier, check_purifier, known_purifiers, uses_vae
 from srl_utils.resources import failed_write
 
 
@@ -202,7 +202,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument("output", type=Path, help="the image or folder to write")
     command.add_argument("--vae", default=None, help="folder or Hub id of a VAE of diffusers")
     command.add_argument(
-        "--purifier", type=purifier_name, default=LOOP,
+        "--purifier", type=checked(check_purifier), default=LOOP,
         help=f"what is done, A+B for one after the other: {', '.join(known_purifiers())}; {LOOP} is a pass through --vae",
     )  # fmt: skip
     for name, what in (
@@ -220,9 +220,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     command.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    if args.vae is None and needs_vae(args.purifier):
+    if args.vae is None and uses_vae(args.purifier):
         raise UserError(f"{args.purifier} needs a VAE; give `vae`")
-    no_vae = (needs_vae(args.purifier), f"a purifier that uses a VAE, such as {LOOP}")
+    no_vae = (uses_vae(args.purifier), f"a purifier that uses a VAE, such as {LOOP}")
     command.refuse_without_effect(
         args,
         {

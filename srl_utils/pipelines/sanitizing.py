@@ -20,7 +20,7 @@ from srl_utils.metrics.losses import load_perceptual_distance
 from srl_utils.pipelines.metadata import read_metadata, srgb_profile
 from srl_utils.pipelines.precision import reconstruct
 from srl_utils.pipelines.swapping import resolve_vae
-from srl_utils.purifiers import LOOP, Purifier, PurifierResources, needs_perceptual, purifier_of
+from srl_utils.purifiers import LOOP, Purifier, PurifierResources, purifier_of, uses_perceptual
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import downsampling_factor
 
@@ -81,7 +81,7 @@ def build_purifier(name: str, vae: ModelMixin | None, *, tile_above: int = TILE_
         UserError: see `sanitize`.
     """
     vaes = {} if vae is None else {"vae": AnySize(vae, tile_above)}
-    perceptual = load_perceptual_distance("vgg").to(vae.device) if vae is not None and needs_perceptual(name) else None
+    perceptual = load_perceptual_distance("vgg").to(vae.device) if vae is not None and uses_perceptual(name) else None
     return purifier_of(name, PurifierResources(vaes=vaes, perceptual=perceptual))
 
 

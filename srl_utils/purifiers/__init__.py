@@ -10,10 +10,10 @@ from srl_utils.purifiers.catalogue import (
     PurifierResources,
     check_purifier,
     known_purifiers,
-    needs_perceptual,
-    needs_pipeline,
-    needs_vae,
     purifier_of,
+    uses_perceptual,
+    uses_pipeline,
+    uses_vae,
 )
 
 __all__ = [
@@ -24,8 +24,8 @@ __all__ = [
     "chain",
     "check_purifier",
     "known_purifiers",
-    "needs_perceptual",
-    "needs_pipeline",
-    "needs_vae",
     "purifier_of",
+    "uses_perceptual",
+    "uses_pipeline",
+    "uses_vae",
 ]

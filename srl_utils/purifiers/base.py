@@ -11,6 +11,8 @@ from torch import Tensor
 from srl_utils.attacks.draws import Generators
 from srl_utils.images.pixels import PIXEL_MAX, PIXEL_MIN
 
+DENOISER = 0.2
+"""Cost of a denoiser's forward call for one image, in passes through encoder and decoder of a VAE."""
 SEPARATOR = "+"
 """Between the names of a chain, the first one in front."""
 

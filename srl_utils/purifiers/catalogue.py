@@ -88,17 +88,17 @@ def check_purifier(text: str) -> None:
             raise UserError(f"no purifier '{name}'; choose from {choice}", parameter="purifiers")
 
 
-def needs_perceptual(text: str) -> bool:
+def uses_perceptual(text: str) -> bool:
     """Return whether a purifier or chain uses a perceptual distance."""
     return any(name in IMPRESS for name in _parts(text))
 
 
-def needs_vae(text: str) -> bool:
+def uses_vae(text: str) -> bool:
     """Return whether a purifier or chain uses a VAE."""
     return any(name in IMPRESS or name.startswith(LOOP) for name in _parts(text))
 
 
-def needs_pipeline(text: str) -> bool:
+def uses_pipeline(text: str) -> bool:
     """Return whether a purifier or chain uses a pipeline of diffusers."""
     return any(name == GRIDPURE or _kind(name) in BY_PIPELINE for name in _parts(text))
 

@@ -16,7 +16,7 @@ from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.draws import Generators, draw_normal
 from srl_utils.errors import UserError
 from srl_utils.images.pixels import to_model_range, to_unit_range
-from srl_utils.purifiers.base import Purifier
+from srl_utils.purifiers.base import DENOISER, Purifier
 
 Change = Callable[[Tensor, Generators | None], Tensor]
 """Images `[N,3,H,W]` in [-1,1] and a generator for each to as many images."""
@@ -24,8 +24,6 @@ STEPS = 50
 """Denoising steps at full strength of image-to-image, and of the upscaler."""
 UPSCALER_NOISE = 320
 """Noise level of which the upscaler is told: that of noisy upscaling."""
-COST = 0.2
-"""Cost of a call of a denoiser for one image, in passes through a VAE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +175,7 @@ def starts_from_images(pipeline: DiffusionPipeline) -> bool:
 
 
 def is_upscaler(pipeline: DiffusionPipeline) -> bool:
-    """Return whether a pipeline enlarges images of which it is told the noise."""
+    """Return whether a pipeline upscales noisy images, as that of Stable Diffusion does."""
     return "Upscale" in type(pipeline).__name__
 
 
@@ -204,4 +202,4 @@ def _without_gradient(name: str, pipeline: DiffusionPipeline, change: Change, *,
             changed = change(padded.detach().to(pipeline.device), generators)
         return changed[..., :height, :width].to(images)
 
-    return Purifier(name=name, apply=apply, differentiable=False, passes=COST * calls)
+    return Purifier(name=name, apply=apply, differentiable=False, passes=DENOISER * calls)

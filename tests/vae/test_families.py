@@ -103,7 +103,7 @@ def flux2_scale(vae: ModelMixin, latents: Tensor) -> Tensor:
 
 
 def statistics_scale(vae: ModelMixin, latents: Tensor) -> Tensor:
-    """As the pipelines of Wan and Qwen-Image compute it, and that of Mochi undoes it."""
+    """As the pipelines of Wan and Qwen-Image compute it. Mochi's has the inverse, before it decodes."""
     mean, deviation = (torch.tensor(vae.config[entry]).view(1, -1, 1, 1) for entry in ("latents_mean", "latents_std"))
     return (latents - mean) * (1 / deviation)
 

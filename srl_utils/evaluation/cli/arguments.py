@@ -10,6 +10,7 @@ from pathlib import Path
 from srl_utils.attacks.protections import PROTECTIONS, Protection
 from srl_utils.command_line import (
     Effects,
+    checked,
     expanded_path,
     fraction,
     home_expanded,
@@ -17,7 +18,6 @@ from srl_utils.command_line import (
     non_negative_float,
     pixel_distance,
     positive_int,
-    purifier_name,
     seed,
 )
 from srl_utils.evaluation.catalogue import ITERATED, NOISE, expanded, known_names
@@ -25,7 +25,7 @@ from srl_utils.evaluation.cli.places import FORM
 from srl_utils.evaluation.study import THREAT_MODELS
 from srl_utils.images.sources import PHOTOGRAPHS
 from srl_utils.metrics.features import CLIP_MODEL, SET_METRICS
-from srl_utils.purifiers import known_purifiers, needs_pipeline
+from srl_utils.purifiers import check_purifier, known_purifiers, uses_pipeline
 
 CLIP_METRICS = ("clip", "clip-text")
 
@@ -41,7 +41,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         help="VAEs to compare with the baseline; the name may be left out. Without one, only the baseline is evaluated",
     )  # fmt: skip
     add(
-        "--purifiers", nargs="+", type=purifier_name, default=None, metavar="NAME",
+        "--purifiers", nargs="+", type=checked(check_purifier), default=None, metavar="NAME",
         help=f"judge each VAE also with these purifiers in front; A+B chains two: {', '.join(known_purifiers())}",
     )  # fmt: skip
     add(
@@ -137,7 +137,7 @@ def shared_effects(args: argparse.Namespace) -> Effects:
         "split": (args.dataset_name is not None, "--dataset_name"),
         "image_column": (data_set or args.data_dir is not None, "a dataset with columns"),
         "streaming": (data_set or args.data_dir is not None, "a dataset that can be streamed"),
-        "purifier_pipelines": (any(map(needs_pipeline, args.purifiers or [])), "a purifier that uses a pipeline"),
+        "purifier_pipelines": (any(map(uses_pipeline, args.purifiers or [])), "a purifier that uses a pipeline"),
         "clip_model": (not set(CLIP_METRICS).isdisjoint(args.metrics), "a CLIP similarity among --metrics"),
     }
 

@@ -48,8 +48,7 @@ from srl_utils.metrics.losses import (
     load_perceptual_distance,
 )
 from srl_utils.pipelines import robust_vae
-from srl_utils.purifiers import PurifierResources, needs_pipeline, purifier_of
-from srl_utils.purifiers import needs_perceptual as perceives
+from srl_utils.purifiers import PurifierResources, purifier_of, uses_perceptual, uses_pipeline
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.families import family_of
 from srl_utils.vae.files import first_line
@@ -233,11 +232,11 @@ def defended(setup: Setup, args: argparse.Namespace, classifier: ImageClassifier
     """
     names = list(dict.fromkeys(args.purifiers or ()))
     perceptual = None
-    if any(map(perceives, names)):
+    if any(map(uses_perceptual, names)):
         perceptual = perceptual_bound(setup, try_lpips(setup), classifier, "IMPRESS")
     resources = PurifierResources(
         vaes={codec.name: codec for codec in setup.codecs},
-        pipelines=purifying_pipelines(setup, args) if any(map(needs_pipeline, names)) else (),
+        pipelines=purifying_pipelines(setup, args) if any(map(uses_pipeline, names)) else (),
         perceptual=perceptual,
     )
     return replace(setup, codecs=defences(setup.codecs, [purifier_of(name, resources) for name in names]))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from srl_utils.evaluation.defences import Defence
-from srl_utils.evaluation.report.tables import METRIC_TITLES, Panel, measured
-from srl_utils.evaluation.results import Record, Row, Rows, Setting
+from srl_utils.evaluation.report.tables import HIGHER_IS_BETTER, METRIC_TITLES, Panel, measured
+from srl_utils.evaluation.results import Record, Row, Rows, Setting, Values, by_setting
 from srl_utils.images.pixels import format_pixel_distance
 from srl_utils.metrics.pixels import bootstrap_interval
 from srl_utils.vae.codec import Codec
 
 SHOWN = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "clip", "clip-text", "fid", "rfid")
-HIGHER = ("psnr", "ssim", "clip", "clip-text")
+Found = dict[Setting, dict[str, Row]]
+"""Rows by setting and VAE."""
 NO_PURIFIER = "none"
 BEST = "best purifier of each image"
 EXPLANATION = (
@@ -36,11 +37,15 @@ def defence_panels(codecs: Sequence[Codec], rows: Rows, records: Sequence[Record
     if not any(isinstance(codec, Defence) for codec in codecs):
         return []
     names = {(purifier_name(codec), codec.bare.name): codec.name for codec in codecs}
-    settings = dict.fromkeys(row.setting for row in rows if row.metric in SHOWN)
+    found: Found = {}
+    for row in rows:
+        if row.metric in SHOWN:
+            found.setdefault(row.setting, {})[row.vae] = row
     groups: dict[Setting, list[Setting]] = {}
-    for setting in settings:
+    for setting in found:
         groups.setdefault(setting._replace(metric=""), []).append(setting)
-    return [_best_panel(settings, rows), *(_panel(group, names, rows, records) for group in groups.values())]
+    values = by_setting(records)
+    return [_best_panel(found), *(_panel(group, names, found, values) for group in groups.values())]
 
 
 def purifier_name(codec: Codec) -> str:
@@ -48,35 +53,31 @@ def purifier_name(codec: Codec) -> str:
     return codec.purifier.name if isinstance(codec, Defence) else NO_PURIFIER
 
 
-def _best_panel(settings: Iterable[Setting], rows: Rows) -> Panel:
+def _best_panel(found: Found) -> Panel:
     """Return the best defence for each setting."""
     table = [["images", "threat model", "metric", "best defence", "value"]]
-    for setting in settings:
-        found = {row.vae: row for row in rows if row.setting == setting}
-        best = _choice(setting)(found, key=lambda vae, found=found: found[vae].value)
-        table.append([_title(setting), setting.threat_model, METRIC_TITLES[setting.metric], best, _text(found[best])])
+    for setting, by_vae in found.items():
+        best = _choice(setting)(by_vae.values(), key=lambda row: row.value)
+        table.append([_title(setting), setting.threat_model, METRIC_TITLES[setting.metric], best.vae, _text(best)])
     return Panel("Which defence", EXPLANATION, table)
 
 
-def _panel(
-    settings: Sequence[Setting], names: Mapping[tuple[str, str], str], rows: Rows, records: Sequence[Record]
-) -> Panel:
+def _panel(settings: Sequence[Setting], names: Mapping[tuple[str, str], str], found: Found, values: Values) -> Panel:
     """Return the table of settings that differ in the metric alone.
 
     Args:
         settings: as many as metrics.
         names: of the defences in the results, by purifier and VAE.
-        rows: of the study.
-        records: of the study.
+        found: rows of the study.
+        values: of every image.
     """
     purifiers, vaes = (list(dict.fromkeys(part)) for part in zip(*names, strict=True))
     table = [["purifier", "metric", *vaes]]
     for setting in settings:
-        found = {row.vae: row for row in rows if row.setting == setting}
-        metric = METRIC_TITLES[setting.metric]
+        by_vae, metric = found[setting], METRIC_TITLES[setting.metric]
         for purifier in purifiers:
-            table.append([purifier, metric, *(_text(found.get(names[purifier, vae])) for vae in vaes)])
-        best = [_best(setting, [names[purifier, vae] for purifier in purifiers], records) for vae in vaes]
+            table.append([purifier, metric, *(_text(by_vae.get(names[purifier, vae])) for vae in vaes)])
+        best = [_best(setting, [names[purifier, vae] for purifier in purifiers], values) for vae in vaes]
         if any(best):
             table.append([BEST, metric, *best])
     return Panel(f"Defences: {_title(settings[0])}, {settings[0].threat_model}", "", table)
@@ -88,26 +89,20 @@ def _title(setting: Setting) -> str:
 
 def _choice(setting: Setting) -> Callable[..., Any]:
     """Return `max` or `min`, whichever chooses the better value."""
-    return max if setting.metric in HIGHER else min
+    return max if setting.metric in HIGHER_IS_BETTER else min
 
 
 def _text(row: Row | None) -> str:
     return "" if row is None else " ".join(measured(row.metric, row.value, row.ci95))
 
 
-def _best(setting: Setting, defences: Sequence[str], records: Sequence[Record]) -> str:
+def _best(setting: Setting, defences: Sequence[str], values: Values) -> str:
     """Return the mean over images of the best value among defences; empty for a metric without a value per image."""
-    values = list(_by_image(setting, defences, records))
-    if not values:
-        return ""
-    return " ".join(measured(setting.metric, fmean(values), bootstrap_interval(values)))
-
-
-def _by_image(setting: Setting, defences: Sequence[str], records: Sequence[Record]) -> Iterator[float]:
-    """Yield the best value of each image."""
     by_image: dict[int, list[float]] = {}
-    for record in records:
-        if record.setting == setting and record.vae in defences:
-            by_image.setdefault(record.index, []).append(record.value)
-    for _, values in sorted(by_image.items()):
-        yield _choice(setting)(values)
+    for defence in defences:
+        for index, value in values.get((defence, setting), {}).items():
+            by_image.setdefault(index, []).append(value)
+    if not by_image:
+        return ""
+    best = [_choice(setting)(by_image[index]) for index in sorted(by_image)]
+    return " ".join(measured(setting.metric, fmean(best), bootstrap_interval(best)))

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from srl_utils.evaluation.report.caveats import Caveat
 from srl_utils.evaluation.report.effects import effects_on
 from srl_utils.evaluation.report.figures import draw_figures, safe_name
-from srl_utils.evaluation.report.tables import METRIC_TITLES, Panel, markdown_table, measured
+from srl_utils.evaluation.report.tables import HIGHER_IS_BETTER, METRIC_TITLES, Panel, markdown_table, measured
 from srl_utils.evaluation.results import Difference, Record, Row, Rows, Setting, differences_to
 from srl_utils.evaluation.sanity import Check
 from srl_utils.files import write_atomically, write_text_atomically
@@ -31,7 +31,6 @@ from srl_utils.images.pixels import format_pixel_distance
 from srl_utils.markdown import as_text
 
 LOADER = PackageLoader("srl_utils.evaluation.report")
-HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "clip-text", "shown", "is", "codebook-use"})
 SECTIONS = {
     "none": ("Clean images and corruptions", "These perturbations are not adversarial."),
     "transfer": ("Transferred attacks", "Made on the baseline; every VAE is evaluated under them."),

@@ -19,6 +19,7 @@ METRIC_TITLES = {
     "codebook-use": "share of codes used",
     "drift": "latent drift", "denoising-loss": "denoiser's loss", "difference": "largest difference",
 }  # fmt: skip
+HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "clip-text", "shown", "is", "codebook-use"})
 DECIMALS = {
     "psnr": 2, "ssim": 4, "lpips-alex": 4, "lpips-vgg": 4, "lpips-squeeze": 4, "clip": 4, "clip-text": 4, "shown": 3,
     "rfid": 2, "rfid-changes": 3, "fid": 2, "kid": 4, "is": 2,
