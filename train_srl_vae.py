@@ -68,12 +68,12 @@ from srl_utils.training.cli.building import build_accelerator, build_run
 from srl_utils.training.cli.finishing import finish, publish_snapshot, save_and_stop, write_card
 from srl_utils.training.cli.flag_effects import training_effects
 from srl_utils.training.cli.listener import Clock, Listener, StepFacts, Waiting
-from srl_utils.training.cli.planning import attacks, describe, plan_steps
+from srl_utils.training.cli.planning import attacks, check_transformed_sides, describe, plan_steps
 from srl_utils.training.cli.run import Run, Stop, validate
 from srl_utils.training.execution import check_execution
 from srl_utils.training.interruption import Interruption
+from srl_utils.training.objectives import OBJECTIVES
 from srl_utils.training.resuming import Earlier
-from srl_utils.training.step import OBJECTIVES
 from srl_utils.vae.families import family_of
 from srl_utils.vae.loading import HALF_PRECISION, load_autoencoder, read_config
 from srl_utils.vae.networks import check_frames, check_resolution
@@ -201,8 +201,9 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--objective",
         choices=OBJECTIVES,
         default="srl",
-        help="what attack and loss are about: reconstructions of attacked images (srl), latents of attacked images alone, "
-        "without a decoder (feature), or reconstructions of clean images and latents that an attack does not move (trades)",
+        help="what attack and loss are about: reconstructions of attacked images (srl), of images attacked on the original "
+        "VAE (purify), of clean images beside latents that an attack does not move (trades), of images and latents that are "
+        "scaled and rotated alike (equivariance), or latents of attacked images alone, without a decoder (feature)",
     )
     add("--originality_weight", type=non_negative_float, default=0.01, help="alpha, weight of the originality loss")
     add(
@@ -224,6 +225,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of a batch whose attack maximises that distance instead of the reconstruction loss; not in the paper",
     )
     add("--sample_posterior", action="store_true", help="sample the latent instead of taking its mean")
+    add(
+        "--lora_rank",
+        type=positive_int,
+        default=None,
+        help="train updates of this rank of the encoder's linear layers and convolutions (LoRA); by default, all its weights",
+    )
     add("--validation_steps", type=positive_int, default=100, help="validate every that many steps")
     add("--num_validation_images", type=positive_int, default=16, help="held-out images to validate on")
     add("--dry_run", action="store_true", help="check everything, print configuration and arithmetic of a step, stop")
@@ -420,7 +427,7 @@ def optimizer_step(run: Run, batches: Waiting, *, interrupted: bool) -> tuple[Te
     run.optimizer.zero_grad()
     run.scheduler.step()
     if run.ema is not None:
-        run.ema.step(run.networks.encoder.parameters())
+        run.ema.step(run.networks.trained)
     run.progress.step += 1
     run.progress.samples += run.plan.samples_per_step
     others = [torch.full_like(gradient_norm, float(value)) for value in (interrupted, len(bad_images))]
@@ -510,12 +517,16 @@ def check(args: argparse.Namespace) -> tuple[ModelMixin, Earlier | None]:
             raise UserError(f"{flag} needs the package {package}: pip install {package}")
     if args.objective == "trades" and args.latent_weight == 0:
         raise UserError("--objective trades needs a --latent_weight above 0: nothing else would make the VAE robust")
-    if args.no_pgd_random_start and (args.objective != "srl" or args.latent_attack_share):
+    objective = OBJECTIVES[args.objective]
+    if args.no_pgd_random_start and objective.latent_share(args.latent_attack_share) > 0:
         raise UserError(
             "--no_pgd_random_start: an attack on latents needs a random start: at the clean image their distance has no gradient"
         )
     if args.objective == "feature" and not (attacks(args) or args.gaussian_noise):
         raise UserError("--objective feature needs an attack or --gaussian_noise: nothing else would train the VAE")
+    if args.objective == "purify" and not attacks(args):
+        raise UserError("--objective purify needs an attack: without one it would be --objective srl")
+    check_transformed_sides(args)
     check_execution(args.mixed_precision, args.torch_compile, leave_gpu=on_cpu(os.environ))
     DataSource.from_flags(args).check()
     config = read_config(autoencoder_source(args))

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 
 from srl_utils.images.pixels import format_pixel_distance
 from srl_utils.markdown import as_code, as_text
+from srl_utils.vae.loading import UPDATES_NAME
 
 if TYPE_CHECKING:
     from srl_utils.evaluation.results import Row
@@ -31,6 +32,7 @@ class CardFacts:
     Attributes:
         vae_class: name of the class in diffusers.
         images: training images in all, if some steps had more or fewer than others.
+        lora_rank: of the low-rank updates that were trained; None if all of the encoder's weights were.
         changes: a line for each change of flags when the training was resumed.
         command: the published command, without secrets and without paths of this machine.
         arguments: the published arguments, likewise.
@@ -48,6 +50,7 @@ class CardFacts:
     resolution: int
     num_frames: int = 1
     objective: str = "srl"
+    lora_rank: int | None = None
     num_validation_images: int
     steps: int
     images_per_step: int
@@ -94,6 +97,7 @@ def render_card(facts: CardFacts) -> str:
             "vae_class": facts.vae_class,
             "model_literal": json.dumps(facts.model_id),  # a string literal in the card's Python code
             "weights_heading": WEIGHTS_HEADING,
+            "updates": UPDATES_NAME,
             "samples": "images" if facts.num_frames == 1 else f"clips of {facts.num_frames} frames",
             "judged": bool(judged),
             "uneven": facts.images is not None and facts.images != facts.steps * facts.images_per_step,

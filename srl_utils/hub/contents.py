@@ -48,8 +48,8 @@ class Contents:
     def outdated(self, present: Iterable[str]) -> list[str]:
         """Return the files of a repository that an earlier upload left there and this one does not replace.
 
-        These are all weights that diffusers would find beside the new ones, results, journal and sample grids. Files
-        that a training never writes stay. `describes_others` decides about the card.
+        These are all weights that diffusers would find beside the new ones, low-rank updates, results, journal and sample
+        grids. Files that a training never writes stay. `describes_others` decides about the card.
         """
         others = sorted(set(present) - set(self.names))
         return [name for name in others if is_weights_file(name) or RECORDS.fullmatch(name)]

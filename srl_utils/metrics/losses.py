@@ -25,6 +25,8 @@ LPIPS_TRUNKS = {
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
 """File names of torchvision's weights."""
+LPIPS_LEAST_SIDES = {"vgg": 16, "alex": 31, "squeeze": 17}
+"""Side in pixels of the smallest images that each trunk takes."""
 LPIPS_METRICS = {f"lpips-{trunk}": trunk for trunk in LPIPS_TRUNKS}
 """Trunks by the name that the metric has in results."""
 EPSILON = 1e-10

@@ -10,7 +10,8 @@ from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
 from srl_utils.images.pixels import frames_of
-from srl_utils.training.step import TrainingObjective
+from srl_utils.training.objectives import OBJECTIVES, Objective
+from srl_utils.training.similarities import mean_area
 from srl_utils.vae.networks import LatentDecoder, LatentEncoder, latent_shape
 
 
@@ -23,10 +24,10 @@ class StepArithmetic:
     perceptual: int
     """One forward pass each; `perceptual` is 0 without LPIPS."""
     pgd_steps: int
-    reconstruction: bool
-    """Whether the loss decodes images."""
-    clean: bool
-    """Whether the encoder encodes the clean images."""
+    reconstruction: float
+    """How much the loss decodes: 0 for nothing, 1 for a whole image."""
+    passes: int
+    """How often the encoder in training encodes an image: as it is attacked, and as it is."""
     reference: int
     """How often frozen encoders encode them."""
     latent_attack_share: float
@@ -40,10 +41,9 @@ class StepArithmetic:
 
     @property
     def outer(self) -> int:
-        """Operations of the update: attacked pass (weight gradients in the encoder only), clean pass, reference, target features."""
-        attacked = 3 * self.encoder + self.reconstruction * 2 * (self.decoder + self.perceptual)
-        clean = (3 * self.clean + self.reference) * self.encoder
-        return attacked + clean + self.perceptual
+        """Operations of the update: passes of the encoder with weight gradients, reference, reconstruction, target features."""
+        encoding = (3 * self.passes + self.reference) * self.encoder
+        return encoding + round(self.reconstruction * (2 * self.decoder + 3 * self.perceptual))
 
     @property
     def image(self) -> int:
@@ -70,7 +70,7 @@ def step_arithmetic(
     num_frames: int = 1,
     pgd_steps: int,
     lpips_net: str | None,
-    objective: TrainingObjective = "srl",
+    objective: Objective = OBJECTIVES["srl"],
     originality: bool = True,
     latent_distance: bool = False,
     latent_attack_share: float = 0.0,
@@ -81,12 +81,12 @@ def step_arithmetic(
         vae: the VAE; its weights are not used.
         resolution: side of the images in pixels.
         num_frames: frames of a clip; 1 for images.
-        pgd_steps: steps of the attack; 0 without one.
+        pgd_steps: steps of the attack, if the objective has one; 0 without.
         lpips_net: trunk of LPIPS; None without LPIPS.
         objective: of attack and loss.
         originality: whether the loss has the originality term.
-        latent_distance: whether `srl` has the distance of attacked latents.
-        latent_attack_share: share of the images that `srl` attacks on their latents.
+        latent_distance: whether the loss has the distance of attacked latents, if the objective leaves a choice.
+        latent_attack_share: share of the images that are attacked on their latents, likewise.
     """
     with torch.device("meta"):
         twin = type(vae).from_config(vae.config).to("meta")  # some classes make a buffer elsewhere
@@ -95,16 +95,20 @@ def step_arithmetic(
         perceptual = lpips.LPIPS(net=lpips_net, pretrained=False, pnet_rand=True, verbose=False) if lpips_net else None
         encoder, decoder = _count(LatentEncoder(twin), image), _count(LatentDecoder(twin), latent)
         trunk = _count(perceptual.net, frames_of(image)) if perceptual else 0
-    of_latents = objective == "feature" or (objective == "srl" and (latent_distance or latent_attack_share > 0))
+    share = objective.latent_share(latent_attack_share)
+    attacked = objective.victim is not None
+    distance = share > 0 or objective.latent_weight(latent_distance) > 0
+    anchored, own_anchor = objective.anchor == "original" and distance, objective.anchor == "trained"
+    areas = {None: 0.0, "transformed": mean_area(latent.shape[-1])}
     return StepArithmetic(
         encoder=encoder,
         decoder=decoder,
         perceptual=trunk,
-        pgd_steps=pgd_steps,
-        reconstruction=objective != "feature",
-        clean=originality or objective == "trades",
-        reference=(originality or of_latents) + (objective == "trades"),
-        latent_attack_share=latent_attack_share if objective == "srl" else 1.0,
+        pgd_steps=pgd_steps if attacked else 0,
+        reconstruction=areas.get(objective.decodes, 1.0),
+        passes=attacked + (originality or not attacked or objective.decodes == "clean"),
+        reference=(originality or anchored) + own_anchor,
+        latent_attack_share=share,
     )
 
 

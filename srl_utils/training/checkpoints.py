@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -22,14 +22,19 @@ from accelerate import Accelerator
 from accelerate.utils.constants import SCALER_NAME
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
 from torch import nn
 
 from srl_utils.errors import MissingFile, ResourceError, UnusableFile, UserError
 from srl_utils.files import fault, flush, seal
 from srl_utils.resources import failed_write, gigabytes
 from srl_utils.vae.files import first_line
-from srl_utils.vae.loading import HALF_PRECISION, WEIGHTS_NAME, is_weights_file, save_autoencoder, save_variant
+from srl_utils.vae.loading import (
+    HALF_PRECISION,
+    is_weights_file,
+    restore_autoencoder,
+    save_autoencoder,
+    save_variant,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +57,8 @@ class Stateful(Protocol):
 def save_drop_in(vae: ModelMixin, output_dir: Path, *, variants: Sequence[str] = ()) -> None:
     """Write the files that `from_pretrained(output_dir)` needs; each file is replaced in one rename.
 
-    Full and half-precision weights of an earlier run that are not written again are removed, since diffusers would load
-    them although they belong to another VAE.
+    Full and half-precision weights and low-rank updates of an earlier run that are not written again are removed, since
+    diffusers would load them although they belong to another VAE.
 
     Args:
         vae: the VAE to save.
@@ -223,12 +228,17 @@ def step_of(checkpoint: Path) -> int:
     return int(re.sub(r"^.*?-(\d+).*$", r"\1", checkpoint.name))
 
 
-def state_bytes(vae: ModelMixin, trained: nn.Module, ema: EMAModel | None) -> int:
+def state_bytes(vae: ModelMixin, trained: Iterable[nn.Parameter], ema: EMAModel | None) -> int:
     """Return the approximate size of a checkpoint in bytes.
 
     It holds all weights, two moments of each trained weight, and the average of the trained weights, if any.
+
+    Args:
+        vae: the VAE.
+        trained: its weights that are trained.
+        ema: their average.
     """
-    weights, moments = (sum(parameter.numel() for parameter in module.parameters()) for module in (vae, trained))
+    weights, moments = (sum(tensor.numel() for tensor in tensors) for tensors in (vae.parameters(), trained))
     return 4 * (weights + moments * (2 if ema is None else 3))
 
 
@@ -264,7 +274,7 @@ def register_state(
 
     def load(models: list, folder: str) -> None:
         models.clear()
-        vae.load_state_dict(load_file(Path(folder) / "vae" / WEIGHTS_NAME))
+        restore_autoencoder(vae, Path(folder) / "vae")
         if ema is not None:
             ema.load_state_dict(torch.load(Path(folder) / EMA_FILE, map_location="cpu", weights_only=True))
             ema.to(accelerator.device)

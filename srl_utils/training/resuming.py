@@ -26,7 +26,7 @@ FREE = frozenset({
 })  # fmt: skip
 """Flags that are not compared. They do not change the trained weights, or other entries are compared in their place: the
 single flags for the recipe, the execution for precision and compiling."""
-REFUSED = frozenset({"seed", "use_ema", "use_8bit_adam"})
+REFUSED = frozenset({"seed", "use_ema", "use_8bit_adam", "lora_rank"})
 """Flags that cannot change, since the state in the checkpoint depends on them."""
 BASE = frozenset({"pretrained_model_name_or_path", "subfolder", "revision", "variant"})
 """Flags that may change as long as they name the same weights."""
@@ -48,7 +48,7 @@ APPLIED = TRAINING_DATA | {
 """Flags whose new value holds from the resumed step on, and two entries that are not flags: num_processes, execution."""
 TRAINING_IMAGES = "training_images"
 """Name of a change in the number of training images that the same flags find."""
-NEWER_FLAGS: dict[str, Any] = {"objective": "srl", "num_frames": 1}
+NEWER_FLAGS: dict[str, Any] = {"objective": "srl", "num_frames": 1, "lora_rank": None}
 """What runs did before these flags existed."""
 WORDS = {"execution": "{}", TRAINING_IMAGES: "{} training images"}
 """Texts for entries that are not flags."""

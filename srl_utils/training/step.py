@@ -13,11 +13,18 @@ the loss with a weight beta:
     delta     = argmax over |delta| <= epsilon of  L_latent = |mean E(x + delta) - mean E0(x)|^2
     loss      = L_robust + alpha L_orig + beta L_latent
 
-Two rivals have other objectives. "feature" decodes nothing, as arXiv 2402.12336 (FARE) and 2602.18252 do; "trades" keeps
-the latents of attacked images at those of the same encoder (Zhang et al., ICML 2019, equation 5):
+Rivals have other objectives (`OBJECTIVES`). "feature" decodes nothing, as arXiv 2402.12336 (FARE) and 2602.18252 do.
+"trades" keeps the latents of attacked images at those of the same encoder (Zhang et al., ICML 2019, equation 5). "purify"
+undoes attacks on the original VAE, as CAT does for images that are protected (arXiv 2502.07225), but with the clean image as
+the target. "equivariance" attacks nothing: a random scaling and rotation tau of the latents has to do to the reconstruction
+what it does to the image, as in EQ-VAE (arXiv 2502.09509), whose decoder is trained as well:
 
-    feature:    delta = argmax L_latent                                 loss = L_latent + alpha L_orig
-    trades:     delta = argmax  C = |mean E(x + delta) - mean E(x)|^2   loss = L(D(E(x)), x) + beta C + alpha L_orig
+    feature:       delta = argmax L_latent                                 loss = L_latent + alpha L_orig
+    trades:        delta = argmax  C = |mean E(x + delta) - mean E(x)|^2   loss = L(D(E(x)), x) + beta C + alpha L_orig
+    purify:        delta = argmax L(D(E0(x + delta)), x)                   loss = as above
+    equivariance:  no delta                                                loss = L(D(tau E(x)), tau x) + alpha L_orig
+
+with L = MSE + lambda LPIPS.
 
 `benchmarks/textbook.py` computes the same plainly, and a test compares both. What makes this one faster changes results by
 rounding alone: the attack differentiates with respect to the images only, through a frozen mirror of the encoder; frozen
@@ -27,9 +34,8 @@ once; clean and attacked images share one pass; nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from diffusers import ModelMixin
@@ -39,26 +45,29 @@ from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.draws import Generators, draw
 from srl_utils.attacks.gradient import PGDConfig, pgd
 from srl_utils.images.pixels import PIXEL_RANGE, on_device
-from srl_utils.metrics.losses import ReconstructionLoss, Target, mean_squared_error, originality_loss
+from srl_utils.metrics.losses import (
+    ReconstructionLoss,
+    ReconstructionTerms,
+    Target,
+    mean_squared_error,
+    originality_loss,
+)
+from srl_utils.training.objectives import OBJECTIVES, Objective
+from srl_utils.training.similarities import Similarity, draw_similarities, members
 from srl_utils.vae.latents import RAW, LatentScale
 from srl_utils.vae.layers import with_compilable_layers, with_merged_upsampling
+from srl_utils.vae.low_rank import add_low_rank_updates
 from srl_utils.vae.networks import (
     EncoderMirror,
     LatentDecoder,
     LatentEncoder,
     Moments,
+    downsampling_factor,
     frozen_copy,
     latent_shape,
     split_moments,
     to_channels_last,
 )
-
-TERMS = ("loss", "originality", "latent", "mse", "lpips", "attacked_psnr")
-"""Values of a batch, in this order: mean loss, its four unweighted terms, and PSNR under attack in dB."""
-TrainingObjective = Literal["srl", "feature", "trades"]
-OBJECTIVES: tuple[TrainingObjective, ...] = get_args(TrainingObjective)
-MEASURED: dict[TrainingObjective, tuple[str, ...]] = {"srl": TERMS, "feature": TERMS[:3], "trades": TERMS[:5]}
-"""The values that an objective has: `feature` decodes nothing, `trades` only clean images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +90,11 @@ class Networks:
     def device(self) -> torch.device:
         return next(self.decoder.parameters()).device
 
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Return the parameters that are trained: the encoder's, or those of its low-rank updates."""
+        return [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
+
 
 def build_networks(
     vae: ModelMixin,
@@ -88,15 +102,19 @@ def build_networks(
     *,
     autocast_dtype: torch.dtype | None = None,
     torch_compile: bool = False,
+    lora_rank: int | None = None,
+    seed: int = 0,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
 ) -> Networks:
     """Prepare `vae` for training, on its device and in channels-last memory where its class allows that.
 
     Args:
-        vae: in float32. Afterwards only its encoder requires gradients.
+        vae: in float32. Afterwards only its encoder, or the low-rank updates of that, require gradients.
         loss: compares reconstructions with images; on the same device.
         autocast_dtype: precision of the networks; None for float32.
         torch_compile: compile encoder, decoder and LPIPS's trunk.
+        lora_rank: of the updates to which the training is restricted; None trains the encoder's weights themselves.
+        seed: of the low-rank updates' start.
         wrap: wraps the encoder for several processes, as `Accelerator.prepare_model` does.
     """
     to_channels_last(vae).requires_grad_(False)
@@ -105,7 +123,11 @@ def build_networks(
     encoder = LatentEncoder(vae, autocast_dtype=autocast_dtype)
     reference = frozen_copy(encoder)
     decoder = frozen_copy(LatentDecoder(vae, autocast_dtype=autocast_dtype), with_merged_upsampling)
-    wrapped_encoder = wrap(encoder.requires_grad_(True).train())
+    if lora_rank is None:
+        encoder.requires_grad_(True)
+    else:
+        add_low_rank_updates(encoder, lora_rank, seed=seed)
+    wrapped_encoder = wrap(encoder.train())
     mirror = EncoderMirror(encoder)  # of the wrapped one: DistributedDataParallel moves the weights
     attacked_loss = loss
     if loss.perceptual is not None and autocast_dtype is not None:
@@ -134,8 +156,8 @@ class CleanBatch:
 
     images: Tensor
     """`[N,3,H,W]` in [-1,1], in channels-last memory."""
-    target: Target
-    """The images as the reconstruction loss compares with them."""
+    target: Target | None
+    """The images as the reconstruction loss compares with them; None if it compares with transformed ones."""
     latent_noise: Tensor | None
     """Noise of the posterior `[N,C,h,w]`, kept through the attack; None to take its mean."""
     generators: Generators
@@ -146,12 +168,14 @@ class CleanBatch:
     """Latents `[N,C,h,w]` that those of attacked images should not leave; None if nothing needs them."""
     latent_attacks: int = 0
     """The first so many images are attacked on their latents, the others on their reconstructions."""
+    similarities: Sequence[Similarity] = ()
+    """Transformation of each image and of its latents, if the loss compares transformed ones."""
 
     def part(self, start: int, stop: int) -> CleanBatch:
         """Return what an attack on the images `start` to `stop` needs."""
         return CleanBatch(
             images=self.images[start:stop],
-            target=self.target.part(start, stop),
+            target=None if self.target is None else self.target.part(start, stop),
             latent_noise=None if self.latent_noise is None else self.latent_noise[start:stop],
             generators=self.generators[start:stop],
             anchor=None if self.anchor is None else self.anchor[start:stop],
@@ -165,17 +189,17 @@ class Step:
 
     networks: Networks
     pgd: PGDConfig
-    objective: TrainingObjective = "srl"
+    objective: Objective = OBJECTIVES["srl"]
     originality_weight: float = 0.01
     """alpha."""
     latent_weight: float = 0.0
-    """beta, weight of the distance of attacked images' latents; `feature` has no use for it."""
+    """beta, weight of the distance of attacked images' latents, for objectives that leave a choice."""
     latent_attack_share: float = 0.0
-    """Share of a batch, rounded, whose attack maximises that distance instead of the reconstruction loss; for `srl`."""
+    """Share of a batch, rounded, whose attack maximises that distance instead of the reconstruction loss, likewise."""
     latent_scale: LatentScale = RAW
     """In which distances of latents are measured; by default that of raw ones."""
     sample_posterior: bool = False
-    """Sample the latent of an attacked image instead of taking the posterior's mean."""
+    """Sample the latents that are decoded instead of taking the posterior's mean."""
     attack_batch_size: int | None = None
     """Images attacked at a time, to save memory; None for all. Results do not depend on it."""
     noise: float = 0.0
@@ -183,8 +207,8 @@ class Step:
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Return the names of what `loss` returns beside the loss: those of `TERMS` that the objective has."""
-        return MEASURED[self.objective]
+        """Return the names of the values that `loss` returns beside the loss."""
+        return self.objective.terms
 
     def __call__(self, images: Tensor, generators: Generators) -> tuple[Tensor, Tensor]:
         """Return `loss` of attacked `images`, as the training script computes it."""
@@ -196,35 +220,40 @@ class Step:
 
         Args:
             images: `[N,3,H,W]` in [-1,1], on any device.
-            generators: one CPU generator per image, for the attack's start and the posterior's noise.
+            generators: one CPU generator per image, for the attack's start, the posterior's noise and transformations.
         """
         networks = self.networks
         clean = on_device(images, networks.device)
-        target = networks.loss.target(clean)
+        transformed = self.objective.decodes == "transformed"
+        anchored = self.objective.anchor == "original" and (self._beta > 0 or self._latent_share > 0)
         reference = None
-        if self.originality_weight or (self.objective != "trades" and (self._beta or self._latent_share)):
+        if self.originality_weight or anchored:
             with torch.no_grad():
                 reference = split_moments(networks.reference(clean))
         noise = self._latent_noise(clean, reference, generators) if self.sample_posterior else None
+        side = clean.shape[-1] // downsampling_factor(networks.vae)
         return CleanBatch(
             images=clean,
-            target=target,
+            target=None if transformed else networks.loss.target(clean),
             latent_noise=noise,
             generators=generators,
             reference=reference,
-            anchor=None if reference is None or self.objective == "trades" else reference.mean,
+            anchor=reference.mean if reference is not None and anchored else None,
             latent_attacks=round(self._latent_share * len(clean)),
+            similarities=draw_similarities(generators, side) if transformed else (),
         )
 
     def attack(self, clean: CleanBatch) -> Tensor:
         """Return the attacked images `[N,3,H,W]`: x + delta, with delta = argmax of the reconstruction or latent loss.
 
-        With `noise`, return the images with white noise instead.
+        With `noise`, return the images with white noise instead; with an objective without an attack, as they are.
         """
+        if self.objective.victim is None:
+            return clean.images
         self.networks.mirror.refresh()
         if self.noise:
             return gaussian_noise(clean.images, self.noise, generators=clean.generators)
-        if self.objective == "trades":
+        if self.objective.anchor == "trained":
             with torch.no_grad():
                 clean = replace(clean, anchor=split_moments(self.networks.mirror.encoder(clean.images)).mean)
         size = self.attack_batch_size or len(clean.images)
@@ -242,35 +271,48 @@ class Step:
             The loss, whose `backward` gives the encoder its gradients, and `terms` as a vector.
         """
         disturbed, undisturbed = self._encode(attacked, clean)
-        anchor = undisturbed.mean if self.objective == "trades" else clean.anchor
-        zeros = attacked.new_zeros(len(attacked))
-        originality = self._originality(undisturbed, clean) if self.originality_weight else zeros
-        latent = self._latent_loss(disturbed.mean, anchor) if self._beta else zeros
-        values = [originality, latent]
-        loss = self.originality_weight * originality + self._beta * latent
-        if self.objective != "feature":
-            decoded = undisturbed if self.objective == "trades" else disturbed
-            reconstruction = self.networks.decoder(decoded.latent(clean.latent_noise))
-            mse, lpips = self.networks.loss.terms(reconstruction, clean.target)
-            values += [mse, lpips, -10 * torch.log10(mse / PIXEL_RANGE**2)]
-            loss = mse + self.networks.loss.weight * lpips + loss
-        mean = loss.mean()
-        means = [mean.detach(), *(value.detach().mean() for value in values)]
-        return mean, torch.stack(means[: len(self.terms)])
+        zero = attacked.new_zeros(())
+        values = {"originality": zero, "latent": zero}
+        if self.originality_weight:
+            values["originality"] = self._originality(undisturbed, clean).mean()
+        if self._beta:
+            anchor = undisturbed.mean if self.objective.anchor == "trained" else clean.anchor
+            values["latent"] = self._latent_loss(disturbed.mean, anchor).mean()
+        if self.objective.decodes is not None:
+            decoded = disturbed if self.objective.decodes == "attacked" else undisturbed
+            mse, lpips = self._reconstruction_terms(decoded.latent(clean.latent_noise), clean)
+            psnr = -10 * torch.log10(mse / PIXEL_RANGE**2)
+            values |= {"mse": mse.mean(), "lpips": lpips.mean(), "attacked_psnr": psnr.mean()}
+        loss = sum((weight * values[name] for name, weight in self._weights.items()), zero)
+        values["loss"] = loss
+        return loss, torch.stack([values[name].detach() for name in self.terms])
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        """Return the weight of each term of the loss."""
+        weights = {"originality": self.originality_weight, "latent": self._beta}
+        if self.objective.decodes is not None:
+            weights |= {"mse": 1.0, "lpips": self.networks.loss.weight}
+        return weights
 
     @property
     def _beta(self) -> float:
-        return 1.0 if self.objective == "feature" else self.latent_weight
+        return self.objective.latent_weight(self.latent_weight)
 
     @property
     def _latent_share(self) -> float:
-        return self.latent_attack_share if self.objective == "srl" else 1.0
+        return self.objective.latent_share(self.latent_attack_share)
+
+    @property
+    def _victim(self) -> LatentEncoder:
+        """Return the frozen encoder that the attack differentiates through."""
+        return self.networks.reference if self.objective.victim == "original" else self.networks.mirror.encoder
 
     def _pgd(self, clean: CleanBatch) -> Tensor:
         on_latents, on_images = self._split(clean)
 
         def loss(images: Tensor) -> Tensor:
-            posterior = split_moments(self.networks.mirror.encoder(images))
+            posterior = split_moments(self._victim(images))
             count = len(on_latents.images)
             if count == 0:
                 return self._attacked_loss(posterior, clean)
@@ -289,7 +331,20 @@ class Step:
 
     def _attacked_loss(self, posterior: Moments, clean: CleanBatch) -> Tensor:
         """Return the reconstruction loss that the attack maximises, `[N]`."""
+        assert clean.target is not None  # an objective with an attack does not transform
         return self.networks.attacked_loss(self.networks.decoder(posterior.latent(clean.latent_noise)), clean.target)
+
+    def _reconstruction_terms(self, latents: Tensor, clean: CleanBatch) -> ReconstructionTerms:
+        """Return the terms of the reconstruction loss, each `[N]`; if images are transformed, in the order of `members`."""
+        decoder, loss = self.networks.decoder, self.networks.loss
+        if clean.target is not None:
+            return loss.terms(decoder(latents), clean.target)
+        parts = []
+        for similarity, numbers in members(clean.similarities).items():
+            # A list as an index would be copied to the device, which waits for it.
+            own_latents, own_images = (torch.stack([each[i] for i in numbers]) for each in (latents, clean.images))
+            parts.append(loss.terms(decoder(similarity(own_latents)), loss.target(similarity(own_images))))
+        return ReconstructionTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def _latent_loss(self, latents: Tensor, anchor: Tensor | None) -> Tensor:
         """Return L_latent, `[N]`: the mean squared distance of latents from their anchor."""
@@ -303,17 +358,17 @@ class Step:
         return originality_loss(*posterior, *clean.reference, scale=self.latent_scale.factor_for(posterior.mean))
 
     def _encode(self, attacked: Tensor, clean: CleanBatch) -> tuple[Moments, Moments]:
-        """Return the posteriors of the attacked and of the clean images. If nothing needs the second, return the first twice.
+        """Return the posteriors of the attacked and of the clean images; one that nothing needs is the other.
 
         Both take one pass through the wrapper, whose backward pass averages gradients over the processes.
         """
-        encoder = self.networks.wrapped_encoder
-        if self.originality_weight == 0 and self.objective != "trades":
-            posterior = split_moments(encoder(attacked))
-            return posterior, posterior
-        both = split_moments(encoder(torch.cat([attacked, clean.images])))
-        disturbed, undisturbed = (Moments(*part) for part in zip(*(half.chunk(2) for half in both), strict=True))
-        return disturbed, undisturbed
+        without_attack = self.objective.victim is None
+        needed = [] if without_attack else [attacked]
+        if without_attack or self.originality_weight or self.objective.decodes == "clean":
+            needed.append(clean.images)
+        moments = split_moments(self.networks.wrapped_encoder(torch.cat(needed)))
+        parts = [Moments(*part) for part in zip(*(each.chunk(len(needed)) for each in moments), strict=True)]
+        return parts[0], parts[-1]
 
     def _latent_noise(self, clean: Tensor, reference: Moments | None, generators: Generators) -> Tensor:
         """Return one sample of the posterior's noise per image: `[N,C,h,w]`."""

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from srl_utils.evaluation.cells import measure
 from srl_utils.evaluation.motion import FLIPS
@@ -25,7 +25,6 @@ from srl_utils.evaluation.tasks.base import DRIFT, Metrics, Reconstruction
 from srl_utils.files import read_json, write_text_atomically
 from srl_utils.metrics.losses import PerceptualDistance
 from srl_utils.vae.codec import Codec
-from srl_utils.vae.networks import LatentEncoder
 
 PICTURED = 8
 COMPARISON = "comparison.png"
@@ -159,14 +158,14 @@ class Validation:
 
 
 @contextmanager
-def averaged_weights(ema: EMAModel | None, encoder: LatentEncoder) -> Iterator[None]:
-    """Put the weights of `ema`, if any, into `encoder` inside the context."""
+def averaged_weights(ema: EMAModel | None, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Put the weights of `ema`, if any, in the place of the trained ones inside the context."""
     if ema is None:
         yield
         return
-    ema.store(encoder.parameters())
-    ema.copy_to(encoder.parameters())
+    ema.store(trained)
+    ema.copy_to(trained)
     try:
         yield
     finally:
-        ema.restore(encoder.parameters())
+        ema.restore(trained)

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from srl_utils.errors import MissingFile, UnusableFile, UserError
 from srl_utils.vae.families import named_family
 from srl_utils.vae.files import check_parameters, completed_config, first_line, refuse_pickles
+from srl_utils.vae.low_rank import load_updates, merged_state, updates_state
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+UPDATES_NAME = "pytorch_lora_weights.safetensors"
+"""Low-rank updates alone, under the name that diffusers gives them."""
 RGB = 3
 
 
@@ -99,7 +102,7 @@ HALF_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 def save_variant(vae: ModelMixin, folder: Path, variant: str) -> None:
     """Write the weights in half precision beside the full ones, where `from_pretrained(variant=...)` finds them."""
-    weights = {name: tensor.to(HALF_PRECISION[variant]).contiguous() for name, tensor in vae.state_dict().items()}
+    weights = {name: tensor.to(HALF_PRECISION[variant]).contiguous() for name, tensor in merged_state(vae).items()}
     save_file(weights, folder / variant_name(variant), metadata={"format": "pt"})
 
 
@@ -109,7 +112,7 @@ def variant_name(variant: str | None) -> str:
 
 
 def is_weights_file(name: str, variants: str = r"[\w-]+") -> bool:
-    """Return whether diffusers looks for weights under this name: whole or in shards, safetensors or a pickle.
+    """Return whether diffusers looks for weights under this name: whole or in shards, safetensors or a pickle, or updates.
 
     Args:
         name: a file name.
@@ -118,7 +121,8 @@ def is_weights_file(name: str, variants: str = r"[\w-]+") -> bool:
     variant, shard = rf"(\.({variants}))?", r"(-\d+-of-\d+)?"
     stem = WEIGHTS_NAME.partition(".")[0]
     kind = r"\.(safetensors|bin)"
-    return bool(re.fullmatch(rf"{stem}{shard}{variant}{shard}{kind}({variant}\.index{variant}\.json)?", name))
+    whole = rf"{stem}{shard}{variant}{shard}{kind}({variant}\.index{variant}\.json)?"
+    return name == UPDATES_NAME or re.fullmatch(whole, name) is not None
 
 
 def inference_dtype(config: dict[str, Any], variant: str) -> torch.dtype | None:
@@ -134,7 +138,7 @@ def hide_local_origin(vae: ModelMixin) -> None:
 
 
 def save_autoencoder(vae: ModelMixin, folder: Path) -> None:
-    """Write the configuration and the weights as `from_pretrained` reads them.
+    """Write the configuration and the weights as `from_pretrained` reads them, and low-rank updates alone, if any, beside.
 
     `save_pretrained` refuses channels-last weights, and converting the VAE itself would move parameters that an
     optimizer and DistributedDataParallel hold. The configuration names the VAE that it was loaded from. Of a local
@@ -143,5 +147,18 @@ def save_autoencoder(vae: ModelMixin, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     hide_local_origin(vae)
     vae.save_config(folder)
-    weights = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    for name, state in ((WEIGHTS_NAME, merged_state(vae)), (UPDATES_NAME, updates_state(vae))):
+        if state:
+            weights = {key: tensor.contiguous() for key, tensor in state.items()}
+            save_file(weights, folder / name, metadata={"format": "pt"})
+
+
+def restore_autoencoder(vae: ModelMixin, folder: Path) -> None:
+    """Set the weights of a VAE to those that `save_autoencoder` has written of it, in place and to the bit.
+
+    A VAE with low-rank updates takes these alone, since their sum with the frozen weights is rounded.
+    """
+    if updates_state(vae):
+        load_updates(vae, load_file(folder / UPDATES_NAME))
+    else:
+        vae.load_state_dict(load_file(folder / WEIGHTS_NAME))

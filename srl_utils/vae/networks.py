@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from srl_utils.errors import UserError
 from srl_utils.images.pixels import clips_of, frames_of
 from srl_utils.vae.families import Family, family_of, named_family
+from srl_utils.vae.low_rank import with_merged_updates
 from srl_utils.vae.precision import full_precision
 
 NO_VARIANCE = -30.0
@@ -171,7 +172,7 @@ VAE = TypeVar("VAE", bound=ModelMixin)
 
 
 def frozen_copy(network: NETWORK, rebuild: Callable[[NETWORK], NETWORK] = lambda network: network) -> NETWORK:
-    """Return a frozen copy of a network, such as E_theta0.
+    """Return a frozen copy of a network, such as E_theta0, with plain weights.
 
     Weights of convolutions and linear layers, which autocast would cast at every call, are held in its dtype.
 
@@ -181,7 +182,8 @@ def frozen_copy(network: NETWORK, rebuild: Callable[[NETWORK], NETWORK] = lambda
     """
     own = {id(part) for part in network.children()}
     others = [part for part in network.whole[0].children() if id(part) not in own]
-    twin = rebuild(copy.deepcopy(network, {id(part): part for part in others}).requires_grad_(False).eval())
+    twin = with_merged_updates(copy.deepcopy(network, {id(part): part for part in others}))
+    twin = rebuild(twin.requires_grad_(False).eval())
     if twin.autocast_dtype is not None:
         for layer in twin.modules():
             if isinstance(layer, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)):
@@ -193,23 +195,26 @@ class EncoderMirror:
     """A frozen twin of the encoder in training, for attacks on it.
 
     With frozen weights, neither autograd nor compiled code computes weight gradients, and each weight is cast at most
-    once a step. Weights of equal precision share memory; `refresh` updates the others.
+    once a step. Weights of equal precision share memory; `refresh` updates the others, and those with low-rank updates.
     """
 
     def __init__(self, original: LatentEncoder) -> None:
         self.encoder = frozen_copy(original)
-        self._copied: list[tuple[nn.Parameter, nn.Parameter]] = []
-        for own, trained in zip(self.encoder.parameters(), original.parameters(), strict=True):
-            if own.dtype == trained.dtype:
+        self._copied: list[tuple[nn.Parameter, nn.Module, str]] = []
+        for name, own in self.encoder.named_parameters():
+            place, _, kind = name.rpartition(".")
+            layer = original.get_submodule(place)
+            trained = getattr(layer, kind)
+            if isinstance(trained, nn.Parameter) and own.dtype == trained.dtype:
                 own.data = trained.data
             else:
-                self._copied.append((own, trained))
+                self._copied.append((own, layer, kind))
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the original's weights, after an optimizer step or after loading a checkpoint."""
-        for own, trained in self._copied:
-            own.copy_(trained)
+        for own, layer, kind in self._copied:
+            own.copy_(getattr(layer, kind))
 
 
 @contextmanager

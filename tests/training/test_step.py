@@ -16,7 +16,8 @@ from benchmarks.textbook import TextbookStep
 from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.gradient import PGDConfig, pgd
 from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
-from srl_utils.training.step import TERMS, Step, build_networks
+from srl_utils.training.objectives import OBJECTIVES, TERMS
+from srl_utils.training.step import Step, build_networks
 from srl_utils.vae.latents import LatentScale
 from srl_utils.vae.networks import EncoderMirror, LatentDecoder, LatentEncoder, frozen_copy
 
@@ -191,7 +192,9 @@ def test_the_latent_distance_enters_the_loss(tiny_vae, images, generators) -> No
 def test_feature_decodes_nothing(tiny_vae, images, generators) -> None:
     """Oracle: closed form: distances of latents alone; a decoder that is called fails the test."""
     scale = LatentScale(factor=0.5)
-    step = replace(our_step(tiny_vae, objective="feature", latent_scale=scale), pgd=replace(ATTACK, random_start=True))
+    step = replace(
+        our_step(tiny_vae, objective=OBJECTIVES["feature"], latent_scale=scale), pgd=replace(ATTACK, random_start=True)
+    )
     step.networks.decoder.register_forward_hook(lambda *_: pytest.fail("the decoder was asked"))
     clean = step.batch(images(2), generators(0, 1))
     attacked = step.attack(clean)
@@ -209,7 +212,7 @@ def test_trades_is_its_formula(originality_weight: float, tiny_vae, images, gene
     """Oracle: closed form, in float64 and with an encoder that has left its original: the attack is PGD on the distance
     from the same encoder's own latents, and the loss has the clean images' reconstruction."""
     vae = tiny_vae.double()
-    built = our_step(vae, objective="trades", latent_weight=0.2, originality_weight=originality_weight)
+    built = our_step(vae, objective=OBJECTIVES["trades"], latent_weight=0.2, originality_weight=originality_weight)
     step = replace(built, pgd=replace(ATTACK, random_start=True))
     with torch.no_grad():
         for parameter in step.networks.encoder.parameters():

@@ -141,15 +141,15 @@ def test_rival_objectives_by_flags(
     [
         (
             ["--objective", "feature", "--lpips_weight", "0.5"],
-            "--lpips_weight has no effect without --objective srl or",
+            "--lpips_weight has no effect without an --objective other than feature",
         ),
         (
             ["--objective", "feature", "--sample_posterior"],
-            "--sample_posterior has no effect without --objective srl or",
+            "--sample_posterior has no effect without an --objective other than feature",
         ),
         (
             ["--objective", "feature", "--latent_weight", "2"],
-            "--latent_weight has no effect without --objective srl or",
+            "--latent_weight has no effect without --objective srl, purify or",
         ),
         (["--objective", "feature", "--pgd_steps", "0"], "--objective feature needs an attack"),
         (
@@ -163,7 +163,7 @@ def test_rival_objectives_by_flags(
         (["--objective", "trades"], "--objective trades needs a --latent_weight above 0"),
         (
             ["--objective", "trades", "--latent_weight", "1", "--latent_attack_share", "0.5"],
-            "--latent_attack_share has no effect without --objective srl",
+            "--latent_attack_share has no effect without --objective srl or purify",
         ),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 
@@ -16,6 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, Pr
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from srl_utils.attacks.gradient import PGDConfig
@@ -30,6 +31,7 @@ from srl_utils.training.cli.planning import Plan, perceptual_trunk
 from srl_utils.training.cli.run import Progress, Run
 from srl_utils.training.execution import Execution, runs_in_fp16
 from srl_utils.training.journal import Journal
+from srl_utils.training.objectives import OBJECTIVES
 from srl_utils.training.overfitting import OverfittingGuard
 from srl_utils.training.resuming import Settings
 from srl_utils.training.step import Networks, Step, build_networks
@@ -37,7 +39,6 @@ from srl_utils.training.validation import Validation
 from srl_utils.vae.codec import Codec, frozen_codec
 from srl_utils.vae.families import family_of
 from srl_utils.vae.latents import RAW, LatentScale
-from srl_utils.vae.networks import LatentEncoder
 
 ORIGINAL, FINE_TUNED = "original", "fine-tuned"
 
@@ -93,7 +94,7 @@ def build_run(
     original = frozen_codec(copy.deepcopy(vae), ORIGINAL, device=accelerator.device)
     method = build_step(args, accelerator, vae, plan.execution)
     networks = method.networks
-    optimizer, scheduler, ema = build_optimizer(args, accelerator, networks.encoder, plan)
+    optimizer, scheduler, ema = build_optimizer(args, accelerator, networks.trained, plan)
     progress, guard = Progress(), OverfittingGuard()
     ledger = ImageLedger(data.num_images, world_size=accelerator.num_processes)
     register_state(
@@ -116,7 +117,7 @@ def build_run(
         ledger=ledger,
         guard=guard,
         checkpoints=Checkpoints(
-            args.output_dir, args.checkpoints_total_limit, state_bytes(networks.vae, networks.encoder, ema)
+            args.output_dir, args.checkpoints_total_limit, state_bytes(networks.vae, networks.trained, ema)
         ),
         journal=Journal(accelerator, args.output_dir / "metrics.jsonl"),
         validation=build_validation(args, accelerator, original, networks, data),
@@ -138,13 +139,15 @@ def build_step(args: argparse.Namespace, accelerator: Accelerator, vae: ModelMix
         loss,
         autocast_dtype=execution.autocast_dtype,
         torch_compile=execution.torch_compile,
+        lora_rank=args.lora_rank,
+        seed=args.seed,
         wrap=accelerator.prepare_model,
     )
     return Step(
         networks=networks,
         pgd=attack_config(args),
         noise=args.gaussian_noise,
-        objective=args.objective,
+        objective=OBJECTIVES[args.objective],
         originality_weight=args.originality_weight,
         latent_weight=args.latent_weight,
         latent_attack_share=args.latent_attack_share,
@@ -165,12 +168,12 @@ def attack_config(args: argparse.Namespace) -> PGDConfig:
 
 
 def build_optimizer(
-    args: argparse.Namespace, accelerator: Accelerator, encoder: LatentEncoder, plan: Plan
+    args: argparse.Namespace, accelerator: Accelerator, trained: Sequence[nn.Parameter], plan: Plan
 ) -> tuple[AcceleratedOptimizer, LambdaLR, EMAModel | None]:
-    """Build AdamW over the encoder's weights, its schedule, and the average of the weights if one is kept."""
+    """Build AdamW over the trained weights, its schedule, and the average of the weights if one is kept."""
     learning_rate = args.learning_rate * (plan.samples_per_step if args.scale_lr else 1)
     optimizer = adamw_class(eight_bit=args.use_8bit_adam)(
-        encoder.parameters(),
+        trained,
         lr=learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -185,7 +188,7 @@ def build_optimizer(
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    ema = EMAModel(encoder.parameters()) if args.use_ema else None
+    ema = EMAModel(trained) if args.use_ema else None
     if ema is not None:
         ema.to(accelerator.device)
     return accelerator.prepare_optimizer(optimizer), scheduler, ema

@@ -22,7 +22,14 @@ from srl_utils.training.cli.run import Progress, Run, Stop, judged_weights, vali
 from srl_utils.training.resuming import told
 from srl_utils.training.validation import COMPARISON
 from srl_utils.vae.codec import Codec
-from srl_utils.vae.loading import WEIGHTS_NAME, AutoencoderSource, inference_dtype, load_autoencoder, variant_name
+from srl_utils.vae.loading import (
+    UPDATES_NAME,
+    WEIGHTS_NAME,
+    AutoencoderSource,
+    inference_dtype,
+    load_autoencoder,
+    variant_name,
+)
 
 MAX_VARIANT_DIFFERENCE = 0.1
 """Difference in clean PSNR, in dB, from which the full weights are recommended."""
@@ -50,7 +57,7 @@ def finish(run: Run) -> int:
     with judged_weights(run):
         table = run.validation.measure_result()
     variants = "".join(judge_variant(run, variant) for variant in args.save_variant)
-    write_card(run, args.output_dir, saved=[WEIGHTS_NAME, *map(variant_name, args.save_variant)])
+    write_card(run, args.output_dir, saved=[*saved_weights(run), *map(variant_name, args.save_variant)])
     run.accelerator.end_training()
     run.accelerator.print(f"\n{table}\n{variants}\n{time_summary(run.progress)}")
     left_out = "; ".join(filter(None, [run.ledger.summary(), *run.data.skipped]))
@@ -78,6 +85,11 @@ def judge_variant(run: Run, variant: str) -> str:
     return f"\nThe {variant} variant's clean PSNR differs by {difference:+.3f} dB{advice}.\n"
 
 
+def saved_weights(run: Run) -> list[str]:
+    """Return the names of the files of full weights, and of low-rank updates alone, if any."""
+    return [WEIGHTS_NAME] if run.args.lora_rank is None else [WEIGHTS_NAME, UPDATES_NAME]
+
+
 def publish_snapshot(run: Run, validation: dict[str, float]) -> None:
     """Push the validated weights in the background, if the run publishes checkpoints."""
     if run.publisher is None or run.args.hub_strategy != "checkpoint":
@@ -89,7 +101,7 @@ def publish_snapshot(run: Run, validation: dict[str, float]) -> None:
             save_drop_in(run.networks.vae, folder)
         for name in ("metrics.jsonl", "results.json"):
             shutil.copy(run.args.output_dir / name, folder)
-        write_card(run, folder, saved=[WEIGHTS_NAME])
+        write_card(run, folder, saved=saved_weights(run))
 
     measured = ", ".join(
         f"{name.split('/')[1]} {value:.2f} dB" for name, value in validation.items() if name.endswith("psnr")
@@ -134,6 +146,7 @@ def write_card(run: Run, folder: Path, *, saved: Sequence[str] = ()) -> None:
         resolution=args.resolution,
         num_frames=args.num_frames,
         objective=args.objective,
+        lora_rank=args.lora_rank,
         num_validation_images=len(run.data.validation_images),
         steps=run.progress.step,
         images_per_step=run.plan.samples_per_step,

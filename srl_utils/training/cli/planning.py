@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from dataclasses import dataclass
+from math import ceil
 
 from accelerate import Accelerator
 from diffusers import ModelMixin
@@ -13,10 +13,13 @@ from diffusers import ModelMixin
 from srl_utils.errors import UserError
 from srl_utils.images.datasets import TrainingData
 from srl_utils.launching import launch_notes
+from srl_utils.metrics.losses import LPIPS_LEAST_SIDES
 from srl_utils.training.arithmetic import StepArithmetic, step_arithmetic
 from srl_utils.training.cli.arguments import json_arguments
 from srl_utils.training.execution import Execution, choose_execution
+from srl_utils.training.objectives import OBJECTIVES
 from srl_utils.training.resuming import Earlier
+from srl_utils.training.similarities import LEAST_SCALE
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,14 @@ def plan_steps(
     steps = args.max_train_steps
     if steps is None:
         steps = count_steps(args.num_train_epochs, data.num_images, samples_per_step, earlier)
+    objective = OBJECTIVES[args.objective]
     arithmetic = step_arithmetic(
         vae,
         resolution=args.resolution,
         num_frames=args.num_frames,
         pgd_steps=0 if args.gaussian_noise else args.pgd_steps,
         lpips_net=perceptual_trunk(args),
-        objective=args.objective,
+        objective=objective,
         originality=args.originality_weight > 0,
         latent_distance=args.latent_weight > 0,
         latent_attack_share=args.latent_attack_share,
@@ -66,7 +70,7 @@ def plan_steps(
     execution = choose_execution(
         accelerator.device,
         precision=args.mixed_precision,
-        torch_compile=args.torch_compile,
+        torch_compile=False if objective.decodes == "transformed" else args.torch_compile,  # its images have many sizes
         force_upcast=vae.config.get("force_upcast", False),
         flops=arithmetic.image * steps * samples_per_step / accelerator.num_processes,
     )
@@ -75,12 +79,31 @@ def plan_steps(
 
 def attacks(args: argparse.Namespace) -> bool:
     """Return whether the training attacks its images."""
-    return args.pgd_steps > 0 and args.epsilon > 0 and not args.gaussian_noise
+    return args.pgd_steps > 0 and may_attack(args)
+
+
+def may_attack(args: argparse.Namespace) -> bool:
+    """Return whether the training attacks its images if the attack has steps."""
+    return OBJECTIVES[args.objective].victim is not None and args.epsilon > 0 and not args.gaussian_noise
 
 
 def perceptual_trunk(args: argparse.Namespace) -> str | None:
     """Return the trunk of LPIPS; None if it is not part of attack and loss."""
-    return args.lpips_net if args.lpips_weight and args.objective != "feature" else None
+    return args.lpips_net if args.lpips_weight and OBJECTIVES[args.objective].decodes else None
+
+
+def check_transformed_sides(args: argparse.Namespace) -> None:
+    """Raise a UserError if the training makes images smaller than LPIPS takes them."""
+    trunk = perceptual_trunk(args)
+    if trunk is None or OBJECTIVES[args.objective].decodes != "transformed":
+        return
+    least = ceil(LPIPS_LEAST_SIDES[trunk] / LEAST_SCALE)
+    if args.resolution < least:
+        raise UserError(
+            f"{args.resolution} pixels are too few for --objective {args.objective} with LPIPS, which compares images of a "
+            f"quarter of that side; give {least} or more, or a --lpips_weight of 0",
+            parameter="resolution",
+        )
 
 
 def count_steps(epochs: int, num_images: int | None, samples_per_step: int, earlier: Earlier | None) -> int:
@@ -106,7 +129,7 @@ def count_steps(epochs: int, num_images: int | None, samples_per_step: int, earl
             "epochs, or resume from an earlier checkpoint",
             parameter="num_train_epochs",
         )
-    return done + math.ceil(max(left, 0) / samples_per_step)
+    return done + ceil(max(left, 0) / samples_per_step)
 
 
 def describe(

@@ -86,7 +86,7 @@ class Stop:
 
 def judged_weights(run: Run) -> AbstractContextManager[None]:
     """Put the averaged weights into the encoder inside the context, if the run keeps an average."""
-    return averaged_weights(run.ema, run.networks.encoder)
+    return averaged_weights(run.ema, run.networks.trained)
 
 
 def validate(run: Run) -> dict[str, float]:
