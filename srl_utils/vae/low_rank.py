@@ -86,7 +86,7 @@ def merged_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def updates_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return A and B of each layer under the names that diffusers' `load_lora_adapter(prefix=None)` reads."""
+    """Return A and B of each layer under the names that diffusers' `load_lora_adapter` reads with `prefix=None`."""
     return {
         f"{name}.{matrix}.weight": tensor
         for name, _, update in updates_of(network)

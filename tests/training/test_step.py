@@ -17,6 +17,7 @@ from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.gradient import PGDConfig, pgd
 from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
 from srl_utils.training.objectives import OBJECTIVES, TERMS
+from srl_utils.training.similarities import Similarity
 from srl_utils.training.step import Step, build_networks
 from srl_utils.vae.latents import LatentScale
 from srl_utils.vae.networks import EncoderMirror, LatentDecoder, LatentEncoder, frozen_copy
@@ -234,6 +235,80 @@ def test_trades_is_its_formula(originality_weight: float, tiny_vae, images, gene
     expected = values["mse"] + 0.2 * values["latent"] + originality_weight * values["originality"]
     assert loss.item() == pytest.approx(expected, rel=1e-6) and (values["originality"] > 0) == (originality_weight > 0)
     assert "attacked_psnr" not in values
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_purify_is_its_formula(share: float, tiny_vae, images, generators) -> None:
+    """Oracle: closed form, in float64 and with an encoder that has left its original: the attack is PGD on what the original
+    makes of the images, as `pgd` on diffusers' VAE finds it, and the loss is of what the encoder in training makes of them."""
+    original = copy.deepcopy(tiny_vae.double())
+    built = our_step(
+        tiny_vae, objective=OBJECTIVES["purify"], latent_weight=0.2, latent_attack_share=share, originality_weight=0.1
+    )
+    step = replace(built, pgd=replace(ATTACK, random_start=True))
+    with torch.no_grad():
+        for parameter in step.networks.encoder.parameters():
+            parameter.mul_(1.1)
+    clean = step.batch(images(2, 32).double(), generators(0, 1))
+    attacked = step.attack(clean)
+    anchor = original.encode(clean.images).latent_dist.mean.detach()
+
+    def damage(batch: Tensor) -> Tensor:
+        latents = original.encode(batch).latent_dist.mean
+        error = latents - anchor if share else original.decode(latents).sample - clean.images
+        return error.square().flatten(1).mean(1)
+
+    torch.testing.assert_close(attacked, pgd(damage, clean.images, step.pgd, generators=generators(0, 1)))
+    loss, terms = step.loss(attacked, clean)
+    values = dict(zip(step.terms, terms.tolist(), strict=True))
+    with torch.no_grad():
+        latents = step.networks.vae.encode(attacked).latent_dist.mean
+        reconstruction = original.decode(latents).sample
+    assert values["mse"] == pytest.approx((reconstruction - clean.images).square().mean().item(), rel=1e-5)
+    assert values["latent"] == pytest.approx((latents - anchor).square().mean().item(), rel=1e-5)
+    expected = values["mse"] + 0.2 * values["latent"] + 0.1 * values["originality"]
+    assert loss.item() == pytest.approx(expected, rel=1e-6) and values["originality"] > 0
+    assert "attacked_psnr" not in values  # not of an attack on the encoder in training
+
+
+@pytest.mark.parametrize("sample_posterior", [False, True])
+@pytest.mark.parametrize("originality_weight", [0.0, 0.1])
+def test_equivariance_is_its_formula(
+    originality_weight: float, sample_posterior: bool, tiny_vae, exact_lpips, images, generators
+) -> None:
+    """Oracle: closed form, image by image, on diffusers' VAE; transformed and untransformed images are among them."""
+    vae, lpips_loss = tiny_vae.double(), ReconstructionLoss(PerceptualDistance(exact_lpips), weight=0.5)
+    step = our_step(
+        vae, lpips_loss, objective=OBJECTIVES["equivariance"], originality_weight=originality_weight,
+        sample_posterior=sample_posterior,
+    )  # fmt: skip
+    step.networks.mirror.encoder.register_forward_hook(lambda *_: pytest.fail("an attack was made"))
+    seen = []
+    step.networks.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        for parameter in step.networks.encoder.parameters():
+            parameter.mul_(1.1)
+    clean = step.batch(images(6, 128).double(), generators(*range(6)))
+    assert len(set(clean.similarities)) > 1 and Similarity() in clean.similarities
+    assert torch.equal(step.attack(clean), clean.images)
+    loss, terms = step.loss(clean.images, clean)
+    values = dict(zip(step.terms, terms.tolist(), strict=True))
+    assert seen == [6] and list(values) == ["loss", "originality", "mse", "lpips"]
+    errors, distances = [], []
+    for number, similarity in enumerate(clean.similarities):
+        with torch.no_grad():
+            posterior = vae.encode(clean.images[number : number + 1]).latent_dist
+            noise = clean.latent_noise[number] if sample_posterior else 0
+            reconstruction = vae.decode(similarity(posterior.mean + posterior.std * noise)).sample
+            target = similarity(clean.images[number : number + 1])
+            errors.append((reconstruction - target).square().mean().item())
+            distances.append(exact_lpips(reconstruction, target).item())
+    assert values["mse"] == pytest.approx(sum(errors) / 6, rel=1e-6)
+    assert values["lpips"] == pytest.approx(sum(distances) / 6, rel=1e-4)
+    expected = values["mse"] + 0.5 * values["lpips"] + originality_weight * values["originality"]
+    assert loss.item() == pytest.approx(expected, rel=1e-6) and (values["originality"] > 0) == (originality_weight > 0)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in step.networks.encoder.parameters())
 
 
 def test_half_precision_takes_the_attack_s_perceptual_loss_alone(tiny_vae, random_lpips, images, generators) -> None:
