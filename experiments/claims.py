@@ -109,16 +109,18 @@ def beyond_spread(gains: Sequence[float]) -> bool:
 
 
 def won_back(results: Results, variant: str, attack: str, threat: str, metric: str) -> list[float]:
-    """Return the share of an attack's damage to edits that a variant wins back, for each seed; empty without damage.
+    """Return the share of an attack's damage to edits that a variant wins back, for each seed; empty without damage, or
+    if an edit was not measured.
 
     FID is measured against the original's edits of clean images, which have 0. Damage is summed over all edits.
     """
     edits = results.edits_under(attack)
-    attacked = [results.of(ORIGINAL, edit, threat, metric)[0] for edit in edits]
+    own, original = ([results.of(vae, edit, threat, metric) for edit in edits] for vae in (variant, ORIGINAL))
+    if not all([*own, *original]):
+        return []
     clean = [0.0 if metric == "fid" else clean_value(results, edit, metric) for edit in edits]
-    lost = abs(sum(clean) - sum(attacked))
-    own = [results.of(variant, edit, threat, metric) for edit in edits]
-    if lost < LEAST_LOSS[metric] * len(edits) or not all(own):
+    lost = abs(sum(clean) - sum(value for (value,) in original))
+    if lost < LEAST_LOSS[metric] * len(edits):
         return []
     return [1 - abs(sum(clean) - sum(values)) / lost for values in zip(*own, strict=True)]
 
