@@ -44,17 +44,19 @@ THREE_STEPS = "--recipe fast --pgd_steps 3 --pgd_step_size 4/255"
 BEST = "srl+feature"
 """The recipe in front of which purifiers are tried."""
 RIVALS = {
-    "no attack": Rival("--recipe fast --pgd_steps 0", 600),
-    "noise": Rival("--recipe fast --gaussian_noise 8/255", 600),
-    "paper": Rival("--recipe paper --originality_units scaled --originality_weight 0.03", 80),
-    "srl": Rival(THREE_STEPS, 240, curve=True),
-    BEST: Rival("--recipe latent", 240, curve=True),
-    "feature": Rival(f"{THREE_STEPS} --objective feature", 400, curve=True),
-    "trades": Rival(f"{THREE_STEPS} --objective trades --latent_weight 1", 300, curve=True),
-    "equivariance": Rival("--recipe fast --objective equivariance", 500, curve=True),
-    "purify": Rival(f"{THREE_STEPS} --objective purify --latent_attack_share 0.5", 240, curve=True),
-    "purify, LoRA": Rival(f"{THREE_STEPS} --objective purify --latent_attack_share 0.5 --lora_rank 16", 220),
+    "no attack": Rival("--recipe fast --pgd_steps 0", 390),
+    "noise": Rival("--recipe fast --gaussian_noise 8/255", 390),
+    "paper": Rival("--recipe paper --originality_units scaled --originality_weight 0.03", 58),
+    "srl, one step": Rival("--recipe fast", 245),
+    "srl": Rival(THREE_STEPS, 142, curve=True),
+    BEST: Rival("--recipe latent", 180, curve=True),
+    "feature": Rival(f"{THREE_STEPS} --objective feature", 340, curve=True),
+    "trades": Rival(f"{THREE_STEPS} --objective trades --latent_weight 1", 235, curve=True),
+    "equivariance": Rival("--recipe fast --objective equivariance", 390, curve=True),
+    "purify": Rival(f"{THREE_STEPS} --objective purify --latent_attack_share 0.5", 180, curve=True),
+    "purify, LoRA": Rival(f"{THREE_STEPS} --objective purify --latent_attack_share 0.5 --lora_rank 16", 170),
 }
+"""Ways of training. Steps follow from the operations of a step."""
 ALPHAS = (0.0, 0.3)
 """Originality weights beside 0.03, that of the recipes."""
 PROTECTIONS = ("photoguard-encoder", "mist-fused", "sds")
