@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, TRANSFER
 from srl_utils.evaluation.report.tables import markdown_table
@@ -108,16 +109,18 @@ def beyond_spread(gains: Sequence[float]) -> bool:
 
 
 def won_back(results: Results, variant: str, attack: str, threat: str, metric: str) -> list[float]:
-    """Return the share of an attack's damage to edits that a variant wins back, for each seed; empty without damage.
+    """Return the share of an attack's damage to edits that a variant wins back, for each seed; empty without damage, or
+    if an edit was not measured.
 
     FID is measured against the original's edits of clean images, which have 0. Damage is summed over all edits.
     """
     edits = results.edits_under(attack)
-    attacked = [results.of(ORIGINAL, edit, threat, metric)[0] for edit in edits]
+    own, original = ([results.of(vae, edit, threat, metric) for edit in edits] for vae in (variant, ORIGINAL))
+    if not all([*own, *original]):
+        return []
     clean = [0.0 if metric == "fid" else clean_value(results, edit, metric) for edit in edits]
-    lost = abs(sum(clean) - sum(attacked))
-    own = [results.of(variant, edit, threat, metric) for edit in edits]
-    if lost < LEAST_LOSS[metric] * len(edits) or not all(own):
+    lost = abs(sum(clean) - sum(value for (value,) in original))
+    if lost < LEAST_LOSS[metric] * len(edits):
         return []
     return [1 - abs(sum(clean) - sum(values)) / lost for values in zip(*own, strict=True)]
 
@@ -127,6 +130,33 @@ def decibels_won_back(results: Results, variant: str, attack: str) -> list[float
     back, for each seed."""
     (clean,), (attacked,) = (results.of(ORIGINAL, *of, "psnr") for of in ((CLEAN.name, NO_THREAT), (attack, ADAPTIVE)))
     return [(value - attacked) / (clean - attacked) for value in results.of(variant, attack, ADAPTIVE, "psnr")]
+
+
+class Defence(NamedTuple):
+    """What a defence costs and wins: a value for each training seed."""
+
+    harm: list[float]
+    """FID of edits of clean images against those by the original, mean of the edits."""
+    won: dict[str, list[float]]
+    """Share of the protections' damage to edits that is won back, in percent, by threat model: mean of the protections."""
+
+
+def defence_of(edits: Results, name: str, protections: Sequence[str]) -> Defence:
+    """Return what a defence costs and wins; a threat model that was not tried, and a protection without grip, are left out."""
+    harm = [edits.of(name, edit, NO_THREAT, "fid") for edit in edits.edits_under(CLEAN.name)]
+    won = {
+        threat: [won_back(edits, name, protection, threat, "fid") for protection in protections]
+        for threat in (TRANSFER, ADAPTIVE)
+    }
+    return Defence(
+        mean_of(harm),
+        {threat: percent(mean_of([share for share in shares if share])) for threat, shares in won.items()},
+    )
+
+
+def mean_of(settings: Sequence[Sequence[float]]) -> list[float]:
+    """Return the mean of several settings for each seed."""
+    return [mean(seed) for seed in zip(*settings, strict=True)]
 
 
 def percent(shares: Sequence[float]) -> list[float]:
@@ -158,7 +188,7 @@ def closeness_claim(editing: Results, between_seeds: Results) -> Claim:
 def clean_similarity(results: Results) -> list[float]:
     """Return the PSNR of edits of clean images against the baseline's, in dB, for each robust VAE: the mean of all edits."""
     values = [results.of(ROBUST, edit, NO_THREAT, "psnr") for edit in results.edits_under(CLEAN.name)]
-    return [mean(seeds) for seeds in zip(*values, strict=True)]
+    return mean_of(values)
 
 
 def edits_claims(attacked: Mapping[str, Results]) -> list[Claim]:

@@ -10,7 +10,6 @@ kept, so the command can be interrupted and repeated.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -46,7 +45,7 @@ from experiments.plan import (
     evaluations,
     training_flags,
 )
-from experiments.runner import WEIGHTS, Runner, machine
+from experiments.runner import WEIGHTS, Runner, experiment_parser, machine
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.files import write_text_atomically
@@ -54,7 +53,9 @@ from srl_utils.files import write_text_atomically
 
 def main() -> None:
     """Run all experiments."""
-    args = parse_args()
+    parser = experiment_parser("paper", __doc__, quick=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
     scale = QUICK if args.quick else FULL
     planned = evaluations(scale, args.output_dir)
     trainings = [(name, seed) for name, variant in VARIANTS.items() for seed in range(min(scale.seeds, variant.seeds))]
@@ -168,16 +169,6 @@ original's damage is averted, and twice as much as by the control.
 
 {tables}
 """
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="run every command once on few images; the numbers mean little"
-    )
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/paper"))
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -146,6 +147,23 @@ class Runner:
     @property
     def _times(self) -> Path:
         return self.folder / "seconds.json"
+
+
+def experiment_parser(name: str, description: str, *, quick: bool = False) -> argparse.ArgumentParser:
+    """Return the parser of an experiment's command.
+
+    Args:
+        name: of its folder in `outputs`.
+        description: of the command; its first line is shown.
+        quick: whether it has `--quick`.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs", name))
+    if quick:
+        parser.add_argument(
+            "--quick", action="store_true", help="run every command once on few images; the numbers mean little"
+        )
+    return parser
 
 
 def machine() -> str:

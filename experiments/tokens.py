@@ -9,14 +9,12 @@ command can be interrupted and repeated.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Sequence
 from datetime import date
-from pathlib import Path
 
 from experiments.claims import ORIGINAL, Results, decibels_won_back, percent, spread, trained_name
-from experiments.runner import WEIGHTS, Runner, machine
+from experiments.runner import WEIGHTS, Runner, experiment_parser, machine
 from srl_utils.evaluation.motion import FLIPS, USE
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
 from srl_utils.evaluation.report.tables import markdown_table
@@ -44,7 +42,7 @@ EVALUATION = [
 
 def main() -> None:
     """Train, evaluate, and write the table."""
-    args = parse_args()
+    args = experiment_parser("tokens", __doc__).parse_args()
     run = Runner(args.output_dir, WEIGHTS / "vq", title="tokens", num_calls=len(VARIANTS) * SEEDS + 1)
     names = []
     for seed in range(SEEDS):
@@ -84,12 +82,6 @@ def results_table(results: Results, times: dict[str, Sequence[int]]) -> str:
         use = spread(percent(results.of(variant, "clean", NO_THREAT, USE)))
         lines.append([variant, *psnr, *flips, drift, use, won, spread(times.get(variant, []))])
     return markdown_table(lines)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/tokens"))
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

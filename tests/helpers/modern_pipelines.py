@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -33,6 +34,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -76,6 +78,10 @@ def qwen_parts() -> dict[str, Any]:
         )
     )  # fmt: skip
     return {**NO_TEXT, "scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer}
+
+
+def qwen_edit_parts() -> dict[str, Any]:
+    return {**qwen_parts(), "processor": None}
 
 
 def sana_parts() -> dict[str, Any]:
@@ -233,6 +239,7 @@ KINDS = {
     "qwen img2img": Kind(
         "QwenImageImg2ImgPipeline", "AutoencoderKLQwenImage", qwen_parts, lambda: {**masked(), "strength": 0.5}
     ),
+    "qwen edit": Kind("QwenImageEditPipeline", "AutoencoderKLQwenImage", qwen_edit_parts, masked),
     "sana img2img": Kind(
         "SanaSprintImg2ImgPipeline", "AutoencoderDC", sana_parts,
         lambda: {
@@ -302,4 +309,5 @@ def run_pipeline(pipe: DiffusionPipeline, name: str) -> Tensor:
     }  # fmt: skip
     if name in OF_THEIR_OWN_SIZE:
         del arguments["height"], arguments["width"]
-    return pipe(**arguments)[0]
+    with patch.object(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (SIDE, SIDE, None)):
+        return pipe(**arguments)[0]  # Qwen-Image-Edit would enlarge every image to a megapixel

@@ -1,0 +1,241 @@
+"""Compare defences on the miniature world: rival objectives at equal time, purifiers, and chains of both.
+
+    python -m experiments.defences --quick             # make defences-quick
+    python -m experiments.defences                     # make defences
+
+Trains the encoder with each objective, each as long as the others, and with other originality weights. The evaluation
+attacks reconstructions and latents, and edits images protected on the original VAE (transfer) and on each defence itself
+(adaptive). Finished parts are kept, so the command can be interrupted and repeated.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from experiments.claims import ORIGINAL, Defence, Results, decibels_won_back, defence_of, percent, spread, trained_name
+from experiments.defence_figures import draw_curves, draw_defences
+from experiments.runner import WEIGHTS, Runner, experiment_parser, machine
+from srl_utils.evaluation.motion import TRAVEL
+from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT, TRANSFER
+from srl_utils.evaluation.report.tables import markdown_table
+from srl_utils.evaluation.tasks.base import DRIFT
+from srl_utils.files import write_text_atomically
+
+TRAINING_SCENES, SCENES = "training-scenes", "scenes"
+
+
+class Rival(NamedTuple):
+    """A way of training."""
+
+    flags: str
+    steps: int
+    """They take about the same time with every rival."""
+    curve: bool = False
+    """Whether it is trained with other originality weights as well."""
+
+
+THREE_STEPS = "--recipe fast --pgd_steps 3 --pgd_step_size 4/255"
+BEST = "srl+feature"
+"""The recipe in front of which purifiers are tried."""
+RIVALS = {
+    "no attack": Rival("--recipe fast --pgd_steps 0", 390),
+    "noise": Rival("--recipe fast --gaussian_noise 8/255", 390),
+    "paper": Rival("--recipe paper --originality_units scaled --originality_weight 0.03", 58),
+    "srl, one step": Rival("--recipe fast", 245),
+    "srl": Rival(THREE_STEPS, 142, curve=True),
+    BEST: Rival("--recipe latent", 180, curve=True),
+    "feature": Rival(f"{THREE_STEPS} --objective feature", 340, curve=True),
+    "trades": Rival(f"{THREE_STEPS} --objective trades --latent_weight 1", 235, curve=True),
+    "equivariance": Rival("--recipe fast --objective equivariance", 390, curve=True),
+    "purify": Rival(f"{THREE_STEPS} --objective purify --latent_attack_share 0.5", 180, curve=True),
+    "purify, LoRA": Rival(f"{THREE_STEPS} --objective purify --latent_attack_share 0.5 --lora_rank 16", 170),
+}
+"""Ways of training. Steps follow from the operations of a step."""
+ALPHAS = (0.0, 0.3)
+"""Originality weights beside 0.03, that of the recipes."""
+PROTECTIONS = ("photoguard-encoder", "mist-fused", "sds")
+PURIFIERS = (
+    "jpeg-75", "resize-0.5", "resize-0.5+jpeg-75", "jpeg-75+resize-0.5", "noise-0.05", "adverse-cleaner", "vae-loop",
+    "img2img-0.1",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """The size of the experiments.
+
+    Attributes:
+        steps: share of each rival's steps that is trained.
+        training_scenes: scenes to train on.
+        images: images of reconstruction and generation.
+        edited: images of editing.
+        attack_steps: steps of the attacks.
+        seeds: trainings of each rival.
+        adaptive_seeds: those of them whose edits are attacked adaptively.
+    """
+
+    steps: float
+    training_scenes: int
+    images: int
+    edited: int
+    attack_steps: int
+    seeds: int
+    adaptive_seeds: int
+
+
+FULL = Scale(steps=1, training_scenes=1000, images=32, edited=16, attack_steps=50, seeds=3, adaptive_seeds=1)
+QUICK = Scale(steps=0.15, training_scenes=200, images=8, edited=4, attack_steps=10, seeds=1, adaptive_seeds=1)
+
+
+def main() -> None:
+    """Train, evaluate, and write tables and figures."""
+    args = experiment_parser("defences", __doc__, quick=True).parse_args()
+    scale = QUICK if args.quick else FULL
+    trainings = planned_trainings(scale)
+    run = Runner(args.output_dir, WEIGHTS / "vae", title="defences", num_calls=2 + len(trainings) + 5)
+    run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1)
+    run.scenes(SCENES, scale.images, seed=0)
+    for name, flags in trainings.items():
+        run.train(name, ["--train_data_dir", args.output_dir / TRAINING_SCENES, *flags])
+    data = ["--data_dir", args.output_dir / SCENES]
+    seeds = {count: [trained_name(rival, seed) for rival in RIVALS for seed in range(count)] for count in (1, 2, 3)}
+    compared = seeds[scale.seeds]
+    run.evaluate("reconstruction", "reconstruction", list(trainings), [*data, *reconstruction_flags(scale)])
+    run.evaluate("generation", "generation", compared, [*data, *generation_flags(scale)])
+    run.evaluate("transfer", "editing", compared, [*data, *editing_flags(scale, [TRANSFER])])
+    run.evaluate("adaptive", "editing", seeds[scale.adaptive_seeds], [*data, *editing_flags(scale, [ADAPTIVE])])
+    purified = [*editing_flags(scale, [TRANSFER, ADAPTIVE]), "--purifiers", *PURIFIERS]
+    run.evaluate("purifiers", "editing", [BEST], [*data, *purified])
+    run.bar.close()
+    reconstruction, generation = (results_in(args.output_dir, name) for name in ("reconstruction", "generation"))
+    defences = defences_of(results_in(args.output_dir, "transfer", "adaptive", "purifiers"))
+    draw_defences(defences, args.output_dir / "defences.png")
+    draw_curves(curves(reconstruction, f"apgd-{scale.attack_steps}"), args.output_dir / "originality.png")
+    text = "\n\n".join([
+        f"{machine()}, {date.today().isoformat()}, {run.minutes():.0f} minutes. Scale: {scale}.",
+        "## Rivals at equal time", rivals_table(reconstruction, generation, scale, run.seconds()),
+        "## Edits", defences_table(defences),
+    ])  # fmt: skip
+    write_text_atomically(args.output_dir / "defences.md", f"{text}\n")
+    print(text)
+
+
+def planned_trainings(scale: Scale) -> dict[str, list[object]]:
+    """Return the flags of all trainings by the name of the VAE: each rival's seeds, then the other originality weights."""
+    trainings: dict[str, list[object]] = {}
+    for name, rival in RIVALS.items():
+        flags = [*shlex.split(rival.flags), "--max_train_steps", max(2, round(scale.steps * rival.steps))]
+        for seed in range(scale.seeds):
+            trainings[trained_name(name, seed)] = [*flags, "--seed", seed]
+        for alpha in ALPHAS if rival.curve else ():
+            trainings[with_alpha(name, alpha)] = [*flags, "--originality_weight", alpha, "--seed", 0]
+    return trainings
+
+
+def with_alpha(rival: str, alpha: float) -> str:
+    """Return the name of a rival's VAE with another originality weight."""
+    return f"{rival}, alpha {alpha:g}"
+
+
+def reconstruction_flags(scale: Scale) -> list[object]:
+    """Return the flags of the reconstruction command."""
+    attack = f"apgd-{scale.attack_steps}"
+    return [
+        "--num_images", scale.images, "--attacks", "clean", attack, f"{attack}-latents", "--epsilons", "8/255",
+        "--threat_models", ADAPTIVE, "--no_checks", "--metrics", "psnr", "rfid", DRIFT, TRAVEL, "--classifier",
+        WEIGHTS / "classifier",
+    ]  # fmt: skip
+
+
+def generation_flags(scale: Scale) -> list[object]:
+    """Return the flags of the generation command."""
+    return [
+        *networks(), "--num_images", scale.images, "--strengths", "0.5", "--batch_size", 8,
+        "--metrics", "fid", "denoising-loss",
+    ]  # fmt: skip
+
+
+def editing_flags(scale: Scale, threats: Sequence[str]) -> list[object]:
+    """Return the flags of the editing command."""
+    return [
+        *networks(), "--num_images", scale.edited, "--strengths", "0.3", "0.6", "--batch_size", 8, "--attacks", "clean",
+        *PROTECTIONS, "--epsilons", "16/255", "--threat_models", *threats, "--max_attack_steps", scale.attack_steps,
+        "--no_checks", "--metrics", "psnr", "clip", "clip-text", "fid",
+    ]  # fmt: skip
+
+
+def networks() -> list[object]:
+    """Return the flags that name the miniature's networks and their settings."""
+    return [
+        "--pipeline", WEIGHTS / "sd", "--clip_model", WEIGHTS / "clip", "--classifier", WEIGHTS / "classifier",
+        "--caption_column", "text", "--guidance_scale", "2.5", "--num_inference_steps", 20,
+    ]  # fmt: skip
+
+
+def results_in(folder: Path, *names: str) -> Results:
+    """Return the results of evaluations."""
+    return Results(*(folder / name / "results.json" for name in names))
+
+
+def defences_of(edits: Results) -> dict[str, Defence]:
+    """Return the rivals, the purifiers with the original, and those with the best rival, by their names in the results."""
+    chains = [f"{vae} + {purifier}" for vae in (ORIGINAL, BEST) for purifier in PURIFIERS]
+    return {name: defence_of(edits, name, PROTECTIONS) for name in (*RIVALS, *chains)}
+
+
+def defences_table(defences: Mapping[str, Defence]) -> str:
+    """Return a line for each defence: harm to edits of clean images, and what is won back."""
+    lines = [["defence", "FID of clean edits", "won back, transfer (%)", "won back, adaptive (%)"]]
+    for name, defence in defences.items():
+        lines.append([name, spread(defence.harm), *map(spread, defence.won.values())])
+    return markdown_table(lines)
+
+
+def rivals_table(reconstruction: Results, generation: Results, scale: Scale, seconds: Mapping[str, int]) -> str:
+    """Return a line for each rival: quality, robustness, drift, the denoiser's loss, and seconds of training."""
+    attack, clean, attacked = f"apgd-{scale.attack_steps}", ("clean", NO_THREAT), ADAPTIVE
+    columns = {
+        "clean (dB)": (*clean, "psnr"),
+        "FID": (*clean, "rfid"),
+        "attacked (dB)": (attack, attacked, "psnr"),
+        "latents moved": (f"{attack}-latents", attacked, TRAVEL),
+        "drift": (*clean, DRIFT),
+    }
+    denoising, edits = ("clean, reconstructed", NO_THREAT, "denoising-loss"), ("clean, img2img-0.5", NO_THREAT, "fid")
+    lines = [["rival", *columns, "won back (%)", "denoiser's loss", "FID of edits", "seconds"]]
+    for name in (ORIGINAL, *RIVALS):
+        times = [
+            seconds[title] for seed in range(scale.seeds) if (title := f"train {trained_name(name, seed)}") in seconds
+        ]
+        lines.append([
+            name, *(spread(reconstruction.of(name, *column)) for column in columns.values()),
+            spread(percent(decibels_won_back(reconstruction, name, attack))),
+            *(spread(generation.of(name, *column)) for column in (denoising, edits)), spread(times),
+        ])  # fmt: skip
+    return markdown_table(lines)
+
+
+def curves(results: Results, attack: str) -> dict[str, list[tuple[float, float]]]:
+    """Return drift and attacked PSNR in dB of each rival with each originality weight, the largest weight first."""
+
+    def point(name: str) -> tuple[float, float]:
+        settings = ("clean", NO_THREAT, DRIFT), (attack, ADAPTIVE, "psnr")
+        drift, psnr = (fmean(results.of(name, *setting)) for setting in settings)
+        return drift, psnr
+
+    low, high = ALPHAS
+    return {
+        name: [point(with_alpha(name, high)), point(name), point(with_alpha(name, low))]
+        for name, rival in RIVALS.items()
+        if rival.curve
+    }
+
+
+if __name__ == "__main__":
+    main()
