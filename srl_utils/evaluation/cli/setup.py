@@ -18,7 +18,7 @@ from torch import Tensor
 
 from srl_utils.command_line import message_of
 from srl_utils.errors import UserError
-from srl_utils.evaluation.catalogue import AttackResources
+from srl_utils.evaluation.catalogue import AttackResources, select
 from srl_utils.evaluation.cli.arguments import CLIP_METRICS, draws_targets, needs_denoiser, needs_perceptual, uses_glaze
 from srl_utils.evaluation.cli.loading import (
     errors_about,
@@ -30,6 +30,7 @@ from srl_utils.evaluation.cli.loading import (
 )
 from srl_utils.evaluation.cli.places import described, parse_place
 from srl_utils.evaluation.defences import defences
+from srl_utils.evaluation.perturbations import CLEAN, Perturbation
 from srl_utils.evaluation.tasks.base import Metrics
 from srl_utils.evaluation.tasks.editing import as_image_to_image
 from srl_utils.images.listing import few
@@ -320,7 +321,28 @@ def has_enough_images(metric: str, num_images: int, notes: list[str]) -> bool:
     return num_images >= least
 
 
-# --- what attacks need ---
+# --- attacks, and what they need ---
+
+
+def chosen_perturbations(
+    args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None
+) -> list[Perturbation]:
+    """Return each of `args.attacks` at each of `args.epsilons`; note those that lack something.
+
+    With purifiers, clean images are always among them: they tell what purifying costs.
+
+    Args:
+        args: the flags of `add_attack_arguments` and `purifiers`.
+        setup: its notes are extended.
+        classifier: bounds Glaze where LPIPS has no weights.
+
+    Raises:
+        UserError: if a name is unknown, or if no attack can be made.
+    """
+    selection = select(args.attacks, args.epsilons, build_attack_resources(args, setup, classifier))
+    setup.notes.extend(selection.notes)
+    unasked = [CLEAN] if args.purifiers and CLEAN not in selection.perturbations else []
+    return [*unasked, *selection.perturbations]
 
 
 def build_attack_resources(
