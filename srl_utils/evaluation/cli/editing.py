@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import median_low
 
@@ -133,11 +132,7 @@ def edit_captions(setup: Setup, replacements: Mapping[str, str]) -> tuple[Setup,
     if unchanged:
         names = few([setup.names[number] for number in unchanged], 20)
         setup.notes.append(f"{effect}; these images were left out: {names}")
-    kept = replace(
-        setup, images=setup.images[changed], captions=[setup.captions[number] for number in changed],
-        names=[setup.names[number] for number in changed],
-    )  # fmt: skip
-    return kept, [prompts[number] for number in changed]
+    return setup.only(changed), [prompts[number] for number in changed]
 
 
 def read_prompts(path: Path, count: int) -> list[str]:

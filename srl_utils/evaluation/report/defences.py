@@ -14,10 +14,11 @@ from srl_utils.evaluation.report.tables import HIGHER_IS_BETTER, METRIC_TITLES, 
 from srl_utils.evaluation.results import Record, Row, Rows, Setting, Values, by_setting
 from srl_utils.evaluation.timings import REPETITIONS, Timings
 from srl_utils.images.pixels import format_pixel_distance
+from srl_utils.metrics.features import FEATURE_SIMILARITY
 from srl_utils.metrics.pixels import bootstrap_interval
 from srl_utils.vae.codec import Codec
 
-SHOWN = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "clip", "clip-text", "fid", "rfid")
+SHOWN = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "clip", "clip-text", FEATURE_SIMILARITY, "fid", "rfid")
 Found = dict[Setting, dict[str, Row]]
 """Rows by setting and VAE."""
 NO_PURIFIER = "none"
