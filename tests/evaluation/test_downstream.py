@@ -560,14 +560,17 @@ def test_all_images_show_the_concept_without_its_name(world, tmp_path: Path, cap
     assert "compared with the clean originals" in printed and "not fine-tuned" in printed
 
 
+PSNR = ["--metrics", "psnr"]
+
+
 @pytest.mark.parametrize(
     "task",
     [
-        ["generation", "--strengths", "0.5"],
+        ["generation", "--strengths", "0.5", *PSNR],
         ["editing", "--replace", "ring=box", "star=cup", "--strengths", "0.5", "--attacks", "clean", "photoguard-encoder",
-         "--max_attack_steps", "2", "--no_checks"],
+         "--max_attack_steps", "2", "--no_checks", *PSNR],
         ["poisoning", "--concept", "ring", "--target_concept", "star", "--num_poisons", "0", "2", "--num_generated", "2",
-         "--max_attack_steps", "2", "--finetuning_steps", "2", "--finetuning_batch_size", "2", "--no_checks"],
+         "--max_attack_steps", "2", "--finetuning_steps", "2", "--finetuning_batch_size", "2", "--no_checks", *PSNR],
         ["personalisation", "--concept", "ring", "--num_protected", "2", "--num_generated", "2", "--attacks", "clean", "pgd-2",
          "--finetuning_steps", "2", "--lora_rank", "0", "--no_checks", "--metrics", "shown", "feature-similarity",
          "--classifier", str(ROOT / "miniature/weights/classifier")],
@@ -579,10 +582,7 @@ def test_every_task_takes_purifiers(task: list[str], world, tmp_path: Path) -> N
     found = []
     for size in ("4", "1"):
         out = ["--output_dir", str(tmp_path / size), "--batch_size", size]
-        assert (
-            command.main([task[0], "--metrics", "psnr", *world, *out, *task[1:], "--purifiers", "noise-0.1", "jpeg-30"])
-            == 0
-        )
+        assert command.main([*task, *world, *out, "--purifiers", "noise-0.1", "jpeg-30"]) == 0
         found.append(rows_of(tmp_path / size))
     assert found[0] == {key: pytest.approx(value, abs=0.05) for key, value in found[1].items()}
     names = {key[0] for key in found[0]}
