@@ -1,4 +1,4 @@
-"""Editing, generation and poisoned fine-tuning with diffusion pipelines: the tasks, and the commands that run them."""
+"""Editing, generation, poisoned fine-tuning and personalisation with diffusion pipelines: the tasks, and the commands that run them."""
 
 from __future__ import annotations
 
@@ -475,15 +475,15 @@ def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows_of(tmp_path / "out") == rows
 
 
+PERSONAL = ["--concept", "ring", "--num_protected", "2", "--num_generated", "3", "--attacks", "pgd-2", "anti-dreambooth-fsmg",
+            "--max_attack_steps", "1", "--finetuning_steps", "2", "--lora_rank", "0"]  # fmt: skip
+
+
 def test_the_fine_tuning_must_suit_the_pipeline(world, tmp_path: Path, capsys) -> None:
     """Oracle: specification; a model that learns no concept is refused before any attack is made."""
     build_pipeline("sd inpaint").save_pretrained(tmp_path / "sd")
     assert exit_code(lambda: command.main(["personalisation", *world, *PERSONAL])) == 2
     assert "--pipeline" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-PERSONAL = ["--concept", "ring", "--num_protected", "2", "--num_generated", "3", "--attacks", "pgd-2", "anti-dreambooth-fsmg",
-            "--max_attack_steps", "1", "--finetuning_steps", "2", "--lora_rank", "0"]  # fmt: skip
 
 
 def test_personalisation_command(world, pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,13 +65,14 @@ def run(args: argparse.Namespace) -> int:
     attacks = list(dict.fromkeys([CLEAN, *chosen_perturbations(args, setup, classifier)]))
     images, held_out = setup.images.tensor_split([args.num_protected])
     share = args.num_protected / args.num_generated
+    prompt = args.instance_prompt or f"a photo of sks {args.concept or ''}".rstrip()  # a rare word, as in DreamBooth
     task = Personalisation(
         metrics=build_metrics(args, setup, classifier, n=args.num_generated),
         learner=learner,
         images=images,
         references=held_out if len(held_out) >= LEAST_HELD_OUT else images,
-        prompt=args.instance_prompt or instance_prompt(args.concept),
-        description=args.concept or args.instance_prompt or instance_prompt(None),
+        prompt=prompt,
+        description=args.concept or prompt,
         protections={(each.name, each.epsilon): each for each in attacks},
         classifier=classifier,
         num_generated=args.num_generated,
@@ -110,11 +111,6 @@ def of_concept(setup: Setup, concept: str | None, num_protected: int) -> Setup:
     return setup.only(numbers)
 
 
-def instance_prompt(concept: str | None) -> str:
-    """Return the prompt of DreamBooth, with a rare word before the concept, or alone."""
-    return " ".join(["a photo of sks", *([] if concept is None else [concept])])
-
-
 def notes_of(task: Personalisation) -> list[str]:
     """Return what a reader must know about the images that were learnt and those that were compared with."""
     found = [
@@ -136,7 +132,7 @@ def notes_of(task: Personalisation) -> list[str]:
 
 def draw(task: Personalisation, study: Study, rows: Rows, records: Sequence[Record]) -> dict[str, Path]:
     """Draw each similarity as bars, and some images that each fine-tuned model generates."""
-    vaes, folder = [codec.name for codec in study.codecs], study.output_dir / "figures"
+    vaes, folder = [codec.name for codec in study.undefended], study.output_dir / "figures"
     drawn: dict[str, Path] = {}
     for metric in SIMILARITIES:
         drawn |= draw_bars(rows, vaes, metric, folder)

@@ -71,7 +71,7 @@ def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Pat
                 figure = _by_epsilon(title, attacks, clean + attacked, vaes)
                 figures[title] = _save(figure, folder / f"psnr-by-epsilon-{slug}.png")
             epsilon = _epsilon_of_bars(attacked)
-            title = f"PSNR, {name}" + (f" at epsilon {format_pixel_distance(epsilon)}" if epsilon else "")
+            title = f"PSNR, {name}{_budget(epsilon)}"
             groups = _by_name(clean + [row for row in attacked if row.epsilon in (0, epsilon)])
             figures[title] = _save(_by_attack(title, groups, vaes, "psnr"), folder / f"psnr-by-attack-{slug}.png")
     return figures
@@ -89,15 +89,14 @@ def draw_bars(rows: Rows, vaes: Sequence[str], metric: str, folder: Path) -> dic
         folder: gets the PNG files.
     """
     measured = [row for row in rows if row.metric == metric]
-    unattacked = [row for row in measured if row.threat_model == NO_THREAT]
+    threat_models = list(dict.fromkeys(row.threat_model for row in measured))
     figures: dict[str, Path] = {}
     with style.context(["default", STYLE]):
-        threat_models = dict.fromkeys(row.threat_model for row in measured if row not in unattacked)
-        for threat_model in threat_models or dict.fromkeys(row.threat_model for row in unattacked):
-            attacked = [row for row in measured if row.threat_model == threat_model != NO_THREAT]
-            epsilon = _epsilon_of_bars(attacked)
-            groups = _by_name(unattacked + [row for row in attacked if row.epsilon in (0, epsilon)])
-            title = f"{METRIC_TITLES[metric]}, {THREAT_TITLES[threat_model]}"
+        for threat_model in [name for name in threat_models if name != NO_THREAT] or threat_models:
+            shown = [row for row in measured if row.threat_model in (NO_THREAT, threat_model)]
+            epsilon = _epsilon_of_bars(shown)
+            groups = _by_name([row for row in shown if row.epsilon in (0, epsilon)])
+            title = f"{METRIC_TITLES[metric]}, {THREAT_TITLES[threat_model]}{_budget(epsilon)}"
             path = folder / f"{metric}-by-attack-{safe_name(threat_model)}.png"
             figures[title] = _save(_by_attack(title, groups, vaes, metric), path)
     return figures
@@ -198,6 +197,11 @@ def _epsilon_of_bars(rows: Rows) -> float:
     """Return the epsilon of the most attacks, of several the one nearest to `USUAL_EPSILON`; 0 if there is none."""
     runs = Counter(epsilon for _, epsilon in {(row.attack, row.epsilon) for row in rows} if epsilon)
     return min(runs, key=lambda epsilon: (-runs[epsilon], abs(epsilon - USUAL_EPSILON)), default=0.0)
+
+
+def _budget(epsilon: float) -> str:
+    """Return the end of a title that names the budget; empty if it is 0."""
+    return f" at epsilon {format_pixel_distance(epsilon)}" if epsilon else ""
 
 
 def _by_name(rows: Rows) -> dict[str, Rows]:
