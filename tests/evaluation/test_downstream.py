@@ -481,9 +481,10 @@ PERSONAL = ["--concept", "ring", "--num_protected", "2", "--num_generated", "3",
 
 def test_the_fine_tuning_must_suit_the_pipeline(world, tmp_path: Path, capsys) -> None:
     """Oracle: specification; a model that learns no concept is refused before any attack is made."""
-    build_pipeline("sd inpaint").save_pretrained(tmp_path / "sd")
+    add_text_encoders(build_pipeline("sd inpaint"), tmp_path).save_pretrained(tmp_path / "sd")
     assert exit_code(lambda: command.main(["personalisation", *world, *PERSONAL])) == 2
-    assert "--pipeline" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "--pipeline: a StableDiffusionInpaintPipeline makes no images from text alone" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_personalisation_command(world, pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

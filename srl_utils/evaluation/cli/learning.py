@@ -68,13 +68,9 @@ def build_learner(args: argparse.Namespace, setup: Setup, finetuning: Finetuning
     Raises:
         UserError: if the pipeline cannot generate from text, or if its denoiser cannot be fine-tuned.
     """
-    text_to_image = build_text_to_image(
-        setup.pipeline,
-        args.resolution,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-    )
+    sampling = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     with errors_about("pipeline"):
+        text_to_image = build_text_to_image(setup.pipeline, args.resolution, **sampling)
         Denoiser.from_pipeline(setup.pipeline, "")
     return Learner(
         text_to_image=text_to_image, finetuning=finetuning, folder=args.output_dir / "finetuning",
