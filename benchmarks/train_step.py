@@ -14,7 +14,6 @@ import json
 import math
 import platform
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.command_line import Parser, exit_code, non_negative_float, non_negative_int, pixel_distance, positive_int
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
+from srl_utils.resources import seconds_of
 from srl_utils.training.arithmetic import step_arithmetic
 from srl_utils.training.execution import can_compile, choose_execution
 from srl_utils.training.step import Step, build_networks
@@ -162,21 +162,6 @@ def our_step(args: argparse.Namespace, vae: AutoencoderKL) -> Callable[[], Tenso
 
 
 # --- measuring ------------------------------------------------------------------------------------------
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that `work` takes, its work on the device included."""
-    synchronize(device)
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @contextmanager

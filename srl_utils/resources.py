@@ -1,4 +1,4 @@
-"""Handle the limits of the machine: memory and disk, what ran out, and which settings need less."""
+"""Handle the limits of the machine: memory and disk, what ran out, which settings need less, and how long work takes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import errno
 import os
 import re
 import sys
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -96,3 +98,18 @@ def failed_write(error: BaseException) -> str | None:
 def gigabytes(num_bytes: int) -> str:
     """Return a number of bytes as text, such as `1.25 GB`."""
     return f"{num_bytes / 1e9:.3g} GB"
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that `work` takes, its work on the device included."""
+    _await(device)
+    started = time.perf_counter()
+    work()
+    _await(device)
+    return time.perf_counter() - started
+
+
+def _await(device: torch.device) -> None:
+    """Wait for the device's work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

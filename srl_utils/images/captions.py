@@ -31,6 +31,11 @@ LARGEST_FIELD = 2**31 - 1  # characters of a CSV file; the csv module's own limi
 Row = Mapping[str, object]
 
 
+def names(caption: str, words: str) -> bool:
+    """Return whether a caption contains one or more whole words, in this order and without others between them."""
+    return f" {' '.join(words.split())} " in f" {' '.join(caption.split())} "
+
+
 def decode_text(content: bytes) -> str:
     """Decode UTF-8, with or without a byte order mark, or UTF-16 and UTF-32 with one.
 

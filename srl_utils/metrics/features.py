@@ -18,6 +18,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import constants, hf_hub_url
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -200,6 +201,21 @@ SET_METRICS = {
     "is": SetMetric(2 * SPLITS, "logits", lambda _, shown: inception_score(shown, splits=SPLITS).mean),
 }
 """By their names in the results; rfid is the FID of reconstructions, rfid-changes that of the changes between frames."""
+
+FEATURE_SIMILARITY = "feature-similarity"
+"""Name in the results of the similarity to a set of images in a network's features."""
+
+
+def mean_similarity(features: Tensor, others: Tensor) -> Tensor:
+    """Return each image's mean cosine similarity `[N]` with a set of other images, in [-1,1].
+
+    With CLIP embeddings this is CLIP-I of DreamBooth (Ruiz et al., arXiv 2208.12242, section 4.1).
+
+    Args:
+        features: of the images, `[N,D]`.
+        others: of the set, `[M,D]`.
+    """
+    return F.normalize(features, dim=1) @ F.normalize(others, dim=1).mean(dim=0)
 
 
 class ClipSimilarity:
@@ -453,7 +469,7 @@ def _check_pairs(images: Sequence[Any] | Tensor, others: Sequence[Any] | Tensor)
 
 
 def _cosine(first: Tensor, second: Tensor) -> Tensor:
-    return torch.nn.functional.cosine_similarity(first, second, dim=1)
+    return F.cosine_similarity(first, second, dim=1)
 
 
 def _embedding(features: Any) -> Tensor:

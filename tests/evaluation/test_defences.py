@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from srl_utils.evaluation.results import Record, Setting, to_rows
 from srl_utils.evaluation.study import THREAT_MODELS
 from srl_utils.evaluation.tasks.base import Metrics, Reconstruction
 from srl_utils.evaluation.tasks.editing import build_edits
+from srl_utils.evaluation.timings import Timings, kept_timings
 from srl_utils.images.pixels import to_pil
 from srl_utils.metrics.pixels import psnr
 from srl_utils.purifiers import Purifier, purifier_of
@@ -31,6 +33,7 @@ from srl_utils.vae.codec import Codec, frozen_codec
 EPSILON = 8 / 255
 JPEG, NOISE = purifier_of("jpeg-30"), purifier_of("noise-0.1")
 HIDDEN = Purifier(name="hidden", apply=lambda images, _: images.detach() / 2, differentiable=False)
+TIMINGS = Timings(purifiers={"jpeg-30": 1.5}, encoders={"original": 0.0125}, device="CPU", n=2)
 
 
 @pytest.fixture
@@ -133,14 +136,33 @@ def test_the_best_purifier_of_each_image(codecs: list[Codec]) -> None:
     setting = Setting("clean", None, "none", 0.0, "psnr")
     values = {"original": (20.0, 30.0), "original + jpeg-30": (28.0, 24.0)}
     records = [Record(vae, setting, index, value) for vae, pair in values.items() for index, value in enumerate(pair)]
-    best, table = defence_panels(every, to_rows(records), records)
+    best, seconds, table = defence_panels(every, to_rows(records), records, TIMINGS)
     assert best.table[1][3:] == ["original + jpeg-30", table.table[2][2]] and table.table[2][2].startswith("26.00")
     assert table.table[3][:2] == [BEST, "PSNR (dB)"] and table.table[3][2].startswith("29.00 [28.00, 30.00]")
-    assert defence_panels(codecs, to_rows(records), records) == []
+    assert table.title == "Defences: clean" and "What purifying costs" in table.explanation
+    assert seconds.table[1:] == [["none", "0", "0.0125"], ["jpeg-30", "1.5", "1.51"]]
+
+
+def test_a_defence_is_timed_once(codecs: list[Codec], tmp_path: Path) -> None:
+    """Oracle: a purifier that sleeps for a known time; a second call reads the file."""
+
+    def slow(images: Tensor, _: object) -> Tensor:
+        time.sleep(0.05 * len(images))
+        return images
+
+    every = defences(codecs, [Purifier(name="slow", apply=slow)])
+    call = {"codecs": every, "images": draw_images(3, 16), "seed": 0, "device": "CPU"}
+    timings = kept_timings(tmp_path / "timings.json", **call)
+    assert 0.05 <= timings.purifiers["slow"] < 0.1
+    assert timings.encoders.keys() == {"original", "robust"} and timings.encoders["robust"] > 0
+    assert (timings.n, timings.device) == (3, "CPU")
+    assert kept_timings(tmp_path / "timings.json", **call) == timings
 
 
 def test_the_command_judges_defences(codecs: list[Codec], tmp_path: Path) -> None:
-    """Oracle: the real command: rows of every defence, the panel in both reports, and wrong names told at once."""
+    """Oracle: the real command: rows of every defence, the panels in both reports, with clean images though
+    nobody asked for them, and the same seconds in a second call; wrong names are told at once.
+    """
     (tmp_path / "photos").mkdir()
     for number, image in enumerate(draw_images(2, 32)):
         to_pil(image).save(tmp_path / f"photos/{number}.png")
@@ -148,10 +170,11 @@ def test_the_command_judges_defences(codecs: list[Codec], tmp_path: Path) -> Non
         codec.vae.save_pretrained(tmp_path / codec.name)
     command = [
         "reconstruction", "--baseline", str(tmp_path / "original"), "--vae", f"robust={tmp_path / 'robust'}", "--data_dir",
-        str(tmp_path / "photos"), "--resolution", "32", "--attacks", "clean", "pgd-2", "--epsilons", "8/255", "--metrics",
+        str(tmp_path / "photos"), "--resolution", "32", "--attacks", "pgd-2", "--epsilons", "8/255", "--metrics",
         "psnr", "--num_images", "2", "--output_dir", str(tmp_path / "out"), "--no_checks",
     ]  # fmt: skip
-    assert evaluate([*command, "--purifiers", "resize-0.5+jpeg-75", "vae-loop-robust"]) == 0
+    purified = ["--purifiers", "resize-0.5+jpeg-75", "vae-loop-robust"]
+    assert evaluate([*command, *purified]) == 0
     rows = json.loads((tmp_path / "out/results.json").read_text())
     assert {row["vae"] for row in rows} == {
         f"{vae}{purifier}"
@@ -160,5 +183,9 @@ def test_the_command_judges_defences(codecs: list[Codec], tmp_path: Path) -> Non
     }
     for report in ("report.md", "report.html"):
         assert "Which defence" in (tmp_path / "out" / report).read_text()
+    before = (tmp_path / "out/report.md").read_text()
+    assert "## Seconds per image" in before and "## Defences: clean\n\nWhat purifying costs" in before
+    assert evaluate([*command, *purified]) == 0
+    assert (tmp_path / "out/report.md").read_text() == before
     with pytest.raises(UserError, match="no purifier 'jpg-75'; choose from jpeg-QUALITY"):
         evaluate([*command, "--purifiers", "jpg-75"])

@@ -1,4 +1,4 @@
-"""Editing, generation and poisoned fine-tuning with diffusion pipelines: the tasks, and the commands that run them."""
+"""Editing, generation, poisoned fine-tuning and personalisation with diffusion pipelines: the tasks, and the commands that run them."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
 from srl_utils.evaluation.tasks.generation import largest_difference
 from srl_utils.evaluation.tasks.poisoning import Poison, divide, doses, poisoning
 from srl_utils.images.pixels import from_pil, to_model_range, to_pil, to_unit_range
+from srl_utils.metrics.features import FEATURE_SIMILARITY
 from srl_utils.metrics.losses import PerceptualDistance
 from srl_utils.vae.codec import Codec, load_codec
 from srl_utils.vae.loading import AutoencoderSource
@@ -469,19 +470,111 @@ def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("srl_utils.evaluation.tasks.poisoning.finetune", refuse)
+    monkeypatch.setattr("srl_utils.evaluation.tasks.learning.finetune", refuse)
     assert command.main([*arguments, "--learning_rate", "1e-2"]) == 0
     assert rows_of(tmp_path / "out") == rows
+
+
+PERSONAL = ["--concept", "ring", "--num_protected", "2", "--num_generated", "3", "--attacks", "pgd-2", "anti-dreambooth-fsmg",
+            "--max_attack_steps", "1", "--finetuning_steps", "2", "--lora_rank", "0"]  # fmt: skip
+
+
+def test_the_fine_tuning_must_suit_the_pipeline(world, tmp_path: Path, capsys) -> None:
+    """Oracle: specification; a model that learns no concept is refused before any attack is made."""
+    add_text_encoders(build_pipeline("sd inpaint"), tmp_path).save_pretrained(tmp_path / "sd")
+    assert exit_code(lambda: command.main(["personalisation", *world, *PERSONAL])) == 2
+    assert "--pipeline: a StableDiffusionInpaintPipeline makes no images from text alone" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_personalisation_command(world, pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: what the models learn: the latents of the first two of the concept's images, protected on the attack's
+    source, and one caption. With a learning rate of 0 they generate what they did before; given again, the command trains
+    nothing and writes the same rows.
+    """
+    metrics = [
+        "--metrics",
+        FEATURE_SIMILARITY,
+        "shown",
+        "fid",
+        "--classifier",
+        str(ROOT / "miniature/weights/classifier"),
+    ]
+    arguments = ["personalisation", *world, *PERSONAL, *metrics, "--num_check_images", "1"]
+    learnt: list[tuple[Tensor, list[str]]] = []
+
+    def keep(pipeline, latents: Tensor, captions: list[str], config, *, seed: int):
+        learnt.append((latents, captions))
+        return finetune(pipeline, latents, captions, config, seed=seed)
+
+    def checked(codec: Codec, baseline: Codec, images: Tensor, settings: CheckSettings, *, seed: int) -> list[Check]:
+        return [Check(f"{codec.name} on {len(images)} image", passed=True, figures="")]
+
+    monkeypatch.setattr("srl_utils.evaluation.cli.running.check_robustness", checked)
+    monkeypatch.setattr("srl_utils.evaluation.tasks.learning.finetune", keep)
+    assert command.main([*arguments, "--learning_rate", "0", "--output_dir", str(tmp_path / "still")]) == 0
+    for vae in ("original", "robust"):
+        rows = {key: value for key, value in rows_of(tmp_path / "still").items() if key[0] == vae}
+        for metric in (FEATURE_SIMILARITY, "shown", "fid"):
+            values = [value for key, value in rows.items() if key[3] == metric]
+            assert values == pytest.approx([values[0]] * 6, abs=1e-4)
+    assert {captions[0] for _, captions in learnt} == {"a photo of sks ring"}
+    assert len(learnt) == 2 * (1 + 2) + 2  # the baseline is attacked once, and the other VAE twice
+    pictures = torch.stack([from_pil(Image.open(tmp_path / f"photos/{number}.png")) for number in (0, 2)])
+    codec = saved_codec("original", tmp_path, seed=0)
+    with torch.no_grad():
+        clean = codec.scale(codec.encode(pictures), pipe)
+    assert torch.allclose(learnt[0][0], clean, atol=1e-5)
+    attacked = select(["pgd-2"], [8 / 255], AttackResources()).perturbations[0]
+    shown = attacked.apply(codec, pictures, image_generators(0, [0, 1]))
+    with torch.no_grad():
+        protected = codec.scale(codec.encode(shown), pipe)
+    assert any(torch.allclose(latents, protected, atol=1e-4) for latents, _ in learnt)
+
+    assert command.main([*arguments, "--learning_rate", "1e-2"]) == 0
+    rows = rows_of(tmp_path / "out")
+    similar = [rows[("robust", *key, FEATURE_SIMILARITY)] for key in (
+        ("not fine-tuned", "none"), ("clean", "none"), ("pgd-2", "transfer"), ("pgd-2", "adaptive"),
+    )]  # fmt: skip
+    assert len(set(similar)) == 4
+    report = (tmp_path / "out/report.md").read_text()
+    assert "robust on 1 image" in report and "compared with 2 clean images" in report
+    for name in ("generated", f"{FEATURE_SIMILARITY}-by-attack-transfer", "shown-by-attack-adaptive"):
+        assert (tmp_path / f"out/figures/{name}.png").exists()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("srl_utils.evaluation.tasks.learning.finetune", refuse)
+    assert command.main([*arguments, "--learning_rate", "1e-2"]) == 0
+    assert rows_of(tmp_path / "out") == rows
+
+
+def test_all_images_show_the_concept_without_its_name(world, tmp_path: Path, capsys) -> None:
+    """Oracle: specification; the prompt names no concept, and with one image left none is held out."""
+    place = world.index("--caption_column")
+    flags = [*world[:place], *world[place + 2 :], "--num_protected", "5", "--attacks", "clean", "--dry_run", "--no_checks",
+             "--metrics", "clip-text", "--clip_model", str(ROOT / "miniature/weights/clip")]  # fmt: skip
+    assert command.main(["personalisation", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "learn 5 images with the caption 'a photo of sks'; 16 images" in printed
+    assert "compared with the clean originals" in printed and "not fine-tuned" in printed
+
+
+PSNR = ["--metrics", "psnr"]
 
 
 @pytest.mark.parametrize(
     "task",
     [
-        ["generation", "--strengths", "0.5"],
+        ["generation", "--strengths", "0.5", *PSNR],
         ["editing", "--replace", "ring=box", "star=cup", "--strengths", "0.5", "--attacks", "clean", "photoguard-encoder",
-         "--max_attack_steps", "2", "--no_checks"],
+         "--max_attack_steps", "2", "--no_checks", *PSNR],
         ["poisoning", "--concept", "ring", "--target_concept", "star", "--num_poisons", "0", "2", "--num_generated", "2",
-         "--max_attack_steps", "2", "--finetuning_steps", "2", "--finetuning_batch_size", "2", "--no_checks"],
+         "--max_attack_steps", "2", "--finetuning_steps", "2", "--finetuning_batch_size", "2", "--no_checks", *PSNR],
+        ["personalisation", "--concept", "ring", "--num_protected", "2", "--num_generated", "2", "--attacks", "clean", "pgd-2",
+         "--finetuning_steps", "2", "--lora_rank", "0", "--no_checks", "--metrics", "shown", "feature-similarity",
+         "--classifier", str(ROOT / "miniature/weights/classifier")],
     ],
     ids=lambda task: task[0],
 )  # fmt: skip
@@ -490,7 +583,7 @@ def test_every_task_takes_purifiers(task: list[str], world, tmp_path: Path) -> N
     found = []
     for size in ("4", "1"):
         out = ["--output_dir", str(tmp_path / size), "--batch_size", size]
-        assert command.main([*task, *world, *out, "--metrics", "psnr", "--purifiers", "noise-0.1", "jpeg-30"]) == 0
+        assert command.main([*task, *world, *out, "--purifiers", "noise-0.1", "jpeg-30"]) == 0
         found.append(rows_of(tmp_path / size))
     assert found[0] == {key: pytest.approx(value, abs=0.05) for key, value in found[1].items()}
     names = {key[0] for key in found[0]}
@@ -505,7 +598,7 @@ def test_interpolated_latents(world, pipe, tmp_path: Path, monkeypatch: pytest.M
         learnt[f"{len(learnt)}"] = latents
         return finetune(pipeline, latents, captions, config, seed=seed)
 
-    monkeypatch.setattr("srl_utils.evaluation.tasks.poisoning.finetune", keep)
+    monkeypatch.setattr("srl_utils.evaluation.tasks.learning.finetune", keep)
     arguments = [
         "poisoning", *world, "--concept", "ring", "--target_concept", "star", "--num_poisons", "0", "2", "--num_generated", "2",
         "--protection", "interpolated-25", "interpolated-100", "--finetuning_steps", "1", "--finetuning_batch_size", "2",
@@ -552,6 +645,10 @@ def test_without_poisons_none_are_made(world, tmp_path: Path) -> None:
         ("generation", ["--caption_column", "title"], "title"),
         ("poisoning", ["--concept", "ring", "--target_concept", "star"], "100 poisons and 32 held-out"),
         ("poisoning", ["--concept", "ring", "--target_concept", "star", "--num_poisons", "0", "--epsilon", "8/255"], "--epsilon has no effect"),
+        ("personalisation", ["--concept", "star"], "there are 2 images whose captions name 'star', and 4 are to be protected"),
+        ("personalisation", ["--concept", "ring", "--num_protected", "7"], "--num_protected: there are 4 images"),
+        ("personalisation", [], "--caption_column has no effect"),
+        ("personalisation", ["--concept", "ring", "--pipeline", "nowhere"], "--pipeline"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(name: str, change: list[str], message: str, world, tmp_path: Path, capsys) -> None:

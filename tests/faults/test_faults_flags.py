@@ -38,6 +38,7 @@ COMMANDS = {
     "generation": (evaluation.parse_args, ["generation", *DOWNSTREAM]),
     "editing": (evaluation.parse_args, ["editing", *DOWNSTREAM]),
     "poisoning": (evaluation.parse_args, ["poisoning", *DOWNSTREAM, "--concept", "a", "--target_concept", "b"]),
+    "personalisation": (evaluation.parse_args, ["personalisation", *DOWNSTREAM, "--concept", "a"]),
     "sanitize": (sanitizing.parse_args, SANITIZING),
 }
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from srl_utils.errors import UserError
 from srl_utils.evaluation.cli.editing import read_prompts
-from srl_utils.images.captions import as_caption, decode_text, folder_captions, lines_of
+from srl_utils.images.captions import as_caption, decode_text, folder_captions, lines_of, names
 from srl_utils.images.datasets import DataSource, ValidationImages, load_validation_images
 from srl_utils.images.listing import list_images
 
@@ -273,3 +273,10 @@ def test_lines_end_where_editors_end_them() -> None:
     """Oracle: closed form."""
     assert lines_of("a\u2028b\x0b\n\r\n c\x85d \re\x1cf") == ["a\u2028b", "c\x85d", "e\x1cf"]
     assert decode_text("ä".encode()) == decode_text(b"\xef\xbb\xbf\xc3\xa4") == decode_text(b"\xff\xfe\xe4\0") == "ä"
+
+
+def test_a_caption_names_whole_words_side_by_side() -> None:
+    """Oracle: closed form."""
+    caption = "a small red  circle on a ringlet"
+    assert names(caption, "circle") and names(caption, "red circle") and names(caption, " a ")
+    assert not names(caption, "ring") and not names(caption, "small circle") and not names(caption, "circle red")

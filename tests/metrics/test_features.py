@@ -53,6 +53,7 @@ from srl_utils.metrics.features import (
     load_clip_similarity,
     load_image_classifier,
     load_inception_features,
+    mean_similarity,
 )
 from srl_utils.metrics.losses import LPIPS_TRUNKS, load_perceptual_distance
 
@@ -487,6 +488,14 @@ def test_half_precision_weights_run_in_full(clip_folder, tmp_path, pictures) -> 
         processor.save_pretrained(folder)
         values.append(load_clip_similarity(str(folder)).image_text(pictures[0], TEXTS))
     assert values[0].dtype == torch.float32 and torch.equal(*values)
+
+
+def test_mean_similarity_is_the_mean_over_all_pairs() -> None:
+    """Oracle: PyTorch's cosine similarity of each pair; features of any length."""
+    draws = torch.Generator().manual_seed(0)
+    features, others = torch.randn(3, 5, generator=draws), 7 * torch.randn(4, 5, generator=draws)
+    expected = [torch.cosine_similarity(one[None], others).mean() for one in features]
+    torch.testing.assert_close(mean_similarity(features, others), torch.stack(expected))
 
 
 def test_pairs_have_to_be_complete(clip, pictures) -> None:

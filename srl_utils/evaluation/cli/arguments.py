@@ -24,7 +24,7 @@ from srl_utils.evaluation.catalogue import ITERATED, NOISE, expanded, known_name
 from srl_utils.evaluation.cli.places import FORM
 from srl_utils.evaluation.study import THREAT_MODELS
 from srl_utils.images.sources import PHOTOGRAPHS
-from srl_utils.metrics.features import CLIP_MODEL, SET_METRICS
+from srl_utils.metrics.features import CLIP_MODEL, FEATURE_SIMILARITY, SET_METRICS
 from srl_utils.purifiers import check_purifier, known_purifiers, uses_pipeline
 
 CLIP_METRICS = ("clip", "clip-text")
@@ -167,13 +167,16 @@ def check_effects(checked: bool) -> Effects:
 
 def classifier_effects(metrics: Sequence[str], classifier: str | None, attacks: Sequence[str] = ()) -> Effects:
     """Return when a classifier and Inception's weights have an effect, with these metrics, classifier and attacks."""
-    sets = has_set_metrics(metrics)
+    featured = has_set_metrics(metrics) or FEATURE_SIMILARITY in metrics
     return {
         "classifier": (
-            sets or "shown" in metrics or uses_glaze(attacks),
-            "shown, FID, rFID, KID or IS among --metrics, or Glaze",
+            featured or "shown" in metrics or uses_glaze(attacks),
+            "shown, FID, rFID, KID, IS or feature-similarity among --metrics, or Glaze",
         ),
-        "inception_weights": (sets and classifier is None, "FID, rFID, KID or IS among --metrics and no --classifier"),
+        "inception_weights": (
+            featured and classifier is None,
+            "FID, rFID, KID, IS or feature-similarity among --metrics and no --classifier",
+        ),
     }
 
 

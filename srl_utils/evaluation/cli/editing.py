@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import median_low
 
 from srl_utils.command_line import Effects, expanded_path
 from srl_utils.errors import UserError
-from srl_utils.evaluation.catalogue import NOISE, select
+from srl_utils.evaluation.catalogue import NOISE
 from srl_utils.evaluation.cli.arguments import (
     add_attack_arguments,
     add_metrics_argument,
@@ -25,9 +24,9 @@ from srl_utils.evaluation.cli.loading import load_classifier
 from srl_utils.evaluation.cli.running import run_study
 from srl_utils.evaluation.cli.setup import (
     Setup,
-    build_attack_resources,
     build_metrics,
     check_captions,
+    chosen_perturbations,
     defended,
     exchangeable,
     prepare,
@@ -81,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     check_steps(edits)
-    selection = select(args.attacks, args.epsilons, build_attack_resources(args, setup, classifier))
-    setup.notes.extend(selection.notes)
+    perturbations = chosen_perturbations(args, setup, classifier)
     baseline = setup.codecs[0].name
     setup.notes.append(
         "edits of protected images are compared with edits of the clean images by the same VAE; edits of clean images "
@@ -92,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         args,
         setup,
         task,
-        selection.perturbations,
+        perturbations,
         title="Editing under protection",
         check_settings=CheckSettings(epsilon=median_low(args.epsilons)),
         prompts=prompts,
@@ -134,11 +132,7 @@ def edit_captions(setup: Setup, replacements: Mapping[str, str]) -> tuple[Setup,
     if unchanged:
         names = few([setup.names[number] for number in unchanged], 20)
         setup.notes.append(f"{effect}; these images were left out: {names}")
-    kept = replace(
-        setup, images=setup.images[changed], captions=[setup.captions[number] for number in changed],
-        names=[setup.names[number] for number in changed],
-    )  # fmt: skip
-    return kept, [prompts[number] for number in changed]
+    return setup.only(changed), [prompts[number] for number in changed]
 
 
 def read_prompts(path: Path, count: int) -> list[str]:

@@ -9,13 +9,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from PIL import Image
 from torch import Tensor
 
 from srl_utils.attacks.protections import PROTECTIONS
-from srl_utils.command_line import Effects, non_negative_float, non_negative_int, positive_int
-from srl_utils.console import progress_bar
+from srl_utils.command_line import Effects, non_negative_int, positive_int
 from srl_utils.evaluation.catalogue import AttackResources, select
 from srl_utils.evaluation.cli.arguments import (
     add_check_arguments,
@@ -26,6 +23,12 @@ from srl_utils.evaluation.cli.arguments import (
     check_effects,
     classifier_effects,
     shared_effects,
+)
+from srl_utils.evaluation.cli.learning import (
+    add_finetuning_arguments,
+    build_learner,
+    finetuning_config,
+    generated_picture,
 )
 from srl_utils.evaluation.cli.loading import load_classifier
 from srl_utils.evaluation.cli.running import run_study
@@ -41,20 +44,15 @@ from srl_utils.evaluation.cli.setup import (
 )
 from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.evaluation.report.figures import draw_curves
-from srl_utils.evaluation.report.grids import extremes_picture
 from srl_utils.evaluation.results import Record, Rows
 from srl_utils.evaluation.sanity import CheckSettings
 from srl_utils.evaluation.study import THREAT_MODELS, Study
-from srl_utils.evaluation.tasks.finetuning import FinetuningConfig
-from srl_utils.evaluation.tasks.generation import build_text_to_image
 from srl_utils.evaluation.tasks.poisoning import Dose, Poison, Poisoning, divide, doses, poisoning
 from srl_utils.files import write_atomically
 from srl_utils.metrics.features import ImageClassifier
 from srl_utils.metrics.losses import LPIPS_METRICS
 
 METRICS = ("psnr", "ssim", *LPIPS_METRICS, "clip", "clip-text", "shown", "fid", "kid")
-NUM_PICTURES = 8
-"""Generated images of each fine-tuned model in the report."""
 USUAL_EPSILON = 8 / 255
 """Budget of the robustness checks if the budget of the poisons is in another measure, in units of a [0,1] image."""
 INTERPOLATED = re.compile(r"interpolated-(\d{1,3})")
@@ -63,11 +61,7 @@ TARGETED = tuple(name for name, protection in PROTECTIONS.items() if protection.
 
 def run(args: argparse.Namespace) -> int:
     """Run the evaluation and return its exit code."""
-    finetuning = FinetuningConfig(
-        num_steps=args.finetuning_steps, batch_size=args.finetuning_batch_size, learning_rate=args.learning_rate,
-        lora_rank=args.lora_rank,
-    )  # fmt: skip
-    finetuning.check()
+    finetuning = finetuning_config(args)
     classifier = load_classifier(args.classifier, args.metrics)
     setup = defended(exchangeable(prepare(args)), args, classifier)
     check_captions(setup, "poisoning")
@@ -79,21 +73,12 @@ def run(args: argparse.Namespace) -> int:
     given = {dose.name: dose for dose in doses(poisons, args.num_poisons)}
     task = Poisoning(
         metrics=build_metrics(args, setup, classifier),
-        text_to_image=build_text_to_image(
-            setup.pipeline,
-            args.resolution,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-        ),
+        learner=build_learner(args, setup, finetuning),
         images=setup.images,
         captions=setup.captions,
         concepts=concepts,
         doses=given,
-        finetuning=finetuning,
         classifier=classifier,
-        folder=args.output_dir / "finetuning",
-        batch_size=args.batch_size,
-        seed=args.seed,
     )
     # All doses of a poison share the poisons of the largest.
     made = max(args.num_poisons) / max(1, len({*args.num_poisons} - {0})) / len(concepts.held_out)
@@ -123,28 +108,13 @@ def draw(task: Poisoning, study: Study, rows: Rows, records: Sequence[Record]) -
     if len(shares) > 2:
         curves |= draw_curves(rows, vaes, shares, folder, label=f"% of the way, {most} poisons")
     path = folder / "generated.png"
-    write_atomically(path, lambda aside: generated_picture(task, study).save(aside, format="PNG"))
+    write_atomically(path, lambda aside: generated_picture(study, task.learner).save(aside, format="PNG"))
     return curves | {"What the fine-tuned models generate from held-out captions": path}
 
 
 def is_control(dose: Dose, amount: int) -> bool:
     """Return whether a dose is on the curve of interpolated latents: without an attack, of `amount` poisons or none."""
     return dose.poison.attack is None and dose.amount in (0, amount)
-
-
-def generated_picture(task: Poisoning, study: Study) -> Image.Image:
-    """Return a picture with a row of generated images for each fine-tuned model."""
-    numbers = list(range(min(NUM_PICTURES, len(study.images))))
-    lines = []
-    shown = [(cell, codec) for cell in study.cells() for codec in cell.judged]
-    cost = len(numbers) * task.text_to_image.passes
-    with progress_bar(round(cost * len(shown)), desc="picture", unit="pass") as bar, study.watched(bar) as meter:
-        for cell, codec in shown:
-            title = f"{codec.name}: {cell.title}"
-            with meter.stage(f"picture, {title}", cost), torch.no_grad():
-                images = task.attempt(cell, codec, study.images[numbers].to(codec.device), numbers, "")
-            lines.append((title, [(image, "") for image in images]))
-    return extremes_picture(lines, titles=[""] * len(numbers), cell=80, label=300)
 
 
 def build_poison(name: str, args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None) -> Poison:
@@ -218,15 +188,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--max_attack_steps", type=positive_int, default=None, help="shortens the published protections")
     add_check_arguments(parser)
-    add("--finetuning_steps", type=positive_int, default=500, help="optimizer steps of each fine-tuning")
-    add("--finetuning_batch_size", type=positive_int, default=8, help="images per step")
-    add("--learning_rate", type=non_negative_float, default=1e-5, help="of AdamW, constant")
-    add(
-        "--lora_rank",
-        type=positive_int,
-        default=None,
-        help="fine-tune adapters of this rank (peft) instead of the whole UNet",
-    )
+    add_finetuning_arguments(parser, steps=500, batch_size=8, learning_rate=1e-5, lora_rank=None)
     parser.set_defaults(num_images=500)
 
 

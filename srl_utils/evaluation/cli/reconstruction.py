@@ -8,7 +8,6 @@ from dataclasses import replace
 from statistics import median_low
 
 from srl_utils.command_line import Effects, positive_int
-from srl_utils.evaluation.catalogue import select
 from srl_utils.evaluation.cli.arguments import (
     add_attack_arguments,
     add_classifier_argument,
@@ -22,7 +21,7 @@ from srl_utils.evaluation.cli.arguments import (
 )
 from srl_utils.evaluation.cli.loading import load_classifier
 from srl_utils.evaluation.cli.running import run_study
-from srl_utils.evaluation.cli.setup import Setup, build_attack_resources, build_metrics, defended, prepare
+from srl_utils.evaluation.cli.setup import Setup, build_metrics, chosen_perturbations, defended, prepare
 from srl_utils.evaluation.motion import FLIPS, MOTION_METRICS, USE
 from srl_utils.evaluation.sanity import CheckSettings
 from srl_utils.evaluation.tasks.base import Reconstruction, denoiser_of
@@ -48,13 +47,12 @@ def run(args: argparse.Namespace) -> int:
     )
     task.note_incomparable(setup.codecs, setup.notes)
     note_inapplicable(args.metrics, setup)
-    selection = select(args.attacks, args.epsilons, build_attack_resources(args, setup, classifier))
-    setup.notes.extend(selection.notes)
+    perturbations = chosen_perturbations(args, setup, classifier)
     check_settings = CheckSettings(epsilon=median_low(args.epsilons))
     if set(args.attacks) == {"quick"}:
         check_settings = replace(check_settings, steps=(5, 20, 40), queries=100)
     return run_study(
-        args, setup, task, selection.perturbations, title="Reconstruction under attack", check_settings=check_settings
+        args, setup, task, perturbations, title="Reconstruction under attack", check_settings=check_settings
     )
 
 

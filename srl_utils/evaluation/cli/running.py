@@ -26,10 +26,12 @@ from srl_utils.evaluation.report.caveats import Caveat, caveat_of_precision, cav
 from srl_utils.evaluation.report.defences import defence_panels
 from srl_utils.evaluation.report.document import ReportContent, write_report
 from srl_utils.evaluation.report.extremes import draw_extremes
+from srl_utils.evaluation.report.tables import Panel
 from srl_utils.evaluation.results import Record, Rows
 from srl_utils.evaluation.sanity import Check, CheckSettings, check_robustness
 from srl_utils.evaluation.study import Study
 from srl_utils.evaluation.tasks.base import Metrics, Task
+from srl_utils.evaluation.timings import kept_timings
 from srl_utils.files import read_json, sole_run, write_text_atomically
 
 NOT_IN_FINGERPRINT = frozenset(
@@ -93,7 +95,7 @@ def run_study(
                 title=title,
                 baseline=study.baseline.name,
                 vaes=[codec.name for codec in study.undefended],
-                panels=defence_panels(setup.codecs, rows, records),
+                panels=panels_of_defences(args, study, rows, records),
                 rows=rows,
                 records=records,
                 checks=checks,
@@ -105,6 +107,17 @@ def run_study(
             write_report(content, args.output_dir)
             print(f"{verdict(checks)}Report: {args.output_dir / 'report.html'}, {args.output_dir / 'report.md'}")
     return 0
+
+
+def panels_of_defences(args: argparse.Namespace, study: Study, rows: Rows, records: Sequence[Record]) -> list[Panel]:
+    """Return the panels on purifiers, after timing those that were not timed yet; none without purifiers."""
+    if not args.purifiers:
+        return []
+    timings = kept_timings(
+        study.output_dir / "timings.json", study.codecs, study.images, seed=study.seed,
+        device=used_device(study.accelerator),
+    )  # fmt: skip
+    return defence_panels(study.codecs, rows, records, timings)
 
 
 def describe(study: Study) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from srl_utils.command_line import message_of
 from srl_utils.errors import UserError
-from srl_utils.evaluation.catalogue import AttackResources
+from srl_utils.evaluation.catalogue import AttackResources, select
 from srl_utils.evaluation.cli.arguments import CLIP_METRICS, draws_targets, needs_denoiser, needs_perceptual, uses_glaze
 from srl_utils.evaluation.cli.loading import (
     errors_about,
@@ -30,11 +30,13 @@ from srl_utils.evaluation.cli.loading import (
 )
 from srl_utils.evaluation.cli.places import described, parse_place
 from srl_utils.evaluation.defences import defences
+from srl_utils.evaluation.perturbations import CLEAN, Perturbation
 from srl_utils.evaluation.tasks.base import Metrics
 from srl_utils.evaluation.tasks.editing import as_image_to_image
 from srl_utils.images.listing import few
 from srl_utils.launching import check_launch, launched_accelerator, launched_precision, note_on_compiling
 from srl_utils.metrics.features import (
+    FEATURE_SIMILARITY,
     SET_METRICS,
     ImageClassifier,
     classifier_distance,
@@ -81,6 +83,11 @@ class Setup:
     def num_frames(self) -> int:
         """Return the frames of a clip; 1 for images."""
         return self.images.shape[2] if self.images.ndim == 5 else 1
+
+    def only(self, numbers: Sequence[int]) -> Setup:
+        """Return the setup with the images of these numbers alone."""
+        captions, names = ([texts[number] for number in numbers] for texts in (self.captions, self.names))
+        return replace(self, images=self.images[list(numbers)], captions=captions, names=names)
 
 
 def prepare(args: argparse.Namespace) -> Setup:
@@ -284,7 +291,9 @@ def quoted(texts: Sequence[str]) -> str:
 # --- metrics ---
 
 
-def build_metrics(args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None) -> Metrics:
+def build_metrics(
+    args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None, *, n: int | None = None
+) -> Metrics:
     """Load the networks that `args.metrics` needs.
 
     Metrics whose weights are missing, or that need more images, are left out with a note.
@@ -293,13 +302,18 @@ def build_metrics(args: argparse.Namespace, setup: Setup, classifier: ImageClass
         args: `metrics`, `inception_weights` and `clip_model`.
         setup: its notes are extended.
         classifier: replaces Inception for FID, KID and Inception Score.
+        n: number of images that are measured; by default all that were loaded.
     """
+    count = len(setup.images) if n is None else n
     loaders: dict[str, tuple[Sequence[str], Callable[[], Any]]] = {
         **{name: ((name,), partial(load_perceptual_distance, trunk)) for name, trunk in LPIPS_METRICS.items()},
-        "features": (tuple(SET_METRICS), lambda: classifier or load_inception_features(args.inception_weights)),
+        "features": (
+            (*SET_METRICS, FEATURE_SIMILARITY),
+            lambda: classifier or load_inception_features(args.inception_weights),
+        ),
         "clip": (CLIP_METRICS, lambda: load_clip_similarity(args.clip_model)),
     }
-    names = [name for name in dict.fromkeys(args.metrics) if has_enough_images(name, len(setup.images), setup.notes)]
+    names = [name for name in dict.fromkeys(args.metrics) if has_enough_images(name, count, setup.notes)]
     networks: dict[str, Any] = {}
     for network, (served, load) in loaders.items():
         if wanted := [name for name in names if name in served]:
@@ -320,7 +334,28 @@ def has_enough_images(metric: str, num_images: int, notes: list[str]) -> bool:
     return num_images >= least
 
 
-# --- what attacks need ---
+# --- attacks, and what they need ---
+
+
+def chosen_perturbations(
+    args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None = None
+) -> list[Perturbation]:
+    """Return each of `args.attacks` at each of `args.epsilons`; note those that lack something.
+
+    With purifiers, clean images are always among them: they tell what purifying costs.
+
+    Args:
+        args: the flags of `add_attack_arguments` and `purifiers`.
+        setup: its notes are extended.
+        classifier: bounds Glaze where LPIPS has no weights.
+
+    Raises:
+        UserError: if a name is unknown, or if no attack can be made.
+    """
+    selection = select(args.attacks, args.epsilons, build_attack_resources(args, setup, classifier))
+    setup.notes.extend(selection.notes)
+    unasked = [CLEAN] if args.purifiers and CLEAN not in selection.perturbations else []
+    return [*unasked, *selection.perturbations]
 
 
 def build_attack_resources(

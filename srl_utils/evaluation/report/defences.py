@@ -6,14 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from srl_utils.evaluation.defences import Defence
+from srl_utils.evaluation.perturbations import CLEAN, NO_THREAT
 from srl_utils.evaluation.report.tables import HIGHER_IS_BETTER, METRIC_TITLES, Panel, measured
 from srl_utils.evaluation.results import Record, Row, Rows, Setting, Values, by_setting
+from srl_utils.evaluation.timings import REPETITIONS, Timings
 from srl_utils.images.pixels import format_pixel_distance
+from srl_utils.metrics.features import FEATURE_SIMILARITY
 from srl_utils.metrics.pixels import bootstrap_interval
 from srl_utils.vae.codec import Codec
 
-SHOWN = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "clip", "clip-text", "fid", "rfid")
+SHOWN = ("psnr", "ssim", "lpips-alex", "lpips-vgg", "clip", "clip-text", FEATURE_SIMILARITY, "fid", "rfid")
 Found = dict[Setting, dict[str, Row]]
 """Rows by setting and VAE."""
 NO_PURIFIER = "none"
@@ -25,17 +30,18 @@ EXPLANATION = (
     "else the VAE alone."
 )
 
+PRICE = "What purifying costs an image that nobody has attacked: each line against the first."
 
-def defence_panels(codecs: Sequence[Codec], rows: Rows, records: Sequence[Record]) -> list[Panel]:
-    """Return a panel with the best defences, and one for each attack and threat model; none without purifiers.
+
+def defence_panels(codecs: Sequence[Codec], rows: Rows, records: Sequence[Record], timings: Timings) -> list[Panel]:
+    """Return panels with the best defences, with their seconds, and with all values for each attack and threat model.
 
     Args:
         codecs: the VAEs alone, and with purifiers.
         rows: of the study.
         records: of the study.
+        timings: of all purifiers and encoders.
     """
-    if not any(isinstance(codec, Defence) for codec in codecs):
-        return []
     names = {(purifier_name(codec), codec.bare.name): codec.name for codec in codecs}
     found: Found = {}
     for row in rows:
@@ -45,7 +51,11 @@ def defence_panels(codecs: Sequence[Codec], rows: Rows, records: Sequence[Record
     for setting in found:
         groups.setdefault(setting._replace(metric=""), []).append(setting)
     values = by_setting(records)
-    return [_best_panel(found), *(_panel(group, names, found, values) for group in groups.values())]
+    return [
+        _best_panel(found),
+        _seconds_panel(timings),
+        *(_panel(group, names, found, values) for group in groups.values()),
+    ]
 
 
 def purifier_name(codec: Codec) -> str:
@@ -60,6 +70,26 @@ def _best_panel(found: Found) -> Panel:
         best = _choice(setting)(by_vae.values(), key=lambda row: row.value)
         table.append([_title(setting), setting.threat_model, METRIC_TITLES[setting.metric], best.vae, _text(best)])
     return Panel("Which defence", EXPLANATION, table)
+
+
+def _seconds_panel(timings: Timings) -> Panel:
+    """Return what each defence costs: the purifier alone, and the purifier with each encoder."""
+    seconds = {NO_PURIFIER: 0.0, **timings.purifiers}
+    table = [["purifier", "purifying", *(f"purifying and encoding, {vae}" for vae in timings.encoders)]]
+    for purifier, purifying in seconds.items():
+        costs = [purifying, *(purifying + encoding for encoding in timings.encoders.values())]
+        table.append([purifier, *map(_seconds, costs)])
+    explanation = (
+        f"On {timings.device}, for each image of a batch of {timings.n}: the median of {REPETITIONS} calls after a "
+        "warm-up. The first line is the VAE's own encoding. The numbers were measured once; another run of the same "
+        "command repeats them."
+    )
+    return Panel("Seconds per image", explanation, table)
+
+
+def _seconds(value: float) -> str:
+    """Return seconds with three significant digits, and no exponent."""
+    return np.format_float_positional(value, precision=3, unique=False, fractional=False, trim="-") if value else "0"
 
 
 def _panel(settings: Sequence[Setting], names: Mapping[tuple[str, str], str], found: Found, values: Values) -> Panel:
@@ -80,7 +110,10 @@ def _panel(settings: Sequence[Setting], names: Mapping[tuple[str, str], str], fo
         best = [_best(setting, [names[purifier, vae] for purifier in purifiers], values) for vae in vaes]
         if any(best):
             table.append([BEST, metric, *best])
-    return Panel(f"Defences: {_title(settings[0])}, {settings[0].threat_model}", "", table)
+    first = settings[0]
+    explanation = PRICE if first.attack.partition(", ")[0] == CLEAN.name else ""
+    threat = "" if first.threat_model == NO_THREAT else f", {first.threat_model}"
+    return Panel(f"Defences: {_title(first)}{threat}", explanation, table)
 
 
 def _title(setting: Setting) -> str:

@@ -13,7 +13,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from srl_utils.evaluation.perturbations import CLEAN
+from srl_utils.evaluation.perturbations import CLEAN, NO_THREAT
+from srl_utils.evaluation.report.tables import METRIC_TITLES
 from srl_utils.evaluation.results import Row, Rows
 from srl_utils.files import write_atomically
 from srl_utils.images.pixels import format_pixel_distance
@@ -70,9 +71,34 @@ def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Pat
                 figure = _by_epsilon(title, attacks, clean + attacked, vaes)
                 figures[title] = _save(figure, folder / f"psnr-by-epsilon-{slug}.png")
             epsilon = _epsilon_of_bars(attacked)
-            title = f"PSNR, {name}" + (f" at epsilon {format_pixel_distance(epsilon)}" if epsilon else "")
+            title = f"PSNR, {name}{_budget(epsilon)}"
             groups = _by_name(clean + [row for row in attacked if row.epsilon in (0, epsilon)])
-            figures[title] = _save(_by_attack(title, groups, vaes), folder / f"psnr-by-attack-{slug}.png")
+            figures[title] = _save(_by_attack(title, groups, vaes, "psnr"), folder / f"psnr-by-attack-{slug}.png")
+    return figures
+
+
+def draw_bars(rows: Rows, vaes: Sequence[str], metric: str, folder: Path) -> dict[str, Path]:
+    """Draw one metric under all attacks as PNG files in `folder`, and return their paths by title.
+
+    Each threat model has a figure, which also shows the rows without a threat; without attacks, those have their own.
+
+    Args:
+        rows: results; there are no figures if they lack the metric.
+        vaes: names of the VAEs, the baseline first.
+        metric: its name.
+        folder: gets the PNG files.
+    """
+    measured = [row for row in rows if row.metric == metric]
+    threat_models = list(dict.fromkeys(row.threat_model for row in measured))
+    figures: dict[str, Path] = {}
+    with style.context(["default", STYLE]):
+        for threat_model in [name for name in threat_models if name != NO_THREAT] or threat_models:
+            shown = [row for row in measured if row.threat_model in (NO_THREAT, threat_model)]
+            epsilon = _epsilon_of_bars(shown)
+            groups = _by_name([row for row in shown if row.epsilon in (0, epsilon)])
+            title = f"{METRIC_TITLES[metric]}, {THREAT_TITLES[threat_model]}{_budget(epsilon)}"
+            path = folder / f"{metric}-by-attack-{safe_name(threat_model)}.png"
+            figures[title] = _save(_by_attack(title, groups, vaes, metric), path)
     return figures
 
 
@@ -173,11 +199,16 @@ def _epsilon_of_bars(rows: Rows) -> float:
     return min(runs, key=lambda epsilon: (-runs[epsilon], abs(epsilon - USUAL_EPSILON)), default=0.0)
 
 
+def _budget(epsilon: float) -> str:
+    """Return the end of a title that names the budget; empty if it is 0."""
+    return f" at epsilon {format_pixel_distance(epsilon)}" if epsilon else ""
+
+
 def _by_name(rows: Rows) -> dict[str, Rows]:
     return {attack: [row for row in rows if row.attack == attack] for attack in _attacks(rows)}
 
 
-def _by_attack(title: str, groups: Mapping[str, Rows], vaes: Sequence[str]) -> Figure:
+def _by_attack(title: str, groups: Mapping[str, Rows], vaes: Sequence[str], metric: str) -> Figure:
     """Draw horizontal bars, which leave room for many attacks with long names."""
     thickness = 0.8 / len(vaes)
     inches = len(groups) * (0.16 * len(vaes) + 0.12)
@@ -193,7 +224,7 @@ def _by_attack(title: str, groups: Mapping[str, Rows], vaes: Sequence[str]) -> F
         for place, value, (low, high) in zip(places, values, intervals, strict=True):
             axes.plot([low, high], [place, place], color="#20252b", linewidth=1.1)
             axes.annotate(
-                f"{value:.1f}", (max(value, high), place), xytext=(4, 0), textcoords="offset points", va="center",
+                f"{value:.3g}", (max(value, high), place), xytext=(4, 0), textcoords="offset points", va="center",
                 fontsize=7.5, color="#333a41",
             )  # fmt: skip
     axes.set_yticks(range(len(groups)), [_plain(attack) for attack in groups])
@@ -201,7 +232,7 @@ def _by_attack(title: str, groups: Mapping[str, Rows], vaes: Sequence[str]) -> F
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.08)
-    axes.set_xlabel("PSNR (dB)")
+    axes.set_xlabel(METRIC_TITLES[metric])
     _finish(figure, title, bars, vaes)
     return figure
 

@@ -12,16 +12,16 @@ from srl_utils.images.pixels import format_pixel_distance
 METRIC_TITLES = {
     "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips-alex": "LPIPS (AlexNet)", "lpips-vgg": "LPIPS (VGG)",
     "lpips-squeeze": "LPIPS (SqueezeNet)", "clip": "CLIP similarity", "clip-text": "CLIP with the prompt",
-    "shown": "share as prompted", "rfid": "rFID", "rfid-changes": "rFID of changes between frames", "fid": "FID",
+    "shown": "share as prompted", "feature-similarity": "similarity of features", "rfid": "rFID", "rfid-changes": "rFID of changes between frames", "fid": "FID",
     "kid": "KID", "is": "Inception Score",
     "latent-travel": "latents moved", "latent-share": "share of the way to the target",
     "warping-error": "warping error", "flicker": "flicker", "token-flips": "share of tokens changed",
     "codebook-use": "share of codes used",
     "drift": "latent drift", "denoising-loss": "denoiser's loss", "difference": "largest difference",
 }  # fmt: skip
-HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "clip-text", "shown", "is", "codebook-use"})
+HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "clip-text", "shown", "feature-similarity", "is", "codebook-use"})
 DECIMALS = {
-    "psnr": 2, "ssim": 4, "lpips-alex": 4, "lpips-vgg": 4, "lpips-squeeze": 4, "clip": 4, "clip-text": 4, "shown": 3,
+    "psnr": 2, "ssim": 4, "lpips-alex": 4, "lpips-vgg": 4, "lpips-squeeze": 4, "clip": 4, "clip-text": 4, "shown": 3, "feature-similarity": 4,
     "rfid": 2, "rfid-changes": 3, "fid": 2, "kid": 4, "is": 2,
     "latent-travel": 3, "latent-share": 3, "token-flips": 3, "codebook-use": 3, "warping-error": 5, "flicker": 4,
     "drift": 4, "denoising-loss": 4, "difference": 4,

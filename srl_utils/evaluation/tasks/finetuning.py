@@ -48,14 +48,16 @@ def finetune(
         latents: `[N,C,h,w]` at the UNet's scale.
         captions: one for each image.
         config: how it is trained.
-        seed: fixes the order of the images, the timesteps and the noise.
+        seed: fixes the adapters' start, the order of the images, the timesteps and the noise.
 
     Raises:
         UserError: if the pipeline is of another kind.
     """
     prompts = encode_prompts(pipeline, captions)
     unet = _in_dtype(copy.deepcopy(pipeline.unet), torch.float32)
-    adapted = _trainable(unet, config)
+    with torch.random.fork_rng(devices=[]):  # peft draws the adapters from the global generator
+        torch.manual_seed(seed)
+        adapted = _trainable(unet, config)
     optimizer = torch.optim.AdamW(
         [weight for weight in adapted.parameters() if weight.requires_grad], lr=config.learning_rate
     )

@@ -6,28 +6,20 @@ Source: Shan et al., "Nightshade: Prompt-Specific Poisoning Attacks on Text-to-I
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
-from filelock import FileLock
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from srl_utils.attacks.draws import image_generators, purifying_generators
 from srl_utils.errors import UserError
-from srl_utils.evaluation.metering import DENOISER
-from srl_utils.evaluation.perturbations import AS_PUBLISHED, Perturbation
+from srl_utils.evaluation.perturbations import AS_PUBLISHED, CLEAN, Perturbation
 from srl_utils.evaluation.tasks.base import Cell, Metrics, denoiser_of
-from srl_utils.evaluation.tasks.editing import Edit, prompt_measures
-from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
-from srl_utils.files import kept_images, write_atomically
+from srl_utils.evaluation.tasks.editing import prompt_measures
+from srl_utils.evaluation.tasks.learning import Learner, Lesson
+from srl_utils.images.captions import names
 from srl_utils.metrics.features import ImageClassifier
 from srl_utils.vae.codec import Codec
 
@@ -71,7 +63,7 @@ def divide(captions: Sequence[str], *, concept: str, target: str, num_poisons: i
             f"images need {needed} and 1; give more images or other concepts"
         )
     held_out = named[len(named) - num_held_out :]
-    others = [number for number, caption in enumerate(captions) if concept not in caption.split()]
+    others = [number for number, caption in enumerate(captions) if not names(caption, concept)]
     targets = _most_similar(captions, poisonable, aims)
     return Concepts(poisonable=poisonable, others=others, targets=targets, held_out=held_out)
 
@@ -93,9 +85,7 @@ def _most_similar(captions: Sequence[str], numbers: Sequence[int], aims: Sequenc
 
 
 def _naming(captions: Sequence[str], word: str, *, without: str) -> list[int]:
-    return [
-        number for number, caption in enumerate(captions) if word in (words := caption.split()) and without not in words
-    ]
+    return [number for number, caption in enumerate(captions) if names(caption, word) and not names(caption, without)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,16 +136,8 @@ def poisoning(dose: Dose, *, passes: float = 0) -> Perturbation:
         passes: its share of the cost of the poisons, for one generated image.
     """
 
-    def untouched(codec: Codec, clean: Tensor, generators: object) -> Tensor:
-        return clean
-
-    return Perturbation(
-        name=dose.name,
-        objective=AS_PUBLISHED if dose.poison.attack else None,
-        epsilon=dose.poison.epsilon,
-        apply=untouched,
-        passes=passes,
-    )
+    objective = AS_PUBLISHED if dose.poison.attack else None
+    return replace(CLEAN, name=dose.name, objective=objective, epsilon=dose.poison.epsilon, passes=passes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,39 +148,29 @@ class Poisoning:
     """
 
     metrics: Metrics
-    text_to_image: Edit
+    learner: Learner
     images: Tensor
     """All images of the dataset, `[n,3,H,W]` in [-1,1], on the CPU."""
     captions: Sequence[str]
     concepts: Concepts
     doses: Mapping[str, Dose]
     """By the name of the perturbation."""
-    finetuning: FinetuningConfig
     classifier: ImageClassifier | None
-    folder: Path
-    """Keeps poisons and fine-tuned models."""
-    batch_size: int
-    seed: int
     variants: Sequence[str] = ("",)
 
     @property
     def passes(self) -> float:
         """Return the cost of fine-tuning and generation for one image, in passes through encoder and decoder."""
-        learning = 2 * DENOISER * self.finetuning.num_steps * self.finetuning.batch_size / len(self.concepts.held_out)
-        return learning + self.text_to_image.passes
+        return self.learner.passes / len(self.concepts.held_out) + self.learner.text_to_image.passes
 
     @property
     def denoiser(self) -> nn.Module | None:
-        return denoiser_of(self.text_to_image.pipeline)
+        return denoiser_of(self.learner.text_to_image.pipeline)
 
     def attempt(self, cell: Cell, codec: Codec, shown: Tensor, numbers: Sequence[int], variant: str) -> Tensor:
-        pipeline = self.text_to_image.pipeline
-        original = pipeline.unet
-        pipeline.register_modules(unet=self._finetuned(cell, codec))
-        try:
-            return self.text_to_image(codec, shown, self._prompts(numbers), image_generators(self.seed, numbers))
-        finally:
-            pipeline.register_modules(unet=original)
+        dose = self.doses[cell.perturbation.name]
+        unet = self.learner.finetuned(cell, codec, dose.name, lambda: self._lesson(cell, codec, dose))
+        return self.learner.generate(codec, shown, self._prompts(numbers), numbers, unet)
 
     def reference(self, codec: Codec, numbers: Sequence[int], variant: str) -> Tensor:
         return self.images[[self.concepts.held_out[number] for number in numbers]]
@@ -212,76 +184,32 @@ class Poisoning:
     def _prompts(self, numbers: Sequence[int]) -> list[str]:
         return [self.captions[self.concepts.held_out[number]] for number in numbers]
 
-    def _finetuned(self, cell: Cell, codec: Codec) -> UNet2DConditionModel:
-        """Return the fine-tuned model, read from the disk if it exists; wait while another process makes it."""
-        dose = self.doses[cell.perturbation.name]
-        made_on = f"-on-{cell.source.digest}" if cell.perturbation.adversarial else ""
-        path = self.folder / "models" / f"{codec.digest}-{dose.name}{made_on}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                unet = self._finetune(cell.source, codec, dose)
-                write_atomically(path, partial(save_file, {k: v.contiguous() for k, v in unet.state_dict().items()}))
-                return unet
-        unet = copy.deepcopy(self.text_to_image.pipeline.unet)
-        unet.load_state_dict(load_file(path))
-        return unet
-
-    def _finetune(self, source: Codec, codec: Codec, dose: Dose) -> UNet2DConditionModel:
-        """Return the model after fine-tuning on latents of `codec`, some of them of poisons made on `source`."""
+    def _lesson(self, cell: Cell, codec: Codec, dose: Dose) -> Lesson:
+        """Return latents of `codec`, some of them of poisons made on the cell's source, and their captions."""
         numbers = [*self.concepts.poisonable[: dose.amount], *self.concepts.others]
-        with torch.no_grad():
-            clean = self._latents(codec, self.images[self.concepts.others])
-            latents = torch.cat([self._poisoned_latents(source, codec, dose), clean]) if dose.amount else clean
-            latents = codec.scale(latents, self.text_to_image.pipeline)
-        with torch.enable_grad():
-            return finetune(
-                self.text_to_image.pipeline,
-                latents,
-                [self.captions[number] for number in numbers],
-                self.finetuning,
-                seed=self.seed,
-            )
-
-    def _latents(self, codec: Codec, images: Tensor) -> Tensor:
-        """Return the raw latents of images, which are on the CPU and encoded in batches."""
-        latents = []
-        for part in torch.arange(len(images)).split(self.batch_size):
-            with codec.drawing(purifying_generators(self.seed, part.tolist())):
-                latents.append(codec.encode(images[part].to(codec.device)))
-        return torch.cat(latents)
+        latents = self.learner.latents(codec, self.images[self.concepts.others])
+        if dose.amount:
+            latents = torch.cat([self._poisoned_latents(cell.source, codec, dose), latents])
+        return Lesson(latents, [self.captions[number] for number in numbers])
 
     def _poisoned_latents(self, source: Codec, codec: Codec, dose: Dose) -> Tensor:
         """Return the raw latents of poisoned images: of poisons made on `source`, or interpolated ones."""
         poison, amount = dose
         if poison.attack is not None:
-            return self._latents(codec, self._poisons(source, poison)[:amount])
+            return self.learner.latents(codec, self._poisons(source, poison)[:amount])
         own, others = (
-            self._latents(codec, self.images[numbers[:amount]])
+            self.learner.latents(codec, self.images[numbers[:amount]])
             for numbers in (self.concepts.poisonable, self.concepts.targets)
         )
         return own.lerp(others, poison.share)
 
     def _poisons(self, source: Codec, poison: Poison) -> Tensor:
         """Return all poisons made on `source`, `[n,3,H,W]` in [-1,1] on the CPU; each is made once."""
-        places = range(len(self.concepts.poisonable))
-        return torch.cat(
-            [
-                self._poison_batch(source, poison, places[start : start + self.batch_size])
-                for start in range(0, len(places), self.batch_size)
-            ]
-        )
 
-    def _poison_batch(self, source: Codec, poison: Poison, places: Sequence[int]) -> Tensor:
-        name = f"{places[0]:06d}-{len(places)}.safetensors"
-        path = self.folder / "poisons" / poison.name / source.digest / name
-        return kept_images(path, partial(self._make_poisons, source, poison, places))
+        def towards(places: Sequence[int]) -> Perturbation:
+            targets = self.images[[self.concepts.targets[place] for place in places]]
+            assert poison.attack is not None  # or else nothing has to be made
+            return poison.attack(targets.to(source.device))
 
-    def _make_poisons(self, source: Codec, poison: Poison, places: Sequence[int]) -> Tensor:
-        clean, targets = (
-            self.images[[numbers[place] for place in places]].to(source.device)
-            for numbers in (self.concepts.poisonable, self.concepts.targets)
-        )
-        assert poison.attack is not None  # or else nothing has to be made
-        with source.drawing(purifying_generators(self.seed, places, attacked=True)):
-            return poison.attack(targets).apply(source, clean, image_generators(self.seed, places))
+        clean = self.images[self.concepts.poisonable]
+        return self.learner.perturbed(f"poisons/{poison.name}", source, clean, towards)
