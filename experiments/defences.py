@@ -51,7 +51,7 @@ RIVALS = {
     "srl": Rival(THREE_STEPS, 142, curve=True),
     BEST: Rival("--recipe latent", 180, curve=True),
     "feature": Rival(f"{THREE_STEPS} --objective feature", 340, curve=True),
-    "trades": Rival(f"{THREE_STEPS} --objective trades --latent_weight 1", 235, curve=True),
+    "trades": Rival(f"{THREE_STEPS} --objective trades --latent_weight 0.3", 235, curve=True),
     "equivariance": Rival("--recipe fast --objective equivariance", 390, curve=True),
     "purify": Rival(f"{THREE_STEPS} --objective purify --latent_attack_share 0.5", 180, curve=True),
     "purify, LoRA": Rival(f"{THREE_STEPS} --objective purify --latent_attack_share 0.5 --lora_rank 16", 170),
@@ -157,7 +157,7 @@ def generation_flags(scale: Scale) -> list[object]:
     """Return the flags of the generation command."""
     return [
         *networks(), "--num_images", scale.images, "--strengths", "0.5", "--batch_size", 8,
-        "--metrics", "fid", "denoising-loss",
+        "--metrics", "clip", "fid", "denoising-loss",
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import train_srl_vae
-from experiments import clips, tokens
+from experiments import clips, defences, tokens
 from experiments.plan import BETWEEN_SEEDS, FULL, PARTS, QUICK, VARIANTS, Scale, evaluations
 from experiments.runner import Runner
 from srl_utils.evaluation.cli import main as evaluation
@@ -45,6 +45,25 @@ def test_the_other_experiments_parse(name: str) -> None:
         data += ["--target", "clip"] if "uvcg" in flags else []
         words = ["reconstruction", "--baseline", "vae", "--resolution", "64", *data, *map(str, flags)]
         assert evaluation.parse_args(words).threat_models == ["adaptive"]
+
+
+@pytest.mark.parametrize("scale", [defences.FULL, defences.QUICK], ids=["full", "quick"])
+def test_the_comparison_of_defences_parses(scale: defences.Scale) -> None:
+    """Oracle: the parsers of the commands; each rival has its seeds, and each curve its other weights."""
+    trainings = defences.planned_trainings(scale)
+    curves = sum(rival.curve for rival in defences.RIVALS.values())
+    assert len(trainings) == scale.seeds * len(defences.RIVALS) + len(defences.ALPHAS) * curves
+    for flags in trainings.values():
+        words = ["--pretrained_model_name_or_path", "vae", "--train_data_dir", "data", "--lpips_weight", "0"]
+        assert train_srl_vae.parse_args([*words, *map(str, flags)], environment={}).max_train_steps > 0
+    commands = {
+        "reconstruction": defences.reconstruction_flags(scale),
+        "generation": defences.generation_flags(scale),
+        "editing": [*defences.editing_flags(scale, ["transfer", "adaptive"]), "--purifiers", *defences.PURIFIERS],
+    }
+    for command, flags in commands.items():
+        words = [command, "--baseline", "vae", "--data_dir", "data", "--resolution", "64", *map(str, flags)]
+        assert evaluation.parse_args(words).num_images in (scale.images, scale.edited)
 
 
 def test_a_missing_network_is_told_at_once(tmp_path: Path) -> None:
