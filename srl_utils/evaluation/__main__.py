@@ -1,4 +1,4 @@
-"""python -m srl_utils.evaluation reconstruction | generation | editing | poisoning --baseline DIR --vae robust=DIR ..."""
+"""python -m srl_utils.evaluation reconstruction | generation | editing | poisoning | geometry --baseline DIR --vae robust=DIR ..."""
 
 from __future__ import annotations
 
