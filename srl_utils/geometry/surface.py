@@ -50,9 +50,9 @@ def raised_area(errors: Tensor, clean: Tensor, *, decibels: float = 1.0) -> Tens
 
 
 def mean_curvature(error: Objective, start: Tensor, direction: Tensor, *, points: int) -> Tensor:
-    """Return the mean second derivative of t -> error(start + t * direction) for t in [0,1], `[N]`.
+    """Return the mean size of the second derivative of t -> error(start + t * direction) for t in [0,1], `[N]`.
 
-    Each second derivative is d'Hd, from a Hessian-vector product: the forward derivative of the gradient.
+    It is 0 if the error grows evenly. Each second derivative is d'Hd, from a Hessian-vector product: the forward derivative of the gradient.
 
     Args:
         error: returns one value per image, `[N]`; value i may depend on image i only.
@@ -66,7 +66,7 @@ def mean_curvature(error: Objective, start: Tensor, direction: Tensor, *, points
         for number in range(points):
             place = start + (number + 0.5) / points * direction
             product = jvp(gradient, (place,), (direction,))[1]
-            total += (product * direction).flatten(1).sum(dim=1)
+            total += (product * direction).flatten(1).sum(dim=1).abs()
     return total / points
 
 

@@ -175,8 +175,9 @@ def build_report(
             rows += trust_rows(maps, len(study.images))
             pictures |= draw_maps(maps, part.labels, folder / "map.png") if maps else {}
         elif isinstance(part, Certificate):
-            found = [row for row in rows if row.attack in part.amounts]
-            pictures |= draw_curves(found, vaes, part.amounts, folder, label="certified L2 radius") if found else {}
+            certified = [vae for vae in vaes if any(row.vae == vae and row.attack in part.amounts for row in rows)]
+            if certified:
+                pictures |= draw_curves(rows, certified, part.amounts, folder, label="certified L2 radius")
         elif isinstance(part, Reencoding):
             pictures |= draw_curves(rows, vaes, part.amounts, folder, label="number of passes")
     return ReportContent(

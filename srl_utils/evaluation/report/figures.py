@@ -30,6 +30,7 @@ THREAT_TITLES = {
     "none": "clean and corrupted images",
     "transfer": "transferred attacks",
     "adaptive": "adaptive attacks",
+    "certified": "certificates",
 }
 STYLE = {
     "axes.axisbelow": True,

@@ -21,6 +21,7 @@ NUM_SHOWN = 3
 """Images whose surfaces are drawn."""
 SIDE = 2.9
 """Side of a picture, inches."""
+EXTENT = (-1, 1, -1, 1)
 PEAK = 255.0**2
 """Squared error of 0 dB, in squared grey levels."""
 MOST_LABELS = 12
@@ -48,14 +49,14 @@ def draw_surfaces(
     low, high = (function([function(each) for each in shown.values()]) for function in (np.min, np.max))
     scale = ScalarMappable(Normalize(low, high), cmap="viridis")
     with style.context(["default", STYLE, {"axes.grid": False}]):
-        figure = Figure(figsize=(SIDE * len(shown) + 1.2, SIDE * rows + 0.6))
+        figure = Figure(figsize=(SIDE * len(shown) + 1.2, SIDE * rows + 0.6), layout="compressed")
         panels = figure.subplots(rows, len(shown), squeeze=False)
         for column, (vae, levels) in enumerate(shown.items()):
             for row in range(rows):
                 axes, middle = panels[row, column], _decibels(clean[vae][row])
-                axes.imshow(levels[row], origin="lower", extent=(-1, 1, -1, 1), norm=scale.norm, cmap=scale.cmap)
+                axes.imshow(levels[row], origin="lower", extent=EXTENT, norm=scale.norm, cmap=scale.cmap)
                 if levels[row].min() < middle - 1 < levels[row].max():
-                    axes.contour(levels[row], [middle - 1], extent=(-1, 1, -1, 1), colors="white", linewidths=1.2)
+                    axes.contour(levels[row], [middle - 1], extent=EXTENT, colors="white", linewidths=1.2)
                 axes.set_title(_heading(vae if row == 0 else "", numbers[vae][row]), fontsize=8)
             panels[-1, column].set_xlabel(across)
         for row in range(rows):

@@ -15,7 +15,7 @@ from srl_utils.attacks.draws import draw_signs, image_generators
 from srl_utils.attacks.gradient import APGDConfig, apgd
 from srl_utils.evaluation.metering import DECODER, ENCODER
 from srl_utils.evaluation.motion import MOST_IMAGES, TRAVEL
-from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, Perturbation
+from srl_utils.evaluation.perturbations import ADAPTIVE, ANY_ATTACK, CLEAN, NO_THREAT, Perturbation
 from srl_utils.evaluation.results import Record, to_records
 from srl_utils.geometry import surface
 from srl_utils.geometry.certificate import CenterSmoothing
@@ -62,12 +62,10 @@ class Batch:
     """After the attack on this VAE."""
     seed: int
 
-    def records(
-        self, done: Perturbation, values: Mapping[str, Tensor], *, numbers: Sequence[int] | None = None
-    ) -> list[Record]:
-        """Return a record for each image, or for those of `numbers`, and metric."""
+    def records(self, done: Perturbation, values: Mapping[str, Tensor]) -> list[Record]:
+        """Return a record for each image and metric."""
         threat_model = ADAPTIVE if done.adversarial else NO_THREAT
-        return to_records(self.codec.name, done, threat_model, self.numbers if numbers is None else numbers, values)
+        return to_records(self.codec.name, done, threat_model, self.numbers, values)
 
     def error(self, images: Tensor) -> Tensor:
         """Return the squared error of the reconstructions of `images` to the clean ones, in squared grey levels, `[N]`."""
@@ -281,7 +279,7 @@ class Certificate(_WithoutConclusion):
     def _certify(self, batch: Batch, number: int, image: Tensor) -> list[Record]:
         """Return the values of one image `[1,3,H,W]`."""
         reconstruct, (generator,) = batch.codec.reconstruct, image_generators(batch.seed, [number])
-        record = partial(_record, batch, number)
+        record = partial(_record, batch.codec.name, number)
         center = self.smoothing.center(reconstruct, image, generator)
         records = record(after("smoothed"), CERTIFIED, float(center is not None))
         if center is None:
@@ -322,8 +320,8 @@ def ball(radius: float) -> str:
     return f"l2-ball-{radius / PIXEL_RANGE:.3g}"
 
 
-def _record(batch: Batch, number: int, done: Perturbation, metric: str, value: float) -> list[Record]:
-    return batch.records(done, {metric: torch.tensor([value])}, numbers=[number])
+def _record(vae: str, number: int, done: Perturbation, metric: str, value: float) -> list[Record]:
+    return to_records(vae, done, ANY_ATTACK, [number], {metric: torch.tensor([value])})
 
 
 def _distance(image: Tensor, other: Tensor) -> float:
