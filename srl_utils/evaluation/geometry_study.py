@@ -109,8 +109,9 @@ class GeometryStudy:
         return self.output_dir / "parts" / f"{name}-{self.codecs.index(codec)}"
 
     def _cost(self, job: Job) -> float:
-        attack = self.attack.passes if any(part.uses_attack for part in job.missing) else 0.0
-        return len(job.numbers) * (attack + sum(part.passes for part in job.missing))
+        attacked = any(part.uses_attack for part in job.missing)
+        attack = len(job.numbers) * self.attack.passes if attacked else 0.0
+        return attack + sum(part.cost(job.numbers) for part in job.missing)
 
     def _compute(self, job: Job, meter: Meter) -> None:
         """Measure the parts of one job and store each."""
@@ -123,7 +124,7 @@ class GeometryStudy:
         following = self.images[[(number + 1) % len(self.images) for number in numbers]].to(codec.device)
         batch = Batch(codec=codec, numbers=numbers, clean=clean, following=following, attacked=attacked, seed=self.seed)
         for part in job.missing:
-            with meter.stage(f"{codec.name}, {part.name}: {place}", len(numbers) * part.passes):
+            with meter.stage(f"{codec.name}, {part.name}: {place}", part.cost(numbers)):
                 found = part.measure(batch)
             self._write(self._file(part, codec, numbers), codec, part, found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,19 +12,20 @@ from helpers.runs import build_tiny_vae
 from torch import nn
 
 from srl_utils.attacks.draws import image_generators
-from srl_utils.attacks.gradient import APGDConfig, apgd
 from srl_utils.errors import UserError
 from srl_utils.evaluation import geometry_study
 from srl_utils.evaluation.cli import geometry
 from srl_utils.evaluation.cli import main as command
+from srl_utils.evaluation.perturbations import noise, usual_attack
 from srl_utils.evaluation.results import Record
 from srl_utils.evaluation.tasks.geometry import Batch, Certificate, Clusters, Smoothness, Surface
-from srl_utils.evaluation.perturbations import CLEAN, noise, usual_attack
 from srl_utils.geometry.certificate import CenterSmoothing
 from srl_utils.images.pixels import to_pil
 from srl_utils.vae.codec import Codec
 
 COUNT = 10
+LABELLED = ("--caption_column", "text")
+SHORT = ("--attack_steps", "2", "--num_certified", "1", "--smoothing_samples", "100")
 SETTINGS = ("attack", "objective", "threat_model", "epsilon", "metric")
 
 
@@ -40,8 +42,7 @@ def arguments(tiny_vae, other_tiny_vae, images, tmp_path: Path, monkeypatch: pyt
         (tmp_path / f"photos/{number}.txt").write_text(f"a {('red', 'blue')[number % 2]} thing")
     return [
         "geometry", "--baseline", str(tmp_path / "original"), "--vae", f"robust={tmp_path / 'robust'}",
-        "--data_dir", str(tmp_path / "photos"), "--caption_column", "text", "--resolution", "16", "--batch_size", "6",
-        "--num_images", str(COUNT), "--num_certified", "1", "--smoothing_samples", "100", "--attack_steps", "2",
+        "--data_dir", str(tmp_path / "photos"), "--resolution", "16", "--batch_size", "6", "--num_images", str(COUNT),
         "--output_dir", str(tmp_path / "out"),
     ]  # fmt: skip
 
@@ -55,7 +56,7 @@ def test_command_writes_rows_and_figures(arguments, tmp_path: Path) -> None:
     """Oracle: the real command; the rows of every part for both VAEs, figures, documents, and values that must be so:
     clean images are themselves, and one pass is the reconstruction.
     """
-    assert command.main(arguments) == 0
+    assert command.main([*arguments, *LABELLED, *SHORT]) == 0
     rows = rows_of(tmp_path / "out")
     for vae in ("original", "robust"):
         own = {key[1:]: row for key, row in rows.items() if key[0] == vae}
@@ -83,7 +84,7 @@ def test_command_writes_rows_and_figures(arguments, tmp_path: Path) -> None:
 
 def test_finished_parts_are_not_measured_again(arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the records of an undisturbed run; a crash costs one part of one batch, and a part can be added later."""
-    parts = ["--parts", "clusters", "interpolation"]
+    parts = ["--parts", "clusters", "interpolation", "--attack_steps", "2"]
     measured: list[tuple[str, int, str]] = []
     write = geometry_study.GeometryStudy._write
 
@@ -112,7 +113,7 @@ def test_finished_parts_are_not_measured_again(arguments, tmp_path: Path, monkey
     command.main([*arguments[:-1], str(tmp_path / "fresh"), *parts])
     assert resumed == (tmp_path / "fresh/per_image.csv").read_text()
     measured.clear()
-    command.main([*arguments, "--parts", "interpolation", "reencoding"])
+    command.main([*arguments, "--parts", "clusters", "reencoding", "--attack_steps", "2"])
     assert {part for _, _, part in measured} == {"reencoding"}
 
 
@@ -129,8 +130,7 @@ def test_another_study_in_the_folder_is_refused(arguments) -> None:
     [
         (["--smoothing_samples", "99"], "at least 100 samples, got 99"),
         (["--num_images", "1"], "clusters and interpolation need at least 2 images"),
-        (["--mixed_precision", "bf16"], "derivatives need full precision"),
-        (["--label_words", "green"], "fewer than two of these words"),
+        ([*LABELLED, "--label_words", "green"], "fewer than two of these words"),
         (["--parts", "smoothness", "--epsilon", "4/255"], "--epsilon has no effect without surface or clusters"),
         (["--parts", "surface", "--num_certified", "9"], "--num_certified has no effect without certificate"),
     ],
@@ -138,21 +138,21 @@ def test_another_study_in_the_folder_is_refused(arguments) -> None:
 def test_bad_input_is_refused_before_any_work(flags: list[str], message: str, arguments, monkeypatch) -> None:
     """Oracle: specification."""
     monkeypatch.setattr(geometry_study.GeometryStudy, "run", lambda self: pytest.fail("work has begun"))
-    caption = arguments.index("--caption_column")
-    smallest = arguments if "--label_words" in flags else arguments[:caption] + arguments[caption + 2 :]
-    for flag in ("--smoothing_samples", "--attack_steps", "--num_certified"):
-        place = smallest.index(flag)
-        smallest = smallest[:place] + smallest[place + 2 :]
     with pytest.raises(UserError, match=message):
-        command.main([*smallest, *flags])
+        command.main([*arguments, *flags])
+
+
+def test_half_precision_is_refused() -> None:
+    """Oracle: specification."""
+    setup = SimpleNamespace(accelerator=SimpleNamespace(mixed_precision="bf16"))
+    with pytest.raises(UserError, match="derivatives need full precision"):
+        geometry.check_setup(SimpleNamespace(), setup)
 
 
 def test_dry_run_says_what_it_would_cost(arguments, tmp_path: Path, capsys) -> None:
-    """Oracle: the cost model: 2 VAEs, 10 images, 17 steps with 2 more encodings each."""
-    command.main([*arguments[: arguments.index("--num_certified")], *arguments[-2:], "--parts", "interpolation", "--dry_run"]
-                 if False else [*arguments, "--dry_run"])  # fmt: skip
-    printed = capsys.readouterr().out
-    assert "10 images, 2 VAEs" in printed and "interpolation" in printed
+    """Oracle: the cost model; 2 VAEs, 10 images, and for each 17 steps and 2 encodings of 0.3 passes."""
+    command.main([*arguments, "--parts", "interpolation", "--dry_run"])
+    assert "10 images, 2 VAEs, 352 passes through one\n  interpolation" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
@@ -238,7 +238,7 @@ def test_clusters_of_a_linear_vae_are_those_of_the_images(images) -> None:
 
 def test_certificate_holds_against_apgd_on_every_image(tiny_vae, images) -> None:
     """Oracle: counting. APGD on the smoothed outcome itself; none of its images breaks a bound."""
-    smoothing = CenterSmoothing(sigma=0.2, samples=150)
+    smoothing = CenterSmoothing(sigma=0.2, samples=100, batch_size=100)
     part = Certificate(smoothing=smoothing, num_images=3, attack_steps=3)
     codec = Codec.of(tiny_vae.requires_grad_(False), "tiny")
     records = part.measure(batch_of(codec, images(4))).records

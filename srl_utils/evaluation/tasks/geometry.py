@@ -83,9 +83,8 @@ class Part(Protocol):
     def uses_attack(self) -> bool:
         """Return whether it looks at attacked images."""
 
-    @property
-    def passes(self) -> float:
-        """Return the cost of one image and VAE, in passes through encoder and decoder."""
+    def cost(self, numbers: Sequence[int]) -> float:
+        """Return the cost of these images, in passes through encoder and decoder."""
 
     def measure(self, batch: Batch) -> Found:
         """Return the values of a batch."""
@@ -122,9 +121,8 @@ class Surface(_WithoutConclusion):
     name: str = "surface"
     uses_attack: bool = True
 
-    @property
-    def passes(self) -> float:
-        return 2 + 2 * self.points**2 + self.places * HVP
+    def cost(self, numbers: Sequence[int]) -> float:
+        return len(numbers) * (2 + 2 * self.points**2 + self.places * HVP)
 
     def measure(self, batch: Batch) -> Found:
         clean, direction = batch.clean, batch.attacked - batch.clean
@@ -174,7 +172,9 @@ class Clusters:
     labels: Sequence[str] | None
     name: str = "clusters"
     uses_attack: bool = True
-    passes: float = 3 * ENCODER
+
+    def cost(self, numbers: Sequence[int]) -> float:
+        return len(numbers) * 3 * ENCODER
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> Found:
@@ -213,9 +213,8 @@ class Smoothness(_WithoutConclusion):
     name: str = "smoothness"
     uses_attack: bool = False
 
-    @property
-    def passes(self) -> float:
-        return 2 * JVP * self.num_steps * (ENCODER + 1)
+    def cost(self, numbers: Sequence[int]) -> float:
+        return len(numbers) * 2 * JVP * self.num_steps * (ENCODER + 1)
 
     def measure(self, batch: Batch) -> Found:
         codec, values = batch.codec, {}
@@ -265,16 +264,19 @@ class Certificate(_WithoutConclusion):
         """Return the radius between images in [0,1] by the name of the ball in the results."""
         return {ball(radius): radius / PIXEL_RANGE for radius in self.radii}
 
-    @property
-    def passes(self) -> float:
-        return 5 * self.smoothing.samples + 2 * self.draws * self.attack_steps
+    def cost(self, numbers: Sequence[int]) -> float:
+        each = 5 * self.smoothing.samples + 2 * self.draws * self.attack_steps
+        return len(self._certified(numbers)) * each
 
     def measure(self, batch: Batch) -> Found:
-        certified = [number for number in batch.numbers if number < self.num_images]
         records: list[Record] = []
-        for number, image in zip(certified, batch.clean, strict=False):
+        for number, image in zip(self._certified(batch.numbers), batch.clean, strict=False):
             records += self._certify(batch, number, image[None])
         return Found(records)
+
+    def _certified(self, numbers: Sequence[int]) -> list[int]:
+        """Return those of the numbers whose images are certified, which come first."""
+        return [number for number in numbers if number < self.num_images]
 
     def _certify(self, batch: Batch, number: int, image: Tensor) -> list[Record]:
         """Return the values of one image `[1,3,H,W]`."""
@@ -337,9 +339,8 @@ class Interpolation(_WithoutConclusion):
     name: str = "interpolation"
     uses_attack: bool = False
 
-    @property
-    def passes(self) -> float:
-        return (self.num_steps + 1) * (ENCODER + DECODER) + 2 * ENCODER
+    def cost(self, numbers: Sequence[int]) -> float:
+        return len(numbers) * ((self.num_steps + 1) * (ENCODER + DECODER) + 2 * ENCODER)
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> Found:
@@ -367,9 +368,8 @@ class Reencoding(_WithoutConclusion):
         """Return the number of passes by name in the results."""
         return {_after_passes(count): count for count in self.counts}
 
-    @property
-    def passes(self) -> float:
-        return max(self.counts) + ENCODER * (1 + len(self.counts))
+    def cost(self, numbers: Sequence[int]) -> float:
+        return len(numbers) * (max(self.counts) + ENCODER * (1 + len(self.counts)))
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> Found:
