@@ -32,8 +32,8 @@ SETTINGS = ("attack", "objective", "threat_model", "epsilon", "metric")
 @pytest.fixture
 def arguments(tiny_vae, other_tiny_vae, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two VAEs and ten labelled pictures on disk, and a small evaluation of them."""
-    monkeypatch.setattr(geometry, "Surface", lambda **given: Surface(**given, points=3, places=1))
-    monkeypatch.setattr(geometry, "Smoothness", lambda: Smoothness(num_steps=2))
+    for part, setting, value in ((Surface, "points", 3), (Surface, "places", 1), (Smoothness, "num_steps", 2)):
+        monkeypatch.setitem(part.__init__.__kwdefaults__, setting, value)
     tiny_vae.save_pretrained(tmp_path / "original")
     other_tiny_vae.save_pretrained(tmp_path / "robust")
     (tmp_path / "photos").mkdir()

@@ -127,6 +127,8 @@ def build_study(args: argparse.Namespace, setup: Setup, codecs: Sequence[Codec])
         sigma=to_model_units(args.smoothing_sigma), samples=args.smoothing_samples, batch_size=args.batch_size
     )
     labels = labels_of(setup.captions, args.label_words)
+    if labels is None and "clusters" in args.parts:
+        setup.notes.append("label-silhouette was left out: it needs --caption_column with labels that images share")
     known: dict[str, Callable[[], Part]] = {
         "surface": lambda: Surface(attack=attack),
         "clusters": lambda: Clusters(attack=attack, noise=noise(args.epsilon), labels=labels),

@@ -31,9 +31,8 @@ from srl_utils.vae.networks import split_moments
 
 GREY_LEVELS = 255 / PIXEL_RANGE
 """Grey levels of 8 bits in one unit of an image in [-1,1]."""
-JVP = 6.0
-"""Cost of a forward and a backward derivative, in forward calls; `HVP` is that of a Hessian-vector product."""
-HVP = 8.0
+JVP, HVP = 6.0, 8.0
+"""Cost of a forward and a backward derivative, and of a Hessian-vector product, in forward calls."""
 CURVATURE, AREA, WEIGHT_AREA = "curvature", "raised-area", "raised-area-weights"
 OWN, LABELS, IMAGES, TRUST = "own-nearest", "label-silhouette", "image-silhouette", "trustworthiness"
 CERTIFIED, DISTANCE, SMOOTHING_ERROR, HELD = "certified", "certified-distance", "smoothing-error", "certificate-held"
@@ -43,8 +42,8 @@ LENGTH, JUMP, REENCODING_DRIFT = "path-length", "worst-jump", "reencoding-drift"
 class Found(NamedTuple):
     """What a part measured of a batch."""
 
-    records: list[Record] = []  # noqa: RUF012 - a tuple's default, which nobody changes
-    tensors: Mapping[str, Tensor] = {}
+    records: list[Record]
+    tensors: Mapping[str, Tensor]
     """Kept for figures and for values that need all images; the first dimension counts images."""
 
 
@@ -59,7 +58,7 @@ class Batch:
     following: Tensor
     """For each image the next one of the data, and for the last one the first."""
     attacked: Tensor
-    """After the attack on this VAE."""
+    """After the attack on this VAE; the clean images if no part looks at attacked ones."""
     seed: int
 
     def records(self, done: Perturbation, values: Mapping[str, Tensor]) -> list[Record]:
@@ -99,6 +98,8 @@ def after(name: str) -> Perturbation:
 
 
 class _WithoutConclusion:
+    """A part whose values are those of single images."""
+
     def conclude(self, codec: Codec, tensors: Mapping[str, Tensor]) -> list[Record]:
         return []
 
@@ -180,7 +181,7 @@ class Clusters:
     def measure(self, batch: Batch) -> Found:
         noisy = self.noise.apply(batch.codec, batch.clean, image_generators(batch.seed, batch.numbers))
         shown = {"clean": batch.clean, "noisy": noisy, "attacked": batch.attacked}
-        return Found(tensors={name: batch.codec.encode(images) for name, images in shown.items()})
+        return Found([], {name: batch.codec.encode(images) for name, images in shown.items()})
 
     def conclude(self, codec: Codec, tensors: Mapping[str, Tensor]) -> list[Record]:
         clean = tensors["clean"]
@@ -231,7 +232,7 @@ class Smoothness(_WithoutConclusion):
             level = unit / 255 if name == "encoder" else 1.0
             values[f"lipschitz-{name}"] = unit * measured("l2")
             values[f"lipschitz-{name}-linf"] = level * measured("linf") / size**0.5
-        return Found(batch.records(CLEAN, values))
+        return Found(batch.records(CLEAN, values), {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +273,7 @@ class Certificate(_WithoutConclusion):
         records: list[Record] = []
         for number, image in zip(self._certified(batch.numbers), batch.clean, strict=False):
             records += self._certify(batch, number, image[None])
-        return Found(records)
+        return Found(records, {})
 
     def _certified(self, numbers: Sequence[int]) -> list[int]:
         """Return those of the numbers whose images are certified, which come first."""
@@ -352,7 +353,7 @@ class Interpolation(_WithoutConclusion):
         records: list[Record] = []
         for name, found in paths.items():
             records += batch.records(after(name), {LENGTH: found.length, JUMP: found.worst_jump})
-        return Found(records)
+        return Found(records, {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,7 +380,7 @@ class Reencoding(_WithoutConclusion):
             records += batch.records(
                 after(_after_passes(count)), {"psnr": psnr(images, batch.clean), REENCODING_DRIFT: drift}
             )
-        return Found(records)
+        return Found(records, {})
 
 
 def _after_passes(count: int) -> str:
