@@ -106,7 +106,7 @@ def draw_curves(
                     (line,) = axes.plot(
                         *zip(*points, strict=True), dashes, color=_colour(number), marker="o", markersize=4
                     )
-                    lines[f"{vae}, {threat}"] = line
+                    lines[f"{vae}, {threat}" if threats else vae] = line
             axes.set(title=metric, xlabel=label)
         _finish(figure, f"Results against the {label}", list(lines.values()), list(lines))
         return {f"Results against the {label}": save(figure, folder / f"curves-{safe_name(label)}.png")}
