@@ -106,7 +106,7 @@ def test_wheel_has_the_code_the_licence_and_the_extras(wheel: Path) -> None:
         "Requires-Dist: torch>=",
     ):
         assert line in metadata
-    for extra in ("eval", "heif", "video", "dev"):
+    for extra in ("eval", "heif", "maps", "video", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
 
 

@@ -1,4 +1,4 @@
-"""python -m srl_utils.evaluation reconstruction | generation | editing | poisoning | personalisation --baseline DIR --vae robust=DIR ..."""
+"""python -m srl_utils.evaluation reconstruction | generation | editing | ... --baseline DIR --vae robust=DIR ..."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def evaluate(task: str = "reconstruction", *, output_dir: str | PathLike[str], *
         )
 
     Args:
-        task: `reconstruction`, `generation`, `editing`, `poisoning` or `personalisation`.
+        task: name of a command, such as `reconstruction` or `editing`.
         output_dir: gets the report; an interrupted evaluation continues from what it holds.
         flags: those of the command, without dashes. A list gives several values, a mapping gives NAME=VALUE pairs, and
             True gives a flag without a value. None and False leave a flag out. `dry_run=True` computes no rows.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from srl_utils.geometry.clusters import median_distance
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import frozen
 
@@ -30,9 +31,7 @@ def usual_distance(codec: Codec, images: Tensor, batch_size: int) -> float:
     """
     with frozen(codec.encoder):
         batches = [codec.encode(batch.to(codec.device)) for batch in images[:MOST_IMAGES].split(batch_size)]
-    latents = torch.cat(batches).flatten(1).double()
-    distances = torch.pdist(latents)
-    return (distances if distances.any() else latents.norm(dim=1)).median().item()
+    return median_distance(torch.cat(batches))
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from srl_utils.vae.networks import frozen
 
 Attack = Callable[[Objective, Tensor, Generators], Tensor]
 """Objective, clean images `[N,3,H,W]` in [-1,1] and a generator for each image to attacked images."""
-NO_THREAT, TRANSFER, ADAPTIVE = "none", "transfer", "adaptive"
-"""Threat models: no adversary; attacks made on the baseline; attacks made on the evaluated VAE itself."""
+NO_THREAT, TRANSFER, ADAPTIVE, ANY_ATTACK = "none", "transfer", "adaptive", "certified"
+"""Threat models: no adversary; attacks made on the baseline; attacks made on the evaluated VAE itself; every attack."""
 GAUSSIAN_NOISE = "gaussian-noise"
 AS_PUBLISHED = "as published"
 """Objective of protections in the results: that of their authors."""

@@ -21,7 +21,7 @@ class Setting(NamedTuple):
     objective: str | None
     """What the attack maximises, such as `mse` or `mse + lpips-vgg`; None if nothing is attacked."""
     threat_model: str
-    """`transfer`, `adaptive` or `none`."""
+    """`transfer`, `adaptive` or `none`; `certified` for bounds on every attack."""
     epsilon: float
     """Budget in units of a [0,1] image; 0 if the budget is in another measure, or if there is none."""
     metric: str

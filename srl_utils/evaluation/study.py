@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,7 +79,7 @@ class Study:
         Raises:
             UserError: if `output_dir` holds another study, or if a VAE returns values that are not finite.
         """
-        self._check_fingerprint()
+        check_fingerprint(self.accelerator, self.output_dir, self.fingerprint)
         missing = [job for cell in self.cells() for job in self._missing(cell)]
         self.accelerator.wait_for_everyone()  # before a process stores batches that another one still looks for
         own = missing[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -214,23 +214,24 @@ class Study:
         batches = [self._features(images.to(self.accelerator.device)) for images in references]
         return {layer: torch.cat([batch[layer] for batch in batches]) for layer in batches[0]}
 
-    def _check_fingerprint(self) -> None:
-        """Raise a UserError if `output_dir` holds another study; otherwise store the fingerprint."""
-        path = self.output_dir / "study.json"
-        current = {**self.fingerprint, "records": list(Setting._fields)}  # older versions stored other fields
-        text = json.dumps(current, indent=1) + "\n"
-        wanted = json.loads(text)
-        stored = read_json(path) if path.exists() else wanted
-        # A flag that is not given counts as one that older versions did not have.
-        changed = sorted(key for key in stored.keys() | wanted if stored.get(key) != wanted.get(key))
-        if changed:
-            raise UserError(
-                f"{self.output_dir} holds an evaluation with other settings ({', '.join(changed)}); choose another folder",
-                parameter="output_dir",
-            )
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            write_text_atomically(path, text)
+
+def check_fingerprint(accelerator: Accelerator, output_dir: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Raise a UserError if `output_dir` holds an evaluation with another fingerprint; otherwise store it."""
+    path = output_dir / "study.json"
+    current = {**fingerprint, "records": list(Setting._fields)}  # older versions stored other fields
+    text = json.dumps(current, indent=1) + "\n"
+    wanted = json.loads(text)
+    stored = read_json(path) if path.exists() else wanted
+    # A flag that is not given counts as one that older versions did not have.
+    changed = sorted(key for key in stored.keys() | wanted if stored.get(key) != wanted.get(key))
+    if changed:
+        raise UserError(
+            f"{output_dir} holds an evaluation with other settings ({', '.join(changed)}); choose another folder",
+            parameter="output_dir",
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_text_atomically(path, text)
 
 
 def _features_beside(path: Path) -> dict[str, Tensor]:

@@ -33,13 +33,9 @@ CLIP_METRICS = ("clip", "clip-text")
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of every evaluation: VAEs, images, metric weights, and how it runs."""
+    """Add the flags of evaluations under attack: those of `add_study_arguments`, purifiers and metric weights."""
+    add_study_arguments(parser)
     add = parser.add_argument
-    add("--baseline", required=True, metavar="PLACE", help=f"the original VAE, a folder or Hub id: {FORM}")
-    add(
-        "--vae", nargs="+", default=[], metavar="NAME=PLACE",
-        help="VAEs to compare with the baseline; the name may be left out. Without one, only the baseline is evaluated",
-    )  # fmt: skip
     add(
         "--purifiers", nargs="+", type=checked(check_purifier), default=None, metavar="NAME",
         help=f"judge each VAE also with these purifiers in front; A+B chains two: {', '.join(known_purifiers())}",
@@ -47,6 +43,23 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--purifier_pipelines", nargs="+", default=None, metavar="PLACE",
         help="diffusion pipelines of purifiers, written like --baseline; img2img also takes that of --pipeline",
+    )  # fmt: skip
+    add(
+        "--inception_weights", type=expanded_path, default=None,
+        help="torch-fidelity's Inception weights, for FID, rFID, KID and Inception Score",
+    )  # fmt: skip
+    add(
+        "--clip_model", type=home_expanded, default=CLIP_MODEL, help="CLIP model (Hub id or folder); needs transformers"
+    )
+
+
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every evaluation: VAEs, images, and how it runs."""
+    add = parser.add_argument
+    add("--baseline", required=True, metavar="PLACE", help=f"the original VAE, a folder or Hub id: {FORM}")
+    add(
+        "--vae", nargs="+", default=[], metavar="NAME=PLACE",
+        help="VAEs to compare with the baseline; the name may be left out. Without one, only the baseline is evaluated",
     )  # fmt: skip
     add("--dataset_name", type=home_expanded, default=None, help="Hub dataset, local dataset folder, or scikit-image")
     add("--data_dir", type=home_expanded, default=None, help="folder of images (nested)")
@@ -58,13 +71,6 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
     add("--resolution", type=image_side, default=256, help="side of the images in pixels")
     add("--num_images", type=positive_int, default=64, help="number of images to evaluate on")
-    add(
-        "--inception_weights", type=expanded_path, default=None,
-        help="torch-fidelity's Inception weights, for FID, rFID, KID and Inception Score",
-    )  # fmt: skip
-    add(
-        "--clip_model", type=home_expanded, default=CLIP_MODEL, help="CLIP model (Hub id or folder); needs transformers"
-    )
     add("--batch_size", type=positive_int, default=16, help="images per batch on each process")
     add("--seed", type=seed, default=0, help="fixes the attacks' starts and the noise of each image")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: accelerate's configuration")
@@ -132,13 +138,20 @@ def add_classifier_argument(parser: argparse.ArgumentParser, uses: str) -> None:
 
 def shared_effects(args: argparse.Namespace) -> Effects:
     """Return when the flags of `add_shared_arguments` have an effect."""
+    return {
+        **study_effects(args),
+        "purifier_pipelines": (any(map(uses_pipeline, args.purifiers or [])), "a purifier that uses a pipeline"),
+        "clip_model": (not set(CLIP_METRICS).isdisjoint(args.metrics), "a CLIP similarity among --metrics"),
+    }
+
+
+def study_effects(args: argparse.Namespace) -> Effects:
+    """Return when the flags of `add_study_arguments` have an effect."""
     data_set = args.dataset_name not in (None, PHOTOGRAPHS)
     return {
         "split": (args.dataset_name is not None, "--dataset_name"),
         "image_column": (data_set or args.data_dir is not None, "a dataset with columns"),
         "streaming": (data_set or args.data_dir is not None, "a dataset that can be streamed"),
-        "purifier_pipelines": (any(map(uses_pipeline, args.purifiers or [])), "a purifier that uses a pipeline"),
-        "clip_model": (not set(CLIP_METRICS).isdisjoint(args.metrics), "a CLIP similarity among --metrics"),
     }
 
 

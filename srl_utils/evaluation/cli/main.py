@@ -7,12 +7,16 @@ import sys
 
 from srl_utils.command_line import Parser
 from srl_utils.errors import UserError
-from srl_utils.evaluation.cli import editing, generation, personalisation, poisoning, reconstruction
+from srl_utils.evaluation.cli import editing, generation, geometry, personalisation, poisoning, reconstruction
 
 COMMANDS = {
-    "reconstruction": reconstruction, "generation": generation, "editing": editing, "poisoning": poisoning,
+    "reconstruction": reconstruction,
+    "generation": generation,
+    "editing": editing,
+    "poisoning": poisoning,
     "personalisation": personalisation,
-}  # fmt: skip
+    "geometry": geometry,
+}
 FLAGS = {"validation_data_dir": "data_dir", "train_data_dir": "data_dir", "validation_split": "split"}
 """The flag that sets a parameter of the library, where the names differ."""
 

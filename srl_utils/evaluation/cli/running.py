@@ -35,7 +35,17 @@ from srl_utils.evaluation.timings import kept_timings
 from srl_utils.files import read_json, sole_run, write_text_atomically
 
 NOT_IN_FINGERPRINT = frozenset(
-    {"attacks", "epsilons", "arguments", "dry_run", "output_dir", "batch_size", "no_checks", "num_check_images"}
+    {
+        "attacks",
+        "epsilons",
+        "arguments",
+        "dry_run",
+        "output_dir",
+        "batch_size",
+        "no_checks",
+        "num_check_images",
+        "parts",
+    }
 )
 """Flags that may change between runs in one folder: stored values do not depend on them."""
 Draw = Callable[[Study, Rows, Sequence[Record]], dict[str, Path]]

@@ -35,6 +35,7 @@ SECTIONS = {
     "none": ("Clean images and corruptions", "These perturbations are not adversarial."),
     "transfer": ("Transferred attacks", "Made on the baseline; every VAE is evaluated under them."),
     "adaptive": ("Adaptive attacks", "Made on the evaluated VAE itself; they measure its robustness."),
+    "certified": ("Certificates", "Bounds that no perturbation within a Euclidean ball exceeds, and attacks on them."),
 }
 
 

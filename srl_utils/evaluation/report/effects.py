@@ -15,7 +15,7 @@ GRIP, NO_GRIP = "more than noise", "no grip"
 
 
 def effects_on(vae: str, rows: Rows, records: Sequence[Record]) -> Panel | None:
-    """Return what the attacks of a study do to a VAE; None if it has no attack whose motion of latents was measured.
+    """Return what the attacks of a study do to a VAE; None if it has no attack whose motion of latents and outcome were measured.
 
     An attack does more than noise if it lowers the PSNR or moves the latents more than Gaussian noise of its size does:
     if the 95% interval of one of the paired differences excludes 0. Else it has no grip. An attack without an L-infinity
@@ -47,6 +47,8 @@ def effects_on(vae: str, rows: Rows, records: Sequence[Record]) -> Panel | None:
             epsilon = format_pixel_distance(attack.epsilon) if attack.epsilon else ""
             verdict = [own.verdict(attack, outcome)] if judged else []
             table.append([outcome, epsilon, *values, *verdict])
+    if len(table) == 1:  # latents moved, but no outcome was measured
+        return None
     return Panel(f"What the attacks do to {vae}", EXPLANATION, table)
 
 

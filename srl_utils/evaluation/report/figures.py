@@ -31,6 +31,7 @@ THREAT_TITLES = {
     "none": "clean and corrupted images",
     "transfer": "transferred attacks",
     "adaptive": "adaptive attacks",
+    "certified": "certificates",
 }
 STYLE = {
     "axes.axisbelow": True,
@@ -69,11 +70,11 @@ def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Pat
             if attacks := _attacks_to_follow(attacked):
                 title = f"PSNR against epsilon, {name}"
                 figure = _by_epsilon(title, attacks, clean + attacked, vaes)
-                figures[title] = _save(figure, folder / f"psnr-by-epsilon-{slug}.png")
+                figures[title] = save(figure, folder / f"psnr-by-epsilon-{slug}.png")
             epsilon = _epsilon_of_bars(attacked)
             title = f"PSNR, {name}{_budget(epsilon)}"
             groups = _by_name(clean + [row for row in attacked if row.epsilon in (0, epsilon)])
-            figures[title] = _save(_by_attack(title, groups, vaes, "psnr"), folder / f"psnr-by-attack-{slug}.png")
+            figures[title] = save(_by_attack(title, groups, vaes, "psnr"), folder / f"psnr-by-attack-{slug}.png")
     return figures
 
 
@@ -98,12 +99,12 @@ def draw_bars(rows: Rows, vaes: Sequence[str], metric: str, folder: Path) -> dic
             groups = _by_name([row for row in shown if row.epsilon in (0, epsilon)])
             title = f"{METRIC_TITLES[metric]}, {THREAT_TITLES[threat_model]}{_budget(epsilon)}"
             path = folder / f"{metric}-by-attack-{safe_name(threat_model)}.png"
-            figures[title] = _save(_by_attack(title, groups, vaes, metric), path)
+            figures[title] = save(_by_attack(title, groups, vaes, metric), path)
     return figures
 
 
 def draw_curves(
-    rows: Rows, vaes: Sequence[str], amounts: Mapping[str, int], folder: Path, *, label: str
+    rows: Rows, vaes: Sequence[str], amounts: Mapping[str, float], folder: Path, *, label: str
 ) -> dict[str, Path]:
     """Draw each metric against an amount, with a line for each VAE and threat model; return the path by title.
 
@@ -131,10 +132,10 @@ def draw_curves(
                     (line,) = axes.plot(
                         *zip(*points, strict=True), dashes, color=_colour(number), marker="o", markersize=4
                     )
-                    lines[f"{vae}, {threat}"] = line
+                    lines[f"{vae}, {threat}" if threats else vae] = line
             axes.set(title=metric, xlabel=label)
         _finish(figure, f"Results against the {label}", list(lines.values()), list(lines))
-        return {f"Results against the {label}": _save(figure, folder / f"curves-{safe_name(label)}.png")}
+        return {f"Results against the {label}": save(figure, folder / f"curves-{safe_name(label)}.png")}
 
 
 def safe_name(text: str) -> str:
@@ -160,7 +161,7 @@ def _by_epsilon(title: str, attacks: Sequence[str], rows: Rows, vaes: Sequence[s
     panels = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
     epsilons = sorted({255 * row.epsilon for row in rows if row.attack in attacks} | {0.0})
     for number, (axes, attack) in enumerate(zip(panels, attacks, strict=False)):
-        axes.set_title(_plain(attack))
+        axes.set_title(plain(attack))
         lines = [_line(axes, rows, attack, vae, place) for place, vae in enumerate(vaes)]
         if number % across == 0:
             axes.set_ylabel("PSNR (dB)")
@@ -227,7 +228,7 @@ def _by_attack(title: str, groups: Mapping[str, Rows], vaes: Sequence[str], metr
                 f"{value:.3g}", (max(value, high), place), xytext=(4, 0), textcoords="offset points", va="center",
                 fontsize=7.5, color="#333a41",
             )  # fmt: skip
-    axes.set_yticks(range(len(groups)), [_plain(attack) for attack in groups])
+    axes.set_yticks(range(len(groups)), [plain(attack) for attack in groups])
     axes.set_ylim(len(groups) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
@@ -251,21 +252,22 @@ def _interval(row: Row) -> tuple[float, float]:
 
 
 def _finish(figure: Figure, title: str, handles: Sequence[Any], vaes: Sequence[str]) -> None:
-    figure.suptitle(_plain(title, longest=90), x=0.01, ha="left")
-    figure.legend(handles, [_plain(vae) for vae in vaes], loc="outside lower left", ncols=3)
+    figure.suptitle(plain(title, longest=90), x=0.01, ha="left")
+    figure.legend(handles, [plain(vae) for vae in vaes], loc="outside lower left", ncols=3)
 
 
 def _colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def _plain(name: str, *, longest: int = LONGEST_NAME) -> str:
+def plain(name: str, *, longest: int = LONGEST_NAME) -> str:
     """Return a name that matplotlib draws literally: no formula, and no leading underscore, which hides a label."""
     text = " ".join(name.split())
     text = text if len(text) <= longest else f"{text[: longest - 1]}…"
     return f"{' ' if text.startswith('_') else ''}{text}".replace("$", r"\$")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as a PNG file and return its path."""
     write_atomically(path, lambda aside: figure.savefig(aside, format="png"))
     return path

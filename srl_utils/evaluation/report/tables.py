@@ -18,13 +18,28 @@ METRIC_TITLES = {
     "warping-error": "warping error", "flicker": "flicker", "token-flips": "share of tokens changed",
     "codebook-use": "share of codes used",
     "drift": "latent drift", "denoising-loss": "denoiser's loss", "difference": "largest difference",
+    "curvature": "curvature along the attack", "raised-area": "area above clean + 1 dB",
+    "raised-area-weights": "area above clean + 1 dB (weights)", "own-nearest": "nearest clean latent is its own",
+    "label-silhouette": "silhouette of labels", "image-silhouette": "silhouette of images",
+    "trustworthiness": "trustworthiness of the map",
+    "lipschitz-encoder": "Lipschitz of the encoder (L2)", "lipschitz-both": "Lipschitz of both (L2)",
+    "lipschitz-encoder-linf": "Lipschitz of the encoder (L-infinity)", "lipschitz-both-linf": "Lipschitz of both (L-infinity)",
+    "certified": "share certified", "smoothing-error": "cost of smoothing", "certified-distance": "certified distance",
+    "certificate-held": "certificate held", "path-length": "path over straight line", "worst-jump": "worst jump",
+    "reencoding-drift": "drift by re-encoding",
 }  # fmt: skip
-HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "clip-text", "shown", "feature-similarity", "is", "codebook-use"})
+HIGHER_IS_BETTER = frozenset({"psnr", "ssim", "clip", "clip-text", "shown", "feature-similarity", "is", "codebook-use"}) | {
+    "own-nearest", "label-silhouette", "image-silhouette", "trustworthiness", "certified", "certificate-held",
+}  # fmt: skip
 DECIMALS = {
     "psnr": 2, "ssim": 4, "lpips-alex": 4, "lpips-vgg": 4, "lpips-squeeze": 4, "clip": 4, "clip-text": 4, "shown": 3, "feature-similarity": 4,
     "rfid": 2, "rfid-changes": 3, "fid": 2, "kid": 4, "is": 2,
     "latent-travel": 3, "latent-share": 3, "token-flips": 3, "codebook-use": 3, "warping-error": 5, "flicker": 4,
     "drift": 4, "denoising-loss": 4, "difference": 4,
+    "curvature": 1, "raised-area": 3, "raised-area-weights": 3, "own-nearest": 3, "label-silhouette": 3,
+    "image-silhouette": 3, "trustworthiness": 3, "lipschitz-encoder": 2, "lipschitz-both": 2,
+    "lipschitz-encoder-linf": 4, "lipschitz-both-linf": 3, "certified": 3, "smoothing-error": 3,
+    "certified-distance": 3, "certificate-held": 3, "path-length": 3, "worst-jump": 3, "reencoding-drift": 4,
 }  # fmt: skip
 
 
