@@ -1,7 +1,7 @@
 """Pass images through an autoencoder again and again, as chains of edits do.
 
-Source of the question: REED-VAE, Almog et al., "REED-VAE: RE-Encode Decode Training for Iterative Image Editing with
-Diffusion Models", 2025.
+Source of the question: Almog et al., "REED-VAE: RE-Encode Decode Training for Iterative Image Editing with
+Diffusion Models", Eurographics 2025 (arXiv 2504.18989).
 """
 
 from __future__ import annotations
