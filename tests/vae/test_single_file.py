@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srl_utils.errors import UnusableFile, UserError
+from srl_utils.evaluation.cli.loading import load_codecs, vae_sources
 from srl_utils.hub.__main__ import main
 from srl_utils.hub.converting import convert
 from srl_utils.pipelines import sanitize
+from srl_utils.vae.codec import Codec
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, read_config, save_autoencoder, save_variant
 from srl_utils.vae.low_rank import add_low_rank_updates, updates_of
 from srl_utils.vae.single_file import CONFIG_KEY, MODELS, SingleFile, original_name, read_elsewhere, save_single_file
@@ -215,7 +217,7 @@ def test_a_damaged_configuration_is_refused(config: str, tiny_vae: AutoencoderKL
     save_single_file(tiny_vae, tmp_path / "vae.safetensors")
     weights = load_file(tmp_path / "vae.safetensors")
     save_file(weights, tmp_path / "vae.safetensors", metadata={CONFIG_KEY: config})
-    with pytest.raises(UnusableFile, match="diffusers_config.*is damaged"):
+    with pytest.raises(UnusableFile, match=r"diffusers_config.*is damaged"):
         read_config(at(tmp_path / "vae.safetensors"))
 
 
@@ -259,6 +261,17 @@ def test_sanitize_takes_a_single_file(tiny_vae: AutoencoderKL, tmp_path: Path) -
     save_single_file(tiny_vae, tmp_path / "vae.safetensors")
     images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sanitize(images, tmp_path / "vae.safetensors"), sanitize(images, tiny_vae))
+
+
+def test_the_evaluation_takes_a_single_file(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    """Oracle: the same VAE as an object; the flags `--baseline` and `--vae` go through these functions."""
+    save_single_file(tiny_vae, tmp_path / "vae.safetensors")
+    sources = vae_sources(str(tmp_path / "vae.safetensors"), [f"robust={tmp_path / 'vae.safetensors'}"])
+    assert list(sources) == ["original", "robust"]
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = Codec.of(tiny_vae, "expected").reconstruct(images)
+    for codec in load_codecs(sources, device=torch.device("cpu"), dtype=None):
+        assert torch.equal(codec.reconstruct(images), expected)
 
 
 def test_the_metadata_name_no_folder(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
