@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run_convert(args: argparse.Namespace) -> int:
     """Convert a VAE, and print where it is; return the exit code."""
     source = AutoencoderSource(pretrained_model_name_or_path=args.source, subfolder=args.subfolder)
-    for note in convert(source, args.target, config=args.config, precision=args.precision, prefix=args.prefix):
+    note = convert(source, args.target, config=args.config, precision=args.precision, prefix=args.prefix)
+    if note is not None:
         print(f"note: {note}", file=sys.stderr)
     print(f"converted to {args.target}")
     return 0

@@ -30,7 +30,7 @@ UNREADABLE = (
 
 def convert(
     source: AutoencoderSource, target: Path, *, config: str | None, precision: str, prefix: str = ""
-) -> list[str]:
+) -> str | None:
     """Write the VAE at `source` to `target`: one file if its name ends in .safetensors, else a folder of diffusers.
 
     Args:
@@ -41,7 +41,7 @@ def convert(
         prefix: what the names in a single file begin with, one of `PREFIXES`.
 
     Returns:
-        What the user has to know of the written file, in sentences.
+        What the user has to know of the written file; None if there is nothing to know.
 
     Raises:
         UserError: if `target` exists, if the VAE cannot be loaded, or if the target cannot hold it.
@@ -56,10 +56,10 @@ def convert(
     check_parameters(vae, f"{source.pretrained_model_name_or_path} in {precision}")
     if not single:
         save_autoencoder(vae, target)
-        return []
+        return None
     check_single_file(vae)
     write_atomically(target, lambda aside: save_single_file(vae, aside, prefix=prefix))
-    return [] if read_elsewhere(vae.config) else [UNREADABLE]
+    return None if read_elsewhere(vae.config) else UNREADABLE
 
 
 def _load(source: AutoencoderSource, config: str | None) -> ModelMixin:

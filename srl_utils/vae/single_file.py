@@ -230,9 +230,7 @@ class SingleFile:
         Raises:
             UserError: if the weights lack a part, or have other latents than the model.
         """
-        levels = 1 + max(
-            (int(match[1]) for name in self.shapes if (match := re.match(r"encoder\.down\.(\d+)\.", name))), default=0
-        )
+        levels = len({match[1] for name in self.shapes if (match := re.match(r"encoder\.down\.(\d+)\.", name))})
         blocks = {name.split(".")[4] for name in self.shapes if name.startswith("encoder.down.0.block.")}
         channels = self._side("decoder.conv_in.weight", 1)
         if channels != model.latent_channels:
@@ -271,8 +269,12 @@ class SingleFile:
         """Load the VAE with this configuration, in the precision of the file.
 
         Raises:
-            UserError: if the weights do not fit the configuration.
+            UserError: if the weights do not fit the configuration, or if it is of another class.
         """
+        if config["_class_name"] != AutoencoderKL.__name__:
+            raise UserError(
+                f"'{self.path}' holds an AutoencoderKL, and the configuration is of a {config['_class_name']}"
+            )
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(dict(config))
         wanted = vae.state_dict()
