@@ -75,8 +75,9 @@ from srl_utils.training.interruption import Interruption
 from srl_utils.training.objectives import OBJECTIVES
 from srl_utils.training.resuming import Earlier
 from srl_utils.vae.families import family_of
-from srl_utils.vae.loading import HALF_PRECISION, load_autoencoder, read_config
+from srl_utils.vae.loading import SINGLE_FILE, VARIANTS, load_autoencoder, read_config
 from srl_utils.vae.networks import check_frames, check_resolution
+from srl_utils.vae.single_file import check_single_file
 
 # Found by experiments/time_to_robustness.py, see benchmarks/RESULTS.md.
 FAST: dict[str, Any] = {
@@ -130,7 +131,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrained_model_name_or_path",
         type=home_expanded,
         default="stabilityai/sd-vae-ft-mse",
-        help="Hub id or folder of a VAE of diffusers, or of a pipeline together with --subfolder vae",
+        help="Hub id or folder of a VAE of diffusers, or of a pipeline together with --subfolder vae; or a single .safetensors file",
     )
     add("--subfolder", default=None, help="folder of the VAE inside the model repository")
     add("--revision", default=None, help="branch, tag or commit on the Hub")
@@ -296,9 +297,9 @@ def add_state_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--save_variant",
         nargs="+",
-        choices=sorted(HALF_PRECISION),
+        choices=sorted(VARIANTS),
         default=[],
-        help="half-precision weights to save beside the full ones, and to measure",
+        help="weights to save beside the full ones: in half precision, measured too, or as one file for other programs",
     )
     add("--resume_from_checkpoint", type=home_expanded, default=None, help="latest, or the folder of a checkpoint")
 
@@ -538,6 +539,8 @@ def check(args: argparse.Namespace) -> tuple[ModelMixin, Earlier | None]:
             f"--gradient_checkpointing: diffusers has none that works for {type(vae).__name__}; take a smaller --train_batch_size with "
             "--gradient_accumulation_steps, or --attack_batch_size"
         )
+    if SINGLE_FILE in args.save_variant:
+        check_single_file(vae)
     return vae, earlier
 
 

@@ -1,1 +1,1 @@
-"""The model card, and publishing on the Hugging Face Hub. A failed push never ends a training."""
+"""The model card, publishing on the Hugging Face Hub, and files for other programs. A failed push never ends a training."""

@@ -1,4 +1,7 @@
-"""python -m srl_utils.hub push OUTPUT_DIR --repo_id user/name"""
+"""python -m srl_utils.hub push OUTPUT_DIR --repo_id user/name
+
+python -m srl_utils.hub convert SOURCE TARGET
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,32 @@ from urllib.parse import quote
 
 from huggingface_hub import constants
 
-from srl_utils.command_line import Parser, exit_code
+from srl_utils.command_line import Parser, exit_code, expanded_path, home_expanded
 from srl_utils.errors import MissingFile
 from srl_utils.hub.contents import CARD, Contents, contents
+from srl_utils.hub.converting import PRECISIONS, convert
 from srl_utils.hub.publishing import EXIT_PUSH_FAILED, PushError, create_repository, open_branch, push
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, read_config
+from srl_utils.vae.single_file import MODELS, PREFIXES
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
+    return args.run(args)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """Convert a VAE, and print where it is; return the exit code."""
+    source = AutoencoderSource(pretrained_model_name_or_path=args.source, subfolder=args.subfolder)
+    note = convert(source, args.target, config=args.config, precision=args.precision, prefix=args.prefix)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"converted to {args.target}")
+    return 0
+
+
+def run_push(args: argparse.Namespace) -> int:
+    """Publish a folder, and print its address; return the exit code."""
     if not args.output_dir.is_dir():
         raise MissingFile(f"there is no folder {args.output_dir}; give the `output_dir` of a training")
     source = AutoencoderSource(pretrained_model_name_or_path=str(args.output_dir))
@@ -49,7 +69,15 @@ def publish(args: argparse.Namespace, what: Contents) -> str:
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m srl_utils.hub", description="The token is that of `hf auth login`, or HF_TOKEN.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    command = commands.add_parser("push", help="publish what a training has left in its output folder")
+    add_push(commands.add_parser("push", help="publish what a training has left in its output folder"))
+    add_convert(
+        commands.add_parser("convert", help="turn a VAE of diffusers into one file for other programs, or back")
+    )
+    return parser.parse_args(arguments)
+
+
+def add_push(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_push)
     command.add_argument("output_dir", type=Path, help="the --output_dir of the training")
     command.add_argument("--repo_id", required=True, help="user/name on the Hub; created where it does not exist")
     command.add_argument("--private", action="store_true", help="create it private; one that is public is made private")
@@ -57,7 +85,28 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         "--revision", type=branch, default=None, help="branch; created from main where it does not exist"
     )
     command.add_argument("--commit_message", default="End of training")
-    return parser.parse_args(arguments)
+
+
+def add_convert(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_convert)
+    command.add_argument("source", type=home_expanded, help="folder or Hub id of a VAE, or a single .safetensors file")
+    command.add_argument(
+        "target", type=expanded_path, help="a new .safetensors file, or else a new folder of diffusers"
+    )
+    command.add_argument("--subfolder", default=None, help="folder of the VAE inside SOURCE, such as vae")
+    command.add_argument(
+        "--config", type=home_expanded, default=None,
+        help=f"of a single file that does not tell it: {', '.join(MODELS)}, or a folder or Hub id with a config.json",
+    )  # fmt: skip
+    command.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="of the written weights (default: fp32)"
+    )
+    command.add_argument(
+        "--prefix",
+        choices=PREFIXES[1:],
+        default="",
+        help="what names in a single file begin with (default: nothing, as other programs want a VAE)",
+    )
 
 
 def branch(name: str) -> str:

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 
 from srl_utils.images.pixels import format_pixel_distance
 from srl_utils.markdown import as_code, as_text
-from srl_utils.vae.loading import UPDATES_NAME
+from srl_utils.vae.loading import SINGLE_FILE_NAME, UPDATES_NAME
 
 if TYPE_CHECKING:
     from srl_utils.evaluation.results import Row
@@ -31,6 +31,7 @@ class CardFacts:
 
     Attributes:
         vae_class: name of the class in diffusers.
+        read_elsewhere: whether other programs can use the single file among the weights, if there is one.
         images: training images in all, if some steps had more or fewer than others.
         lora_rank: of the low-rank updates that were trained; None if all of the encoder's weights were.
         changes: a line for each change of flags when the training was resumed.
@@ -43,6 +44,7 @@ class CardFacts:
     model_id: str
     base_model: str
     vae_class: str
+    read_elsewhere: bool = False
     base_license: Mapping[str, str] = field(default_factory=dict)
     subfolder: str | None = None
     data: str
@@ -98,6 +100,7 @@ def render_card(facts: CardFacts) -> str:
             "model_literal": json.dumps(facts.model_id),  # a string literal in the card's Python code
             "weights_heading": WEIGHTS_HEADING,
             "updates": UPDATES_NAME,
+            "single_file": SINGLE_FILE_NAME if SINGLE_FILE_NAME in facts.weights else None,
             "samples": "images" if facts.num_frames == 1 else f"clips of {facts.num_frames} frames",
             "judged": bool(judged),
             "uneven": facts.images is not None and facts.images != facts.steps * facts.images_per_step,

@@ -61,7 +61,7 @@ def swap_vae(
 
     Args:
         pipe: any pipeline whose VAE is of a class in `FAMILIES`; it may be called `vae`, `movq` or `vqvae`.
-        vae: such a VAE, a folder, or a Hub id.
+        vae: such a VAE, a folder, a single file, or a Hub id.
         subfolder: folder of the VAE inside `vae`, as in `from_pretrained`.
         revision: branch, tag or commit of a Hub id.
         variant: variant of the weight files, such as fp16.
@@ -149,7 +149,7 @@ def resolve_vae(
     revision: str | None = None,
     variant: str | None = None,
 ) -> ModelMixin:
-    """Return `vae` itself, or the VAE loaded in float32 from a folder or Hub id.
+    """Return `vae` itself, or the VAE loaded in float32 from a folder, a single file or a Hub id.
 
     Raises:
         WrongType: a TypeError, if it is neither.

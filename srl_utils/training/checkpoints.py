@@ -57,13 +57,13 @@ class Stateful(Protocol):
 def save_drop_in(vae: ModelMixin, output_dir: Path, *, variants: Sequence[str] = ()) -> None:
     """Write the files that `from_pretrained(output_dir)` needs; each file is replaced in one rename.
 
-    Full and half-precision weights and low-rank updates of an earlier run that are not written again are removed, since
-    diffusers would load them although they belong to another VAE.
+    Weights of an earlier run that are not written again are removed, whatever their precision and layout, since programs
+    would load them although they belong to another VAE.
 
     Args:
         vae: the VAE to save.
         output_dir: where to write.
-        variants: half-precision weights, `fp16` or `bf16`, to write beside the full ones.
+        variants: weights to write beside the full ones, of `VARIANTS`.
     """
     aside = output_dir / ".drop-in.partial"
     shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed here

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,15 @@ def _possible(value: object, default: object, largest: int, *, least: int = 1, l
     return isinstance(value, type(default))
 
 
+def check_keys(name: str, *, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raise a UserError if weights lack tensors, or hold some that the configuration does not describe."""
+    for keys, fault in ((missing, "lack"), (unexpected, "hold beyond what its configuration describes")):
+        if keys:
+            raise UserError(
+                f"cannot load the VAE '{name}': its weights {fault} {len(keys)} tensors, such as {min(keys)}"
+            )
+
+
 def check_parameters(vae: nn.Module, name: str) -> None:
     """Raise a UserError unless all weights are finite."""
     for key, tensor in vae.state_dict().items():
@@ -134,17 +143,15 @@ def check_parameters(vae: nn.Module, name: str) -> None:
 
 
 def refuse_pickles(name: str, subfolder: str | None) -> None:
-    """Refuse local weights that are a pickle or a single file.
-
-    A pickle can run code when it is loaded.
+    """Refuse local weights that are a pickle, which can run code when it is loaded.
 
     Raises:
         UnusableFile: an OSError, with the command that converts the weights.
     """
     place = Path(name, subfolder or "")
-    if place.is_file():
+    if place.is_file() and place.suffix != ".safetensors":
         raise UnusableFile(
-            f"'{name}' is a file; a folder with a config.json and safetensors is expected. To convert it: "
+            f"'{name}' is a file, but not of safetensors; a pickle can run code when it is loaded. To convert it: "
             + _conversion(place.parent, _single_file(place), name)
         )
     if not place.is_dir() or any(place.glob("*.safetensors")):

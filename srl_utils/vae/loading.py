@@ -1,9 +1,10 @@
-"""Load and save VAEs in the layout of diffusers."""
+"""Load VAEs from folders, the Hub and single files, and save them in the layout of diffusers and as single files."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from os.path import isfile  # which, unlike pathlib's, says False of a name too long to be one
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,22 @@ from safetensors.torch import load_file, save_file
 
 from srl_utils.errors import MissingFile, UnusableFile, UserError
 from srl_utils.vae.families import named_family
-from srl_utils.vae.files import check_parameters, completed_config, first_line, refuse_pickles
+from srl_utils.vae.files import check_keys, check_parameters, completed_config, first_line, refuse_pickles
 from srl_utils.vae.low_rank import load_updates, merged_state, updates_state
+from srl_utils.vae.single_file import SingleFile, save_single_file
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 UPDATES_NAME = "pytorch_lora_weights.safetensors"
 """Low-rank updates alone, under the name that diffusers gives them."""
+SINGLE_FILE_NAME = "srl_vae.safetensors"
+"""The full weights as one file in the original layout, for other programs."""
 RGB = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSource:
-    """Where a VAE comes from: the arguments of `from_pretrained`."""
+    """Where a VAE comes from: the arguments of `from_pretrained`, or a single file in place of the folder."""
 
     pretrained_model_name_or_path: str
     subfolder: str | None = None
@@ -33,22 +37,38 @@ class AutoencoderSource:
     variant: str | None = None
     cache_dir: str | None = None
 
+    @property
+    def file(self) -> Path | None:
+        """Return the single file that this names; None if it names a folder or a model of the Hub."""
+        path = Path(self.pretrained_model_name_or_path, self.subfolder or "")
+        return path if isfile(path) else None
+
 
 def read_config(source: AutoencoderSource) -> dict[str, Any]:
     """Return the VAE's configuration, with diffusers' defaults for missing entries; loads no weights.
 
     Raises:
         MissingFile: a FileNotFoundError, if there is no configuration.
-        UnusableFile: an OSError, if it cannot be read, or if the weights are pickles or a single file.
+        UnusableFile: an OSError, if it cannot be read, or if the weights are pickles.
         UserError: a ValueError and the base of both, if the class is not in `FAMILIES`, if the configuration is
-            impossible, or if the VAE does not take RGB images.
+            impossible, if the VAE does not take RGB images, or if a single file does not tell its configuration.
     """
+    name = source.pretrained_model_name_or_path
+    refuse_pickles(name, source.subfolder)
+    if source.file is None:
+        return checked_config(_stated_config(source), name)
+    if source.variant is not None:
+        raise UserError(f"'{name}' is one file and has no variants", parameter="variant")
+    return checked_config(SingleFile.read(source.file).config(), name)
+
+
+def _stated_config(source: AutoencoderSource) -> dict[str, Any]:
+    """Return what the config.json of a folder or of a model on the Hub says."""
     arguments = asdict(source)
     arguments.pop("variant")
     name = source.pretrained_model_name_or_path
-    refuse_pickles(name, source.subfolder)
     try:
-        config = AutoencoderKL.load_config(**arguments)  # reads the file of any class
+        return AutoencoderKL.load_config(**arguments)  # reads the file of any class
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]
         other_folder = Path(name).exists() and not Path(name, "model_index.json").exists()
@@ -57,6 +77,15 @@ def read_config(source: AutoencoderSource) -> dict[str, Any]:
         if not Path(name).exists():
             hint += "; there is no such folder here, and no such model was read from the Hub"
         raise fault(f"no VAE configuration at '{name}': {reason}{hint}") from None
+
+
+def checked_config(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a configuration with diffusers' defaults for missing entries.
+
+    Raises:
+        UserError: if the class is not in `FAMILIES`, if the configuration is impossible, or if the VAE does not take RGB
+            images. The messages call the VAE `name`.
+    """
     said = config.get("_class_name", "configuration of no known class") if isinstance(config, dict) else "list"
     family = named_family(str(said), f"'{name}'")
     config = completed_config(config, family.kind, name)
@@ -75,17 +104,27 @@ def load_autoencoder(source: AutoencoderSource) -> ModelMixin:
             do not fit it or are not all finite.
     """
     name = source.pretrained_model_name_or_path
-    kind = named_family(read_config(source)["_class_name"], name).kind
+    config = read_config(source)
+    if source.file is not None:
+        return load_single_file(source.file, config)
+    kind = named_family(config["_class_name"], name).kind
     try:
         vae, loading = kind.from_pretrained(**asdict(source), use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise _loading_error(error, source)(f"cannot load the VAE '{name}': {first_line(error)}") from None
-    for keys, fault in (("missing_keys", "lack"), ("unexpected_keys", "hold beyond what its configuration describes")):
-        if found := sorted(loading[keys]):
-            raise UserError(
-                f"cannot load the VAE '{name}': its weights {fault} {len(found)} tensors, such as {found[0]}"
-            )
+    check_keys(name, missing=loading["missing_keys"], unexpected=loading["unexpected_keys"])
     check_parameters(vae, name)
+    return vae.float()
+
+
+def load_single_file(path: Path, config: dict[str, Any]) -> AutoencoderKL:
+    """Load a VAE of a checked configuration from one file, in float32, whatever the precision of the file.
+
+    Raises:
+        UserError: if the weights do not fit the configuration or are not all finite.
+    """
+    vae = SingleFile.read(path).load(config)
+    check_parameters(vae, str(path))
     return vae.float()
 
 
@@ -98,21 +137,33 @@ def _loading_error(error: Exception, source: AutoencoderSource) -> type[UserErro
 
 
 HALF_PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
+SINGLE_FILE = "single_file"
+VARIANTS = (*HALF_PRECISION, SINGLE_FILE)
+"""What can be written beside the full weights: weights in half precision, and the full weights for other programs."""
 
 
 def save_variant(vae: ModelMixin, folder: Path, variant: str) -> None:
-    """Write the weights in half precision beside the full ones, where `from_pretrained(variant=...)` finds them."""
+    """Write one of `VARIANTS` beside the full weights; `from_pretrained(variant=...)` finds those in half precision.
+
+    Raises:
+        UserError: for a single file, as `check_single_file`.
+    """
+    if variant == SINGLE_FILE:
+        save_single_file(vae, folder / SINGLE_FILE_NAME)
+        return
     weights = {name: tensor.to(HALF_PRECISION[variant]).contiguous() for name, tensor in merged_state(vae).items()}
     save_file(weights, folder / variant_name(variant), metadata={"format": "pt"})
 
 
 def variant_name(variant: str | None) -> str:
-    """Return the file name of the weights of a variant; None means the full weights."""
+    """Return the file name of one of `VARIANTS`, or of another variant of diffusers; None means the full weights."""
+    if variant == SINGLE_FILE:
+        return SINGLE_FILE_NAME
     return WEIGHTS_NAME if variant is None else WEIGHTS_NAME.replace(".", f".{variant}.", 1)
 
 
 def is_weights_file(name: str, variants: str = r"[\w-]+") -> bool:
-    """Return whether diffusers looks for weights under this name: whole or in shards, safetensors or a pickle, or updates.
+    """Return whether weights have this name: diffusers' own, whole or in shards, safetensors or a pickle; updates; a single file.
 
     Args:
         name: a file name.
@@ -122,7 +173,7 @@ def is_weights_file(name: str, variants: str = r"[\w-]+") -> bool:
     stem = WEIGHTS_NAME.partition(".")[0]
     kind = r"\.(safetensors|bin)"
     whole = rf"{stem}{shard}{variant}{shard}{kind}({variant}\.index{variant}\.json)?"
-    return name == UPDATES_NAME or re.fullmatch(whole, name) is not None
+    return name in (UPDATES_NAME, SINGLE_FILE_NAME) or re.fullmatch(whole, name) is not None
 
 
 def inference_dtype(config: dict[str, Any], variant: str) -> torch.dtype | None:

@@ -48,6 +48,21 @@ def code(card: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", card, flags=re.DOTALL)
 
 
+# --- files for other programs -----------------------------------------------------------------------------
+
+
+def test_a_card_says_where_a_single_file_goes() -> None:
+    """Oracle: the folders that ComfyUI, A1111 and Forge read VAEs from; none without such a file or for other shapes."""
+    weights = {"diffusion_pytorch_model.safetensors": "0" * 64, "srl_vae.safetensors": "1" * 64}
+    card = render_card(replace(FULL, weights=weights, read_elsewhere=True))
+    assert re.findall(r"^\| (\w+) \| `(\S+)` \|", card, flags=re.MULTILINE) == [
+        ("ComfyUI", "models/vae"), ("A1111", "models/VAE"), ("Forge", "models/VAE"),
+    ]  # fmt: skip
+    assert recorded_weights(card) == weights and list(sections(card)) == ["robust", *HEADINGS]
+    assert "cannot use it" in render_card(replace(FULL, weights=weights))
+    assert "ComfyUI" not in render_card(FULL)
+
+
 # --- the text ---------------------------------------------------------------------------------------------
 
 

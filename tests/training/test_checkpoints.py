@@ -122,7 +122,7 @@ OF_AN_EARLIER_RUN = [
     "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bf16.safetensors",
     "diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.fp16.json",
-    "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin",
+    "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "srl_vae.safetensors",
 ]  # fmt: skip
 OF_THE_USER = [
     "diffusion_pytorch_model.kept.safetensors", "diffusion_pytorch_model_backup.safetensors", "pytorch_model.bin", "LICENSE"

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from helpers.autoencoders import small_autoencoder
 from helpers.runs import ROOT, Run, assert_same_weights, launch, steps
 from PIL import Image
 from safetensors.torch import load_file
@@ -35,7 +36,8 @@ from srl_utils.training.cli.listener import EXIT_NOT_FINITE
 from srl_utils.training.execution import choose_execution
 from srl_utils.training.step import Step
 from srl_utils.training.validation import Validation
-from srl_utils.vae.loading import UPDATES_NAME
+from srl_utils.vae.loading import SINGLE_FILE_NAME, UPDATES_NAME
+from srl_utils.vae.single_file import save_single_file
 
 SCRIPT = ROOT / "train_srl_vae.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -304,6 +306,39 @@ def test_it_learns(run: Run, tmp_path: Path) -> None:
     }
     assert means["loss"][1] < means["loss"][0]
     assert means["attacked_psnr"][1] > means["attacked_psnr"][0] + 0.3
+
+
+# --- single files ---------------------------------------------------------------------------------------
+
+
+def test_single_files_in_and_out(run: Run, flags: list[str], vae_folder: Path, tmp_path: Path) -> None:
+    """Oracle: the run that starts from the folder, whose weights are the same to the bit; diffusers reads the written file,
+    which the card and the folder for the Hub list. Other programs cannot use so small a VAE, and the card says so."""
+    save_single_file(AutoencoderKL.from_pretrained(vae_folder), tmp_path / "base.safetensors")
+    out = tmp_path / "out"
+    code, printed = run(
+        *flags, "--save_variant", "single_file", "--pretrained_model_name_or_path", tmp_path / "base.safetensors"
+    )
+    assert code == 0, printed
+    assert json.loads((out / "config.json").read_text())["_name_or_path"] == "base.safetensors"
+    single = AutoencoderKL.from_single_file(str(out / SINGLE_FILE_NAME), config=str(out)).state_dict()
+    saved = load_file(out / WEIGHTS)
+    assert single.keys() == saved.keys() and all(torch.equal(single[name], saved[name]) for name in saved)
+    card = (out / "README.md").read_text()
+    assert set(recorded_weights(card)) == {WEIGHTS, SINGLE_FILE_NAME} <= set(contents(out).names)
+    assert "A1111 and Forge cannot use it" in card and "models/vae" not in card
+    assert run(*flags)[0] == 0
+    from_the_folder = load_file(out / WEIGHTS)
+    assert all(torch.equal(from_the_folder[name], saved[name]) for name in saved)
+    assert not (out / SINGLE_FILE_NAME).exists()
+
+
+def test_a_single_file_of_another_class_is_refused(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Oracle: one line before the first step, and no output folder."""
+    small_autoencoder("AutoencoderKLFlux2").save_pretrained(tmp_path / "flux2")
+    code, printed = run(*flags, "--save_variant", "single_file", "--pretrained_model_name_or_path", tmp_path / "flux2")
+    assert code == 2 and "a single file holds an AutoencoderKL, and this VAE is a AutoencoderKLFlux2" in printed
+    assert not (tmp_path / "out").exists()
 
 
 # --- low-rank updates -----------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from srl_utils.training.resuming import told
 from srl_utils.training.validation import COMPARISON
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.loading import (
+    HALF_PRECISION,
+    SINGLE_FILE,
     UPDATES_NAME,
     WEIGHTS_NAME,
     AutoencoderSource,
@@ -30,6 +32,7 @@ from srl_utils.vae.loading import (
     load_autoencoder,
     variant_name,
 )
+from srl_utils.vae.single_file import read_elsewhere
 
 MAX_VARIANT_DIFFERENCE = 0.1
 """Difference in clean PSNR, in dB, from which the full weights are recommended."""
@@ -56,7 +59,7 @@ def finish(run: Run) -> int:
     validate(run)
     with judged_weights(run):
         table = run.validation.measure_result()
-    variants = "".join(judge_variant(run, variant) for variant in args.save_variant)
+    variants = "".join(judge_variant(run, variant) for variant in args.save_variant if variant in HALF_PRECISION)
     write_card(run, args.output_dir, saved=[*saved_weights(run), *map(variant_name, args.save_variant)])
     run.accelerator.end_training()
     run.accelerator.print(f"\n{table}\n{variants}\n{time_summary(run.progress)}")
@@ -137,6 +140,7 @@ def write_card(run: Run, folder: Path, *, saved: Sequence[str] = ()) -> None:
         model_id=run.publisher.repo_id if run.publisher else args.output_dir.name,
         base_model=args.pretrained_model_name_or_path,
         vae_class=type(run.networks.vae).__name__,
+        read_elsewhere=SINGLE_FILE in args.save_variant and read_elsewhere(run.networks.vae.config),
         base_license=base_license(args.pretrained_model_name_or_path),
         subfolder=args.subfolder,
         data=run.data.description,

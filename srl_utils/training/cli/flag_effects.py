@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from os.path import isdir  # which, unlike pathlib's, says False of a name too long to be one
+from os.path import exists  # which, unlike pathlib's, says False of a name too long for a file
 
 from srl_utils.command_line import Effects
 from srl_utils.images.sources import PHOTOGRAPHS
@@ -17,7 +17,7 @@ def training_effects(args: argparse.Namespace) -> Effects:
     """Return what each flag needs to have an effect, and its values that ask for what happens anyway."""
     tracked = args.report_to != "none"
     data_set = args.dataset_name not in (None, PHOTOGRAPHS)
-    hub_model = not isdir(args.pretrained_model_name_or_path)
+    hub_model = not exists(args.pretrained_model_name_or_path)
     objective = OBJECTIVES[args.objective]
     latents = objective.latent_weight(args.latent_weight) > 0 or objective.latent_share(args.latent_attack_share) > 0
     attack = attacks(args), f"an attack: --pgd_steps and --epsilon above 0, {ATTACKING} and no --gaussian_noise"
