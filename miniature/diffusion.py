@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -26,7 +26,7 @@ from miniature.tokens import special_tokens
 from miniature.training import Settings, train
 from srl_utils.attacks.draws import image_generators
 from srl_utils.evaluation.tasks.finetuning import draw_numbers
-from srl_utils.files import write_atomically
+from srl_utils.files import save_tensors, write_atomically
 from srl_utils.vae.latents import LatentScale
 from srl_utils.vae.loading import hide_local_origin
 
@@ -151,7 +151,7 @@ def scaled_latents(vae: AutoencoderKL, scenes: SceneSet, path: Path) -> Tensor:
         batches = torch.arange(len(scenes.captions)).split(256)
         means = [vae.encode(scenes.pixels(batch).to(vae.device)).latent_dist.mean.half().cpu() for batch in batches]
         latents = LatentScale.of(vae).scale(torch.cat(means)).contiguous()
-        write_atomically(path, lambda aside: save_file({"latents": latents}, aside, {"made_of": made_of}))
+        write_atomically(path, lambda aside: save_tensors({"latents": latents}, aside, {"made_of": made_of}))
     return load_file(path)["latents"]
 
 

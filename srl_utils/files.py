@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -45,6 +45,14 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, readable by whom the umask allows; safetensors itself lets the owner alone read them."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    path.chmod(mode)
+
+
 def read_json(path: Path) -> Any:
     """Return what `write_text_atomically` has written as JSON.
 
@@ -67,7 +75,7 @@ def kept_images(path: Path, make: Callable[[], Tensor]) -> Tensor:
     """
     if not path.exists():
         made = make().cpu().contiguous()
-        write_atomically(path, lambda aside: save_file({KEY: made}, aside))
+        write_atomically(path, lambda aside: save_tensors({KEY: made}, aside))
     return load_file(path)[KEY]
 
 

@@ -15,7 +15,7 @@ from helpers.runs import ROOT, Run
 
 from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
-from srl_utils.files import sole_run
+from srl_utils.files import save_tensors, sole_run
 from srl_utils.training.checkpoints import save_drop_in
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 
@@ -95,3 +95,14 @@ def test_a_reader_sees_whole_files_while_they_are_written(
     writer.join()
     assert seen == {0, 1}
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_whoever_may_read_other_files_may_read_weights(tmp_path: Path) -> None:
+    """Oracle: the mode of a file that Python itself makes under the same umask."""
+    before = os.umask(0o027)
+    try:
+        (tmp_path / "usual").touch()
+        save_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from srl_utils.attacks.draws import image_generators
@@ -21,7 +21,7 @@ from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.evaluation.results import Record
 from srl_utils.evaluation.study import check_fingerprint
 from srl_utils.evaluation.tasks.geometry import Batch, Found, Part
-from srl_utils.files import kept_images, read_json, write_atomically, write_text_atomically
+from srl_utils.files import kept_images, read_json, save_tensors, write_atomically, write_text_atomically
 from srl_utils.vae.codec import Codec
 
 
@@ -144,7 +144,7 @@ class GeometryStudy:
                 f"{int(path.stem)} on, so their mean is undefined"
             )
         if kept:
-            write_atomically(path.with_suffix(".safetensors"), lambda aside: save_file(kept, aside))
+            write_atomically(path.with_suffix(".safetensors"), lambda aside: save_tensors(kept, aside))
         write_text_atomically(path, json.dumps(found.records) + "\n")
 
     def _records(self, part: Part, codec: Codec) -> list[Record]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,7 +26,7 @@ from srl_utils.evaluation.motion import TRAVEL, USE, codebook_use, usual_distanc
 from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, TRANSFER, Perturbation
 from srl_utils.evaluation.results import Record, Row, Setting, to_row, to_rows
 from srl_utils.evaluation.tasks.base import Cell, Task
-from srl_utils.files import read_json, write_atomically, write_text_atomically
+from srl_utils.files import read_json, save_tensors, write_atomically, write_text_atomically
 from srl_utils.images.pixels import frames_of
 from srl_utils.metrics.features import SET_METRICS, changes_of_clips
 from srl_utils.vae.codec import Codec
@@ -171,7 +171,7 @@ class Study:
         """Store a batch; write the values last, because their file marks the batch as complete."""
         path = self._folder(job.cell) / f"{job.batch[0]:06d}.json"
         if features:
-            write_atomically(path.with_suffix(".safetensors"), lambda aside: save_file(features, aside))
+            write_atomically(path.with_suffix(".safetensors"), lambda aside: save_tensors(features, aside))
         write_text_atomically(path, json.dumps(records) + "\n")
 
     def _batches(self, cell: Cell) -> list[Path]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from srl_utils.errors import MissingFile, UnusableFile, UserError
+from srl_utils.files import save_tensors
 from srl_utils.vae.families import named_family
 from srl_utils.vae.files import check_keys, check_parameters, completed_config, first_line, refuse_pickles
 from srl_utils.vae.low_rank import load_updates, merged_state, updates_state
@@ -152,7 +153,7 @@ def save_variant(vae: ModelMixin, folder: Path, variant: str) -> None:
         save_single_file(vae, folder / SINGLE_FILE_NAME)
         return
     weights = {name: tensor.to(HALF_PRECISION[variant]).contiguous() for name, tensor in merged_state(vae).items()}
-    save_file(weights, folder / variant_name(variant), metadata={"format": "pt"})
+    save_tensors(weights, folder / variant_name(variant), metadata={"format": "pt"})
 
 
 def variant_name(variant: str | None) -> str:
@@ -201,7 +202,7 @@ def save_autoencoder(vae: ModelMixin, folder: Path) -> None:
     for name, state in ((WEIGHTS_NAME, merged_state(vae)), (UPDATES_NAME, updates_state(vae))):
         if state:
             weights = {key: tensor.contiguous() for key, tensor in state.items()}
-            save_file(weights, folder / name, metadata={"format": "pt"})
+            save_tensors(weights, folder / name, metadata={"format": "pt"})
 
 
 def restore_autoencoder(vae: ModelMixin, folder: Path) -> None:

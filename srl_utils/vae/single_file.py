@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ModelMixin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from srl_utils.errors import UnusableFile, UserError
-from srl_utils.files import checksum
+from srl_utils.files import checksum, save_tensors
 from srl_utils.vae.files import check_keys, first_line
 from srl_utils.vae.low_rank import merged_state
 
@@ -150,7 +149,7 @@ def save_single_file(vae: ModelMixin, path: Path, *, prefix: str = "") -> None:
     }
     stated = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     config = json.dumps({"_class_name": AutoencoderKL.__name__, **stated})
-    save_file(weights, path, metadata={"format": "pt", CONFIG_KEY: config})
+    save_tensors(weights, path, metadata={"format": "pt", CONFIG_KEY: config})
 
 
 def _as_convolution(tensor: Tensor) -> Tensor:

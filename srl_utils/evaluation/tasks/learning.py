@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from srl_utils.attacks.draws import image_generators, purifying_generators
@@ -21,7 +21,7 @@ from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.evaluation.tasks.base import Cell
 from srl_utils.evaluation.tasks.editing import Edit
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
-from srl_utils.files import kept_images, write_atomically
+from srl_utils.files import kept_images, save_tensors, write_atomically
 from srl_utils.vae.codec import Codec
 
 
@@ -94,7 +94,7 @@ class Learner:
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 unet = self._finetune(codec, lesson)
-                write_atomically(path, partial(save_file, {k: v.contiguous() for k, v in unet.state_dict().items()}))
+                write_atomically(path, partial(save_tensors, {k: v.contiguous() for k, v in unet.state_dict().items()}))
                 return unet
         unet = copy.deepcopy(self.text_to_image.pipeline.unet)
         unet.load_state_dict(load_file(path))
