@@ -102,7 +102,7 @@ def main() -> None:
     run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1)
     run.scenes(SCENES, scale.images, seed=0)
     for name, flags in trainings.items():
-        run.train(name, ["--train_data_dir", args.output_dir / TRAINING_SCENES, *flags])
+        run.train(name, ["--train_data_dir", args.output_dir / TRAINING_SCENES, *flags], num_validation=1)
     data = ["--data_dir", args.output_dir / SCENES]
     seeds = {count: [trained_name(rival, seed) for rival in RIVALS for seed in range(count)] for count in (1, 2, 3)}
     compared = seeds[scale.seeds]
