@@ -287,8 +287,8 @@ def _decode_evenly(
                 decoded.append(decode_square(raw.source, crop, num_frames=num_frames))
                 captions.append(raw.caption)
                 names.append(raw.name)
-                if crop.upscales:
-                    enlarged.append(crop.short_side)
+                if crop.size is not None and crop.upscales:
+                    enlarged.append(min(crop.size))
                 break
             except UnreadableImage as error:
                 unreadable.append(raw.name)

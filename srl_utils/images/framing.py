@@ -93,12 +93,7 @@ class Crop:
     @property
     def upscales(self) -> bool:
         """Return whether the frames were smaller than the resolution."""
-        return self.short_side is not None and self.short_side < self.resolution
-
-    @property
-    def short_side(self) -> int | None:
-        """Return the shorter side of the frames in pixels; None before the first one."""
-        return None if self.size is None else min(self.size)
+        return self.size is not None and min(self.size) < self.resolution
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -542,7 +542,7 @@ def test_two_processes_and_a_kill_change_nothing(arguments, tmp_path: Path) -> N
         (["--attacks", "nonsense"], "--attacks: nonsense is not known"),
         (["--vae", "a=nowhere"], "--vae: the VAE a at nowhere: "),
         (["--vae", "original=x"], "--vae: original=x: there are two VAEs of the name original"),
-        (["--dataset_name", "scikit-image"], "--dataset_name or --data_dir"),
+        (["--dataset_name", "faces", "faces"], "--dataset_name: faces and faces have the same name"),
         (["--data_dir", "nowhere"], "--data_dir: there is no folder nowhere"),
         (["--split", "val"], "--split has no effect without --dataset_name"),
         (["--resolution", "8"], "SSIM needs at least 11 px"),

@@ -114,9 +114,9 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
     if loaded.unreadable:
         notes.append(f"{len(loaded.unreadable)} unreadable images were left out: {', '.join(loaded.unreadable)}")
     if loaded.enlarged:
-        sizes = f"{min(loaded.enlarged)} to {max(loaded.enlarged)} px"
+        sizes = " to ".join(str(side) for side in sorted({min(loaded.enlarged), max(loaded.enlarged)}))
         notes.append(
-            f"{len(loaded.enlarged)} images were enlarged to {args.resolution} px: their short sides have {sizes}"
+            f"{len(loaded.enlarged)} images were enlarged to {args.resolution} px: their short sides have {sizes} px"
         )
     if len(loaded.images) < args.num_images:
         notes.append(f"there are only {len(loaded.images)} images, fewer than the {args.num_images} of --num_images")

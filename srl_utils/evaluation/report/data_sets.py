@@ -93,7 +93,7 @@ def won_back(
         return None
     gained = np.array([robust[image] - attacked[image] for image in images])
     lost = np.array([clean[image] - attacked[image] for image in images])
-    certain = bootstrap_interval(lost)[0] > 0
+    certain = bootstrap_interval(lost.tolist())[0] > 0
     picks = np.random.default_rng(seed).integers(0, len(images), size=(RESAMPLES, len(images)))
     with np.errstate(divide="ignore", invalid="ignore"):  # without a loss there is no share, and none is shown
         shares = gained[picks].mean(axis=1) / lost[picks].mean(axis=1)
