@@ -223,7 +223,11 @@ def test_corrupted_images_are_images(corruption: Corruption, images, generators)
 
 @EVERY
 def test_error_grows_with_severity(corruption: Corruption, pictures, generators) -> None:
-    """Oracle: monotony of the mean squared error over three scenes, and it is an error from the start."""
+    """Oracle: monotony of the mean squared error over three scenes, and it is an error from the start.
+
+    Their sides are no multiples of any block of `pixelate`, whose error is smaller where blocks are whole pixels.
+    """
+    pictures = pictures[:, :, :47, :61]
     errors = [
         (corruption.apply(pictures, severity, generators(0, 1, 2)) - pictures).square().mean().item()
         for severity in SEVERITIES

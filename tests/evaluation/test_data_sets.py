@@ -22,6 +22,7 @@ from srl_utils.evaluation.report.data_sets import (
     won_back,
 )
 from srl_utils.evaluation.results import Row
+from srl_utils.evaluation.study import Study
 from srl_utils.images.pixels import to_pil
 
 
@@ -133,7 +134,8 @@ def test_each_data_set_has_the_values_of_an_evaluation_on_it_alone(words, tmp_pa
 
     The report has a table for each data set, the two panels that compare them, and the note on enlarged digits.
     """
-    assert command.main([*words, "--dataset_name", "digits", "--data_dir", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "both")]) == 0  # fmt: skip
+    both = ["--dataset_name", "digits", "--data_dir", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "both")]
+    assert command.main([*words, *both]) == 0
     assert "Data set digits" in capsys.readouterr().out
     alone = tmp_path / "alone"
     assert command.main([*words, "--data_dir", str(tmp_path / "photos"), "--output_dir", str(alone)]) == 0
@@ -144,7 +146,7 @@ def test_each_data_set_has_the_values_of_an_evaluation_on_it_alone(words, tmp_pa
     assert not any("dataset" in row for row in own)
     assert [row for row in rows if row["dataset"] == "photos"] == [{**row, "dataset": "photos"} for row in own]
     assert {row["dataset"] for row in rows} == {"digits", "photos"}
-    assert [Row.from_json(row).to_json() for row in rows] == rows
+    assert [Row.from_json(row).dataset for row in rows] == [row["dataset"] for row in rows]
 
     with (tmp_path / "both/per_image.csv").open() as lines, (alone / "per_image.csv").open() as alone_lines:
         named = [line for line in csv.DictReader(lines) if line["dataset"] == "photos"]
@@ -159,6 +161,21 @@ def test_each_data_set_has_the_values_of_an_evaluation_on_it_alone(words, tmp_pa
     assert "digits: 3 images were enlarged to 16 px: their short sides have 8 px" in report
     assert "PSNR against severity" in (alone / "report.md").read_text()
     assert (tmp_path / "both/figures/psnr-by-data-set-pgd-1.png").is_file()
+
+
+def test_data_sets_can_be_added(words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: counting; given again with one more, it computes that one alone."""
+    words += ["--data_dir", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "out")]
+    assert command.main([*words, "--dataset_name", "digits"]) == 0
+    computed, compute = set(), Study._compute
+
+    def counted(study: Study, *others: object) -> None:
+        computed.add(study.output_dir.name)
+        compute(study, *others)
+
+    monkeypatch.setattr(Study, "_compute", counted)
+    assert command.main([*words, "--dataset_name", "text", "digits"]) == 0
+    assert computed == {"text"}
 
 
 def test_one_that_cannot_be_read_ends_it_before_any_work(words, tmp_path: Path) -> None:
