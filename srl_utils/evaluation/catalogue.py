@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from srl_utils.attacks.corruptions import CORRUPTIONS, Corruption
+from srl_utils.attacks.corruptions import CORRUPTIONS, Corruption, severity_of
 from srl_utils.attacks.denoiser import Denoiser
 from srl_utils.attacks.draws import Generators
 from srl_utils.attacks.gradient import APGDConfig, Objective, apgd, pgd
@@ -40,7 +40,6 @@ ITERATED = re.compile(
     r"(?!square-\d+x)(pgd|apgd|square)-([1-9]\d*)(?:x([1-9]\d*))?(?:-(lpips|latents|tokens))?(-first)?"
 )
 ITERATIONS = ("pgd-STEPS[xRESTARTS]", "apgd-STEPS[xRESTARTS]", "square-QUERIES")
-SEVERE = re.compile(r"([a-z-]+?)-([1-5])")
 NOISE = "noise"
 PRESETS: dict[str, tuple[str, ...]] = {
     "quick": ("clean", NOISE, "jpeg-3", "pgd-10"),
@@ -53,8 +52,10 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "apgd-100", "square-1000", "photoguard-encoder", "photoguard-encoder-grey", "mist-textural", "pid",
         "nightshade",
     ),
+    "corruptions": ("clean", *CORRUPTIONS),
 }  # fmt: skip
-"""Attacks by preset: `quick` for a first look, `paper` for those of the SRL-VAE paper, `strong` for stronger ones."""
+"""Attacks by preset: `quick` for a first look, `paper` for those of the SRL-VAE paper, `strong` for stronger ones,
+`corruptions` for every corruption at every severity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +164,8 @@ def _expand(name: str, epsilons: Sequence[float], resources: AttackResources) ->
     elif name in CORRUPTIONS:
         corruption = CORRUPTIONS[name]
         yield from (_corrupted(corruption, severity + 1) for severity in range(len(corruption.severities)))
-    elif (match := SEVERE.fullmatch(name)) and match[1] in CORRUPTIONS:
-        yield _corrupted(CORRUPTIONS[match[1]], int(match[2]))
+    elif severe := severity_of(name):
+        yield _corrupted(CORRUPTIONS[severe[0]], severe[1])
     elif name in PROTECTIONS:
         protection = PROTECTIONS[name]
         budgets = epsilons if protection.scalable else [None]

@@ -58,6 +58,8 @@ class Row:
     """95% bootstrap interval of the mean; None for a metric of whole sets of images."""
     n: int
     """Number of images."""
+    dataset: str | None = None
+    """Name of the data set, if the evaluation has several; else the JSON has no such field."""
 
     @property
     def setting(self) -> Setting:
@@ -66,7 +68,8 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON values."""
-        return asdict(self)
+        fields = asdict(self)
+        return fields if self.dataset is not None else {name: fields[name] for name in fields if name != "dataset"}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Row:

@@ -47,6 +47,8 @@ class ValidationImages(NamedTuple):
     """The names of images without a caption, if captions are wanted."""
     skipped: list[Skipped]
     """Files and members of tars that were skipped."""
+    enlarged: list[int]
+    """The short side, in pixels, of each image that was smaller than the resolution."""
 
 
 class TrainingSamples(Dataset):
@@ -271,6 +273,7 @@ def _decode_evenly(
     names: list[str] = []
     unreadable: list[str] = []
     without: list[str] = []
+    enlarged: list[int] = []
 
     def is_candidate(raw: RawImage) -> bool:
         if captioned and not raw.caption:
@@ -279,10 +282,13 @@ def _decode_evenly(
 
     for candidates in _stretches(images, number, is_candidate):
         for raw in candidates:
+            crop = Crop(resolution=resolution)
             try:
-                decoded.append(decode_square(raw.source, Crop(resolution=resolution), num_frames=num_frames))
+                decoded.append(decode_square(raw.source, crop, num_frames=num_frames))
                 captions.append(raw.caption)
                 names.append(raw.name)
+                if crop.size is not None and crop.upscales:
+                    enlarged.append(min(crop.size))
                 break
             except UnreadableImage as error:
                 unreadable.append(raw.name)
@@ -291,7 +297,7 @@ def _decode_evenly(
         raise UserError(NO_CAPTIONS.format(len(without), without[0]))
     if not decoded:
         raise UserError(f"none of {len(unreadable)} validation images can be read; check the validation data")
-    return ValidationImages(torch.stack(decoded), unreadable, captions, names, without, skipped=[])
+    return ValidationImages(torch.stack(decoded), unreadable, captions, names, without, [], enlarged)
 
 
 def _stretches(images: Images, number: int, is_candidate: Callable[[RawImage], bool]) -> list[Iterator[RawImage]]:

@@ -40,7 +40,7 @@ def load_photographs(split: Split, *, short_side: int) -> list[Image.Image]:
     photographs = []
     for name in FILES[split]:
         with as_file(folder / name) as path:
-            photographs.append(_limit_short_side(decode_rgb(path), short_side))
+            photographs.append(limit_short_side(decode_rgb(path), short_side))
     return photographs
 
 
@@ -52,11 +52,16 @@ def photograph_tiles(split: Split, *, side: int, across: int = 2) -> list[Image.
         side: of a tile, in pixels.
         across: tiles along the short side of a photograph. With fewer, a tile shows more of the scene.
     """
+    photographs = load_photographs(split, short_side=across * side)
+    return [tile for photograph in photographs for tile in tiles_of(photograph, side=side)]
+
+
+def tiles_of(picture: Image.Image, *, side: int) -> list[Image.Image]:
+    """Cut a picture into the `side` x `side` tiles that fit, row by row."""
     return [
-        photograph.crop((left, top, left + side, top + side))
-        for photograph in load_photographs(split, short_side=across * side)
-        for top in range(0, photograph.height - side + 1, side)
-        for left in range(0, photograph.width - side + 1, side)
+        picture.crop((left, top, left + side, top + side))
+        for top in range(0, picture.height - side + 1, side)
+        for left in range(0, picture.width - side + 1, side)
     ]
 
 
@@ -72,7 +77,8 @@ def recoloured(photograph: Image.Image, seed: int) -> Image.Image:
     return ImageEnhance.Brightness(exchanged).enhance(float(rng.uniform(0.4, 1.0)))
 
 
-def _limit_short_side(image: Image.Image, limit: int) -> Image.Image:
+def limit_short_side(image: Image.Image, limit: int) -> Image.Image:
+    """Return the image, scaled down so that its short side has `limit` pixels if it has more."""
     scale = limit / min(image.size)
     if scale >= 1:
         return image

@@ -1,4 +1,4 @@
-"""Find images in folders, tars, Hugging Face datasets and scikit-image's photographs, still undecoded."""
+"""Find images in folders, tars, Hugging Face datasets and the built-in data sets, still undecoded."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from srl_utils.errors import MissingFile, UserError, one_line
+from srl_utils.images.built_in import BUILT_IN, Drawn
 from srl_utils.images.captions import as_caption, folder_captions
 from srl_utils.images.clips import clip_at, list_clips
 from srl_utils.images.framing import RawImage, RawImages
@@ -27,6 +28,8 @@ from srl_utils.images.webdataset import COLUMNS as TAR_COLUMNS
 from srl_utils.images.webdataset import SampleReader, TarImages, index_tars, is_tar, stream_tars
 
 PHOTOGRAPHS = "scikit-image"
+NEED_NO_DOWNLOAD = (PHOTOGRAPHS, *BUILT_IN)
+"""Names of the built-in data sets, which have neither columns nor streams."""
 LARGEST_TILE = 256  # pixels; no photograph is smaller
 VALIDATION_SPLITS = ("validation", "val", "test")
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 1000
@@ -224,7 +227,7 @@ class Tars:
     paths: Sequence[str]
 
 
-RawSplit: TypeAlias = list[RawImage] | Tars | datasets.Dataset | datasets.IterableDataset
+RawSplit: TypeAlias = list[RawImage] | Drawn | Tars | datasets.Dataset | datasets.IterableDataset
 
 
 class HeldOut(NamedTuple):
@@ -326,7 +329,7 @@ class Splits:
 
     def _open(self, split: RawSplit) -> Images:
         """Open the undecoded images of a split."""
-        if isinstance(split, list):
+        if isinstance(split, (list, Drawn)):
             return split
         return self._open_tars(split.paths) if isinstance(split, Tars) else _image_column(split, self.source)
 
@@ -361,10 +364,12 @@ def _open_splits(source: DataSource, resolution: int) -> Splits:
 def _find_splits(source: DataSource, resolution: int, skipped: list[Skipped]) -> dict[str, RawSplit]:
     if source.train_data_dir:
         return {source.train_split: _list_folder("train_data_dir", source, skipped)}
-    if source.dataset_name == PHOTOGRAPHS:
+    if source.dataset_name in NEED_NO_DOWNLOAD:
         if source.num_frames > 1:
-            raise UserError(f"the photographs of {PHOTOGRAPHS} are no clips; {CLIPS_WANTED}", parameter="dataset_name")
-        return {"train": _training_photographs(resolution), "validation": _photographs("validation", resolution)}
+            raise UserError(
+                f"the images of {source.dataset_name} are no clips; {CLIPS_WANTED}", parameter="dataset_name"
+            )
+        return _built_in_splits(source.dataset_name, resolution)
     folder = Path(source.dataset_name or "")
     with _one_line_error(source.dataset_name, parameter="dataset_name"):
         if not ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
@@ -401,6 +406,13 @@ def _skipped_by_library(folder: Path) -> Skipped:
     images, others = list_images(folder)
     unknown = [str(path.relative_to(folder)) for path in images if path.suffix.lower() not in ImageFolder.EXTENSIONS]
     return Skipped({**others.names, UNKNOWN_TO_LIBRARY: unknown} if unknown else others.names)
+
+
+def _built_in_splits(name: str, resolution: int) -> dict[str, RawSplit]:
+    """Return the splits of a built-in data set; only the photographs have one for training."""
+    if name == PHOTOGRAPHS:
+        return {"train": _training_photographs(resolution), "validation": _photographs("validation", resolution)}
+    return {"validation": BUILT_IN[name](resolution)}
 
 
 def _training_photographs(resolution: int) -> list[RawImage]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.color import hsv2rgb, rgb2hsv
 from skimage.filters import gaussian
 from torch import Tensor
 
@@ -13,11 +14,16 @@ from miniature.scenes import draw_scene
 from srl_utils.attacks.corruptions import (
     CORRUPTIONS,
     Corruption,
+    brightness,
+    contrast,
     gaussian_blur,
     gaussian_noise,
     jpeg,
+    pixelate,
     resize,
     salt_and_pepper,
+    severity_of,
+    speckle_noise,
     webp,
 )
 from srl_utils.images.pixels import from_pil
@@ -31,6 +37,10 @@ PUBLISHED = {
     "jpeg": (jpeg, (25, 18, 15, 10, 7)),
     "webp": (webp, (25, 18, 15, 10, 7)),
     "resize": (resize, (0.6, 0.5, 0.4, 0.3, 0.25)),
+    "speckle-noise": (speckle_noise, (0.15, 0.2, 0.35, 0.45, 0.6)),
+    "pixelate": (pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
+    "brightness": (brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "contrast": (contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
 }
 EVERY = pytest.mark.parametrize("corruption", CORRUPTIONS.values(), ids=CORRUPTIONS.keys())
 SEVERITIES = range(1, 6)
@@ -148,6 +158,47 @@ def test_resize_is_that_of_pillow(scale, pictures) -> None:
     torch.testing.assert_close(resize(pictures, scale), expected, rtol=0, atol=1e-5)
 
 
+def test_pixelate_is_that_of_pillow(pictures) -> None:
+    """Oracle: Pillow as ImageNet-C calls it, on 8-bit images."""
+    for picture, found in zip(pictures, pixelate(pictures, 0.3), strict=True):
+        image = Image.fromarray(to_array(picture))
+        small = image.resize((int(64 * 0.3), int(48 * 0.3)), Image.Resampling.BOX)
+        assert np.array_equal(to_array(found), small.resize((64, 48), Image.Resampling.BOX))
+
+
+@pytest.mark.parametrize("added", [0.1, 0.5])
+def test_brightness_is_that_of_skimage(added, pictures) -> None:
+    """Oracle: scikit-image's HSV, as ImageNet-C calls it; with black, grey and white pixels."""
+    pictures = pictures.clone()
+    for column, value in enumerate((-1.0, 0.2, 1.0)):
+        pictures[..., column] = value
+    for picture, found in zip(pictures, brightness(pictures, added), strict=True):
+        hsv = rgb2hsv((picture.numpy().transpose(1, 2, 0).astype(np.float64) + 1) / 2)
+        hsv[..., 2] = np.clip(hsv[..., 2] + added, 0, 1)
+        np.testing.assert_allclose((found.numpy().transpose(1, 2, 0) + 1) / 2, hsv2rgb(hsv), atol=1e-5)
+
+
+def test_contrast_keeps_the_mean_and_scales_the_deviation(pictures) -> None:
+    """Oracle: closed form, for each channel; nothing is clipped by a factor below 1."""
+    found = contrast(pictures, 0.3)
+    torch.testing.assert_close(found.mean((2, 3)), pictures.mean((2, 3)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.std((2, 3)), 0.3 * pictures.std((2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_speckle_grows_with_the_value(generators) -> None:
+    """Oracle: closed form; at a value of 0.5 in [0,1], the deviation is half of sigma, and in [-1,1] sigma. Black stays."""
+    noise = speckle_noise(torch.zeros(1, 3, 128, 128), 0.1, generators=generators(0))
+    assert noise.std().item() == pytest.approx(0.1, abs=4 * 0.1 / (2 * noise.numel()) ** 0.5)
+    black = -torch.ones(1, 3, 8, 8)
+    assert torch.equal(speckle_noise(black, 0.6, generators=generators(0)), black)
+
+
+def test_names_tell_corruption_and_severity() -> None:
+    """Oracle: specification."""
+    assert severity_of("gaussian-blur-5") == ("gaussian-blur", 5)
+    assert [severity_of(name) for name in ("jpeg", "jpeg-6", "pgd-3", "clean", "gaussian-noise")] == [None] * 5
+
+
 def test_severities_are_the_published_ones(pictures, generators) -> None:
     """Oracle: the table above, transcribed from ImageNet-C; exact."""
     assert CORRUPTIONS.keys() == PUBLISHED.keys()
@@ -172,7 +223,11 @@ def test_corrupted_images_are_images(corruption: Corruption, images, generators)
 
 @EVERY
 def test_error_grows_with_severity(corruption: Corruption, pictures, generators) -> None:
-    """Oracle: monotony of the mean squared error over three scenes, and it is an error from the start."""
+    """Oracle: monotony of the mean squared error over three scenes, and it is an error from the start.
+
+    Their sides are no multiples of any block of `pixelate`, whose error is smaller where blocks are whole pixels.
+    """
+    pictures = pictures[:, :, :47, :61]
     errors = [
         (corruption.apply(pictures, severity, generators(0, 1, 2)) - pictures).square().mean().item()
         for severity in SEVERITIES

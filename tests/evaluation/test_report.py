@@ -660,6 +660,18 @@ def test_figures_follow_the_data(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_severities_of_a_corruption_are_a_curve(tmp_path: Path) -> None:
+    """Oracle: specification; from two severities on, and a steeper curve changes that figure."""
+    severities = [replace(example_row("vae", f"jpeg-{k}", 0.0, 30.0 - k), threat_model="none") for k in range(1, 6)]
+    title = "PSNR against severity, clean and corrupted images"
+    first, same, steeper = (
+        draw_figures([replace(row, value=factor * row.value) for row in severities], ["vae"], tmp_path / name)[title]
+        for name, factor in (("first", 1.0), ("same", 1.0), ("steeper", 0.5))
+    )
+    assert first.read_bytes() == same.read_bytes() != steeper.read_bytes()
+    assert title not in draw_figures(severities[:1], ["vae"], tmp_path / "one")
+
+
 def test_one_epsilon_needs_no_curve(tmp_path: Path) -> None:
     """Oracle: specification; no figure, no file and no mention of PSNR against epsilon, bars as ever."""
     records = [record for record in example_records(metrics=["psnr"]) if record.setting.epsilon in (0.0, 8 / 255)]

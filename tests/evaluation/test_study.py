@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from srl_utils.attacks.corruptions import CORRUPTIONS
 from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.protections import PROTECTIONS
 from srl_utils.command_line import exit_code
@@ -251,12 +252,13 @@ def test_the_bar_moves_evenly_through_an_attack(attack: str, passes: int, study)
 
 
 def test_presets_hold_known_names() -> None:
-    """Oracle: every name of every preset becomes a perturbation or a note on what it needs."""
+    """Oracle: every name of every preset becomes a perturbation, or five of a corruption, or a note on what it needs."""
     for preset, names in PRESETS.items():
         selection = select([preset], [EPSILON], AttackResources())
         found = {item.name if item.name != "gaussian-noise" else "noise" for item in selection.perturbations}
         noted = {note.split(" ")[0] for note in selection.notes}
-        assert set(names) == found | noted
+        severe = {f"{name}-{severity}" for name in CORRUPTIONS.keys() & set(names) for severity in range(1, 6)}
+        assert set(names) - CORRUPTIONS.keys() | severe == found | noted
 
 
 def test_attacks_run_at_every_epsilon_and_none_twice() -> None:
@@ -542,7 +544,7 @@ def test_two_processes_and_a_kill_change_nothing(arguments, tmp_path: Path) -> N
         (["--attacks", "nonsense"], "--attacks: nonsense is not known"),
         (["--vae", "a=nowhere"], "--vae: the VAE a at nowhere: "),
         (["--vae", "original=x"], "--vae: original=x: there are two VAEs of the name original"),
-        (["--dataset_name", "scikit-image"], "--dataset_name or --data_dir"),
+        (["--dataset_name", "faces", "faces"], "--dataset_name: faces and faces have the same name"),
         (["--data_dir", "nowhere"], "--data_dir: there is no folder nowhere"),
         (["--split", "val"], "--split has no effect without --dataset_name"),
         (["--resolution", "8"], "SSIM needs at least 11 px"),

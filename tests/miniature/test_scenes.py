@@ -202,3 +202,13 @@ def test_clips_are_drawn_into_folders(tmp_path: Path, monkeypatch: pytest.Monkey
     assert names == [f"0000{clip}/00{time}.png" for clip in range(2) for time in range(3)]
     expected = draw_clip(draw.UNSEEN_SERIES, 1, frames=3, pair_share=0.0)[2]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "00001/002.png")), np.asarray(expected))
+
+
+def test_command_draws_dead_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the real command: images of the series that no network was trained on, without captions."""
+    flags = ["--kind", "dead-leaves", "--num_images", "2", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["draw", *flags])
+    draw.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.png", "00001.png"]
+    expected = draw_dead_leaves(draw.UNSEEN_SERIES, 1)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "00001.png")), np.asarray(expected))

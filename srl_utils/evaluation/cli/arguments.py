@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from os.path import exists, isdir  # unlike those of pathlib, they return False for a name that is too long
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from srl_utils.command_line import (
 from srl_utils.evaluation.catalogue import ITERATED, NOISE, expanded, known_names
 from srl_utils.evaluation.cli.places import FORM
 from srl_utils.evaluation.study import THREAT_MODELS
-from srl_utils.images.sources import PHOTOGRAPHS
+from srl_utils.images.sources import NEED_NO_DOWNLOAD
 from srl_utils.metrics.features import CLIP_MODEL, FEATURE_SIMILARITY, SET_METRICS
 from srl_utils.purifiers import check_purifier, known_purifiers, uses_pipeline
 
@@ -32,9 +33,9 @@ CLIP_METRICS = ("clip", "clip-text")
 # --- flags ---
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+def add_shared_arguments(parser: argparse.ArgumentParser, *, several_data_sets: bool = False) -> None:
     """Add the flags of evaluations under attack: those of `add_study_arguments`, purifiers and metric weights."""
-    add_study_arguments(parser)
+    add_study_arguments(parser, several_data_sets=several_data_sets)
     add = parser.add_argument
     add(
         "--purifiers", nargs="+", type=checked(check_purifier), default=None, metavar="NAME",
@@ -53,21 +54,26 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+def add_study_arguments(parser: argparse.ArgumentParser, *, several_data_sets: bool = False) -> None:
     """Add the flags of every evaluation: VAEs, images, and how it runs."""
     add = parser.add_argument
+    add_data = partial(add, nargs="+" if several_data_sets else None)
+    each = "; one for each data set, or one for all" if several_data_sets else ""
     add("--baseline", required=True, metavar="PLACE", help=f"the original VAE, a folder or Hub id: {FORM}")
     add(
         "--vae", nargs="+", default=[], metavar="NAME=PLACE",
         help="VAEs to compare with the baseline; the name may be left out. Without one, only the baseline is evaluated",
     )  # fmt: skip
-    add("--dataset_name", type=home_expanded, default=None, help="Hub dataset, local dataset folder, or scikit-image")
-    add("--data_dir", type=home_expanded, default=None, help="folder of images (nested)")
-    add(
-        "--split", default=None,
-        help="split of the dataset, or a part: test[:10%%]; default: its validation, test or only split",
+    add_data(
+        "--dataset_name", type=home_expanded, default=None,
+        help=f"Hub dataset, local dataset folder, or a built-in one: {', '.join(NEED_NO_DOWNLOAD)}",
     )  # fmt: skip
-    add("--image_column", default="image", help="column of the dataset that holds the image")
+    add_data("--data_dir", type=home_expanded, default=None, help="folder of images (nested)")
+    add_data(
+        "--split", default=None,
+        help=f"split of the dataset, or a part: test[:10%%]; default: its validation, test or only split{each}",
+    )  # fmt: skip
+    add_data("--image_column", default="image", help=f"column of the dataset that holds the image{each}")
     add("--streaming", action="store_true", help="read the dataset as a stream, without downloading it")
     add("--resolution", type=image_side, default=256, help="side of the images in pixels")
     add("--num_images", type=positive_int, default=64, help="number of images to evaluate on")
@@ -147,9 +153,10 @@ def shared_effects(args: argparse.Namespace) -> Effects:
 
 def study_effects(args: argparse.Namespace) -> Effects:
     """Return when the flags of `add_study_arguments` have an effect."""
-    data_set = args.dataset_name not in (None, PHOTOGRAPHS)
+    names = listed(args.dataset_name)
+    data_set = not set(names) <= set(NEED_NO_DOWNLOAD)
     return {
-        "split": (args.dataset_name is not None, "--dataset_name"),
+        "split": (bool(names), "--dataset_name"),
         "image_column": (data_set or args.data_dir is not None, "a dataset with columns"),
         "streaming": (data_set or args.data_dir is not None, "a dataset that can be streamed"),
     }
@@ -226,7 +233,12 @@ def uses_glaze(attacks: Sequence[str]) -> bool:
     return any(protection.needs_perceptual for protection in protections_of(attacks))
 
 
-# --- types of values ---
+# --- values ---
+
+
+def listed(value: str | Sequence[str] | None) -> list[str]:
+    """Return the values of a flag that takes one or several; an empty list for None."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
 def folder(text: str) -> Path:

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         "edits of protected images are compared with edits of the clean images by the same VAE; edits of clean images "
         f"are compared with those by {baseline}, and so are all sets of edits"
     )
-    return run_study(
+    run_study(
         args,
         setup,
         task,
@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         check_settings=CheckSettings(epsilon=median_low(args.epsilons)),
         prompts=prompts,
     )
+    return 0
 
 
 def chosen_edits(names: Sequence[str], edits: dict[str, Edit]) -> dict[str, Edit]:

@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     check_steps(task.denoised)
-    return run_study(args, setup, task, [CLEAN], title="Generation", prompts=setup.captions)
+    run_study(args, setup, task, [CLEAN], title="Generation", prompts=setup.captions)
+    return 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -113,6 +113,11 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
         notes.append(f"{len(loaded.without_caption)} images without a caption were left out: {names}")
     if loaded.unreadable:
         notes.append(f"{len(loaded.unreadable)} unreadable images were left out: {', '.join(loaded.unreadable)}")
+    if loaded.enlarged:
+        sizes = " to ".join(str(side) for side in sorted({min(loaded.enlarged), max(loaded.enlarged)}))
+        notes.append(
+            f"{len(loaded.enlarged)} images were enlarged to {args.resolution} px: their short sides have {sizes} px"
+        )
     if len(loaded.images) < args.num_images:
         notes.append(f"there are only {len(loaded.images)} images, fewer than the {args.num_images} of --num_images")
     return loaded

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         num_generated=args.num_generated,
     )
     setup.notes.extend(notes_of(task))
-    return run_study(
+    run_study(
         args,
         setup,
         task,
@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         prompts=[task.prompt],
         draw=partial(draw, task),
     )
+    return 0
 
 
 def of_concept(setup: Setup, concept: str | None, num_protected: int) -> Setup:

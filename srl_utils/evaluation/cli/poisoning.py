@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     # All doses of a poison share the poisons of the largest.
     made = max(args.num_poisons) / max(1, len({*args.num_poisons} - {0})) / len(concepts.held_out)
     scalable = [poison.epsilon for poison in poisons if poison.epsilon]
-    return run_study(
+    run_study(
         args,
         setup,
         task,
@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         prompts=setup.captions,
         draw=partial(draw, task),
     )
+    return 0
 
 
 def draw(task: Poisoning, study: Study, rows: Rows, records: Sequence[Record]) -> dict[str, Path]:

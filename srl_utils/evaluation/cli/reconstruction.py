@@ -19,16 +19,19 @@ from srl_utils.evaluation.cli.arguments import (
     needs_denoiser,
     shared_effects,
 )
+from srl_utils.evaluation.cli.data_sets import data_sets, report_on_all
 from srl_utils.evaluation.cli.loading import load_classifier
 from srl_utils.evaluation.cli.running import run_study
-from srl_utils.evaluation.cli.setup import Setup, build_metrics, chosen_perturbations, defended, prepare
+from srl_utils.evaluation.cli.setup import Setup, build_metrics, chosen_perturbations, defended, prepare_each
 from srl_utils.evaluation.motion import FLIPS, MOTION_METRICS, USE
+from srl_utils.evaluation.report.document import ReportContent
 from srl_utils.evaluation.sanity import CheckSettings
 from srl_utils.evaluation.tasks.base import Reconstruction, denoiser_of
 from srl_utils.metrics.clips import CLIP_METRICS, FLICKER
-from srl_utils.metrics.features import RFID_CHANGES
+from srl_utils.metrics.features import RFID_CHANGES, ImageClassifier
 from srl_utils.metrics.losses import LPIPS_METRICS
 
+TITLE = "Reconstruction under attack"
 DEFAULT_METRICS = ["psnr", "ssim", "lpips-alex", "drift", *MOTION_METRICS, USE, FLICKER]
 METRICS = (
     "psnr", "ssim", *LPIPS_METRICS, "clip", "rfid", RFID_CHANGES, "kid", "is", "drift", *MOTION_METRICS, USE, *CLIP_METRICS,
@@ -36,9 +39,26 @@ METRICS = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the evaluation and return its exit code."""
+    """Run the evaluation on each data set and return its exit code."""
     classifier = load_classifier(args.classifier, args.metrics)
-    setup = defended(prepare(args), args, classifier)
+    parts = data_sets(args)
+    contents: dict[str, ReportContent] = {}
+    for (name, part), setup in zip(parts.items(), prepare_each(list(parts.values())), strict=True):
+        if len(parts) > 1:
+            setup.accelerator.print(f"Data set {name}")
+        content = evaluate(part, setup, classifier, checked=name == next(iter(parts)))
+        if content is not None:
+            contents[name] = content
+    if len(contents) > 1:
+        report_on_all(args, parts, contents)
+    return 0
+
+
+def evaluate(
+    args: argparse.Namespace, setup: Setup, classifier: ImageClassifier | None, *, checked: bool
+) -> ReportContent | None:
+    """Run the evaluation on one data set; `checked` says whether it has the robustness checks. See `run_study`."""
+    setup = defended(setup, args, classifier)
     task = Reconstruction(
         metrics=build_metrics(args, setup, classifier),
         baseline=setup.codecs[0],
@@ -51,9 +71,7 @@ def run(args: argparse.Namespace) -> int:
     check_settings = CheckSettings(epsilon=median_low(args.epsilons))
     if set(args.attacks) == {"quick"}:
         check_settings = replace(check_settings, steps=(5, 20, 40), queries=100)
-    return run_study(
-        args, setup, task, perturbations, title="Reconstruction under attack", check_settings=check_settings
-    )
+    return run_study(args, setup, task, perturbations, title=TITLE, check_settings=check_settings if checked else None)
 
 
 def note_inapplicable(metrics: Sequence[str], setup: Setup) -> None:
@@ -70,7 +88,7 @@ def note_inapplicable(metrics: Sequence[str], setup: Setup) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this evaluation."""
-    add_shared_arguments(parser)
+    add_shared_arguments(parser, several_data_sets=True)
     add_attack_arguments(parser, attacks=["quick"], epsilons=[2 / 255, 4 / 255, 8 / 255, 16 / 255])
     parser.set_defaults(caption_column=None)
     add = parser.add_argument

@@ -63,8 +63,8 @@ def run_study(
     images: Tensor | None = None,
     prompts: Sequence[str] = (),
     draw: Draw = lambda study, rows, records: draw_extremes(study, records),
-) -> int:
-    """Run a study and write its report; return the exit code.
+) -> ReportContent | None:
+    """Run a study and write its report.
 
     Args:
         args: the flags of `add_shared_arguments` and `add_check_arguments`, and `threat_models`.
@@ -76,6 +76,9 @@ def run_study(
         images: images of the study, `[n,3,H,W]` in [-1,1]; by default all that were loaded.
         prompts: texts that the text encoders read.
         draw: makes the report's pictures.
+
+    Returns:
+        What the report contains; None in a dry run, and in all processes but the first.
     """
     study = Study(
         accelerator=setup.accelerator,
@@ -93,30 +96,31 @@ def run_study(
         setup.accelerator.print(note)
     if args.dry_run:
         setup.accelerator.print(f"Running on {used_device(setup.accelerator)}\n{describe(study)}")
-        return 0
+        return None
     with sole_run(args.output_dir, is_main_process=setup.accelerator.is_main_process):
         records = study.run()
-        if setup.accelerator.is_main_process:
-            checks = None
-            if check_settings is not None:
-                checks = {} if args.no_checks else run_checks(study, check_settings, num_images=args.num_check_images)
-            rows = study.rows(records)
-            content = ReportContent(
-                title=title,
-                baseline=study.baseline.name,
-                vaes=[codec.name for codec in study.undefended],
-                panels=panels_of_defences(args, study, rows, records),
-                rows=rows,
-                records=records,
-                checks=checks,
-                pictures=draw(study, rows, records),
-                caveats=all_caveats(setup, study, prompts, max_attack_steps=getattr(args, "max_attack_steps", None)),
-                notes=setup.notes,
-                settings=settings(args, setup),
-            )
-            write_report(content, args.output_dir)
-            print(f"{verdict(checks)}Report: {args.output_dir / 'report.html'}, {args.output_dir / 'report.md'}")
-    return 0
+        if not setup.accelerator.is_main_process:
+            return None
+        checks = None
+        if check_settings is not None:
+            checks = {} if args.no_checks else run_checks(study, check_settings, num_images=args.num_check_images)
+        rows = study.rows(records)
+        content = ReportContent(
+            title=title,
+            baseline=study.baseline.name,
+            vaes=[codec.name for codec in study.undefended],
+            panels=panels_of_defences(args, study, rows, records),
+            rows=rows,
+            records=records,
+            checks=checks,
+            pictures=draw(study, rows, records),
+            caveats=all_caveats(setup, study, prompts, max_attack_steps=getattr(args, "max_attack_steps", None)),
+            notes=setup.notes,
+            settings=settings(args, setup),
+        )
+        write_report(content, args.output_dir)
+        print(f"{verdict(checks)}Report: {args.output_dir / 'report.html'}, {args.output_dir / 'report.md'}")
+        return content
 
 
 def panels_of_defences(args: argparse.Namespace, study: Study, rows: Rows, records: Sequence[Record]) -> list[Panel]:

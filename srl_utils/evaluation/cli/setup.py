@@ -98,10 +98,22 @@ def prepare(args: argparse.Namespace) -> Setup:
     Raises:
         UserError: if something cannot be loaded, or if no VAE is left to compare with the baseline.
     """
+    (setup,) = prepare_each([args])
+    return setup
+
+
+def prepare_each(data_sets: Sequence[argparse.Namespace]) -> list[Setup]:
+    """Load VAEs and the pipeline once, and the images of each data set; errors are those of `prepare`.
+
+    Args:
+        data_sets: the flags with each data set; the others are the same in all.
+    """
     check_launch(os.environ)
+    args = data_sets[0]
     sources = vae_sources(args.baseline, args.vae)
     notes = note_on_compiling(os.environ)
-    loaded = load_images(args, notes)
+    own_notes: list[list[str]] = [[] for _ in data_sets]
+    loaded = [load_images(own, told) for own, told in zip(data_sets, own_notes, strict=True)]
     accelerator = launched_accelerator(
         os.environ,
         precision=args.mixed_precision or launched_precision(os.environ),
@@ -110,17 +122,20 @@ def prepare(args: argparse.Namespace) -> Setup:
     dtype = HALF_PRECISION.get(accelerator.mixed_precision)
     codecs = load_codecs(sources, device=accelerator.device, dtype=dtype)
     origins = {f"VAE {name}": described(source, "config.json") for name, source in sources.items()}
-    codecs = suitable(codecs, lambda codec: check_fit(codec, loaded.images), notes)
+    codecs = suitable(codecs, lambda codec: check_fit(codec, loaded[0].images), notes)
     pipeline = None
     if args.pipeline is not None:
         with errors_about("pipeline"):
             place = parse_place(args.pipeline)
         pipeline = load_pipeline(place, dtype).to(accelerator.device)
         origins["pipeline"] = described(place, "model_index.json")
-    return Setup(
-        accelerator=accelerator, codecs=codecs, images=loaded.images, captions=loaded.captions, names=loaded.names,
-        pipeline=pipeline, origins=origins, notes=notes,
-    )  # fmt: skip
+    return [
+        Setup(
+            accelerator=accelerator, codecs=codecs, images=own.images, captions=own.captions, names=own.names,
+            pipeline=pipeline, origins=origins, notes=[*notes, *told],
+        )
+        for own, told in zip(loaded, own_notes, strict=True)
+    ]  # fmt: skip
 
 
 # --- which VAEs fit ---

@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from srl_utils.evaluation.report.caveats import Caveat
 from srl_utils.evaluation.report.effects import effects_on
-from srl_utils.evaluation.report.figures import draw_figures, safe_name
+from srl_utils.evaluation.report.figures import draw_data_sets, draw_figures, safe_name
 from srl_utils.evaluation.report.tables import HIGHER_IS_BETTER, METRIC_TITLES, Panel, markdown_table, measured
 from srl_utils.evaluation.results import Difference, Record, Row, Rows, Setting, differences_to
 from srl_utils.evaluation.sanity import Check
@@ -60,6 +60,8 @@ class ReportContent:
     """How it was run: machine, versions, command, seed, images, date."""
     panels: Sequence[Panel] = ()
     """Further tables, such as of defences."""
+    parts: Mapping[str, ReportContent] = field(default_factory=dict)
+    """In a report on several data sets, the contents of the reports on each, by its name."""
     pictures: Mapping[str, Path]
     """PNG files by title; files outside the report's `figures` folder are copied there."""
 
@@ -132,10 +134,13 @@ class Figure:
 def write_report(content: ReportContent, output_dir: Path) -> None:
     """Write `results.json`, `per_image.csv`, `report.md`, `report.html` and `figures/*.png`, each atomically."""
     folder = output_dir / "figures"
-    drawn = draw_figures(content.rows, content.vaes, folder)
+    draw = draw_data_sets if content.parts else draw_figures
+    drawn = draw(content.rows, content.vaes, folder)
     figures = [Figure(title, path) for title, path in drawn.items()] + list(_copied_figures(content.pictures, folder))
-    variables = {"content": content, "sections": list(_sections(content)), "figures": figures}
-    effects = effects_on(content.baseline, content.rows, content.records)
+    named = content.parts or {"": content}
+    sections = [section for name, part in named.items() for section in _sections(part, name)]
+    variables = {"content": content, "sections": sections, "figures": figures}
+    effects = None if content.parts else effects_on(content.baseline, content.rows, content.records)
     variables["panels"] = [*([] if effects is None else [effects]), *content.panels]
     variables["failures"] = [(vae, check) for vae, check in _checks(content) if not check.passed]
     variables["checked"] = len(list(_checks(content)))
@@ -144,7 +149,7 @@ def write_report(content: ReportContent, output_dir: Path) -> None:
     write_text_atomically(
         output_dir / "results.json", json.dumps([row.to_json() for row in content.rows], indent=1) + "\n"
     )
-    write_text_atomically(output_dir / "per_image.csv", _csv(content.records))
+    write_text_atomically(output_dir / "per_image.csv", _csv(content))
     write_text_atomically(output_dir / "report.md", _render_markdown(variables))
     write_text_atomically(output_dir / "report.html", _render_html(variables))
     shown = {figure.path for figure in figures} | set(content.pictures.values())
@@ -152,12 +157,13 @@ def write_report(content: ReportContent, output_dir: Path) -> None:
         outdated.unlink()  # figures of an earlier report
 
 
-def _csv(records: Sequence[Record]) -> str:
-    """Return a CSV file with one line for each value of each image."""
+def _csv(content: ReportContent) -> str:
+    """Return a CSV file with one line for each value of each image, which starts with the data set if there are several."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["vae", *Setting._fields, "index", "value"])
-    writer.writerows([record.vae, *record.setting, record.index, record.value] for record in records)
+    writer.writerow([*(["dataset"] if content.parts else []), "vae", *Setting._fields, "index", "value"])
+    for start, records in [([], content.records), *(([name], part.records) for name, part in content.parts.items())]:
+        writer.writerows([*start, record.vae, *record.setting, record.index, record.value] for record in records)
     return file.getvalue()
 
 
@@ -175,8 +181,9 @@ def _legend(content: ReportContent) -> dict[str, str]:
 # --- tables ---
 
 
-def _sections(content: ReportContent) -> Iterator[Section]:
-    """Yield the table of each threat model."""
+def _sections(content: ReportContent, dataset: str) -> Iterator[Section]:
+    """Yield the table of each threat model; titles start with the name of the data set, "" for the only one."""
+    start = f"{dataset}: " if dataset else ""
     differences = differences_to(content.baseline, content.records)
     present = {row.threat_model for row in content.rows}
     columns = [content.baseline]
@@ -188,7 +195,7 @@ def _sections(content: ReportContent) -> Iterator[Section]:
         counts = " to ".join(str(n) for n in sorted({min(row.n for row in rows), max(row.n for row in rows)}))
         metrics = {row.metric for row in rows}
         caveats = [caveat.text for caveat in content.caveats if not metrics.isdisjoint(caveat.metrics)]
-        yield Section(title, explanation, counts, columns, _lines(rows, content, differences), caveats)
+        yield Section(f"{start}{title}", explanation, counts, columns, _lines(rows, content, differences), caveats)
 
 
 def _lines(

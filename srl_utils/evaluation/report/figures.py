@@ -1,4 +1,4 @@
-"""Draw results as figures: PSNR against epsilon, and one group of bars for each attack."""
+"""Draw results as figures: PSNR against epsilon and severity, and one group of bars for each attack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from srl_utils.evaluation.perturbations import CLEAN, NO_THREAT
+from srl_utils.attacks.corruptions import severity_of
+from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT
 from srl_utils.evaluation.report.tables import METRIC_TITLES
 from srl_utils.evaluation.results import Row, Rows
 from srl_utils.files import write_atomically
@@ -23,6 +24,10 @@ USUAL_EPSILON = 8 / 255
 """The budget that papers report, in units of a [0,1] image; bars show it if it was run."""
 LONGEST_NAME = 40
 PANELS_ACROSS = 4
+AMOUNTS = {"epsilon": "epsilon (1/255)", "severity": "severity"}
+"""Labels of the horizontal axis."""
+Curves = Mapping[str, Sequence[tuple[float, Row]]]
+"""Amounts and rows of each attack, such as epsilon in 1/255 and the PSNR under the attack."""
 MOST_TICKS = 7
 # Grey for the baseline, then the palette of Okabe and Ito (2008), which colour-blind readers can distinguish.
 COLOURS = ("#7f8a96", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -57,7 +62,8 @@ STYLE = {
 def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Path]:
     """Draw the figures of the PSNR as PNG files in `folder`, and return their paths by title.
 
-    PSNR against epsilon is drawn only if an attack was run with two or more budgets.
+    PSNR against epsilon is drawn only if an attack was run with two or more budgets, and against severity only if a
+    corruption was.
     """
     measured = [row for row in rows if row.metric == "psnr"]
     clean = [row for row in measured if row.attack == CLEAN.name]
@@ -67,14 +73,43 @@ def draw_figures(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Pat
         for threat_model in dict.fromkeys(row.threat_model for row in measured):
             attacked = [row for row in measured if row.threat_model == threat_model and row.attack != CLEAN.name]
             name, slug = THREAT_TITLES.get(threat_model, threat_model), safe_name(threat_model)
-            if attacks := _attacks_to_follow(attacked):
-                title = f"PSNR against epsilon, {name}"
-                figure = _by_epsilon(title, attacks, clean + attacked, vaes)
-                figures[title] = save(figure, folder / f"psnr-by-epsilon-{slug}.png")
+            for amount, curves in (("epsilon", _by_epsilon(attacked)), ("severity", _by_severity(attacked))):
+                if curves:
+                    title = f"PSNR against {amount}, {name}"
+                    started = {attack: [*((0.0, row) for row in clean), *points] for attack, points in curves.items()}
+                    figure = _panels(title, started, vaes, label=AMOUNTS[amount])
+                    figures[title] = save(figure, folder / f"psnr-by-{amount}-{slug}.png")
             epsilon = _epsilon_of_bars(attacked)
             title = f"PSNR, {name}{_budget(epsilon)}"
             groups = _by_name(clean + [row for row in attacked if row.epsilon in (0, epsilon)])
             figures[title] = save(_by_attack(title, groups, vaes, "psnr"), folder / f"psnr-by-attack-{slug}.png")
+    return figures
+
+
+def draw_data_sets(rows: Rows, vaes: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Draw the PSNR on each data set as PNG files in `folder`: of clean images, and under each attack on the VAE itself.
+
+    Args:
+        rows: results of several data sets.
+        vaes: names of the VAEs, the baseline first.
+        folder: gets the PNG files.
+
+    Returns:
+        Paths by title.
+    """
+    measured = [row for row in rows if row.metric == "psnr"]
+    attacked = [row for row in measured if row.threat_model == ADAPTIVE]
+    epsilon = _epsilon_of_bars(attacked)
+    shown = [row for row in measured if row.attack == CLEAN.name] + [
+        row for row in attacked if row.epsilon in (0, epsilon)
+    ]
+    figures: dict[str, Path] = {}
+    with style.context(["default", STYLE]):
+        for attack, own in _by_name(shown).items():
+            groups = {name: [row for row in own if row.dataset == name] for name in _data_sets(rows)}
+            title = f"PSNR on each data set, {attack}{'' if attack == CLEAN.name else _budget(epsilon)}"
+            path = folder / f"psnr-by-data-set-{safe_name(attack)}.png"
+            figures[title] = save(_by_attack(title, groups, vaes, "psnr"), path)
     return figures
 
 
@@ -144,49 +179,60 @@ def safe_name(text: str) -> str:
     return "-".join(kept.split())[:LONGEST_NAME].strip("-") or "unnamed"
 
 
-# --- PSNR against epsilon ---
+# --- PSNR against epsilon and severity ---
 
 
-def _attacks_to_follow(rows: Rows) -> list[str]:
-    """Return the attacks that were run with more than one epsilon."""
-    runs = Counter(attack for attack, _ in {(row.attack, row.epsilon) for row in rows if row.epsilon})
-    return [attack for attack in _attacks(rows) if runs[attack] > 1]
+def _by_epsilon(rows: Rows) -> Curves:
+    """Return rows with their epsilon in 1/255 by attack, of the attacks that were run with more than one."""
+    return _with_two(
+        {attack: [(255 * row.epsilon, row) for row in own if row.epsilon] for attack, own in _by_name(rows).items()}
+    )
 
 
-def _by_epsilon(title: str, attacks: Sequence[str], rows: Rows, vaes: Sequence[str]) -> Figure:
-    """Draw a panel for each attack, with a line and its interval for each VAE; epsilon 0 is the clean images."""
-    across = min(PANELS_ACROSS, len(attacks))
-    down = math.ceil(len(attacks) / across)
+def _by_severity(rows: Rows) -> Curves:
+    """Return rows with their severity by corruption, of the corruptions that were run at more than one."""
+    curves: dict[str, list[tuple[float, Row]]] = {}
+    for row in rows:
+        if severe := severity_of(row.attack):
+            curves.setdefault(severe[0], []).append((severe[1], row))
+    return _with_two(curves)
+
+
+def _with_two(curves: Curves) -> Curves:
+    """Return the curves that have two or more amounts."""
+    return {name: points for name, points in curves.items() if len({amount for amount, _ in points}) > 1}
+
+
+def _panels(title: str, curves: Curves, vaes: Sequence[str], *, label: str) -> Figure:
+    """Draw a panel for each curve, with a line and its interval for each VAE; `label` says what the amounts are."""
+    across = min(PANELS_ACROSS, len(curves))
+    down = math.ceil(len(curves) / across)
     figure = Figure(figsize=(max(5.4, 0.8 + 2.7 * across), 1.4 + 2.3 * down))
     panels = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
-    epsilons = sorted({255 * row.epsilon for row in rows if row.attack in attacks} | {0.0})
-    for number, (axes, attack) in enumerate(zip(panels, attacks, strict=False)):
-        axes.set_title(plain(attack))
-        lines = [_line(axes, rows, attack, vae, place) for place, vae in enumerate(vaes)]
+    amounts = sorted({amount for points in curves.values() for amount, _ in points} | {0.0})
+    for number, (axes, (name, points)) in enumerate(zip(panels, curves.items(), strict=False)):
+        axes.set_title(plain(name))
+        lines = [_line(axes, points, vae, place) for place, vae in enumerate(vaes)]
         if number % across == 0:
             axes.set_ylabel("PSNR (dB)")
-        if number + across >= len(attacks):  # the last panel of its column, also where the last row is not full
-            axes.set_xlabel("epsilon (1/255)")
+        if number + across >= len(curves):  # the last panel of its column, also where the last row is not full
+            axes.set_xlabel(label)
             axes.tick_params(labelbottom=True)
-        if len(epsilons) <= MOST_TICKS:
-            axes.set_xticks(epsilons, [f"{epsilon:.3g}" for epsilon in epsilons])
-    for axes in panels[len(attacks) :]:
+        if len(amounts) <= MOST_TICKS:
+            axes.set_xticks(amounts, [f"{amount:.3g}" for amount in amounts])
+    for axes in panels[len(curves) :]:
         axes.remove()
     _finish(figure, title, lines, vaes)
     return figure
 
 
-def _line(axes: Axes, rows: Rows, attack: str, vae: str, number: int) -> Artist:
-    points = sorted(
-        (255 * row.epsilon, row.value, *_interval(row))
-        for row in rows
-        if row.vae == vae and row.attack in (CLEAN.name, attack)
-    )
-    epsilons, values, lows, highs = zip(*points, strict=True) if points else ([], [], [], [])
+def _line(axes: Axes, points: Sequence[tuple[float, Row]], vae: str, number: int) -> Artist:
+    own = sorted((amount, row.value, *_interval(row)) for amount, row in points if row.vae == vae)
+    amounts, values, lows, highs = zip(*own, strict=True) if own else ([], [], [], [])
     colour = _colour(number)
-    axes.fill_between(epsilons, lows, highs, color=colour, alpha=0.18, linewidth=0)
+    axes.fill_between(amounts, lows, highs, color=colour, alpha=0.18, linewidth=0)
     (line,) = axes.plot(
-        epsilons, values, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.6
+        amounts, values, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.6
     )
     return line
 
@@ -244,6 +290,11 @@ def _by_attack(title: str, groups: Mapping[str, Rows], vaes: Sequence[str], metr
 def _attacks(rows: Rows) -> Iterable[str]:
     """Return the attacks in the order of their first row."""
     return dict.fromkeys(row.attack for row in rows)
+
+
+def _data_sets(rows: Rows) -> Iterable[str]:
+    """Return the data sets in the order of their first row."""
+    return dict.fromkeys(row.dataset for row in rows if row.dataset is not None)
 
 
 def _interval(row: Row) -> tuple[float, float]:
