@@ -68,7 +68,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--pair_share", type=float, default=0.0, help="share of scenes with two objects")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.kind == "dead-leaves" and args.num_frames > 1:
+        parser.error("dead leaves do not move: leave out --num_frames")
+    return args
 
 
 if __name__ == "__main__":
