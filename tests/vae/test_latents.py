@@ -26,7 +26,8 @@ from srl_utils.attacks.protections import Victim
 from srl_utils.evaluation.tasks.editing import build_edits
 from srl_utils.images.pixels import to_model_range
 from srl_utils.metrics.losses import ReconstructionLoss, originality_loss
-from srl_utils.training.step import TERMS, Step, build_networks
+from srl_utils.training.objectives import TERMS
+from srl_utils.training.step import Step, build_networks
 from srl_utils.vae.codec import Codec, load_codec
 from srl_utils.vae.latents import LatentScale
 from srl_utils.vae.loading import AutoencoderSource
