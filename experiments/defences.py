@@ -25,7 +25,7 @@ from srl_utils.evaluation.motion import TRAVEL
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT, TRANSFER
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.evaluation.tasks.base import DRIFT
-from srl_utils.files import write_text_atomically
+from srl_utils.files import read_json, write_text_atomically
 
 TRAINING_SCENES, SCENES = "training-scenes", "scenes"
 
@@ -120,7 +120,7 @@ def main() -> None:
     text = "\n\n".join([
         f"{machine()}, {date.today().isoformat()}, {run.minutes():.0f} minutes. Scale: {scale}.",
         "## Rivals at equal time", rivals_table(reconstruction, generation, scale, run.seconds()),
-        "## Edits", defences_table(defences),
+        "## Edits", defences_table(defences, read_json(args.output_dir / "purifiers/timings.json")),
     ])  # fmt: skip
     write_text_atomically(args.output_dir / "defences.md", f"{text}\n")
     print(text)
@@ -189,11 +189,19 @@ def defences_of(edits: Results) -> dict[str, Defence]:
     return {name: defence_of(edits, name, PROTECTIONS) for name in (*RIVALS, *chains)}
 
 
-def defences_table(defences: Mapping[str, Defence]) -> str:
-    """Return a line for each defence: harm to edits of clean images, and what is won back."""
-    lines = [["defence", "FID of clean edits", "won back, transfer (%)", "won back, adaptive (%)"]]
+def defences_table(defences: Mapping[str, Defence], timings: Mapping[str, Mapping[str, float]]) -> str:
+    """Return a line for each defence: harm to edits of clean images, what is won back, and what it costs.
+
+    Args:
+        defences: by name.
+        timings: seconds per image of the `purifiers` and of the `encoders`, which take equally long.
+    """
+    titles = ["FID of clean edits", "won back, transfer (%)", "won back, adaptive (%)", "milliseconds per image"]
+    lines = [["defence", *titles]]
     for name, defence in defences.items():
-        lines.append([name, spread(defence.harm), *map(spread, defence.won.values())])
+        _, _, purifier = name.partition(" + ")
+        cost = timings["purifiers"].get(purifier, 0.0) + timings["encoders"][ORIGINAL]
+        lines.append([name, spread(defence.harm), *map(spread, defence.won.values()), f"{1000 * cost:.3g}"])
     return markdown_table(lines)
 
 
