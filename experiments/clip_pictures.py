@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from srl_utils.evaluation.report.figures import STYLE
+from srl_utils.evaluation.report.figures import STYLE, save
 from srl_utils.files import write_atomically
 from srl_utils.images.pixels import to_pil
 
@@ -38,7 +38,7 @@ def draw_strip(clips: Mapping[str, Tensor], path: Path, *, step: int = 2) -> Non
             row[0].set_ylabel(title)
         for ax, number in zip(axes[0], shown, strict=True):
             ax.set_title(f"frame {number + 1}")
-        write_atomically(path, lambda aside: figure.savefig(aside, format="png"))
+        save(figure, path)
 
 
 def draw_animation(clips: Mapping[str, Tensor], path: Path) -> None:

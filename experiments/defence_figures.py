@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments.claims import ORIGINAL, Defence
 from experiments.figures import with_legend
-from srl_utils.evaluation.report.figures import STYLE
-from srl_utils.files import write_atomically
+from srl_utils.evaluation.report.figures import STYLE, save
 
 KINDS = {"a trained VAE": ("o", "#0072b2"), "a purifier": ("s", "#d55e00"), "both": ("D", "#009e73")}
 """Marker and colour by kind of defence."""
@@ -37,7 +36,7 @@ def draw_defences(defences: Mapping[str, Defence], path: Path) -> None:
                     ax.annotate(short_name(name), place, xytext=(4, 3), textcoords="offset points", fontsize=6)
             ax.set(title=threat, xlabel="harm: FID of clean edits", xlim=(0, None))
         figure.axes[0].set_ylabel("FID of protected edits won back (%)")
-        save(figure, path)
+        save(with_legend(figure), path)
 
 
 def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
@@ -53,7 +52,7 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path)
         for name, points in curves.items():
             ax.plot(*zip(*points, strict=True), marker="o", label=name)
         ax.set(xlabel="drift of clean latents", ylabel="PSNR under attack (dB)", xlim=(0, None))
-        save(figure, path)
+        save(with_legend(figure), path)
 
 
 def kind_of(name: str) -> str:
@@ -67,9 +66,3 @@ def kind_of(name: str) -> str:
 def short_name(name: str) -> str:
     """Return a defence's name without its VAE, if it has a purifier."""
     return name.partition(" + ")[2] or name
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Add a legend and write the figure."""
-    with_legend(figure)
-    write_atomically(path, lambda aside: figure.savefig(aside, format="png"))

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from experiments.claims import ORIGINAL, Defence, Results, decibels_won_back, defence_of, percent, spread, trained_name
 from experiments.defence_figures import draw_curves, draw_defences
+from experiments.plan import SCENES, TRAINING_SCENES, networks
 from experiments.runner import WEIGHTS, Runner, experiment_parser, machine
 from srl_utils.evaluation.motion import TRAVEL
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT, TRANSFER
@@ -27,7 +28,7 @@ from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.evaluation.tasks.base import DRIFT
 from srl_utils.files import read_json, write_text_atomically
 
-TRAINING_SCENES, SCENES = "training-scenes", "scenes"
+INFERENCE_STEPS = 20
 
 
 class Rival(NamedTuple):
@@ -104,12 +105,13 @@ def main() -> None:
     for name, flags in trainings.items():
         run.train(name, ["--train_data_dir", args.output_dir / TRAINING_SCENES, *flags], num_validation=1)
     data = ["--data_dir", args.output_dir / SCENES]
-    seeds = {count: [trained_name(rival, seed) for rival in RIVALS for seed in range(count)] for count in (1, 2, 3)}
-    compared = seeds[scale.seeds]
+    compared = names_of_rivals(scale.seeds)
     run.evaluate("reconstruction", "reconstruction", list(trainings), [*data, *reconstruction_flags(scale)])
     run.evaluate("generation", "generation", compared, [*data, *generation_flags(scale)])
     run.evaluate("transfer", "editing", compared, [*data, *editing_flags(scale, [TRANSFER])])
-    run.evaluate("adaptive", "editing", seeds[scale.adaptive_seeds], [*data, *editing_flags(scale, [ADAPTIVE])])
+    run.evaluate(
+        "adaptive", "editing", names_of_rivals(scale.adaptive_seeds), [*data, *editing_flags(scale, [ADAPTIVE])]
+    )
     purified = [*editing_flags(scale, [TRANSFER, ADAPTIVE]), "--purifiers", *PURIFIERS]
     run.evaluate("purifiers", "editing", [BEST], [*data, *purified])
     run.bar.close()
@@ -138,6 +140,11 @@ def planned_trainings(scale: Scale) -> dict[str, list[object]]:
     return trainings
 
 
+def names_of_rivals(seeds: int) -> list[str]:
+    """Return the names of the rivals' VAEs of so many seeds each."""
+    return [trained_name(rival, seed) for rival in RIVALS for seed in range(seeds)]
+
+
 def with_alpha(rival: str, alpha: float) -> str:
     """Return the name of a rival's VAE with another originality weight."""
     return f"{rival}, alpha {alpha:g}"
@@ -156,7 +163,7 @@ def reconstruction_flags(scale: Scale) -> list[object]:
 def generation_flags(scale: Scale) -> list[object]:
     """Return the flags of the generation command."""
     return [
-        *networks(), "--num_images", scale.images, "--strengths", "0.5", "--batch_size", 8,
+        *networks(INFERENCE_STEPS), "--num_images", scale.images, "--strengths", "0.5", "--batch_size", 8,
         "--metrics", "clip", "fid", "denoising-loss",
     ]  # fmt: skip
 
@@ -164,17 +171,9 @@ def generation_flags(scale: Scale) -> list[object]:
 def editing_flags(scale: Scale, threats: Sequence[str]) -> list[object]:
     """Return the flags of the editing command."""
     return [
-        *networks(), "--num_images", scale.edited, "--strengths", "0.3", "0.6", "--batch_size", 8, "--attacks", "clean",
+        *networks(INFERENCE_STEPS), "--num_images", scale.edited, "--strengths", "0.3", "0.6", "--batch_size", 8, "--attacks", "clean",
         *PROTECTIONS, "--epsilons", "16/255", "--threat_models", *threats, "--max_attack_steps", scale.attack_steps,
         "--no_checks", "--metrics", "psnr", "clip", "clip-text", "fid",
-    ]  # fmt: skip
-
-
-def networks() -> list[object]:
-    """Return the flags that name the miniature's networks and their settings."""
-    return [
-        "--pipeline", WEIGHTS / "sd", "--clip_model", WEIGHTS / "clip", "--classifier", WEIGHTS / "classifier",
-        "--caption_column", "text", "--guidance_scale", "2.5", "--num_inference_steps", 20,
     ]  # fmt: skip
 
 
@@ -207,12 +206,12 @@ def defences_table(defences: Mapping[str, Defence], timings: Mapping[str, Mappin
 
 def rivals_table(reconstruction: Results, generation: Results, scale: Scale, seconds: Mapping[str, int]) -> str:
     """Return a line for each rival: quality, robustness, drift, the denoiser's loss, and seconds of training."""
-    attack, clean, attacked = f"apgd-{scale.attack_steps}", ("clean", NO_THREAT), ADAPTIVE
+    attack, clean = f"apgd-{scale.attack_steps}", ("clean", NO_THREAT)
     columns = {
         "clean (dB)": (*clean, "psnr"),
         "FID": (*clean, "rfid"),
-        "attacked (dB)": (attack, attacked, "psnr"),
-        "latents moved": (f"{attack}-latents", attacked, TRAVEL),
+        "attacked (dB)": (attack, ADAPTIVE, "psnr"),
+        "latents moved": (f"{attack}-latents", ADAPTIVE, TRAVEL),
         "drift": (*clean, DRIFT),
     }
     denoising, edits = ("clean, reconstructed", NO_THREAT, "denoising-loss"), ("clean, img2img-0.5", NO_THREAT, "fid")

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.claims import CONTROL, NO_POISON, ORIGINAL, ROBUST, Results, won_back
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT, TRANSFER
-from srl_utils.evaluation.report.figures import STYLE
-from srl_utils.files import write_atomically
+from srl_utils.evaluation.report.figures import STYLE, save
 
 COLOURS = {ORIGINAL: "#7f8a96", CONTROL: "#d55e00", ROBUST: "#0072b2"}
 Bars = Mapping[str, Mapping[str, Sequence[float]]]
@@ -46,8 +45,7 @@ def draw_all(
     folder.mkdir(parents=True, exist_ok=True)
     with style.context(["default", STYLE]):
         for name, draw in figures.items():
-            figure = draw()
-            write_atomically(folder / f"{name}.png", lambda aside, figure=figure: figure.savefig(aside, format="png"))
+            save(draw(), folder / f"{name}.png")
 
 
 def reconstruction_figure(results: Results, attack: str) -> Figure:

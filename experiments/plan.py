@@ -205,11 +205,11 @@ def training_flags(variant: str, scale: Scale, folder: Path, *, seed: int) -> li
     ]  # fmt: skip
 
 
-def networks(scale: Scale) -> list[object]:
+def networks(inference_steps: int) -> list[object]:
     """Return the flags that name the miniature's networks and their settings."""
     return [
         "--pipeline", WEIGHTS / "sd", "--clip_model", WEIGHTS / "clip", "--classifier", WEIGHTS / "classifier",
-        "--caption_column", "text", "--guidance_scale", "2.5", "--num_inference_steps", scale.inference_steps,
+        "--caption_column", "text", "--guidance_scale", "2.5", "--num_inference_steps", inference_steps,
     ]  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def reconstruction_flags(scale: Scale, target: Path) -> list[object]:
 def generation_flags(scale: Scale) -> list[object]:
     """Return the flags of the generation command."""
     return [
-        *networks(scale), "--num_images", scale.images, "--strengths", "0.3", "0.6", "--batch_size", scale.images // 4,
+        *networks(scale.inference_steps), "--num_images", scale.images, "--strengths", "0.3", "0.6", "--batch_size", scale.images // 4,
         "--metrics", "psnr", "ssim", "clip", "clip-text", "shown", "fid", "is", "denoising-loss", "difference",
     ]  # fmt: skip
 
@@ -278,7 +278,17 @@ def edits_of_shapes(scale: Scale) -> list[object]:
     """Return the flags of the editing command that say how images are edited: each shape becomes another one."""
     shapes = ["circle", "square", "triangle", "diamond", "star", "cross", "ring", "hexagon"]
     edits = [f"{old}={new}" for old, new in zip(shapes, shapes[4:] + shapes[:4], strict=True)]
-    return [*networks(scale), "--replace", *edits, "--strengths", "0.3", "0.5", "0.7", "--batch_size", 8]
+    return [
+        *networks(scale.inference_steps),
+        "--replace",
+        *edits,
+        "--strengths",
+        "0.3",
+        "0.5",
+        "0.7",
+        "--batch_size",
+        8,
+    ]
 
 
 def nightshade_flags(scale: Scale, epsilon: str) -> list[object]:
@@ -290,7 +300,7 @@ def nightshade_flags(scale: Scale, epsilon: str) -> list[object]:
 def poisoning_flags(scale: Scale, poisons: Sequence[str], amounts: Sequence[int]) -> list[object]:
     """Return the flags of the poisoning command; `poisons` are protections, or controls without an attack."""
     return [
-        *networks(scale), "--num_images", scale.poisoned_set, "--protection", *poisons, "--num_poisons", *amounts,
+        *networks(scale.inference_steps), "--num_images", scale.poisoned_set, "--protection", *poisons, "--num_poisons", *amounts,
         "--concept", "circle", "--target_concept", "star", "--num_generated", scale.generated, "--batch_size", 64,
         "--finetuning_steps", scale.finetuning_steps, "--learning_rate", "3e-4", "--finetuning_batch_size", 16,
         "--metrics", "clip-text", "shown", "fid", "--no_checks",

@@ -160,8 +160,8 @@ def test_a_defence_is_timed_once(codecs: list[Codec], tmp_path: Path) -> None:
 
 
 def test_the_command_judges_defences(codecs: list[Codec], tmp_path: Path) -> None:
-    """Oracle: the real command: rows of every defence, the panels in both reports, with clean images though
-    nobody asked for them, and the same seconds in a second call; wrong names are told at once.
+    """Oracle: the real command. Every defence has rows, and both reports the panels. Clean images are judged without being
+    asked for. A second call repeats the seconds. Wrong names are told at once.
     """
     (tmp_path / "photos").mkdir()
     for number, image in enumerate(draw_images(2, 32)):
