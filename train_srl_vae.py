@@ -418,7 +418,8 @@ def optimizer_step(run: Run, batches: Waiting, *, interrupted: bool) -> tuple[Te
         run.ledger.update(batch)
         bad_images += batch.bad_images
         with accelerator.accumulate(encoder):
-            clean = method.batch(batch.images, image_generators(run.args.seed, batch.positions))
+            generators = image_generators(run.args.seed, batch.positions)
+            clean = method.batch(batch.images, generators, batch.positions)
             attacked = method.attack(clean)  # x + delta
             loss, terms = method.loss(attacked, clean)  # L_robust + alpha L_orig (+ beta L_latent)
             accelerator.backward(loss)

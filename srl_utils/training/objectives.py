@@ -52,7 +52,7 @@ class Objective:
         return asked if self.fixed_latent_weight is None else self.fixed_latent_weight
 
     def latent_share(self, asked: float) -> float:
-        """Return the share of a batch that is attacked on its latents, if `asked` is the user's."""
+        """Return the share of the images that is attacked on its latents, if `asked` is the user's."""
         if self.victim is None:
             return 0.0
         return 1.0 if self.attacks_latents else asked

@@ -7,7 +7,7 @@ For images x, the encoder E being trained, its frozen original E0 and the frozen
     L_orig    = |mean E(x) - mean E0(x)|^2 + |variance E(x) - variance E0(x)|^2
     loss      = L_robust + alpha L_orig
 
-Beyond the paper, a share of a batch may be attacked where a denoiser sees it, on the latents, and their distance may be in
+Beyond the paper, a share of the images may be attacked where a denoiser sees it, on the latents, and their distance may be in
 the loss with a weight beta:
 
     delta     = argmax over |delta| <= epsilon of  L_latent = |mean E(x + delta) - mean E0(x)|^2
@@ -36,6 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 from diffusers import ModelMixin
@@ -195,7 +196,7 @@ class Step:
     latent_weight: float = 0.0
     """beta, weight of the distance of attacked images' latents, for objectives that leave a choice."""
     latent_attack_share: float = 0.0
-    """Share of a batch, rounded, whose attack maximises that distance instead of the reconstruction loss, likewise."""
+    """Share of the images whose attack maximises that distance instead of the reconstruction loss, likewise."""
     latent_scale: LatentScale = RAW
     """In which distances of latents are measured; by default that of raw ones."""
     sample_posterior: bool = False
@@ -215,15 +216,20 @@ class Step:
         clean = self.batch(images, generators)
         return self.loss(self.attack(clean), clean)
 
-    def batch(self, images: Tensor, generators: Generators) -> CleanBatch:
+    def batch(self, images: Tensor, generators: Generators, positions: Sequence[int] | None = None) -> CleanBatch:
         """Move clean images to the device and prepare what attack and loss need.
 
         Args:
             images: `[N,3,H,W]` in [-1,1], on any device.
             generators: one CPU generator per image, for the attack's start, the posterior's noise and transformations.
+            positions: of the images in the training, which decide what is attacked of each; by default from 0.
+
+        Returns:
+            The images, those first that are attacked on their latents.
         """
         networks = self.networks
-        clean = on_device(images, networks.device)
+        order, latent_attacks = latents_first(range(len(images)) if positions is None else positions, self._latent_share)
+        clean, generators = in_order(on_device(images, networks.device), order), [generators[i] for i in order]
         transformed = self.objective.decodes == "transformed"
         anchored = self.objective.anchor == "original" and (self._beta > 0 or self._latent_share > 0)
         reference = None
@@ -239,7 +245,7 @@ class Step:
             generators=generators,
             reference=reference,
             anchor=reference.mean if reference is not None and anchored else None,
-            latent_attacks=round(self._latent_share * len(clean)),
+            latent_attacks=latent_attacks,
             similarities=draw_similarities(generators, side) if transformed else (),
         )
 
@@ -374,3 +380,24 @@ class Step:
         """Return one sample of the posterior's noise per image: `[N,C,h,w]`."""
         shape = latent_shape(self.networks.reference, clean) if reference is None else reference.mean.shape[1:]
         return draw(torch.randn, shape, generators, like=clean)
+
+
+def latents_first(positions: Sequence[int], share: float) -> tuple[list[int], int]:
+    """Return the order in which images that are attacked on their latents come first, and their number.
+
+    Of all images of a training in a row, a `share` is, evenly spread; batches and processes make no difference.
+
+    Args:
+        positions: of a batch's images in the training, from 0.
+        share: from 0 to 1.
+    """
+    chosen = [ceil((position + 1) * share) > ceil(position * share) for position in positions]
+    return sorted(range(len(chosen)), key=lambda index: not chosen[index]), sum(chosen)
+
+
+def in_order(images: Tensor, order: Sequence[int]) -> Tensor:
+    """Return images in another order, in the same memory layout."""
+    if list(order) == sorted(order):
+        return images
+    # A list as an index would be copied to the device, which waits for it.
+    return on_device(torch.stack([images[index] for index in order]), images.device)

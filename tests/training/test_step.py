@@ -18,7 +18,7 @@ from srl_utils.attacks.gradient import PGDConfig, pgd
 from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
 from srl_utils.training.objectives import OBJECTIVES, TERMS
 from srl_utils.training.similarities import Similarity
-from srl_utils.training.step import Step, build_networks
+from srl_utils.training.step import Step, build_networks, latents_first
 from srl_utils.vae.latents import LatentScale
 from srl_utils.vae.networks import EncoderMirror, LatentDecoder, LatentEncoder, frozen_copy
 
@@ -143,11 +143,11 @@ def test_without_originality_clean_images_are_not_encoded(tiny_vae, images, gene
     assert loss.item() == pytest.approx(terms[TERMS.index("mse")].item())
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.5, 2), (1.0, 3)])
-def test_attacks_on_latents(share: float, count: int, tiny_vae, images, generators) -> None:
+@pytest.mark.parametrize(("share", "order"), [(0.0, [0, 1, 2]), (0.5, [0, 2, 1]), (1.0, [0, 1, 2])])
+def test_attacks_on_latents(share: float, order: list[int], tiny_vae, images, generators) -> None:
     """Oracle: PGD on the closed form of each half, image by image: the latents' distance, and the reconstruction's error.
 
-    Half of three images are two. In float64, because a sign of a gradient near 0 is a matter of rounding.
+    Half of three images are the first and the third. In float64, because a sign of a gradient near 0 is a matter of rounding.
     """
     pgd_config = replace(ATTACK, random_start=True)
     step = replace(
@@ -168,13 +168,32 @@ def test_attacks_on_latents(share: float, count: int, tiny_vae, images, generato
     def on_images(number: int) -> Callable[[Tensor], Tensor]:
         return lambda x: (vae.decode(vae.encode(x).latent_dist.mean).sample - clean[number]).square().flatten(1).sum(1)
 
-    for number in range(3):
-        objective = on_latents(number) if number < count else on_images(number)
+    for place, number in enumerate(order):
+        objective = on_latents(number) if place < {0.0: 0, 0.5: 2, 1.0: 3}[share] else on_images(number)
         expected = pgd(objective, clean[number : number + 1], pgd_config, generators=generators(number))
-        torch.testing.assert_close(attacked[number : number + 1], expected)
+        torch.testing.assert_close(attacked[place : place + 1], expected)
     for size in (1, 2):  # parts of the batch are attacked alike
         in_parts = replace(step, attack_batch_size=size)
         torch.testing.assert_close(in_parts.attack(in_parts.batch(clean, generators(0, 1, 2))), attacked)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_which_images_are_attacked_on_latents(share: float, batch_size: int) -> None:
+    """Oracle: an invariance: the same images whatever the batches are; and the share itself, in every row of images."""
+
+    def attacked_on_latents(size: int) -> list[int]:
+        chosen = []
+        for start in range(0, 240, size):
+            order, count = latents_first(range(start, start + size), share)
+            assert sorted(order) == list(range(size))
+            chosen += [start + index for index in order[:count]]
+        return chosen
+
+    chosen = attacked_on_latents(batch_size)
+    assert chosen == attacked_on_latents(240)
+    for stop in (1, 7, 40, 240):
+        assert sum(number < stop for number in chosen) == pytest.approx(share * stop, abs=1)
 
 
 def test_the_latent_distance_enters_the_loss(tiny_vae, images, generators) -> None:

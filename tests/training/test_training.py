@@ -545,7 +545,7 @@ sys.exit(script.command_line())
     [
         [],
         pytest.param(["--gradient_accumulation_steps", "2"], marks=pytest.mark.slow),
-        ["--lora_rank", "2", "--objective", "purify"],
+        ["--lora_rank", "2", "--objective", "purify", "--latent_attack_share", "0.5"],
         pytest.param(["--objective", "equivariance", "--pgd_steps", "0"], marks=pytest.mark.slow),
     ],
     ids=["plain", "accumulation", "lora+purify", "equivariance"],
