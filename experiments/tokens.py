@@ -61,7 +61,7 @@ def main() -> None:
         for variant in VARIANTS
     }
     made = f"{machine()}, {date.today().isoformat()}, {EPSILON}, adaptive attacks"
-    table = results_table(Results(args.output_dir / "reconstruction/results.json"), times)
+    table = results_table(Results.read(args.output_dir / "reconstruction/results.json"), times)
     write_text_atomically(args.output_dir / "tokens.md", f"{made}\n\n{table}\n")
     print(table)
 
