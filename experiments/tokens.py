@@ -36,7 +36,7 @@ ATTACKS = {"reconstruction": "apgd-100", "features": "apgd-100-latents", "tokens
 EPSILON = "8/255"
 SHARED = ["--dataset_name", "scikit-image", "--epsilons", EPSILON, "--threat_models", ADAPTIVE]
 EVALUATION = [
-    *SHARED, "--num_images", 32, "--attacks", "clean", *ATTACKS.values(), "--metrics", "psnr", "ssim", DRIFT, FLIPS, USE,
+    *SHARED, "--num_images", 16, "--attacks", "clean", *ATTACKS.values(), "--metrics", "psnr", "ssim", DRIFT, FLIPS, USE,
     "--no_checks",
 ]  # fmt: skip
 CHECKS = [*SHARED, "--num_images", 4, "--attacks", "pgd-10", "--metrics", "psnr", "--num_check_images", 4]
