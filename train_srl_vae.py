@@ -540,6 +540,8 @@ def check(args: argparse.Namespace) -> tuple[ModelMixin, Earlier | None]:
             f"--gradient_checkpointing: diffusers has none that works for {type(vae).__name__}; take a smaller --train_batch_size with "
             "--gradient_accumulation_steps, or --attack_batch_size"
         )
+    if args.sample_posterior and not family_of(vae).posterior:
+        raise UserError(f"--sample_posterior: the encoder of {type(vae).__name__} has no posterior")
     if SINGLE_FILE in args.save_variant:
         check_single_file(vae)
     return vae, earlier

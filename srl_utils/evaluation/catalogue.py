@@ -132,21 +132,27 @@ def select(attacks: Sequence[str], epsilons: Sequence[float], resources: AttackR
     return selection
 
 
+def made_on_images_alone(name: str) -> bool:
+    """Return whether an attack has nothing to do with clips."""
+    protection = PROTECTIONS.get(name)
+    return protection is not None and (protection.needs_denoiser or protection.needs_perceptual)
+
+
 def _missing(name: str, resources: AttackResources) -> str | None:
     protection = PROTECTIONS.get(name)
+    if resources.clips and made_on_images_alone(name):
+        return "it is made on images, and not on clips"
     if protection and protection.needs_denoiser and resources.pipeline is None:
         return "it needs a diffusion pipeline; give `pipeline`"
     if protection and protection.needs_target and resources.target is None:
         if protection.drawn_target is None:
-            return "it needs an image to imitate; give `target`"
+            return f"it needs {'a clip' if resources.clips else 'an image'} to imitate; give `target`"
         if resources.target_pipeline is None:
             return "it needs an image to imitate, or a text-to-image pipeline to draw one; give `target` or `pipeline`"
     if "-lpips" in name and resources.perceptual is None:
         return "it needs LPIPS, whose weights are missing"
     if name.endswith("-first") and not resources.clips:
         return "only clips have a first frame; give `num_frames`"
-    if protection and resources.clips and (protection.needs_denoiser or protection.needs_perceptual):
-        return "it is made on images, and not on clips"
     if "-tokens" in name and not resources.has_tokens:
         return "it needs a baseline with discrete latents"
     if protection and protection.needs_perceptual and resources.bound is None:

@@ -101,6 +101,7 @@ def render_card(facts: CardFacts) -> str:
             "weights_heading": WEIGHTS_HEADING,
             "updates": UPDATES_NAME,
             "single_file": SINGLE_FILE_NAME if SINGLE_FILE_NAME in facts.weights else None,
+            "clips": facts.num_frames > 1,
             "samples": "images" if facts.num_frames == 1 else f"clips of {facts.num_frames} frames",
             "judged": bool(judged),
             "uneven": facts.images is not None and facts.images != facts.steps * facts.images_per_step,

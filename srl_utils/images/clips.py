@@ -29,8 +29,16 @@ from srl_utils.images.decoding import (
     over_white,
     to_srgb,
 )
-from srl_utils.images.listing import Skipped, list_files, list_images, reason_of, suffix_of, why_no_image
-from srl_utils.images.videos import NEEDS_PYAV, VIDEO_SUFFIXES, Video, has_pyav
+from srl_utils.images.listing import (
+    VIDEO_SUFFIXES,
+    Skipped,
+    list_files,
+    list_images,
+    reason_of,
+    suffix_of,
+    why_no_image,
+)
+from srl_utils.images.videos import NEEDS_PYAV, Video, has_pyav
 
 MIDDLE = 0.5
 ANIMATED_SUFFIXES = frozenset({".gif", ".webp", ".apng"})
@@ -212,11 +220,12 @@ def _animations(images: Sequence[Path]) -> set[Path]:
 
 
 def _is_animated(path: Path) -> bool:
+    """Return whether a file holds an animation; a broken GIF does, so that it counts as a broken clip."""
     try:
         with open_image(path) as image:
             return getattr(image, "is_animated", False)
     except UnreadableImage:
-        return False
+        return suffix_of(path.name) == ".gif"
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:

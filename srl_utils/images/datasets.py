@@ -197,6 +197,11 @@ def open_data(
         logger.warning("%s", part.report())
     _check_readable(training, resolution, num_frames)
     validation_images = _decode_evenly(validation, num_validation_images, resolution, num_frames).images
+    if len(validation_images) < num_validation_images:
+        logger.warning(
+            "only %d of num_validation_images %d are there to be judged; give more with validation_data_dir",
+            len(validation_images), num_validation_images,
+        )  # fmt: skip
     # The description is published with the model, so it holds only the last part of a path.
     place = str(source.dataset_name or source.train_data_dir)
     place = Path(place).resolve().name if Path(place).exists() else place

@@ -25,6 +25,8 @@ SUFFIXES = {  # of the formats in `NEEDED`
     "JXL": frozenset({".jxl"}),
 }
 NO_FORMAT = "no suffix of an image that Pillow reads"
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"})
+VIDEO = "a video, not an image; trainings and evaluations take clips of videos with `num_frames`"
 NO_SUFFIX = "no suffix, and no image by its content"
 # Captions, tables, caches of trainers, notes and files of the system, which nobody takes for images.
 COMPANIONS = frozenset({
@@ -107,6 +109,8 @@ def reason_of(suffix: str, head: bytes) -> str | None:
     """
     if suffix in COMPANIONS:
         return NO_FORMAT
+    if suffix in VIDEO_SUFFIXES:
+        return VIDEO
     # Raw files of cameras, of many suffixes, begin like a TIFF of their thumbnail.
     if any(_accepts(name, head) for name in MAGIC_FORMATS if not (suffix and name == "TIFF")):
         return None

@@ -16,7 +16,6 @@ from PIL import Image
 from srl_utils.images.decoding import UnreadableImage, over_white
 
 NEEDS_PYAV = "needs PyAV: pip install av"
-VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"})
 # FFmpeg also knows playlists, which name other files and addresses to open; those are left out.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 UNKNOWN_FORMAT = "no video of a known format, or its beginning is broken"

@@ -23,6 +23,7 @@ from srl_utils.evaluation.report.tables import comparison_table, won_back
 from srl_utils.evaluation.results import Record, Row, to_rows
 from srl_utils.evaluation.tasks.base import DRIFT, Metrics, Reconstruction
 from srl_utils.files import read_json, write_text_atomically
+from srl_utils.metrics.clips import CLIP_METRICS
 from srl_utils.metrics.losses import PerceptualDistance
 from srl_utils.vae.codec import Codec
 
@@ -40,7 +41,7 @@ class Validation:
         accelerator: each of its processes measures its share of the images.
         original: the VAE before the training.
         current: the VAE being trained; the same object throughout the training.
-        images: `[n,3,H,W]` in [-1,1], held out from training.
+        images: `[n,3,H,W]` in [-1,1], held out from training; clips `[n,3,T,H,W]` are judged in time, too.
         perceptual: LPIPS; None to measure PSNR, SSIM and drift alone.
         epsilon: budget of the attacks, units of a [0,1] image.
         output_dir: gets `results.json` and `samples/*.png`.
@@ -63,7 +64,11 @@ class Validation:
     ) -> None:
         self.accelerator, self.original, self.current = accelerator, original, current
         self.images, self.output_dir, self.seed, self.batch_size = images, output_dir, seed, batch_size
-        names = ["psnr", "ssim", DRIFT, FLIPS, *([perceptual.name] if perceptual else [])]
+        self.special = [
+            *([FLIPS] if original.codebook is not None else []),
+            *(CLIP_METRICS if images.ndim == 5 else []),
+        ]
+        names = ["psnr", "ssim", DRIFT, *self.special, *([perceptual.name] if perceptual else [])]
         metrics = Metrics(names=names, perceptual=[perceptual] if perceptual else [])
         self.task = Reconstruction(metrics=metrics, baseline=original, images=images)
         self.attack, self.strong_attack = usual_attack(epsilon), strong_attack(epsilon)
@@ -87,8 +92,8 @@ class Validation:
             self.rows = [row for row in rows if row.vae == self.original.name]
         wanted = {(one.name, one.epsilon, len(self.images)) for one in self._everything()}
         known = {(row.attack, row.epsilon, row.n) for row in self.rows}
-        uncounted = self.original.codebook is not None and not any(row.metric == FLIPS for row in self.rows)
-        if known != wanted or uncounted:  # older versions did not count tokens
+        unmeasured = set(self.special) - {row.metric for row in self.rows}  # by older versions
+        if known != wanted or unmeasured:
             self._keep(self._measure(self.original, self._everything()))
 
     def measure_progress(self, step: int) -> dict[str, float]:
@@ -119,7 +124,7 @@ class Validation:
         share = won_back(self.rows, self.strong_attack.name, self.original.name, self.current.name)
         if share is None:
             return table
-        return f"{table}\n\nOf the PSNR that {self.strong_attack.name} costs the original VAE, {share:.0%} is won back."
+        return f"{table}\n\nOf the PSNR that {self.strong_attack.name} costs the original VAE, {round(share, 2) + 0.0:.0%} is won back."
 
     def _everything(self) -> list[Perturbation]:
         return [CLEAN, self.attack, self.strong_attack, self.noise]

@@ -108,6 +108,7 @@ class Family:
         tiling: whether large images may be processed in diffusers' tiles, if it has them. Those of `AutoencoderTiny` take
             latents of four channels alone, and it needs little memory without them. Those of `AutoencoderKLMagvit` are put
             together without regard to their overlap, and those of `AutoencoderKLHunyuanImage` expect clips.
+        posterior: whether the encoder gives a posterior, and not a point.
         quantizer: its submodule with the codebook, of diffusers' `VectorQuantizer`; None for continuous latents.
         channels: entries of the configuration that tell the channels of an image; each class has some of them.
         patch: entry of the configuration with the side of the pixel patches that its channels hold, if any.
@@ -121,6 +122,7 @@ class Family:
     frames: Callable[[Config], int] | None = None
     batches: bool = True
     tiling: bool = True
+    posterior: bool = True
     quantizer: str | None = None
     channels: Sequence[str] = ("in_channels", "input_channels", "out_channels")
     patch: str | None = None
@@ -148,13 +150,13 @@ FAMILIES = {
         Family(kind=AutoencoderKLTemporalDecoder, decoding=svd_decoding),
         Family(
             kind=AutoencoderDC, down_sampling=halvings("encoder_block_out_channels"), trained=("encoder",),
-            checkpointing=False,
+            checkpointing=False, posterior=False,
         ),
         Family(
             kind=AutoencoderTiny, down_sampling=halvings("encoder_block_out_channels"), trained=("encoder",),
-            checkpointing=False, tiling=False,
+            checkpointing=False, tiling=False, posterior=False,
         ),
-        Family(kind=VQModel, checkpointing=False, quantizer="quantize"),
+        Family(kind=VQModel, checkpointing=False, posterior=False, quantizer="quantize"),
         Family(
             kind=AutoencoderKLHunyuanImage, down_sampling=stated("spatial_compression_ratio"), trained=("encoder",),
             checkpointing=False, tiling=False,
@@ -217,5 +219,5 @@ def named_family(name: str, owner: str) -> Family:
         UserError: if the class is not supported.
     """
     if name not in FAMILIES:
-        raise UserError(f"{owner} is a {name}; the supported VAEs are {', '.join(FAMILIES)}")
+        raise UserError(f"{owner} is of the class {name}; the supported VAEs are {', '.join(FAMILIES)}")
     return FAMILIES[name]

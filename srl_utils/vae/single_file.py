@@ -109,7 +109,7 @@ def original_name(name: str, levels: int) -> str:
 def check_single_file(vae: ModelMixin) -> None:
     """Raise a UserError unless the original layout has a place for every weight of `vae`."""
     if not isinstance(vae, AutoencoderKL):
-        raise UserError(f"a single file holds an AutoencoderKL, and this VAE is a {type(vae).__name__}")
+        raise UserError(f"a single file holds an AutoencoderKL, and this VAE is of the class {type(vae).__name__}")
     blocks = {*vae.config["down_block_types"], *vae.config["up_block_types"]} - {
         "DownEncoderBlock2D",
         "UpDecoderBlock2D",

@@ -185,7 +185,9 @@ def test_training_on_clips(name: str, run: Run, flags: list[object], clips: tupl
     assert code == 0, printed
     attacked = [row["attacked_psnr"] for row in steps(tmp_path / "out")]
     assert sum(attacked[-4:]) > sum(attacked[:4]) + 0.1
-    assert len(json.loads((tmp_path / "out/results.json").read_text())) > 0
+    judged = {row["metric"] for row in json.loads((tmp_path / "out/results.json").read_text())}
+    assert {"psnr", "ssim", "warping-error", "flicker"} <= judged
+    assert "flicker are lower when a clip is steadier" in (tmp_path / "out/README.md").read_text()
     shutil.copytree(tmp_path / "out/checkpoint-10", tmp_path / "resumed/checkpoint-10")
     code, printed = run(*flags, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", "latest")
     assert code == 0, printed
@@ -200,6 +202,19 @@ def test_clips_that_do_not_suit_are_refused(name: str, run: Run, flags: list[obj
     assert code == 2 and "--num_frames: 4 frames do not suit this VAE" in printed and "try 5" in printed, printed
     code, printed = run(*flags, "--train_data_dir", folder / "0", "--num_frames", 5)
     assert code == 2 and "holds no clips, but --num_frames is 5" in printed, printed
+    videos = folder.parent / "videos"
+    videos.mkdir()
+    (videos / "walk.mp4").write_bytes(b"")
+    code, printed = run(*flags, "--train_data_dir", videos)
+    assert code == 2 and "take clips of videos with --num_frames" in printed, printed
+
+
+@pytest.mark.parametrize("name", ["AutoencoderDC", "AutoencoderTiny", "VQModel"])
+def test_a_point_is_not_sampled(name: str, run: Run, flags: list[object]) -> None:
+    """Oracle: specification, one line: an encoder that gives a point has no posterior to sample."""
+    code, printed = run(*flags, "--sample_posterior")
+    assert code == 2 and f"--sample_posterior: the encoder of {name} has no posterior" in printed, printed
+    assert not FAMILIES[name].posterior
 
 
 @classes_of_clips("AutoencoderKL")

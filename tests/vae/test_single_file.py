@@ -241,7 +241,7 @@ def test_a_damaged_configuration_is_refused(config: str, tiny_vae: AutoencoderKL
 @pytest.mark.parametrize("name", ["VQModel", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2"])
 def test_other_classes_are_refused(name: str, tmp_path: Path) -> None:
     """Oracle: one line with the class, and no file."""
-    with pytest.raises(UserError, match=f"holds an AutoencoderKL, and this VAE is a {name}"):
+    with pytest.raises(UserError, match=f"holds an AutoencoderKL, and this VAE is of the class {name}"):
         save_single_file(small_autoencoder(name), tmp_path / "vae.safetensors")
     assert not any(tmp_path.iterdir())
 

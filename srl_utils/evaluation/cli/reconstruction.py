@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median_low
 
-from srl_utils.command_line import Effects, positive_int
+from srl_utils.command_line import Effects, message_of, positive_int
+from srl_utils.errors import UserError
 from srl_utils.evaluation.cli.arguments import (
     add_attack_arguments,
     add_classifier_argument,
@@ -66,7 +67,7 @@ def evaluate(
         denoiser=denoiser_of(setup.pipeline),
     )
     task.note_incomparable(setup.codecs, setup.notes)
-    note_inapplicable(args.metrics, setup)
+    note_inapplicable(args.metrics, task.metrics.names, setup)
     perturbations = chosen_perturbations(args, setup, classifier)
     check_settings = CheckSettings(epsilon=median_low(args.epsilons))
     if set(args.attacks) == {"quick"}:
@@ -74,16 +75,27 @@ def evaluate(
     return run_study(args, setup, task, perturbations, title=TITLE, check_settings=check_settings if checked else None)
 
 
-def note_inapplicable(metrics: Sequence[str], setup: Setup) -> None:
-    """Add a note for each metric that was asked for and has nothing to measure; the default ones need none."""
+def note_inapplicable(asked: Sequence[str], metrics: Sequence[str], setup: Setup) -> None:
+    """Add a note for each metric that was asked for and has nothing to measure; the default ones need none.
+
+    Args:
+        asked: all metrics that were asked for.
+        metrics: those of them that can be computed.
+        setup: its notes are extended.
+
+    Raises:
+        UserError: if no metric is left.
+    """
     lacking: dict[str, str] = {}
     if setup.num_frames == 1:
         lacking |= dict.fromkeys((RFID_CHANGES, *CLIP_METRICS), "clips; give `num_frames`")
     if all(codec.codebook is None for codec in setup.codecs):
         lacking |= dict.fromkeys((FLIPS, USE), "a VAE with a codebook")
-    for name, needed in lacking.items():
-        if name in metrics and list(metrics) != DEFAULT_METRICS:
-            setup.notes.append(f"{name} was left out: it needs {needed}")
+    if list(asked) != DEFAULT_METRICS:
+        notes = [f"{name} was left out: it needs {needed}" for name, needed in lacking.items() if name in asked]
+        setup.notes.extend(message_of(UserError(note)) for note in notes)
+    if set(metrics) <= lacking.keys():
+        raise UserError(f"nothing is left to measure: {'; '.join(setup.notes)}", parameter="metrics")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

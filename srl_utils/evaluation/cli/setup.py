@@ -18,7 +18,7 @@ from torch import Tensor
 
 from srl_utils.command_line import message_of
 from srl_utils.errors import UserError
-from srl_utils.evaluation.catalogue import AttackResources, select
+from srl_utils.evaluation.catalogue import AttackResources, made_on_images_alone, select
 from srl_utils.evaluation.cli.arguments import CLIP_METRICS, draws_targets, needs_denoiser, needs_perceptual, uses_glaze
 from srl_utils.evaluation.cli.loading import (
     errors_about,
@@ -383,19 +383,20 @@ def build_attack_resources(
         setup: gets a note for each missing thing.
         classifier: bounds Glaze where LPIPS has no weights.
     """
+    attacks = [name for name in args.attacks if setup.num_frames == 1 or not made_on_images_alone(name)]
     target = None
     if args.target is not None:
         target = load_target(args.target, args.resolution, num_frames=setup.num_frames).to(setup.accelerator.device)
-    perceptual = try_lpips(setup) if needs_perceptual(args.attacks) else None
-    target_pipeline = try_image_to_image(setup) if target is None and draws_targets(args.attacks) else None
+    perceptual = try_lpips(setup) if needs_perceptual(attacks) else None
+    target_pipeline = try_image_to_image(setup) if target is None and draws_targets(attacks) else None
     incompatible: frozenset[str] = frozenset()
-    if setup.pipeline is not None and needs_denoiser(args.attacks):
+    if setup.pipeline is not None and needs_denoiser(attacks):
         incompatible = find_incompatible(setup.pipeline, setup.codecs, setup.images, setup.notes)
     continuous = frozenset(codec.name for codec in setup.codecs if codec.codebook is None)
     return AttackResources(
         clips=setup.num_frames > 1, continuous=continuous, has_tokens=setup.codecs[0].name not in continuous,
         pipeline=setup.pipeline, incompatible=incompatible, target_pipeline=target_pipeline, perceptual=perceptual,
-        bound=perceptual_bound(setup, perceptual, classifier, "Glaze") if uses_glaze(args.attacks) else None, target=target,
+        bound=perceptual_bound(setup, perceptual, classifier, "Glaze") if uses_glaze(attacks) else None, target=target,
         max_steps=args.max_attack_steps,
     )  # fmt: skip
 
