@@ -261,4 +261,4 @@ def test_evaluation_of_clips(name: str, clips: tuple[Path, int], tmp_path: Path)
     assert measured["clean", "rfid-changes"] == pytest.approx(frechet_distance(*changes), rel=1e-2)
     flat = (clip - clip.flatten(2).mean(dim=2)[..., None, None, None]).square().mean()
     assert f"a flat colour: {10 * torch.log10(4 / flat):.2f} dB" in report
-    assert "sds was left out: " in report and f"2 clips of clips, 32 px of {count} frames" in report
+    assert "sds was left out: " in report and f"2 clips of {count} frames from clips, 32 px" in report

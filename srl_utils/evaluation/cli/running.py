@@ -204,9 +204,9 @@ def settings(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
 
 def described_images(args: argparse.Namespace, setup: Setup) -> str:
     """Return number, origin and size of the images or clips."""
-    clips = f" of {setup.num_frames} frames" if setup.num_frames > 1 else ""
+    clips = f" clips of {setup.num_frames} frames" if setup.num_frames > 1 else ""
     place = args.dataset_name or Path(abspath(args.data_dir)).name
-    return f"{len(setup.images)}{' clips' if clips else ''} of {place}, {args.resolution} px{clips}"
+    return f"{len(setup.images)}{clips} from {place}, {args.resolution} px"
 
 
 def used_device(accelerator: Accelerator) -> str:
