@@ -37,9 +37,7 @@ def spread(values: Sequence[float], decimals: int = 1, unit: str = "") -> str:
     return f"{round(mean(values), decimals) + 0.0:.{decimals}f}{unit}{deviation}"
 
 
-def of(
-    results: Results, vae: str, attack: str, threat: str, metric: str, decimals: int = 1, scale: float = 1.0
-) -> str:
+def of(results: Results, vae: str, attack: str, threat: str, metric: str, decimals: int = 1, scale: float = 1.0) -> str:
     """Return a VAE's value, times `scale`, over its seeds."""
     try:
         return spread([scale * value for value in results.of(vae, attack, threat, metric)], decimals)

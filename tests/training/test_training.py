@@ -337,7 +337,9 @@ def test_a_single_file_of_another_class_is_refused(run: Run, flags: list[str], t
     """Oracle: one line before the first step, and no output folder."""
     small_autoencoder("AutoencoderKLFlux2").save_pretrained(tmp_path / "flux2")
     code, printed = run(*flags, "--save_variant", "single_file", "--pretrained_model_name_or_path", tmp_path / "flux2")
-    assert code == 2 and "a single file holds an AutoencoderKL, and this VAE is of the class AutoencoderKLFlux2" in printed
+    assert (
+        code == 2 and "a single file holds an AutoencoderKL, and this VAE is of the class AutoencoderKLFlux2" in printed
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -34,5 +34,7 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     UNet2DModel(
         block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
     ).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"is of the class UNet2DModel; the supported VAEs are AutoencoderKL, .*VQModel"):
+    with pytest.raises(
+        UserError, match=r"is of the class UNet2DModel; the supported VAEs are AutoencoderKL, .*VQModel"
+    ):
         load(tmp_path)

@@ -188,7 +188,10 @@ def test_pipeline_folder_hints_at_its_subfolder(saved, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"_class_name": "AutoencoderOobleck"}, "is of the class AutoencoderOobleck; the supported VAEs are AutoencoderKL, "),
+        (
+            {"_class_name": "AutoencoderOobleck"},
+            "is of the class AutoencoderOobleck; the supported VAEs are AutoencoderKL, ",
+        ),
         ({"in_channels": 1}, "1 channels; only RGB"),
     ],
 )
