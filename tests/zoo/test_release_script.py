@@ -29,7 +29,7 @@ def test_a_dry_run_checks_every_step(vae_folder: Path, photographs: Path, tmp_pa
         "TRAINING": f"{data} --resolution 16 --train_batch_size 4 --max_train_steps 4 --lpips_weight 0 --report_to none",
         "EVALUATION": f"--data_dir {photographs} --resolution 16 --num_images 2 --attacks quick --metrics psnr",
     }  # fmt: skip
-    with warm_python(WITHOUT_NETWORK) as python:
+    with warm_python(WITHOUT_NETWORK, "srl_utils.evaluation.calling") as python:
         path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
         environment = {**os.environ, **WITHOUT_NETWORK, **variables, "PATH": path}
         done = subprocess.run(["sh", SCRIPT, "--dry_run"], env=environment, capture_output=True, text=True)
