@@ -223,7 +223,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--latent_attack_share",
         type=fraction,
         default=0.0,
-        help="share of a batch whose attack maximises that distance instead of the reconstruction loss; not in the paper",
+        help="share of the images whose attack maximises that distance instead of the reconstruction loss; not in the paper",
     )
     add("--sample_posterior", action="store_true", help="sample the latent instead of taking its mean")
     add(

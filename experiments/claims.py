@@ -6,7 +6,6 @@ measured on the original VAE; a variant wins back the share of it that its own e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, TRANSFER
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.evaluation.tasks.poisoning import NO_DOSE
+from srl_utils.files import read_json
 
 ORIGINAL, ROBUST, CONTROL = "original", "robust", "no attack"
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
@@ -37,13 +37,16 @@ def trained_name(variant: str, seed: int) -> str:
 class Results:
     """Mean values of evaluations, by VAE, attack with its edit, threat model and metric."""
 
-    def __init__(self, *paths: Path) -> None:
+    def __init__(self, values: Mapping[tuple[str, str, str, str], float]) -> None:
+        """Take values by VAE, attack, threat model and metric."""
+        self.values = values
+        self.attacks = list(dict.fromkeys(attack for _, attack, _, _ in values))
+
+    @classmethod
+    def read(cls, *paths: Path) -> Results:
         """Read the `results.json` of each evaluation."""
-        rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
-        self.values: dict[tuple[str, str, str, str], float] = {
-            (row["vae"], row["attack"], row["threat_model"], row["metric"]): row["value"] for row in rows
-        }
-        self.attacks = list(dict.fromkeys(row["attack"] for row in rows))
+        rows = [row for path in paths for row in read_json(path)]
+        return cls({(row["vae"], row["attack"], row["threat_model"], row["metric"]): row["value"] for row in rows})
 
     def of(self, variant: str, attack: str, threat: str, metric: str) -> list[float]:
         """Return one value for each training seed of a variant; an empty list if it was not measured."""

@@ -61,7 +61,7 @@ def draw_animation(clips: Mapping[str, Tensor], path: Path) -> None:
 def beside(images: Mapping[str, Tensor]) -> Image.Image:
     """Return images `[3,H,W]` in [-1,1] beside each other under their titles."""
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(2.2 * len(images), 2.6))
+        figure = Figure(figsize=(1.4 * len(images), 1.7))
         for ax, (title, image) in zip(figure.subplots(1, len(images)), images.items(), strict=True):
             ax.imshow(to_pil(image))
             ax.set(title=title, xticks=[], yticks=[])

@@ -9,6 +9,7 @@ Finished parts are kept, so the command can be interrupted and repeated.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from datetime import date
@@ -49,6 +50,8 @@ VARIANTS = {
 BATCH_CLIPS = 2
 """Clips of a training step, in the place of the `BATCH` single frames."""
 ATTACK, ON_LATENTS, ON_FIRST, TO_TARGET = "apgd-50", "apgd-50-latents", "apgd-50-first", "uvcg"
+LOST = "psnr-lost"
+"""dB that an attack takes from a frame."""
 EPSILON = "8/255"
 EVALUATION = ["--epsilons", EPSILON, "--threat_models", ADAPTIVE, "--no_checks", "--batch_size", 4]
 ON_IMAGES = [*EVALUATION, "--num_images", 32, "--attacks", "clean", ATTACK, "--metrics", "psnr", DRIFT]
@@ -78,11 +81,12 @@ def main() -> None:
     run.evaluate("on-clips", "reconstruction", names, [*clips, *ON_WHOLE_CLIPS])
     run.evaluate("on-images", "reconstruction", names, ["--data_dir", args.output_dir / IMAGES, *ON_IMAGES])
     run.bar.close()
-    on_clips, on_images = (Results(args.output_dir / name / "results.json") for name in ("on-clips", "on-images"))
+    on_clips, on_images = (Results.read(args.output_dir / name / "results.json") for name in ("on-clips", "on-images"))
     made = f"{machine()}, {date.today().isoformat()}, {EPSILON}, adaptive attacks"
-    of_frames = frames_table(run, names[: len(VARIANTS)], args.output_dir / CLIPS)
+    keep_losses(run, names[: len(VARIANTS)], args.output_dir / CLIPS)
+    of_frames = Results.read(args.output_dir / "frames/results.json")
     draw_pictures(run, args.output_dir / CLIPS)
-    text = "\n\n".join([made, quality_table(on_clips, on_images), movement_table(on_clips), of_frames])
+    text = "\n\n".join([made, quality_table(on_clips, on_images), movement_table(on_clips), frames_table(of_frames)])
     write_text_atomically(args.output_dir / "clips.md", f"{text}\n")
     print(text)
 
@@ -122,14 +126,33 @@ def movement_table(results: Results) -> str:
     return markdown_table(lines)
 
 
-def frames_table(run: Runner, names: Sequence[str], folder: Path) -> str:
-    """Return the PSNR that an attack on the first frame costs each frame, in dB, by VAE."""
-    clips = clips_in(folder)
-    lines = [["PSNR lost (dB)", *(f"frame {number + 1}" for number in range(FRAMES))]]
-    for name in (ORIGINAL, *names):
-        lost = lost_by_frame(codec_of(run, name), clips)
+def frames_table(results: Results) -> str:
+    """Return the PSNR that an attack on the first frame costs each frame, in dB, by VAE of the first seed."""
+    lines = [["PSNR lost (dB)", *(f"frame {number}" for number in range(1, FRAMES + 1))]]
+    for name in (ORIGINAL, *VARIANTS):
+        lost = [results.of(name, at_frame(number), ADAPTIVE, LOST)[0] for number in range(1, FRAMES + 1)]
         lines.append([name, *(f"{value:.1f}" for value in lost)])
     return markdown_table(lines)
+
+
+def keep_losses(run: Runner, names: Sequence[str], folder: Path) -> None:
+    """Measure what an attack on the first frame costs each frame, and write it as results of `frames`, unless they exist."""
+    path = run.folder / "frames/results.json"
+    if path.exists():
+        return
+    clips = clips_in(folder)
+    rows = [
+        {"vae": name, "attack": at_frame(number), "threat_model": ADAPTIVE, "metric": LOST, "value": value}
+        for name in (ORIGINAL, *names)
+        for number, value in enumerate(lost_by_frame(codec_of(run, name), clips), start=1)
+    ]
+    path.parent.mkdir(exist_ok=True)
+    write_text_atomically(path, json.dumps(rows, indent=1) + "\n")
+
+
+def at_frame(number: int) -> str:
+    """Return the name in the results of what the attack on the first frame does to frame `number`, from 1."""
+    return f"{ON_FIRST}, frame {number}"
 
 
 @torch.no_grad()
@@ -147,9 +170,10 @@ def draw_pictures(run: Runner, folder: Path) -> None:
     """Draw the first clip, and how VAEs reconstruct it when it is attacked on them, as `strip.png` and `clips.gif`."""
     clip = clips_in(folder)[:1]
     codecs = {name: codec_of(run, name) for name in (ORIGINAL, "single frames", "clips")}
-    shown = {name: codec.reconstruct(attacked(codec, clip, ATTACK))[0] for name, codec in codecs.items()}
-    draw_strip({"clean": clip[0], **shown}, run.folder / "strip.png")
-    draw_animation({"clean": clip[0], **shown}, run.folder / "clips.gif")
+    shown = {"clip": clip[0], "not attacked": codecs[ORIGINAL].reconstruct(clip)[0]}
+    shown |= {name: codec.reconstruct(attacked(codec, clip, ATTACK))[0] for name, codec in codecs.items()}
+    draw_strip(shown, run.folder / "strip.png")
+    draw_animation(shown, run.folder / "clips.gif")
 
 
 def clips_in(folder: Path) -> Tensor:

@@ -179,7 +179,7 @@ def editing_flags(scale: Scale, threats: Sequence[str]) -> list[object]:
 
 def results_in(folder: Path, *names: str) -> Results:
     """Return the results of evaluations."""
-    return Results(*(folder / name / "results.json" for name in names))
+    return Results.read(*(folder / name / "results.json" for name in names))
 
 
 def defences_of(edits: Results) -> dict[str, Defence]:

@@ -87,7 +87,7 @@ def results_by_part(planned: Sequence[Evaluation], folder: Path) -> dict[str, Re
     places: dict[str, list[Path]] = {}
     for evaluation in planned:
         places.setdefault(evaluation.part, []).append(folder / evaluation.name / "results.json")
-    return {part: Results(*paths) for part, paths in places.items()}
+    return {part: Results.read(*paths) for part, paths in places.items()}
 
 
 def judged(results: Mapping[str, Results], *, apgd: str, edits: Mapping[str, Results], poison: str) -> list[Claim]:

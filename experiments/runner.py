@@ -60,6 +60,13 @@ class Runner:
             "--output_dir", self.folder / name,
         )  # fmt: skip
 
+    def module(self, title: str, name: str, flags: Sequence[object], *, done: Path) -> None:
+        """Run a module of the repository, unless the file `done`, which it writes last, exists."""
+        if done.exists():
+            self.bar.update()
+            return
+        self._call(title, "-m", name, *flags)
+
     def train(self, name: str, flags: Sequence[object], *, num_images: int = BATCH, num_validation: int = 2) -> None:
         """Train the VAE `name` at 64 px, unless it exists.
 

@@ -34,22 +34,26 @@ the error of the pixels, so a weight as for continuous ones would leave nothing 
 ATTACKS = {"reconstruction": "apgd-100", "features": "apgd-100-latents", "tokens": "apgd-100-tokens"}
 """Attacks by what they aim at."""
 EPSILON = "8/255"
+SHARED = ["--dataset_name", "scikit-image", "--epsilons", EPSILON, "--threat_models", ADAPTIVE]
 EVALUATION = [
-    "--dataset_name", "scikit-image", "--num_images", 32, "--attacks", "clean", *ATTACKS.values(), "--epsilons", EPSILON,
-    "--threat_models", ADAPTIVE, "--metrics", "psnr", "ssim", DRIFT, FLIPS, USE, "--num_check_images", 4,
+    *SHARED, "--num_images", 16, "--attacks", "clean", *ATTACKS.values(), "--metrics", "psnr", "ssim", DRIFT, FLIPS, USE,
+    "--no_checks",
 ]  # fmt: skip
+CHECKS = [*SHARED, "--num_images", 4, "--attacks", "pgd-10", "--metrics", "psnr", "--num_check_images", 4]
+"""Of the first seed's robustness: three minutes for each VAE."""
 
 
 def main() -> None:
     """Train, evaluate, and write the table."""
     args = experiment_parser("tokens", __doc__).parse_args()
-    run = Runner(args.output_dir, WEIGHTS / "vq", title="tokens", num_calls=len(VARIANTS) * SEEDS + 1)
+    run = Runner(args.output_dir, WEIGHTS / "vq", title="tokens", num_calls=len(VARIANTS) * SEEDS + 2)
     names = []
     for seed in range(SEEDS):
         for variant, flags in VARIANTS.items():
             names.append(trained_name(variant, seed))
             run.train(names[-1], ["--dataset_name", "scikit-image", "--seed", seed, *shlex.split(flags)])
     run.evaluate("reconstruction", "reconstruction", names, EVALUATION)
+    run.evaluate("checks", "reconstruction", names[: len(VARIANTS)], CHECKS)
     run.bar.close()
     seconds = run.seconds()
     times = {
@@ -57,7 +61,7 @@ def main() -> None:
         for variant in VARIANTS
     }
     made = f"{machine()}, {date.today().isoformat()}, {EPSILON}, adaptive attacks"
-    table = results_table(Results(args.output_dir / "reconstruction/results.json"), times)
+    table = results_table(Results.read(args.output_dir / "reconstruction/results.json"), times)
     write_text_atomically(args.output_dir / "tokens.md", f"{made}\n\n{table}\n")
     print(table)
 

@@ -102,7 +102,7 @@ def measure_diffusion(
             [prompts.captions[number] for number in numbers],
             num_inference_steps=steps, guidance_scale=guidance, generator=image_generators(0, numbers.tolist()), output_type="pt",
         )  # fmt: skip
-        images.append(to_model_range(output.images))
+        images.append(to_model_range(output.images).cpu())
     generated = torch.cat(images)
     wanted = classifier.features(all_pixels(fresh))["pool"]
     others = {
@@ -117,7 +117,7 @@ def measure_diffusion(
 @torch.no_grad()
 def reconstructed(vae: AutoencoderKL, scenes: SceneSet) -> Tensor:
     """Return all scenes as the autoencoder returns them, `[N,3,H,W]` in [-1,1]."""
-    return torch.cat([vae(batch).sample for batch in all_pixels(scenes).split(BATCH)]).clamp(-1, 1)
+    return torch.cat([vae(batch.to(vae.device)).sample.cpu() for batch in all_pixels(scenes).split(BATCH)]).clamp(-1, 1)
 
 
 def share_shown(classifier: ImageClassifier, images: Tensor, captions: list[str]) -> float:

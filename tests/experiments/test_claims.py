@@ -40,7 +40,7 @@ def results(tmp_path: Path):
         names = ("vae", "attack", "threat_model", "metric")
         rows = [dict(zip(names, key, strict=True)) | {"value": value} for key, value in values.items()]
         (tmp_path / "results.json").write_text(json.dumps(rows))
-        return Results(tmp_path / "results.json")
+        return Results.read(tmp_path / "results.json")
 
     return write
 

@@ -33,7 +33,7 @@ def edits(tmp_path: Path) -> Results:
         for vae, value in values.items()
     ]
     (tmp_path / "results.json").write_text(json.dumps(rows))
-    return Results(tmp_path / "results.json")
+    return Results.read(tmp_path / "results.json")
 
 
 def test_what_defences_cost_and_win(edits: Results) -> None:

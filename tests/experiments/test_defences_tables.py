@@ -32,7 +32,7 @@ def reconstruction(tmp_path: Path) -> Results:
         names = ("attack", "threat_model", "metric")
         rows += [{"vae": vae, **dict(zip(names, key, strict=True)), "value": value} for key, value in of_vae.items()]
     (tmp_path / "results.json").write_text(json.dumps(rows))
-    return Results(tmp_path / "results.json")
+    return Results.read(tmp_path / "results.json")
 
 
 @pytest.fixture(autouse=True)

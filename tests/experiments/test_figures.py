@@ -18,7 +18,7 @@ def results_of(values: dict[tuple[str, str, str, str], float], path: Path) -> Re
     path.write_text(
         json.dumps([dict(zip(names, key, strict=True)) | {"value": value} for key, value in values.items()])
     )
-    return Results(path)
+    return Results.read(path)
 
 
 @pytest.fixture

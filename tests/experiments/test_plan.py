@@ -40,7 +40,7 @@ def test_the_other_experiments_parse(name: str) -> None:
     for flags in module.VARIANTS.values():
         words = ["--pretrained_model_name_or_path", "vae", "--train_data_dir", "data", "--lpips_weight", "0"]
         assert train_srl_vae.parse_args([*words, *shlex.split(flags)], environment={}).max_train_steps > 0
-    for flags in [tokens.EVALUATION] if name == "tokens" else [clips.ON_WHOLE_CLIPS, clips.ON_IMAGES]:
+    for flags in [tokens.EVALUATION, tokens.CHECKS] if name == "tokens" else [clips.ON_WHOLE_CLIPS, clips.ON_IMAGES]:
         data = [] if "--dataset_name" in flags else ["--data_dir", "data"]
         data += ["--target", "clip"] if "uvcg" in flags else []
         words = ["reconstruction", "--baseline", "vae", "--resolution", "64", *data, *map(str, flags)]

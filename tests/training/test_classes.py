@@ -110,7 +110,7 @@ def test_resuming_is_exact(name: str, run: Run, flags: list[object], tmp_path: P
 @EVERY_CLASS
 def test_two_processes_follow_one(name: str, run: Run, flags: list[object], tmp_path: Path) -> None:
     """Oracle: one process with twice the batch, to float rounding."""
-    flags += ["--max_train_steps", 4, "--recipe", "latent", "--adam_epsilon", "1e-4", "--learning_rate", "1e-3"]
+    flags += ["--max_train_steps", 3, "--recipe", "latent", "--adam_epsilon", "1e-4", "--learning_rate", "1e-3"]
     assert run(*flags)[0] == 0
     two = [*flags, "--train_batch_size", 1, "--output_dir", tmp_path / "two"]
     result = launch(*two, processes=2, script=ROOT / "train_srl_vae.py")

@@ -1,0 +1,249 @@
+"""Ask what compatibility costs: three ways to a robust autoencoder, and what each costs the diffusion model.
+
+    python -m experiments.compatibility --quick        # make compatibility-quick
+    python -m experiments.compatibility                # make compatibility
+
+The ways are the method (the encoder alone, near the original), encoder and decoder together, and a training from random
+weights with the attack in it. All take about the same time, that of the original's own training included. The diffusion
+model is then used as it is, fine-tuned for some steps, or trained anew. Finished parts are kept, so the command can be
+interrupted and repeated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from matplotlib import style
+from matplotlib.figure import Figure
+
+from experiments.adaptation import ADAPTED, ANEW, MEASURES
+from experiments.claims import ORIGINAL, Results, spread, trained_name
+from experiments.figures import with_legend
+from experiments.plan import SCENES, TRAINING_SCENES
+from experiments.runner import WEIGHTS, Runner, experiment_parser, machine
+from srl_utils.evaluation.motion import TRAVEL
+from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
+from srl_utils.evaluation.report.figures import STYLE, save
+from srl_utils.evaluation.report.tables import markdown_table
+from srl_utils.evaluation.tasks.base import DRIFT
+from srl_utils.files import read_json, write_text_atomically
+from srl_utils.vae.loading import WEIGHTS_NAME
+
+ENCODER = "encoder"
+ENCODER_FLAGS = ["--recipe", "fast", "--pgd_steps", 3, "--pgd_step_size", "4/255"]
+AS_GOOD = 1.1
+"""A diffusion model is as good as before if its FID is at most so many times that with the original."""
+
+
+class Way(NamedTuple):
+    """A way to a robust autoencoder."""
+
+    steps: int
+    whole: Sequence[object] | None = None
+    """Flags of `experiments.whole_training`; None is the method."""
+    clean_share: float = 0.0
+    """Share of the steps before the attack begins."""
+
+
+WAYS = {
+    ENCODER: Way(850),
+    "encoder and decoder": Way(600, ["--vae", WEIGHTS / "vae"]),
+    "from nothing": Way(4_700, ["--learning_rate", "2e-3"]),
+    "from nothing, clean first": Way(6_800, ["--learning_rate", "2e-3"], clean_share=0.5),
+}
+"""A way's steps: the first two take 10 minutes of 2 cores, and the others as long as these and the original's own training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """The size of the experiments.
+
+    Attributes:
+        steps: share of each way's steps that is trained.
+        seeds: trainings of each way.
+        training_scenes: scenes to train the autoencoders on.
+        images: images of the evaluations.
+        attack_steps: of APGD.
+        adapted: numbers of steps with which the denoiser is fine-tuned.
+        anew: numbers of steps with which one is trained anew, for the first seed.
+        taught: scenes that the denoiser sees.
+        generated: images that it generates.
+    """
+
+    steps: float
+    seeds: int
+    training_scenes: int
+    images: int
+    attack_steps: int
+    adapted: Sequence[int]
+    anew: Sequence[int]
+    taught: int
+    generated: int
+
+
+FULL = Scale(
+    steps=1, seeds=3, training_scenes=4000, images=32, attack_steps=50, adapted=(0, 30, 100, 300, 1000),
+    anew=(300, 1000, 3000), taught=4000, generated=256,
+)  # fmt: skip
+QUICK = Scale(
+    steps=0.01, seeds=1, training_scenes=64, images=4, attack_steps=5, adapted=(0, 2), anew=(2,), taught=64, generated=8
+)
+
+
+def main() -> None:
+    """Train, evaluate, adapt, and write tables and the figure."""
+    args = experiment_parser("compatibility", __doc__, quick=True).parse_args()
+    scale = QUICK if args.quick else FULL
+    names = [trained_name(way, seed) for way in WAYS for seed in range(scale.seeds)]
+    run = Runner(args.output_dir, WEIGHTS / "vae", title="compatibility", num_calls=2 * len(names) + 5)
+    run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1)
+    run.scenes(SCENES, scale.images, seed=0)
+    for way in WAYS:
+        for seed in range(scale.seeds):
+            train(run, way, seed, scale)
+    data = ["--data_dir", args.output_dir / SCENES, "--num_images", scale.images]
+    run.evaluate("reconstruction", "reconstruction", names, [*data, *reconstruction_flags(scale)])
+    run.evaluate("smoothness", "geometry", names, [*data, "--parts", "smoothness"])
+    for name in (ORIGINAL, *names):
+        adapt(run, name, scale)
+    run.bar.close()
+    keep_adaptation(run, [ORIGINAL, *names])
+    reconstruction, smoothness, adaptation = (
+        Results.read(args.output_dir / name / "results.json") for name in ("reconstruction", "smoothness", "adaptation")
+    )
+    draw_price(reconstruction, adaptation, scale, args.output_dir / "compatibility.png")
+    text = "\n\n".join([
+        f"{machine()}, {date.today().isoformat()}, {run.minutes():.0f} minutes. Scale: {scale}.",
+        "## Autoencoders", autoencoders_table(reconstruction, smoothness, scale),
+        "## The diffusion model", adaptation_table(adaptation, scale),
+    ])  # fmt: skip
+    write_text_atomically(args.output_dir / "compatibility.md", f"{text}\n")
+    print(text)
+
+
+def train(run: Runner, way: str, seed: int, scale: Scale) -> None:
+    """Train the autoencoder of a way and a seed."""
+    name, planned = trained_name(way, seed), WAYS[way]
+    steps = max(2, round(scale.steps * planned.steps))
+    if planned.whole is None:
+        data = ["--train_data_dir", run.folder / TRAINING_SCENES]
+        run.train(name, [*data, *ENCODER_FLAGS, "--max_train_steps", steps, "--seed", seed], num_validation=1)
+        return
+    run.module(
+        f"train {name}", "experiments.whole_training",
+        [
+            *planned.whole, "--steps", steps, "--clean_steps", round(planned.clean_share * steps), "--seed", seed,
+            "--num_scenes", scale.training_scenes, "--output_dir", run.vae(name),
+        ],
+        done=run.vae(name) / WEIGHTS_NAME,
+    )  # fmt: skip
+
+
+def adapt(run: Runner, name: str, scale: Scale) -> None:
+    """Teach the denoiser an autoencoder's latents, and measure what it generates; train one anew for the first seed alone."""
+    anew = scale.anew if name in (ORIGINAL, *WAYS) else ()
+    folder = adaptation_folder(run, name)
+    run.module(
+        f"adapt to {name}", "experiments.adaptation",
+        [
+            "--vae", run.vae(name), "--steps", *scale.adapted, "--steps_anew", *anew, "--num_scenes", scale.taught,
+            "--num_images", scale.generated, "--work_dir", run.folder / "taught", "--output_dir", folder,
+        ],
+        done=folder / (f"{ANEW}-{anew[-1]}.json" if anew else f"{ADAPTED}-{scale.adapted[-1]}.json"),
+    )  # fmt: skip
+
+
+def adaptation_folder(run: Runner, name: str) -> Path:
+    """Return the folder of what a denoiser taught an autoencoder's latents generates."""
+    return run.folder / "denoisers" / run.vae(name).name
+
+
+def keep_adaptation(run: Runner, names: Sequence[str]) -> None:
+    """Write what the denoisers generate as results of `adaptation`."""
+    rows = [
+        {"vae": name, "attack": path.stem, "threat_model": NO_THREAT, "metric": metric, "value": value}
+        for name in names
+        for path in sorted(adaptation_folder(run, name).glob("*.json"))
+        for metric, value in read_json(path).items()
+    ]
+    path = run.folder / "adaptation/results.json"
+    path.parent.mkdir(exist_ok=True)
+    write_text_atomically(path, json.dumps(rows, indent=1) + "\n")
+
+
+def reconstruction_flags(scale: Scale) -> list[object]:
+    """Return the flags of the reconstruction command."""
+    attack = f"apgd-{scale.attack_steps}"
+    return [
+        "--attacks", "clean", attack, f"{attack}-latents", "--epsilons", "8/255", "--threat_models", ADAPTIVE, "--no_checks",
+        "--metrics", "psnr", "rfid", DRIFT, TRAVEL, "--classifier", WEIGHTS / "classifier",
+    ]  # fmt: skip
+
+
+def autoencoders_table(reconstruction: Results, smoothness: Results, scale: Scale) -> str:
+    """Return a line for each way: quality, robustness, drift, and Lipschitz constants."""
+    attack, clean = f"apgd-{scale.attack_steps}", ("clean", NO_THREAT)
+    columns = {
+        "clean (dB)": (reconstruction, *clean, "psnr"),
+        "FID": (reconstruction, *clean, "rfid"),
+        "attacked (dB)": (reconstruction, attack, ADAPTIVE, "psnr"),
+        "latents moved": (reconstruction, f"{attack}-latents", ADAPTIVE, TRAVEL),
+        "drift": (reconstruction, *clean, DRIFT),
+        "Lipschitz, encoder": (smoothness, *clean, "lipschitz-encoder"),
+        "Lipschitz, both": (smoothness, *clean, "lipschitz-both"),
+    }
+    lines = [["way", *columns]]
+    for way in (ORIGINAL, *WAYS):
+        lines.append([way, *(spread(results.of(way, *setting)) for results, *setting in columns.values())])
+    return markdown_table(lines)
+
+
+def adaptation_table(adaptation: Results, scale: Scale) -> str:
+    """Return a line for each way and start: FID of generated images by the steps of the denoiser."""
+    lines = [["way", "denoiser", *(f"{steps} steps" for steps in sorted({*scale.adapted, *scale.anew}))]]
+    for way in (ORIGINAL, *WAYS):
+        for start in (ADAPTED, ANEW):
+            cells = [
+                spread(adaptation.of(way, f"{start}-{steps}", NO_THREAT, MEASURES[0]))
+                for steps in sorted({*scale.adapted, *scale.anew})
+            ]
+            lines.append([way, start, *cells])
+    return markdown_table(lines)
+
+
+def steps_needed(adaptation: Results, way: str, scale: Scale) -> int | None:
+    """Return the fewest steps of fine-tuning with which the denoiser is as good as before; None if none is enough."""
+    (before,) = adaptation.of(ORIGINAL, f"{ADAPTED}-0", NO_THREAT, MEASURES[0])
+    for steps in scale.adapted:
+        if fmean(adaptation.of(way, f"{ADAPTED}-{steps}", NO_THREAT, MEASURES[0])) <= AS_GOOD * before:
+            return steps
+    return None
+
+
+def draw_price(reconstruction: Results, adaptation: Results, scale: Scale, path: Path) -> None:
+    """Draw the FID of generated images against the denoiser's steps, and robustness against the steps that are needed."""
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(10, 4))
+        fid, price = figure.subplots(1, 2)
+        places = {steps: place for place, steps in enumerate([*scale.adapted, None])}
+        for way in (ORIGINAL, *WAYS):
+            values = [fmean(adaptation.of(way, f"{ADAPTED}-{n}", NO_THREAT, MEASURES[0])) for n in scale.adapted]
+            fid.plot(range(len(values)), values, marker="o", label=way)
+            attacked = fmean(reconstruction.of(way, f"apgd-{scale.attack_steps}", ADAPTIVE, "psnr"))
+            price.plot(places[steps_needed(adaptation, way, scale)], attacked, "o", label=way)
+        titles = [f"{steps:,}" for steps in scale.adapted]
+        fid.set(yscale="log", ylabel="FID of generated images", xlabel="steps of the denoiser")
+        fid.set_xticks(range(len(titles)), titles)
+        price.set(ylabel="PSNR under attack (dB)", xlabel="steps until the denoiser is as good as before")
+        price.set_xticks(range(len(places)), [*titles, "more"])
+        save(with_legend(figure), path)
+
+
+if __name__ == "__main__":
+    main()

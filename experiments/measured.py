@@ -1,0 +1,73 @@
+"""Keep an experiment's mean values in a small file, from which `docs/results.md` is written.
+
+python -m experiments.measured outputs/paper       # writes docs/measured/paper.json
+python -m docs.scripts.results                     # writes docs/results.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from experiments.claims import Results
+from experiments.runner import ROOT
+from srl_utils.files import read_json, write_text_atomically
+
+MEASURED = ROOT / "docs/measured"
+DIGITS = 5
+"""Significant ones, more than any table shows."""
+
+
+def main() -> None:
+    """Write the file of one experiment."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="output folder of an experiment")
+    folder = parser.parse_args().folder
+    path = MEASURED / f"{folder.resolve().name}.json"
+    write_text_atomically(path, as_text(summary(folder)))
+    print(f"Written: {path}")
+
+
+def summary(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the values of each evaluation in `folder`, by VAE and by attack, threat model and metric.
+
+    Raises:
+        SystemExit: if the folder has no results.
+    """
+    found = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/results.json"))}
+    if not found:
+        raise SystemExit(f"{folder} has no results; run its experiment first, such as `make {folder.name}`")
+    parts: dict[str, dict[str, dict[str, float]]] = {}
+    for name, rows in found.items():
+        for row in rows:
+            setting = " | ".join((row["attack"], row["threat_model"], row["metric"]))
+            parts.setdefault(name, {}).setdefault(setting, {})[row["vae"]] = float(f"{row['value']:.{DIGITS}g}")
+    return parts
+
+
+def as_text(parts: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Return the file's text, with a line for each attack, threat model and metric."""
+    evaluations = []
+    for name, settings in parts.items():
+        lines = ",\n".join(f"  {json.dumps(setting)}: {json.dumps(values)}" for setting, values in settings.items())
+        evaluations.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
+    return "{\n" + ",\n".join(evaluations) + "\n}\n"
+
+
+def load_measured(name: str) -> dict[str, Results]:
+    """Return the results of an experiment's evaluations, as its file in `docs/measured` has them."""
+    return {
+        evaluation: Results(
+            {
+                (vae, *setting.split(" | ")): value
+                for setting, by_vae in settings.items()
+                for vae, value in by_vae.items()
+            }
+        )
+        for evaluation, settings in read_json(MEASURED / f"{name}.json").items()
+    }
+
+
+if __name__ == "__main__":
+    main()

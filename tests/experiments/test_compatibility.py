@@ -1,0 +1,140 @@
+"""Whole autoencoders trained against attacks, denoisers that adapt to them, and what is made of the results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from helpers.runs import build_tiny_vae
+from matplotlib import image as pictures
+
+import train_srl_vae
+from experiments import adaptation, compatibility, whole_training
+from experiments.claims import ORIGINAL, Results, trained_name
+from miniature.scene_set import scene_set
+from miniature.training import Settings
+from srl_utils.evaluation.cli import main as evaluation
+from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
+
+
+def trained_whole(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: object) -> AutoencoderKL:
+    """The autoencoder of a training of three steps on four scenes."""
+    words = ["--steps", 3, "--batch_size", 2, "--num_scenes", 4, *flags, "--output_dir", folder]
+    monkeypatch.setattr(sys, "argv", ["whole_training", *map(str, words)])
+    whole_training.main()
+    return AutoencoderKL.from_pretrained(folder)
+
+
+def test_the_whole_autoencoder_is_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Oracle: the start: both halves move; latents of the scenes have unit variance at the scale that is written; an attack
+    that never begins leaves the weights of clean training, and one that does makes others."""
+    start = build_tiny_vae()
+    start.save_pretrained(tmp_path / "start")
+    vae = trained_whole(monkeypatch, tmp_path / "attacked", "--vae", tmp_path / "start")
+    for half in ("encoder", "decoder"):
+        before, after = (getattr(each, half).conv_in.weight for each in (start, vae))
+        assert not torch.equal(before, after)
+    scenes = scene_set(tmp_path / "attacked/scenes", seed=1, count=4)
+    with torch.no_grad():
+        latents = vae.encode(scenes.pixels(torch.arange(4))).latent_dist.mean
+    assert latents.std().item() * vae.config.scaling_factor == pytest.approx(1, rel=1e-3)
+    clean = [
+        trained_whole(monkeypatch, tmp_path / f"clean{steps}", "--vae", tmp_path / "start", "--clean_steps", steps)
+        for steps in (3, 99)
+    ]
+    assert torch.equal(clean[0].encoder.conv_in.weight, clean[1].encoder.conv_in.weight)
+    assert not torch.equal(clean[0].encoder.conv_in.weight, vae.encoder.conv_in.weight)
+
+
+def test_the_loss_is_that_of_attacked_scenes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Oracle: the clean loss, computed plainly; the attack makes it larger."""
+    torch.manual_seed(0)
+    vae, scenes = build_tiny_vae(), scene_set(tmp_path, seed=1, count=4)
+    settings = Settings(
+        work_dir=tmp_path, steps=1, batch_size=4, learning_rate=1e-3, seed=0, device="cpu", torch_compile=False
+    )
+    clean, attacked = (
+        whole_training.robust_loss(vae, 0, scenes=scenes, settings=settings, clean_steps=steps).item()
+        for steps in (1, 0)
+    )
+    images = scenes.pixels(torch.arange(4))
+    with torch.no_grad():
+        plain = (vae(images).sample - images).square().mean().item()
+    assert clean == pytest.approx(plain, rel=1e-5) and attacked > clean
+
+
+@pytest.mark.parametrize("scale", [compatibility.FULL, compatibility.QUICK], ids=["full", "quick"])
+def test_the_flags_parse(scale: compatibility.Scale) -> None:
+    """Oracle: the parsers of the commands, which also refuse flags without effect."""
+    words = ["--pretrained_model_name_or_path", "vae", "--train_data_dir", "data", "--lpips_weight", "0"]
+    assert train_srl_vae.parse_args([*words, *map(str, compatibility.ENCODER_FLAGS)], environment={}).pgd_steps == 3
+    shared = ["--baseline", "vae", "--data_dir", "data", "--num_images", "4"]
+    flags = [*shared, *map(str, compatibility.reconstruction_flags(scale))]
+    assert evaluation.parse_args(["reconstruction", *flags]).threat_models == ["adaptive"]
+    assert evaluation.parse_args(["geometry", *shared, "--parts", "smoothness"]).parts == ["smoothness"]
+
+
+def results_of(ways: dict[str, tuple[float, list[float]]]) -> tuple[Results, Results]:
+    """Results with the attacked PSNR of each way, and the FID after each number of steps."""
+    scale = compatibility.FULL
+    reconstruction = {(way, "apgd-50", ADAPTIVE, "psnr"): value for way, (value, _) in ways.items()}
+    adapted = {
+        (way, f"adapted-{steps}", NO_THREAT, "fid"): fid
+        for way, (_, values) in ways.items()
+        for steps, fid in zip(scale.adapted, values, strict=True)
+    }
+    return Results(reconstruction), Results(adapted)
+
+
+def test_the_price_of_compatibility(tmp_path: Path) -> None:
+    """Oracle: made-up values: the first number of steps whose FID is within a tenth of the original's; a picture is drawn."""
+    nothing = list(compatibility.WAYS)[2:]
+    ways = {
+        ORIGINAL: (19.0, [5.0, 5.0, 5.0, 5.0, 5.0]),
+        "encoder": (25.0, [5.4, 5.3, 5.2, 5.1, 5.0]),
+        "encoder and decoder": (26.0, [60.0, 20.0, 8.0, 5.5, 5.0]),
+        nothing[0]: (24.0, [90.0, 80.0, 40.0, 20.0, 9.0]),
+        nothing[1]: (25.0, [90.0, 80.0, 40.0, 20.0, 5.4]),
+    }
+    reconstruction, adapted = results_of(ways)
+    needed = [compatibility.steps_needed(adapted, way, compatibility.FULL) for way in ways]
+    assert needed == [0, 0, 300, None, 1000]
+    compatibility.draw_price(reconstruction, adapted, compatibility.FULL, tmp_path / "price.png")
+    assert pictures.imread(tmp_path / "price.png").std() > 0.05
+    table = compatibility.adaptation_table(adapted, compatibility.FULL)
+    assert next(line for line in table.splitlines() if "encoder and decoder" in line).count("60") == 1
+
+
+def test_what_denoisers_generate_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the files of two autoencoders, read as results."""
+    run = compatibility.Runner(tmp_path, compatibility.WEIGHTS / "vae", title="compatibility", num_calls=1)
+    for name, fid in ((ORIGINAL, 5.0), (trained_name("encoder", 1), 6.0)):
+        folder = compatibility.adaptation_folder(run, name)
+        folder.mkdir(parents=True)
+        (folder / "adapted-30.json").write_text(json.dumps({"fid": fid, "shown": 0.9}))
+    compatibility.keep_adaptation(run, [ORIGINAL, "encoder", trained_name("encoder", 1)])
+    kept = Results.read(tmp_path / "adaptation/results.json")
+    assert kept.of(ORIGINAL, "adapted-30", NO_THREAT, "fid") == [5.0]
+    assert kept.of("encoder", "adapted-30", NO_THREAT, "fid") == [6.0]
+
+
+@pytest.mark.parametrize("start", [adaptation.ADAPTED, adaptation.ANEW])
+def test_a_denoiser_is_taught(start: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Oracle: the real command on the miniature: a line of measures for each number of steps; a second run measures nothing."""
+    words = [
+        "--vae", compatibility.WEIGHTS / "vae", "--steps", *([0] if start == adaptation.ADAPTED else []), "--steps_anew",
+        *([1] if start == adaptation.ANEW else []), "--num_scenes", 4, "--num_images", 4, "--batch_size", 2,
+        "--work_dir", tmp_path / "scenes", "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["adaptation", *map(str, words)])
+    monkeypatch.setattr(adaptation, "INFERENCE_STEPS", 2)
+    adaptation.main()
+    (path,) = (tmp_path / "out").glob("*.json")
+    values = json.loads(path.read_text())
+    assert values.keys() == {"fid", "shown"} and values["fid"] >= 0 and 0 <= values["shown"] <= 1
+    monkeypatch.setattr(adaptation, "measure_diffusion", lambda *_, **__: pytest.fail("measured again"))
+    adaptation.main()
