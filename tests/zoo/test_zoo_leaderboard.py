@@ -60,6 +60,16 @@ def test_the_best_worst_case_comes_first() -> None:
     assert page.count('<th scope="col"') == len(TITLES) and page.count('<table class="sortable">') == 1
 
 
+@pytest.mark.parametrize(("failed", "text"), [(None, ""), ([], "0"), (["do more steps help?"], "1")])
+def test_failed_checks_are_counted(failed: list[str] | None, text: str) -> None:
+    """Oracle: closed form; a VAE without a base has no checks. Both pages show each number of a line."""
+    (table,) = tables({"small": entry()}, {"small": row(30, 28, 20, failed_checks=failed)})
+    cells = table.lines[0].cells
+    assert cells["failed checks"].text == text
+    page, numbers = as_html([table]), [cell.text for cell in cells.values() if cell.value is not None]
+    assert len(numbers) == (3 if failed is None else 4) and all(f"<b>{number}</b>" in page for number in numbers)
+
+
 def test_claims_stand_beside_what_was_measured() -> None:
     """Oracle: closed form; the drift of a VAE without a base is left out."""
     claims = {"setting": "their own images", "worst": 24.5}
