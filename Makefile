@@ -1,4 +1,4 @@
-# make setup | demo | paper | paper-quick | tokens | clips | defences | defences-quick | compatibility | compatibility-quick | test | test-slow | faults | test-hub | docs | miniature | clean
+# make setup | demo | paper | paper-quick | tokens | clips | defences | defences-quick | compatibility | compatibility-quick | zoo | test | test-slow | faults | test-hub | docs | miniature | clean
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -15,7 +15,7 @@ DEMO := accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --num_p
 	--learning_rate 5e-4 --lpips_weight 0 \
 	--random_flip --no-torch_compile --num_validation_images 16 --validation_steps 400 --output_dir outputs/demo
 
-.PHONY: setup demo paper paper-quick tokens clips defences defences-quick compatibility compatibility-quick test test-slow faults test-hub docs miniature clean
+.PHONY: setup demo paper paper-quick tokens clips defences defences-quick compatibility compatibility-quick zoo test test-slow faults test-hub docs miniature clean
 
 setup: $(VENV)/.installed
 
@@ -114,6 +114,15 @@ compatibility: $(VENV)/.installed-test
 
 compatibility-quick: $(VENV)/.installed-test
 	$(RUN) python -m experiments.compatibility --quick --output_dir outputs/compatibility-quick
+
+# Hours on a CPU; it can be interrupted and repeated.
+zoo: $(VENV)/.installed-test
+	set -e; for entry in zoo/entries/embedded-*.yaml; do \
+		name=$$(basename $$entry .yaml); \
+		$(RUN) python -m srl_utils.zoo evaluate $$name; \
+		$(RUN) python -m srl_utils.zoo submit $$entry outputs/zoo/$$name/row.json; \
+	done
+	$(RUN) python -m srl_utils.zoo leaderboard
 
 clean:
 	rm -rf outputs $(VENV) .venv-hub

@@ -100,6 +100,11 @@ def gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.3g} GB"
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the number of threads of the CPU, for readers."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that `work` takes, its work on the device included."""
     _await(device)

@@ -32,6 +32,7 @@ from docs.scripts import flags
 from srl_utils.evaluation.cli import main as evaluation
 from srl_utils.hub import __main__ as hub
 from srl_utils.pipelines import __main__ as pipelines
+from srl_utils.zoo import __main__ as zoo
 
 MOST_WORDS = {README: 1200, RESULTS: 1200}
 WORDS_IN_A_CELL = 12
@@ -40,6 +41,7 @@ PARSERS = {
     "srl_utils.evaluation": evaluation.parse_args,
     "srl_utils.pipelines": pipelines.parse_args,
     "srl_utils.hub": hub.parse_args,
+    "srl_utils.zoo": zoo.parse_args,
 }
 """Those that check more than argparse does."""
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

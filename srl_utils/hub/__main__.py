@@ -47,6 +47,9 @@ def run_push(args: argparse.Namespace) -> int:
     what = contents(args.output_dir)
     if what.left_out:
         print(f"not published, as {CARD} does not describe them: {', '.join(what.left_out)}", file=sys.stderr)
+    if args.dry_run:
+        print(f"would push to {args.repo_id}: {', '.join(what.names)}")
+        return 0
     try:
         print(f"pushed to {publish(args, what)}")
     except PushError as error:
@@ -85,6 +88,7 @@ def add_push(command: argparse.ArgumentParser) -> None:
         "--revision", type=branch, default=None, help="branch; created from main where it does not exist"
     )
     command.add_argument("--commit_message", default="End of training")
+    command.add_argument("--dry_run", action="store_true", help="check the folder and its card, list the files, stop")
 
 
 def add_convert(command: argparse.ArgumentParser) -> None:

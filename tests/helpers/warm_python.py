@@ -49,12 +49,17 @@ with socket.socket(socket.AF_UNIX) as line:
 
 
 @contextmanager
-def warm_python(environment: dict[str, str]) -> Iterator[Path]:
-    """The path of an executable `python`; `environment` is what the imports see, beside this process's own."""
+def warm_python(environment: dict[str, str], *modules: str) -> Iterator[Path]:
+    """The path of an executable `python`.
+
+    Args:
+        environment: what the imports see, beside this process's own.
+        modules: imported beforehand, beside `MODULES`.
+    """
     with TemporaryDirectory(prefix="warm-python-") as folder:
         address, stand_in = f"{folder}/socket", Path(folder, "python")
         process = subprocess.Popen(
-            [sys.executable, __file__, address],
+            [sys.executable, __file__, address, *modules],
             cwd=ROOT,
             env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
             stdout=subprocess.PIPE,
@@ -70,10 +75,10 @@ def warm_python(environment: dict[str, str]) -> Iterator[Path]:
             process.wait()
 
 
-def serve(address: str) -> int:
-    """Waits for stand-ins to call; returns, with the exit code, in the programs alone."""
+def serve(address: str, *modules: str) -> int:
+    """Imports the modules, waits for stand-ins to call; returns, with the exit code, in the programs alone."""
     limit_sleeps()
-    for name in MODULES:
+    for name in (*MODULES, *modules):
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the programs
     with socket.socket(socket.AF_UNIX) as door:
@@ -140,4 +145,4 @@ def execute(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(sys.argv[1]))
+    sys.exit(serve(*sys.argv[1:]))

@@ -297,6 +297,15 @@ def test_exactly_the_drop_in_is_pushed(machine: Machine, hub: HubServer, drop_in
     assert hub.stages.count("lfs-upload") == 4
 
 
+def test_a_dry_run_asks_the_server_nothing(machine: Machine, hub: HubServer, drop_in: Path) -> None:
+    """Oracle: the server's log, and the files that the push itself publishes."""
+    code, printed = machine.push(drop_in, "--repo_id", "user/model", "--dry_run")
+    assert code == 0, printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("would push to user/model: ")]
+    assert set(line.partition(": ")[2].split(", ")) == PUBLISHED
+    assert not hub.stages and not hub.repositories
+
+
 def test_a_private_repository_is_private(machine: Machine, hub: HubServer, drop_in: Path) -> None:
     """Oracle: the server's own flag, and a stranger's request, which finds nothing."""
     assert machine.push(drop_in, "--repo_id", "user/model", "--private")[0] == 0

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from os.path import abspath
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from srl_utils.evaluation.study import Study
 from srl_utils.evaluation.tasks.base import Metrics, Task
 from srl_utils.evaluation.timings import kept_timings
 from srl_utils.files import read_json, sole_run, write_text_atomically
+from srl_utils.resources import device_name
 
 NOT_IN_FINGERPRINT = frozenset(
     {
@@ -190,14 +190,13 @@ def all_caveats(setup: Setup, study: Study, prompts: Sequence[str], *, max_attac
 
 def settings(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
     """Return how the study was run, for the report."""
-    packages = ("torch", "diffusers", "torchmetrics", "accelerate")
     return {
         "command": shlex.join(["python", "-m", "srl_utils.evaluation", *args.arguments]),
         **setup.origins,
         "images": described_images(args, setup),
         "seed": str(args.seed),
         "device": used_device(setup.accelerator),
-        "versions": ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
+        "versions": used_versions(),
         "date": date.today().isoformat(),
     }
 
@@ -209,10 +208,15 @@ def described_images(args: argparse.Namespace, setup: Setup) -> str:
     return f"{len(setup.images)}{clips} from {place}, {args.resolution} px"
 
 
+def used_versions() -> str:
+    """Return the versions of the packages that values depend on, and of Python."""
+    packages = ("torch", "diffusers", "torchmetrics", "accelerate")
+    return ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}"
+
+
 def used_device(accelerator: Accelerator) -> str:
     """Return the number and kind of devices, and the precision."""
-    on_gpu = accelerator.device.type == "cuda"
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    device = device_name(accelerator.device)
     return f"{accelerator.num_processes} x {device}, mixed precision {accelerator.mixed_precision}"
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import hashlib
 import io
 import json
 import shutil
@@ -17,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from srl_utils.evaluation.report.caveats import Caveat
 from srl_utils.evaluation.report.effects import effects_on
 from srl_utils.evaluation.report.figures import draw_data_sets, draw_figures, safe_name
+from srl_utils.evaluation.report.pages import environment, html_page
 from srl_utils.evaluation.report.tables import HIGHER_IS_BETTER, METRIC_TITLES, Panel, markdown_table, measured
 from srl_utils.evaluation.results import Difference, Record, Row, Rows, Setting, differences_to
 from srl_utils.evaluation.sanity import Check
@@ -30,7 +29,6 @@ from srl_utils.files import write_atomically, write_text_atomically
 from srl_utils.images.pixels import format_pixel_distance
 from srl_utils.markdown import as_text
 
-LOADER = PackageLoader("srl_utils.evaluation.report")
 SECTIONS = {
     "none": ("Clean images and corruptions", "These perturbations are not adversarial."),
     "transfer": ("Transferred attacks", "Made on the baseline; every VAE is evaluated under them."),
@@ -151,7 +149,7 @@ def write_report(content: ReportContent, output_dir: Path) -> None:
     )
     write_text_atomically(output_dir / "per_image.csv", _csv(content))
     write_text_atomically(output_dir / "report.md", _render_markdown(variables))
-    write_text_atomically(output_dir / "report.html", _render_html(variables))
+    write_text_atomically(output_dir / "report.html", html_page("report.html.jinja", variables))
     shown = {figure.path for figure in figures} | set(content.pictures.values())
     for outdated in set(folder.glob("*.png")) - shown:
         outdated.unlink()  # figures of an earlier report
@@ -261,35 +259,10 @@ def _copied_figures(pictures: Mapping[str, Path], folder: Path) -> Iterator[Figu
 
 def _render_markdown(variables: Mapping[str, Any]) -> str:
     """Return the Markdown report; all text except `Markup` is escaped."""
-    environment = _environment(finalize=_escape_markdown)
-    environment.filters["table"] = _markdown_table
-    environment.filters["panel_table"] = _markdown_panel
-    return environment.get_template("report.md.jinja").render(variables)
-
-
-def _render_html(variables: Mapping[str, Any]) -> str:
-    """Return the HTML report. Its policy allows only the report's own script and style, by their hashes."""
-    environment = _environment(autoescape=True)
-    assets = {name: LOADER.get_source(environment, f"report.{name}")[0] for name in ("css", "js")}
-    hashes = {f"{name}_hash": _content_hash(text) for name, text in assets.items()}
-    marked = {name: Markup(text) for name, text in assets.items()}
-    return environment.get_template("report.html.jinja").render({**variables, **marked, **hashes})
-
-
-def _environment(**options: Any) -> Environment:
-    return Environment(
-        loader=LOADER,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        **options,
-    )
-
-
-def _content_hash(text: str) -> str:
-    """Return the hash by which a Content-Security-Policy allows an inline script."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+    page = environment(finalize=_escape_markdown)
+    page.filters["table"] = _markdown_table
+    page.filters["panel_table"] = _markdown_panel
+    return page.get_template("report.md.jinja").render(variables)
 
 
 def _escape_markdown(value: Any) -> Any:

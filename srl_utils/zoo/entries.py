@@ -1,0 +1,178 @@
+"""Entries of the zoo: what a VAE is and where its weights are, as YAML files that are checked when they are read.
+
+The fields are those of RobustBench's entries (Croce et al., arXiv 2010.09670), with a VAE's in place of a classifier's.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from srl_utils.errors import MissingFile, UnusableFile, UserError
+from srl_utils.images.pixels import parse_pixel_distance
+from srl_utils.zoo.protocols import PROTOCOLS
+
+NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+DIGEST = re.compile(r"[0-9a-f]{16}")
+COST = re.compile(r"\d+(\.\d+)? (s|min|h|GFLOP an image|TFLOP an image)")
+WORDS = {str: "text", float: "a number", types.NoneType: "null"}
+"""Names of YAML's types for readers."""
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A VAE that can be measured."""
+
+    name: str
+    """Lower-case letters, digits and dashes; also the name of the entry's file."""
+    weights: str
+    """A folder, a single file or a Hub id, written like --baseline of the evaluation."""
+    base: str | None
+    """The VAE that was fine-tuned: attackers know it, and drift is measured from it. None if there is none."""
+    protocol: str
+    """One of `PROTOCOLS`."""
+    digest: str | None
+    """`Codec.digest` of the weights; None if another machine makes other bits."""
+
+    def check(self) -> None:
+        """Raise a UserError if a value is impossible."""
+        if not NAME.fullmatch(self.name):
+            raise UserError(f"name: {self.name!r} has more than lower-case letters, digits and single dashes")
+        if self.protocol not in PROTOCOLS:
+            raise UserError(f"protocol: {self.protocol} is not known; choose from {', '.join(PROTOCOLS)}")
+        if self.digest is not None and not DIGEST.fullmatch(self.digest):
+            raise UserError(f"digest: {self.digest!r} is not 16 hexadecimal digits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    """Numbers that the authors state, on their own images."""
+
+    setting: str
+    """Images and attack of the claims."""
+    worst: float | None = None
+    """PSNR under the attack, in dB."""
+    clean: float | None = None
+    """PSNR of clean images, in dB."""
+    drift: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry(Subject):
+    """A VAE of the zoo, with what its authors say of it."""
+
+    objective: str
+    """What the training minimised."""
+    data: str
+    """Images of the training."""
+    budget: str | None
+    """Of the attack in training, in units of a [0,1] image, such as 8/255; None without an attack."""
+    link: str
+    """A page on the VAE: its address, or a path in the repository."""
+    command: str | None = None
+    """Makes the weights where they are missing, and continues where it was interrupted: `python ...`."""
+    cost: str | None = None
+    """Of the training, as its authors state it: a time, or operations for each image."""
+    claims: Claims | None = None
+
+    def check(self) -> None:
+        """Raise a UserError if a value is impossible."""
+        super().check()
+        if self.budget is not None:
+            try:
+                parse_pixel_distance(self.budget)
+            except ValueError as error:
+                raise UserError(f"budget: {error}") from None
+        if self.cost is not None and not COST.fullmatch(self.cost):
+            raise UserError(f"cost: {self.cost!r} has no known unit; write it like '90 min' or '0.2 TFLOP an image'")
+        if ":" in self.link.removeprefix("https://"):
+            raise UserError(f"link: {self.link} is neither an address that starts with https:// nor a path")
+        if self.command is not None and shlex.split(self.command)[:1] != ["python"]:
+            raise UserError("command: it has to start with python")
+
+
+def read_entry(path: Path) -> Entry:
+    """Return the entry in a YAML file.
+
+    Raises:
+        MissingFile: a FileNotFoundError, if there is no such file.
+        UnusableFile: an OSError, if it is not YAML.
+        UserError: a ValueError and the base of both, if a field is missing, unknown, of another type or impossible.
+    """
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingFile(f"there is no entry {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UnusableFile(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        entry = checked(Entry, given)
+        entry.check()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return entry
+
+
+def read_entries(zoo: Path) -> dict[str, Entry]:
+    """Return the entries of a zoo by name, sorted.
+
+    Raises:
+        MissingFile: a FileNotFoundError, if there is no zoo.
+        UserError: a ValueError, if an entry is refused by `read_entry`, or is in a file of another name.
+    """
+    if not (zoo / "entries").is_dir():
+        raise MissingFile(
+            f"there is no folder {zoo / 'entries'}; run this in a clone of the repository", parameter="zoo"
+        )
+    entries = {path: read_entry(path) for path in sorted((zoo / "entries").glob("*.yaml"))}
+    for path, entry in entries.items():
+        if path.stem != entry.name:
+            raise UserError(f"{path}: the entry {entry.name} has to be in {entry.name}.yaml")
+    return {entry.name: entry for entry in entries.values()}
+
+
+def checked(kind: type[Kind], given: Any) -> Kind:
+    """Return a mapping as an instance of a dataclass, whose fields are text, numbers, dataclasses or None.
+
+    Raises:
+        UserError: if a field is missing, unknown or of another type.
+    """
+    if not isinstance(given, Mapping):
+        raise UserError(f"expected fields such as {fields(kind)[0].name}, got {type(given).__name__}")  # type: ignore[arg-type]
+    types_of = get_type_hints(kind)
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := [str(name) for name in given if name not in known]:
+        raise UserError(f"{unknown[0]}: no such field; the fields are {', '.join(known)}")
+    if missing := [name for name, field in known.items() if field.default is MISSING and name not in given]:
+        raise UserError(f"{missing[0]}: this field is missing")
+    return kind(**{name: _value(name, types_of[name], value) for name, value in given.items()})
+
+
+def _value(name: str, wanted: Any, value: Any) -> Any:
+    """Return the value of a field if it has one of the wanted types."""
+    kinds = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
+    for kind in kinds:
+        if is_dataclass(kind) and value is not None:
+            return _part(name, kind, value)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, kind) and value != "":
+            return value
+    expected = " or ".join(WORDS.get(kind, "fields") for kind in kinds)
+    raise UserError(f"{name}: expected {expected}, got {value!r}{'; put it in quotes' if str in kinds else ''}")
+
+
+def _part(name: str, kind: Any, value: Any) -> Any:
+    """Return a field that has fields of its own; errors name both."""
+    try:
+        return checked(kind, value)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None

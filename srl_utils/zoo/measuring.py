@@ -1,0 +1,144 @@
+"""Measure a VAE by the standard protocol, after making its weights where they are missing."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import date
+from os.path import exists
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+
+from srl_utils.errors import UserError
+from srl_utils.evaluation import evaluate
+from srl_utils.evaluation.cli.places import parse_place
+from srl_utils.evaluation.cli.running import used_versions
+from srl_utils.evaluation.timings import kept_timings
+from srl_utils.files import read_json
+from srl_utils.hub.contents import CARD
+from srl_utils.resources import device_name
+from srl_utils.vae.codec import Codec, load_codec
+from srl_utils.vae.loading import WEIGHTS_NAME
+from srl_utils.zoo.entries import Entry, Subject
+from srl_utils.zoo.protocols import PROTOCOLS, Protocol, digest_of
+from srl_utils.zoo.rows import ZooRow, check_digest, check_images
+
+ROW = "row.json"
+
+
+def measure(subject: Subject, zoo: Path, folder: Path, *, quick: bool = False, dry_run: bool = False) -> ZooRow | None:
+    """Measure a VAE by its protocol, and write the row.
+
+    Weights and images are checked before the attacks start. An interrupted call continues from what `folder` holds.
+
+    Args:
+        subject: the VAE.
+        zoo: has the images, and the rows with which this one will be compared.
+        folder: gets the row and the evaluation's report.
+        quick: measure two images under a short attack; such a row cannot be submitted.
+        dry_run: check everything and measure nothing.
+
+    Returns:
+        The row; None in a dry run.
+
+    Raises:
+        UserError: if weights or images cannot be loaded, or are not those of the entry or of the protocol.
+    """
+    protocol = PROTOCOLS[subject.protocol].quick if quick else PROTOCOLS[subject.protocol]
+    images = protocol.load_images(zoo)
+    check_images(digest_of(images), protocol, zoo)
+    if dry_run and has_to_be_made(subject):
+        print(f"{subject.weights} would be made first")
+        return None
+    codec = load(subject)
+    flags = {**protocol.flags(zoo), **compared(subject), "output_dir": folder / "evaluation", "dry_run": dry_run}
+    found = evaluate(**flags)
+    if dry_run:
+        return None
+    device = device_name(codec.device)
+    timings = kept_timings(folder / "timings.json", [codec], images, seed=0, device=device)
+    row = ZooRow(
+        name=subject.name,
+        digest=codec.digest,
+        protocol=subject.protocol,
+        fingerprint=protocol.fingerprint,
+        images=digest_of(images),
+        failed_checks=None if subject.base is None else failed_checks(folder / "evaluation", protocol),
+        encoder_ms=1000 * timings.encoders[subject.name],
+        device=timings.device,
+        versions=used_versions(),
+        date=date.today().isoformat(),
+        results=[
+            replace(row, vae=subject.name) for row in found.rows if subject.base is None or row.vae == subject.name
+        ],
+    )
+    row.write(folder / ROW)
+    return row
+
+
+def load(subject: Subject) -> Codec:
+    """Load a VAE onto the GPU, if there is one, after making its weights where they are missing.
+
+    Raises:
+        UserError: if it cannot be loaded or made, or if its weights are not those of the entry.
+    """
+    if has_to_be_made(subject):
+        make(subject)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    codec = load_codec(subject.name, parse_place(subject.weights), device=device)
+    check_digest(subject, codec.digest)
+    return codec
+
+
+def has_to_be_made(subject: Subject) -> TypeGuard[Entry]:
+    """Return whether an entry has a command that has not left weights and card yet."""
+    made = (Path(subject.weights, name).exists() for name in (WEIGHTS_NAME, CARD))
+    return isinstance(subject, Entry) and subject.command is not None and not all(made)
+
+
+def make(entry: Entry) -> None:
+    """Run the command of an entry.
+
+    Raises:
+        UserError: if the command fails.
+    """
+    print(f"making {entry.weights}: {entry.command}", flush=True)
+    _, *words = shlex.split(entry.command or "")
+    code = subprocess.run([sys.executable, *words], check=False).returncode
+    if code:
+        raise UserError(f"{entry.name}: its command ended with the exit code {code}; the same call continues it")
+
+
+def compared(subject: Subject) -> Mapping[str, Any]:
+    """Return the flags of the evaluation that name the VAEs: transferred attacks are made on the base."""
+    if subject.base is None:
+        return {"baseline": subject.weights}
+    return {"baseline": subject.base, "vae": {subject.name: subject.weights}}
+
+
+def failed_checks(output_dir: Path, protocol: Protocol) -> list[str] | None:
+    """Return the questions of the evaluation's robustness checks that failed; None if the protocol has no checks."""
+    if not protocol.check_images:
+        return None
+    found = [check for path in sorted((output_dir / "checks").glob("*.json")) for check in read_json(path)]
+    return [check["question"] for check in found if not check["passed"]]
+
+
+def subject_of(place: str, *, base: str | None, protocol: str) -> Subject:
+    """Return a VAE that is no entry, named like the last part of its place.
+
+    Raises:
+        UserError: if the place has no name for a file.
+    """
+    last = Path(place).resolve().name if exists(place) else place.rpartition("/")[2]
+    name = "-".join(
+        "".join(letter if letter.isascii() and letter.isalnum() else " " for letter in last.lower()).split()
+    )
+    subject = Subject(name=name, weights=place, base=base, protocol=protocol, digest=None)
+    subject.check()
+    return subject

@@ -1,0 +1,197 @@
+"""The zoo's commands on a small VAE: measuring, weights on demand, and submitting."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from helpers.runs import ROOT, build_tiny_vae
+from helpers.zoo import entry, write_entry
+from PIL import Image
+
+from srl_utils.command_line import message_of
+from srl_utils.errors import UserError
+from srl_utils.vae.loading import save_autoencoder
+from srl_utils.zoo import measuring
+from srl_utils.zoo.__main__ import main
+from srl_utils.zoo.protocols import PROTOCOLS
+
+Zoo = Callable[..., str]
+"""Runs a command of the zoo and returns what it printed."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A zoo with the embedded images and no entries."""
+    (tmp_path / "zoo/entries").mkdir(parents=True)
+    (tmp_path / "zoo/images").symlink_to(ROOT / "zoo/images")
+    return tmp_path / "zoo"
+
+
+@pytest.fixture
+def zoo(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Zoo:
+    def call(command: str, *words: object) -> str:
+        for state in (AcceleratorState, PartialState, GradientState):
+            monkeypatch.setattr(state, "_shared_state", {})
+        place = ["--output_dir", folder.parent / "out"] if command == "evaluate" else []
+        assert main([str(word) for word in (command, *words, "--zoo", folder, *place)]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the protocol be short, so that its rows can be submitted."""
+    monkeypatch.setitem(PROTOCOLS, "embedded", PROTOCOLS["embedded"].quick)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zoo") / "tiny"
+    save_autoencoder(build_tiny_vae(), folder)
+    return folder
+
+
+def row_of(folder: Path, name: str) -> dict:
+    return json.loads((folder.parent / "out" / name / "row.json").read_text())
+
+
+def test_a_folder_is_measured_as_the_evaluation_does(zoo: Zoo, folder: Path, vae: Path, tmp_path: Path) -> None:
+    """Oracle: the results of the evaluation's own command in the row's folder; both threat models count."""
+    other = tmp_path / "base"
+    save_autoencoder(build_tiny_vae(seed=1), other)
+    printed = zoo("evaluate", vae, "--base", other, "--protocol", "embedded", "--quick")
+    row, results = row_of(folder, "tiny"), json.loads((tmp_path / "out/tiny/evaluation/results.json").read_text())
+    assert row["results"] == [result for result in results if result["vae"] == "tiny"]
+    attacked = [
+        result["value"] for result in row["results"] if result["attack"] == "pgd-2" and result["metric"] == "psnr"
+    ]
+    assert len(attacked) == 2 and f"worst case {min(attacked):.2f} dB" in printed
+    assert row["encoder_ms"] > 0 and row["fingerprint"] != PROTOCOLS["embedded"].fingerprint
+
+
+def test_other_weights_than_the_entrys_are_refused(zoo: Zoo, folder: Path, vae: Path) -> None:
+    """Oracle: one line with both digests, before anything is measured."""
+    write_entry(folder, weights=str(vae), digest="f" * 16)
+    with pytest.raises(UserError, match=r"small: the weights have the digest [0-9a-f]{16}, and the entry has f{16}$"):
+        zoo("evaluate", "small", "--quick")
+    assert not (folder.parent / "out").exists()
+
+
+def test_other_images_than_the_protocols_are_refused(zoo: Zoo, folder: Path, vae: Path) -> None:
+    """Oracle: one changed pixel."""
+    (folder / "images").unlink()
+    (folder / "images/embedded").mkdir(parents=True)
+    for path in (ROOT / "zoo/images/embedded").iterdir():
+        image = Image.open(path).convert("RGB")
+        if path.name == "scene-07.png":
+            image.putpixel((5, 5), (1, 2, 3))
+        image.save(folder / "images/embedded" / path.name)
+    with pytest.raises(UserError, match=r"the images have the digest \w+, and those of the protocol have"):
+        zoo("evaluate", vae, "--protocol", "embedded")
+
+
+def test_weights_are_made_once(zoo: Zoo, folder: Path, vae: Path, tmp_path: Path) -> None:
+    """Oracle: the number of calls of the command, of which the first one is interrupted; a dry run makes none."""
+    script = tmp_path / "make.py"
+    script.write_text(
+        "import shutil, sys; from pathlib import Path\n"
+        "calls = Path(sys.argv[1]); calls.write_text((calls.read_text() if calls.exists() else '') + 'x')\n"
+        "if calls.read_text() == 'x': sys.exit(7)\n"
+        "shutil.copytree(sys.argv[2], sys.argv[3]); Path(sys.argv[3], 'README.md').touch()\n"
+    )
+    calls, made = tmp_path / "calls", tmp_path / "made"
+    write_entry(folder, weights=str(made), command=f"python {script} {calls} {vae} {made}")
+    assert "would be made first" in zoo("evaluate", "small", "--quick", "--dry_run") and not calls.exists()
+    with pytest.raises(UserError, match="small: its command ended with the exit code 7"):
+        zoo("evaluate", "small", "--quick")
+    for _ in range(2):
+        zoo("evaluate", "small", "--quick")
+    assert calls.read_text() == "xx"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["small", "--base", "x"], "--base: has no effect on small"),
+        (["elsewhere"], "choose a --protocol: embedded, full"),
+        (["___", "--protocol", "embedded"], "name: ''"),
+    ],
+)
+def test_bad_calls_get_one_line(zoo: Zoo, folder: Path, words: list[str], message: str) -> None:
+    """Oracle: specification."""
+    write_entry(folder)
+    with pytest.raises(UserError) as caught:
+        zoo("evaluate", *words)
+    assert message in message_of(caught.value)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_entry_is_submitted_with_its_row(zoo: Zoo, folder: Path, vae: Path, tmp_path: Path) -> None:
+    """Oracle: the files in the zoo are those submitted, with the digest of the weights; then the row is listed."""
+    zoo("evaluate", vae, "--protocol", "embedded")
+    row = tmp_path / "out/tiny/row.json"
+    path = write_entry(tmp_path / "new", name="tiny", weights=str(vae))
+    assert "tiny" not in zoo("list")
+    text = zoo("submit", path, row, "--pull_request")
+    assert (
+        text.startswith("Zoo: add tiny\n") and row.read_text().rstrip() in text and not list(folder.glob("entries/*"))
+    )
+    zoo("submit", path, row, "--dry_run")
+    assert not list(folder.glob("entries/*"))
+    zoo("submit", path, row)
+    assert (folder / "rows/tiny.json").read_text() == row.read_text()
+    written = yaml.safe_load((folder / "entries/tiny.yaml").read_text())
+    assert written == {**yaml.safe_load(path.read_text()), "digest": json.loads(row.read_text())["digest"]}
+    assert "| tiny |" in zoo("list").replace("  ", "") and "not measured" not in zoo("list")
+    page = tmp_path / "leaderboard.md"
+    page.write_text((ROOT / "docs/leaderboard.md").read_text())
+    zoo("leaderboard", "--output_dir", tmp_path)
+    assert "| tiny " in page.read_text() and (tmp_path / "zoo.html").is_file()
+
+
+@pytest.mark.usefixtures("quick")
+def test_submissions_that_do_not_belong_together_are_refused(zoo: Zoo, folder: Path, vae: Path, tmp_path: Path) -> None:
+    """Oracle: specification: the row's weights, protocol, images and name are those of the entry."""
+    zoo("evaluate", vae, "--protocol", "embedded")
+    row = tmp_path / "out/tiny/row.json"
+    measured = json.loads(row.read_text())
+    path = write_entry(tmp_path / "new", name="tiny", weights=str(vae))
+    for changes, message in (
+        ({"digest": "0" * 16}, "the weights have the digest"),
+        ({"fingerprint": "0" * 16}, "another version of the protocol"),
+        ({"name": "other"}, "the row has the name other"),
+    ):
+        row.write_text(json.dumps({**measured, **changes}))
+        with pytest.raises(UserError, match=message):
+            zoo("submit", path, row)
+    row.write_text(json.dumps(measured))
+    (folder / "rows").mkdir()
+    (folder / "rows/first.json").write_text(json.dumps({**measured, "name": "first", "images": "0" * 16}))
+    with pytest.raises(UserError, match="those of the row of first have 0000"):
+        zoo("submit", path, row)
+    assert not list(folder.glob("entries/*"))
+
+
+def test_a_quick_row_is_not_submitted(zoo: Zoo, vae: Path, tmp_path: Path) -> None:
+    """Oracle: specification."""
+    zoo("evaluate", vae, "--protocol", "embedded", "--quick")
+    with pytest.raises(UserError, match="another version of the protocol"):
+        zoo("submit", write_entry(tmp_path / "new", name="tiny", weights=str(vae)), tmp_path / "out/tiny/row.json")
+
+
+def test_commands_run_with_this_python(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Oracle: the words of the process; no shell reads them."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        measuring.subprocess, "run", lambda words, **_: seen.append(words) or SimpleNamespace(returncode=0)
+    )
+    measuring.make(entry(command="python x.py 'a b' ; echo"))
+    assert seen == [[sys.executable, "x.py", "a b", ";", "echo"]]

@@ -1,0 +1,123 @@
+"""The leaderboard: its order, its numbers, and that the committed one is current."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.runs import ROOT
+from helpers.zoo import DIGEST, entry, row
+
+from srl_utils.errors import UserError
+from srl_utils.zoo.entries import read_entries
+from srl_utils.zoo.leaderboard import TABLES, TITLES, as_html, as_markdown, tables, updated
+from srl_utils.zoo.rows import ZooRow, read_row, read_rows
+
+PAGE = ROOT / "docs/leaderboard.md"
+
+
+def test_the_committed_leaderboard_is_that_of_the_committed_rows() -> None:
+    """Oracle: the command itself."""
+    found = tables(read_entries(ROOT / "zoo"), read_rows(ROOT / "zoo"))
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == updated(page, found), "run python -m srl_utils.zoo leaderboard"
+    assert (PAGE.parent / TABLES).read_text(encoding="utf-8") == as_html(found)
+
+
+def test_committed_rows_are_current_and_have_an_entry() -> None:
+    """Oracle: an outdated row, or one without an entry, is on no page and has to go."""
+    rows = [read_row(path) for path in (ROOT / "zoo/rows").glob("*.json")]
+    entries = read_entries(ROOT / "zoo")
+    for found in rows:
+        found.check(entries[found.name])
+
+
+def test_the_worst_case_is_the_lowest_psnr_over_attacks_and_threat_models() -> None:
+    """Oracle: closed form; neither clean images nor noise count."""
+    worst = row(12, 11, 25, 21, 22, 23).worst
+    assert (worst.value, worst.attack, worst.threat_model) == (21, "attack-1", "adaptive")
+    assert row(12, 11, 20, 21).worst.threat_model == "transfer"
+
+
+def test_the_best_worst_case_comes_first() -> None:
+    """Oracle: closed form: 22 > 21 > 20, whatever the clean PSNR; an entry without a row is named below."""
+    worst = {"low": 20.0, "high": 22.0, "middle": 21.0}
+    entries = {name: entry(name=name) for name in (*worst, "open")}
+    rows = {name: row(40 - value, 30, 25, value, name=name) for name, value in worst.items()}
+    (table,) = tables(entries, rows)
+    assert [line.entry.name for line in table.lines] == ["high", "middle", "low"]
+    assert table.note == "Not measured yet: open."
+    text = as_markdown([table])
+    assert re.findall(r"^\| (\w+) +\| (\d\d\.\d\d)", text, flags=re.M) == [
+        ("high", "22.00"),
+        ("middle", "21.00"),
+        ("low", "20.00"),
+    ]
+    page = as_html([table])
+    assert re.findall(r'<th scope="row" data-value="(\w+)"', page) == ["high", "middle", "low"]
+    assert page.count('<th scope="col"') == len(TITLES) and page.count('<table class="sortable">') == 1
+
+
+@pytest.mark.parametrize(("failed", "text"), [(None, ""), ([], "0"), (["do more steps help?"], "1")])
+def test_failed_checks_are_counted(failed: list[str] | None, text: str) -> None:
+    """Oracle: closed form; a VAE without a base has no checks. Both pages show each number of a line."""
+    (table,) = tables({"small": entry()}, {"small": row(30, 28, 20, failed_checks=failed)})
+    cells = table.lines[0].cells
+    assert cells["failed checks"].text == text
+    page, numbers = as_html([table]), [cell.text for cell in cells.values() if cell.value is not None]
+    assert len(numbers) == (3 if failed is None else 4) and all(f"<b>{number}</b>" in page for number in numbers)
+
+
+def test_claims_stand_beside_what_was_measured() -> None:
+    """Oracle: closed form; the drift of a VAE without a base is left out."""
+    claims = {"setting": "their own images", "worst": 24.5}
+    entries = {"small": entry(claims=claims, cost="90 min", base="x"), "other": entry(name="other")}
+    (table,) = tables(entries, {"small": row(30, 28, 20), "other": row(29, 28, 19, name="other")})
+    first, second = ({title: cell.text for title, cell in line.cells.items()} for line in table.lines)
+    assert (
+        first["worst case (dB)"] == "20.00"
+        and first["claimed, worst (dB)"] == "24.50"
+        and first["cost of training"] == "90 min"
+    )
+    assert first["drift"] == "0.2500" and second["drift"] == "" and second["claimed, worst (dB)"] == ""
+    assert "claimed, clean" not in as_markdown([table])  # empty in all lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"digest": "f" * 16}, f"the weights have the digest {DIGEST}"),
+        ({"protocol": "full"}, "the row has the protocol embedded"),
+    ],
+)
+def test_rows_of_something_else_are_refused(changes: dict[str, str], message: str) -> None:
+    """Oracle: specification: a row belongs to the weights and the protocol of its entry."""
+    with pytest.raises(UserError, match=message):
+        tables({"small": entry(**changes)}, {"small": row(30, 28, 20)})
+
+
+def test_rows_of_an_earlier_protocol_are_left_out(tmp_path: Path) -> None:
+    """Oracle: specification."""
+    current, outdated = row(30, 28, 20), row(30, 28, 20, name="other", fingerprint="0" * 16)
+    for found in (current, outdated):
+        found.write(tmp_path / f"rows/{found.name}.json")
+    assert read_rows(tmp_path) == {"small": current}
+
+
+def test_a_row_survives_its_file(tmp_path: Path) -> None:
+    """Oracle: equality; other files are refused in one line."""
+    found = replace(row(30, 28, 20), failed_checks=["do more steps help?"])
+    found.write(tmp_path / "row.json")
+    assert read_row(tmp_path / "row.json") == found and isinstance(found, ZooRow)
+    (tmp_path / "row.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a row"):
+        read_row(tmp_path / "row.json")
+
+
+def test_names_are_text() -> None:
+    """Oracle: no markup of an entry gets into the pages."""
+    claims = {"setting": "<script>|*"}
+    found = tables({"small": entry(claims=claims)}, {"small": row(30, 28, 20)})
+    assert "<script>|" not in as_markdown(found) and "<script>|" not in as_html(found)
