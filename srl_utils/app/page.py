@@ -41,9 +41,18 @@ EXAMPLE_PROMPT = "a large checkered yellow triangle on a gray background"
 CSS = """
 .pictures img, .slider img { image-rendering: pixelated; }
 .slider img { width: 100%; }
-.pictures .caption-label { white-space: normal; overflow: visible; text-overflow: clip; }
-button:focus-visible, input:focus-visible, [role="tab"]:focus-visible { outline: 3px solid #2563eb; outline-offset: 2px; }
+.pictures .grid-wrap { min-height: 0; max-height: none; overflow: visible; padding-top: 2.5rem; }
+.pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(200px, 45%), 1fr)); }
+.pictures .thumbnail-item { aspect-ratio: auto; height: auto; }
+.pictures .caption-label { position: static; max-width: 100%; white-space: normal; border: none; }
+button:focus-visible, input:focus-visible, a:focus-visible { outline: 3px solid #2563eb; outline-offset: 2px; }
 """
+"""Small pictures are enlarged without blur; captions are shown in full; the focus of the keyboard is visible."""
+HEAD = """<script>
+new MutationObserver(() => document.querySelectorAll(".status:not([aria-live])").forEach(
+    (element) => element.setAttribute("aria-live", "polite"))).observe(document, {childList: true, subtree: true});
+</script>"""
+"""Screen readers announce what the computations say."""
 
 Pictures = list[tuple[Image.Image, str]]
 Answer = Iterator[Any]
@@ -81,7 +90,7 @@ def build_page(world: World) -> gr.Blocks:
 def launch_settings() -> dict[str, Any]:
     """Return arguments of `launch` that hold wherever the page is served: no traceback, no large file, no request elsewhere."""
     return {
-        "show_error": False, "max_file_size": MAX_BYTES, "footer_links": [], "ssr_mode": False, "css": CSS,
+        "show_error": False, "max_file_size": MAX_BYTES, "footer_links": [], "ssr_mode": False, "css": CSS, "head": HEAD,
         "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     }  # fmt: skip
 
@@ -94,7 +103,7 @@ def purify_tab(world: World, visitors: Visitors) -> None:
     with gr.Row():
         with gr.Column():
             sources = gr.File(label=f"Images, {MAX_FILES} at most", file_count="multiple", file_types=["image"])
-            gr.Examples([[[example("protected.png")]]], [sources], label="Example: a protected scene", cache_mode=None)
+            example("protected.png", sources, "a protected scene", several=True)
             vae = vae_choice(world, "VAE", last=True)
             purifier = gr.Dropdown(list(PURIFIERS), value=PURIFIERS[0], label="Purifier; + joins several")
             start, cancel = buttons("Purify")
@@ -102,9 +111,10 @@ def purify_tab(world: World, visitors: Visitors) -> None:
             slider = gr.ImageSlider(
                 label="Before and after", format="png", elem_classes="slider", buttons=["fullscreen"], interactive=False
             )
+            divide = gr.Slider(0, 100, 50, step=1, label="Border between them, in percent")
             shown = gr.Dropdown([], label="Image to show", type="index", visible=False)
             results = gr.File(label="Cleaned images, PNG of the same size", file_count="multiple", interactive=False)
-            status = gr.Markdown()
+            status = status_line()
 
     @answering
     def run(paths: list[str], name: str, chosen: str, request: gr.Request, progress: gr.Progress = PROGRESS) -> Answer:
@@ -123,7 +133,7 @@ def purify_tab(world: World, visitors: Visitors) -> None:
                 before_and_after(made[0].source, made[0].result),
                 gr.Dropdown(names, value=names[0], visible=len(names) > 1),
                 [str(each.result) for each in made],
-                said(f"{len(made)} images cleaned.", *(["Lost in the PNG:", *lost] if lost else [])),
+                said(f"Images cleaned: {len(made)}.", *(["Lost in the PNG:", *lost] if lost else [])),
             )
 
     @answering
@@ -133,6 +143,10 @@ def purify_tab(world: World, visitors: Visitors) -> None:
     running = compute(start, run, [sources, vae, purifier], [slider, shown, results, status], name="purify")
     cancel_with(cancel, running, visitors, status)
     shown.input(show, [shown, sources, results], slider, api_visibility="private")
+    divide.input(
+        lambda share: gr.ImageSlider(slider_position=share), divide, slider, queue=False, show_progress="hidden",
+        api_visibility="private",
+    )  # fmt: skip
 
 
 def attack_tab(world: World, visitors: Visitors) -> None:
@@ -148,12 +162,12 @@ def attack_tab(world: World, visitors: Visitors) -> None:
             factor = gr.Slider(1, 50, 10, step=1, label="Amplification of the difference")
             start, cancel = buttons("Attack")
         with gr.Column(scale=2):
-            pictures = gallery("Image, attacked image, difference, and reconstructions of the attacked image")
+            pictures = gallery("The image, attacked and reconstructed")
             table = gr.Dataframe(
                 headers=["VAE", "clean (dB)", "attacked (dB)"], datatype=["str", "number", "number"], interactive=False,
                 label="PSNR of the reconstruction to the image", buttons=[],
             )  # fmt: skip
-            status = gr.Markdown()
+            status = status_line()
 
     @answering
     def run(
@@ -192,8 +206,8 @@ def edit_tab(world: World, visitors: Visitors) -> None:
                 protection_steps = gr.Slider(1, 200, 50, step=1, label="Steps of the protection")
             start, cancel = buttons("Edit")
         with gr.Column(scale=2):
-            pictures = gallery("Image, protected image, and edits")
-            status = gr.Markdown()
+            pictures = gallery("The image, protected and edited")
+            status = status_line()
 
     @answering
     def run(
@@ -220,8 +234,8 @@ def results_tab() -> None:
     with gr.Row():
         single = gr.File(label="results.json, one or several", file_count="multiple", file_types=[".json"], height=160)
         folder = gr.File(label="A report folder", file_count="directory", height=160)
-    gr.Examples([[[example("results.json")]]], [single], label="Example: results of make demo", cache_mode=None)
-    status = gr.Markdown("A click on a heading sorts the table.")
+    example("results.json", single, "results of make demo", several=True)
+    status = status_line()
     table = gr.Dataframe(
         headers=list(HEADERS), datatype=list(KINDS), interactive=False, label="Rows", show_search="filter", max_height=640,
         buttons=["copy", "fullscreen"],
@@ -230,7 +244,7 @@ def results_tab() -> None:
     @answering
     def run(paths: list[str] | None) -> Answer:
         lines = read_table(checked(paths, most=MAX_REPORT_FILES)) if paths else []
-        yield lines, said(f"{len(lines)} rows. A click on a heading sorts them.")
+        yield lines, said(f"Rows: {len(lines)}. A click on a heading sorts them.")
 
     for upload in (single, folder):
         upload.change(run, upload, [table, status], api_name=f"results_of_{upload.file_count}")
@@ -243,11 +257,22 @@ def image_choice(world: World) -> gr.Image:
     """Return an input for one image, with an example below it."""
     side = world.resolution
     picture = gr.Image(
-        label=f"Image; the central square is used, at {side} px", type="filepath", image_mode=None,
+        label=f"Image; its centre, {side} px", type="filepath", image_mode=None,
         sources=["upload", "clipboard"], height=240,
     )  # fmt: skip
-    gr.Examples([[example("scene.png")]], [picture], label="Example: a drawn scene", cache_mode=None)
+    example("scene.png", picture, "a drawn scene")
     return picture
+
+
+def example(name: str, component: gr.components.Component, title: str, *, several: bool = False) -> None:
+    """Add a button that puts a file of the examples into a component, which may take several files."""
+    path = str(EXAMPLES / name)
+    gr.Examples([[[path] if several else path]], [component], label="Example", example_labels=[title])
+
+
+def status_line() -> gr.Markdown:
+    """Return the place for what a computation says."""
+    return gr.Markdown(elem_classes="status")
 
 
 def vae_choice(world: World, label: str, *, last: bool = False) -> gr.Dropdown:
@@ -267,12 +292,14 @@ def gallery(label: str) -> gr.Gallery:
 def buttons(title: str) -> tuple[gr.Button, gr.Button]:
     """Return the buttons that start and cancel a computation."""
     with gr.Row():
-        return gr.Button(title, variant="primary"), gr.Button("Cancel", variant="stop")
+        return gr.Button(title, variant="primary"), gr.Button("Cancel", variant="secondary")
 
 
 def compute(button: gr.Button, run: Callable, inputs: list, outputs: list, *, name: str) -> Any:
     """Let a button start a computation, and return the event."""
-    return button.click(run, inputs, outputs, concurrency_id=ONE_AT_A_TIME, concurrency_limit=1, api_name=name)
+    return button.click(
+        run, inputs, outputs, concurrency_id=ONE_AT_A_TIME, concurrency_limit=1, show_progress_on=outputs[0], api_name=name
+    )
 
 
 def cancel_with(button: gr.Button, running: Any, visitors: Visitors, status: gr.Markdown) -> None:
@@ -355,6 +382,3 @@ def shown_as(images: Sequence[tuple[Tensor, str]]) -> Pictures:
     return [(to_pil(image[0]), caption) for image, caption in images]
 
 
-def example(name: str) -> str:
-    """Return the path of an example."""
-    return str(EXAMPLES / name)
