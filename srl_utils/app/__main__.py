@@ -82,8 +82,15 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--baseline", default=None, help="PLACE of the original VAE, a folder or Hub id; by default the embedded one")
     add("--vae", nargs="+", default=[], metavar="NAME=PLACE", help="further VAEs, fine-tuned from the original")
-    add("--pipeline", nargs="+", default=[], metavar="NAME=PLACE", help="pipelines that edit, trained with the original")
-    add("--resolution", type=image_side, default=None, help="side of attacked and edited images; the VAE's own by default")
+    add(
+        "--pipeline", nargs="+", default=[], metavar="NAME=PLACE", help="pipelines that edit, trained with the original"
+    )
+    add(
+        "--resolution",
+        type=image_side,
+        default=None,
+        help="side of attacked and edited images; the VAE's own by default",
+    )
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--host", default=LOCALHOST, help="address to listen on; 0.0.0.0 lets other machines in")
     add("--port", type=positive_int, default=None, help="by default the first free one from 7860")

@@ -87,7 +87,7 @@ def compare(clean: Tensor, victim: Codec, other: Codec, attack: Perturbation, ba
         bar: shows the progress.
     """
     clean = clean.to(victim.device)
-    bar.total = max(attack.passes, 1)
+    bar.total = max(round(attack.passes), 1)
     with torch.enable_grad():
         attacked = perturbed(clean, victim, attack, Meter(bar))
     codecs = {codec.name: codec for codec in (victim, other)}

@@ -70,7 +70,10 @@ def edit_of(pipeline: DiffusionPipeline, wanted: Request) -> Edit:
     if len(wanted.prompt) > LONGEST_PROMPT:
         raise UserError(f"the prompt has {len(wanted.prompt)} characters; it may have {LONGEST_PROMPT}")
     edits = build_edits(
-        pipeline, strengths=[wanted.strength], num_inference_steps=wanted.inference_steps, guidance_scale=wanted.guidance
+        pipeline,
+        strengths=[wanted.strength],
+        num_inference_steps=wanted.inference_steps,
+        guidance_scale=wanted.guidance,
     )
     name, edit = next(iter(edits.items()))
     check_steps({name: edit})
@@ -93,7 +96,7 @@ def protect_and_edit(clean: Tensor, edit: Edit, original: Codec, robust: Codec, 
         UserError: if a VAE does not fit the pipeline.
     """
     protection = attack_of(PROTECTION, epsilon=wanted.epsilon, steps=wanted.protection_steps)
-    bar.total = protection.passes + 3 * edit.passes
+    bar.total = max(round(protection.passes + 3 * edit.passes), 1)
     meter = Meter(bar)
     clean = clean.to(original.device)
     with torch.enable_grad():

@@ -298,7 +298,13 @@ def buttons(title: str) -> tuple[gr.Button, gr.Button]:
 def compute(button: gr.Button, run: Callable, inputs: list, outputs: list, *, name: str) -> Any:
     """Let a button start a computation, and return the event."""
     return button.click(
-        run, inputs, outputs, concurrency_id=ONE_AT_A_TIME, concurrency_limit=1, show_progress_on=outputs[0], api_name=name
+        run,
+        inputs,
+        outputs,
+        concurrency_id=ONE_AT_A_TIME,
+        concurrency_limit=1,
+        show_progress_on=outputs[0],
+        api_name=name,
     )
 
 
@@ -380,5 +386,3 @@ def edit_pictures(clean: Tensor, edits: Edits, robust: str) -> Pictures:
 def shown_as(images: Sequence[tuple[Tensor, str]]) -> Pictures:
     """Return images `[1,3,H,W]` in [-1,1] as pictures, with their captions."""
     return [(to_pil(image[0]), caption) for image, caption in images]
-
-
