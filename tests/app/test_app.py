@@ -39,7 +39,9 @@ ROW = {
 @pytest.fixture
 def codecs() -> list[Codec]:
     """Two small VAEs."""
-    return [frozen_codec(build_tiny_vae(seed=seed), name, device=CPU) for seed, name in enumerate(("original", "robust"))]
+    return [
+        frozen_codec(build_tiny_vae(seed=seed), name, device=CPU) for seed, name in enumerate(("original", "robust"))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +97,9 @@ def test_visitors_choose_from_the_world_alone(codecs: list[Codec]) -> None:
     world = World(codecs={codec.name: codec for codec in codecs}, pipelines={}, resolution=16)
     assert world.codec("robust") is codecs[1]
     for name in ("/etc/passwd", "user/model", None):
-        with pytest.raises(UserError, match="there is no VAE .*; choose from original, robust"):
+        with pytest.raises(UserError, match=r"there is no VAE .*; choose from original, robust"):
             world.codec(name)
-    with pytest.raises(UserError, match="there is no pipeline .*; choose from none"):
+    with pytest.raises(UserError, match=r"there is no pipeline .*; choose from none"):
         world.pipeline("user/model")
 
 
@@ -169,7 +171,7 @@ def test_cleaned_images_keep_their_size(codecs: list[Codec], tmp_path: Path, pur
 def test_what_cannot_be_purified_is_named(codecs: list[Codec], tmp_path: Path) -> None:
     """Oracle: specification; a purifier outside the list, such as one of 1,000 steps, is refused."""
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(UserError, match="^text.png cannot be read"):
+    with pytest.raises(UserError, match=r"^text.png cannot be read"):
         purify([tmp_path / "text.png"], codecs[0], PURIFIERS[0], tmp_path, lambda _: None)
     with pytest.raises(UserError, match="there is no purifier 'impress'"):
         purify([tmp_path / "text.png"], codecs[0], "impress", tmp_path, lambda _: None)

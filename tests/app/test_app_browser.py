@@ -134,12 +134,17 @@ def test_purify(page: sync_api.Page, tmp_path: Path) -> None:
     start = border(page)
     for _ in range(10):
         page.keyboard.press("ArrowRight")
-    page.wait_for_function("start => parseFloat(document.querySelector('.slider .outer, .slider [role=none] > div').getBoundingClientRect().x) > start + 5", arg=start)
+    page.wait_for_function(
+        "start => parseFloat(document.querySelector('.slider .outer, .slider [role=none] > div').getBoundingClientRect().x) > start + 5",
+        arg=start,
+    )
     keep(page, "purify")
 
 
 def border(page: sync_api.Page) -> float:
-    return page.evaluate("document.querySelector('.slider .outer, .slider [role=none] > div').getBoundingClientRect().x")
+    return page.evaluate(
+        "document.querySelector('.slider .outer, .slider [role=none] > div').getBoundingClientRect().x"
+    )
 
 
 def test_attack_with_progress_and_a_message(page: sync_api.Page) -> None:

@@ -70,11 +70,15 @@ def refusal(client: Client, *arguments: Any, api_name: str) -> str:
     return str(refused.value)
 
 
-def test_purify_returns_a_png_of_the_same_size_and_keeps_nothing(client: Client, tmp_path: Path, temporary: Path) -> None:
+def test_purify_returns_a_png_of_the_same_size_and_keeps_nothing(
+    client: Client, tmp_path: Path, temporary: Path
+) -> None:
     """Oracle: the upload's size; of the computation's own folder nothing is left."""
     pixels = np.random.default_rng(0).integers(0, 255, (13, 21, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.webp", lossless=True)
-    pair, _, results, status = client.predict([handle_file(str(tmp_path / "photo.webp"))], "robust", LOOP, api_name="/purify")
+    pair, _, results, status = client.predict(
+        [handle_file(str(tmp_path / "photo.webp"))], "robust", LOOP, api_name="/purify"
+    )
     with Image.open(results[0]) as result:
         assert (result.format, result.size) == ("PNG", (21, 13))
     assert Path(results[0]).name == "photo-purified.png" and "Images cleaned: 1." in status
@@ -131,7 +135,9 @@ def test_no_file_outside_is_read(address: str, tmp_path: Path) -> None:
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{address}gradio_api/file={path}")
         assert refused.value.code in (403, 404)
-    body = json.dumps({"data": [[{"path": str(secret), "meta": {"_type": "gradio.FileData"}}], "robust", LOOP]}).encode()
+    body = json.dumps(
+        {"data": [[{"path": str(secret), "meta": {"_type": "gradio.FileData"}}], "robust", LOOP]}
+    ).encode()
     call = urllib.request.Request(f"{address}gradio_api/call/purify", body, {"Content-Type": "application/json"})
     event = json.load(urllib.request.urlopen(call))["event_id"]
     answer = urllib.request.urlopen(f"{address}gradio_api/call/purify/{event}").read().decode()
@@ -140,8 +146,14 @@ def test_no_file_outside_is_read(address: str, tmp_path: Path) -> None:
 
 def test_a_large_upload_is_refused(address: str) -> None:
     """Oracle: HTTP's code for it."""
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(MAX_BYTES + 1) + b"\r\n--x--"
-    request = urllib.request.Request(f"{address}gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        + bytes(MAX_BYTES + 1)
+        + b"\r\n--x--"
+    )
+    request = urllib.request.Request(
+        f"{address}gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"}
+    )
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request)
     assert refused.value.code == 413
