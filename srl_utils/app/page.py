@@ -18,7 +18,7 @@ from torch import Tensor
 from srl_utils.app.attacking import ATTACKS, Outcome, amplified, attack_of, compare
 from srl_utils.app.editing import LONGEST_PROMPT, Edits, Request, edit_of, protect_and_edit
 from srl_utils.app.purifying import PURIFIERS, purify
-from srl_utils.app.tables import HEADERS, KINDS, MAX_REPORT_FILES, read_table
+from srl_utils.app.tables import HEADERS, KINDS, MAX_REPORT_FILES, in_order, read_table
 from srl_utils.app.uploads import MAX_BYTES, MAX_FILES, MAX_PIXELS, checked, read_square
 from srl_utils.app.watching import Cancelled, Report, WatchedBar
 from srl_utils.app.world import Visitors, World
@@ -36,6 +36,7 @@ ONE_AT_A_TIME = "computation"
 SWEEP, KEEP = 60, 600
 """Seconds between two deletions of temporary files, and the age of those that are deleted."""
 LEVELS = 255
+AS_READ = "order of the file"
 EXAMPLES = files("srl_utils.app") / "examples"
 EXAMPLE_PROMPT = "a large checkered yellow triangle on a gray background"
 CSS = """
@@ -235,6 +236,9 @@ def results_tab() -> None:
         single = gr.File(label="results.json, one or several", file_count="multiple", file_types=[".json"], height=160)
         folder = gr.File(label="A report folder", file_count="directory", height=160)
     example("results.json", single, "results of make demo", several=True)
+    with gr.Row():
+        column = gr.Dropdown([AS_READ, *HEADERS], value=AS_READ, label="Sort by")
+        descending = gr.Checkbox(label="Largest first")
     status = status_line()
     table = gr.Dataframe(
         headers=list(HEADERS), datatype=list(KINDS), interactive=False, label="Rows", show_search="filter", max_height=640,
@@ -242,12 +246,13 @@ def results_tab() -> None:
     )  # fmt: skip
 
     @answering
-    def run(paths: list[str] | None) -> Answer:
+    def run(given: list[str] | None, report: list[str] | None, name: str, reverse: bool) -> Answer:
+        paths = [*(given or ()), *(report or ())]
         lines = read_table(checked(paths, most=MAX_REPORT_FILES)) if paths else []
-        yield lines, said(f"Rows: {len(lines)}. A click on a heading sorts them.")
+        yield lines if name == AS_READ else in_order(lines, name, descending=reverse), said(f"Rows: {len(lines)}.")
 
-    for upload in (single, folder):
-        upload.change(run, upload, [table, status], api_name=f"results_of_{upload.file_count}")
+    inputs = [single, folder, column, descending]
+    gr.on([each.change for each in inputs], run, inputs, [table, status], api_name="results")
 
 
 # --- parts of tabs ---

@@ -40,6 +40,16 @@ def read_table(files: Sequence[Path]) -> list[Line]:
     return lines
 
 
+def in_order(lines: Sequence[Line], column: str, *, descending: bool) -> list[Line]:
+    """Return lines sorted by a column of `HEADERS`; those without a value come last."""
+    index = HEADERS.index(column)
+    known = [line for line in lines if line[index] is not None]
+    return [
+        *sorted(known, key=lambda line: line[index], reverse=descending),
+        *(line for line in lines if line[index] is None),
+    ]
+
+
 def _lines(file: Path, number: int, count: int) -> list[Line]:
     title = file.name if count == 1 else f"{file.name} {number + 1}"
     try:

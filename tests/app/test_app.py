@@ -19,7 +19,7 @@ from srl_utils.app import __main__ as app
 from srl_utils.app.attacking import ATTACKS, amplified, attack_of, compare
 from srl_utils.app.editing import LONGEST_PROMPT, Request, edit_of, protect_and_edit
 from srl_utils.app.purifying import PURIFIERS, purify
-from srl_utils.app.tables import HEADERS, KINDS, read_table
+from srl_utils.app.tables import HEADERS, KINDS, in_order, read_table
 from srl_utils.app.uploads import MAX_BYTES, MAX_FILES, MAX_PIXELS, checked, read_square
 from srl_utils.app.watching import Cancelled, WatchedBar
 from srl_utils.app.world import Visitors, World
@@ -263,6 +263,13 @@ def test_tables_have_numbers_where_they_sort(tmp_path: Path) -> None:
     assert second[5:] == [None, None, None, 16, "results.json, faces"]
     assert len(HEADERS) == len(KINDS) == len(first)
     assert all(isinstance(value, (int, float)) == (kind == "number") for value, kind in zip(first, KINDS, strict=True))
+
+
+def test_lines_are_sorted_by_value() -> None:
+    """Oracle: closed form; 9 is less than 10, and a missing value comes last either way."""
+    lines = [[None] * 5 + [value] + [None] * 4 for value in (10.0, None, 9.0)]
+    for descending, expected in ((False, [9.0, 10.0, None]), (True, [10.0, 9.0, None])):
+        assert [line[5] for line in in_order(lines, "value", descending=descending)] == expected
 
 
 def test_a_file_of_any_name_and_several_files_are_read(tmp_path: Path) -> None:

@@ -102,9 +102,11 @@ def test_attack_returns_pictures_and_their_psnr(client: Client) -> None:
 def test_results_become_a_table(client: Client) -> None:
     """Oracle: the number of rows in the file."""
     path = EXAMPLES / "results.json"
-    table, status = client.predict([handle_file(str(path))], api_name="/results_of_multiple")
+    table, status = client.predict([handle_file(str(path))], None, "value", True, api_name="/results")
     assert len(table["data"]) == len(json.loads(path.read_text()))
-    assert status.startswith(f"Rows: {len(table['data'])}.")
+    assert status == f"Rows: {len(table['data'])}."
+    values = [line[5] for line in table["data"]]
+    assert values == sorted(values, reverse=True)
 
 
 @pytest.mark.parametrize("api_name", ["/purify", "/attack"])
@@ -168,7 +170,7 @@ def test_an_unexpected_error_is_logged_and_not_shown(
         raise RuntimeError("secret of the server")
 
     monkeypatch.setattr(page_module, "read_table", broken)
-    told = refusal(client, [handle_file(str(EXAMPLES / "results.json"))], api_name="/results_of_multiple")
+    told = refusal(client, [handle_file(str(EXAMPLES / "results.json"))], None, "value", True, api_name="/results")
     assert "something went wrong" in told.lower() and "secret" not in told
     assert "secret of the server" in caplog.text
 

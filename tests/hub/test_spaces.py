@@ -38,7 +38,7 @@ def push(hub: HubServer, home: Path, root: Path, *flags: str) -> tuple[int, str]
     """Run the command as if `root` were the clone."""
     code = (
         "import sys; from pathlib import Path; from srl_utils.hub import spaces, __main__ as hub; "
-        "hub.space_files = lambda: spaces.space_files(Path(sys.argv.pop(1))); "
+        "root = Path(sys.argv.pop(1)); hub.space_files = lambda: spaces.space_files(root); "
         "from srl_utils.command_line import exit_code; sys.exit(exit_code(hub.main))"
     )
     done = subprocess.run(
