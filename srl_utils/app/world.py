@@ -56,6 +56,6 @@ class Visitors:
 
 
 def _chosen(what: str, known: Mapping[str, Model], name: str | None) -> Model:
-    if name not in known:
+    if name is None or name not in known:
         raise UserError(f"there is no {what} '{name}'; choose from {', '.join(known) or 'none'}")
     return known[name]
