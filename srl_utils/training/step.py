@@ -228,9 +228,7 @@ class Step:
             The images, those first that are attacked on their latents.
         """
         networks = self.networks
-        order, latent_attacks = latents_first(
-            range(len(images)) if positions is None else positions, self._latent_share
-        )
+        order, latent_attacks = latents_first(range(len(images)) if positions is None else positions, self._latent_share)
         clean, generators = in_order(on_device(images, networks.device), order), [generators[i] for i in order]
         transformed = self.objective.decodes == "transformed"
         anchored = self.objective.anchor == "original" and (self._beta > 0 or self._latent_share > 0)

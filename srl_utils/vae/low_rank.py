@@ -121,4 +121,4 @@ def add_updates(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name in {key.rpartition(".lora_")[0] for key in state}:
         down, up = (state[f"{name}.lora_{matrix}.weight"] for matrix in "AB")
         weight = network.get_parameter(f"{name}.{WEIGHT}")
-        weight += (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        weight.add_((up.flatten(1) @ down.flatten(1)).view_as(weight))

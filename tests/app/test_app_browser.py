@@ -206,7 +206,7 @@ def test_results_are_sorted(page: sync_api.Page, tmp_path: Path) -> None:
     )
     keep(page, "results")
     (tmp_path / "results.json").write_text("{")
-    panel.locator("input[type=file]").last.set_input_files(tmp_path)
+    panel.locator("input[webkitdirectory]").set_input_files(tmp_path)
     page.get_by_text("Results.json holds no results of this project").wait_for()
 
 
