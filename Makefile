@@ -1,4 +1,5 @@
-# make setup | demo | paper | paper-quick | tokens | clips | defences | defences-quick | compatibility | compatibility-quick | zoo | test | test-slow | faults | test-hub | docs | miniature | clean
+# make setup | demo | app | paper | paper-quick | tokens | clips | defences | defences-quick | compatibility |
+#      compatibility-quick | zoo | test | test-slow | test-browser | faults | test-hub | docs | miniature | clean
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -15,7 +16,7 @@ DEMO := accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --num_p
 	--learning_rate 5e-4 --lpips_weight 0 \
 	--random_flip --no-torch_compile --num_validation_images 16 --validation_steps 400 --output_dir outputs/demo
 
-.PHONY: setup demo paper paper-quick tokens clips defences defences-quick compatibility compatibility-quick zoo test test-slow faults test-hub docs miniature clean
+.PHONY: setup demo app paper paper-quick tokens clips defences defences-quick compatibility compatibility-quick zoo test test-slow test-browser faults test-hub docs miniature clean
 
 setup: $(VENV)/.installed
 
@@ -41,6 +42,13 @@ docs: $(VENV)/.installed-docs
 demo: setup
 	$(RUN) $(DEMO)
 
+$(VENV)/.installed-app: requirements/eval.txt requirements/app.txt $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet -r requirements/eval.txt -r requirements/app.txt
+	touch $@
+
+app: $(VENV)/.installed-app
+	$(RUN) python -m srl_utils.app
+
 # One worker a core, each with one thread.
 test: $(VENV)/.installed-test
 	$(RUN) ruff check .
@@ -51,6 +59,11 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(RUN) python -m pytest -m slow
+
+# The app, used in a real browser; chromium is the system's, as `apt-get install chromium` gives it.
+test-browser: $(VENV)/.installed-test
+	$(VENV)/bin/pip install --quiet -r requirements/browser.txt
+	$(RUN) python -m pytest -m browser
 
 # Attacks on whole runs: docs/reliability.md says which.
 faults: $(VENV)/.installed-test

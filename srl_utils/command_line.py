@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from srl_utils.errors import PARAMETER, UserError, one_line, without_tokens
 from srl_utils.images.pixels import parse_pixel_distance
 from srl_utils.resources import explained, keep_freed_memory
@@ -149,6 +151,14 @@ def pixel_distance(text: str) -> float:
         return parse_pixel_distance(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def device(text: str) -> torch.device:
+    """Parse the name of a device of this machine."""
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def checked(check: Callable[[str], None]) -> Callable[[str], str]:

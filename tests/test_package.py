@@ -99,6 +99,7 @@ def test_wheel_has_the_code_the_licence_and_the_extras(wheel: Path) -> None:
         metadata = next(archive.read(name) for name in names if name.endswith("METADATA")).decode()
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "srl_utils").rglob("*.py")} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"srl_utils"}
+    assert {f"srl_utils/app/examples/{name}" for name in ("scene.png", "protected.png", "results.json")} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     for line in (
         "License-Expression: Apache-2.0",
@@ -106,7 +107,7 @@ def test_wheel_has_the_code_the_licence_and_the_extras(wheel: Path) -> None:
         "Requires-Dist: torch>=",
     ):
         assert line in metadata
-    for extra in ("eval", "heif", "maps", "video", "dev"):
+    for extra in ("app", "eval", "heif", "maps", "video", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
 
 

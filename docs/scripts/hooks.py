@@ -26,6 +26,7 @@ OUTSIDE = (
     "benchmarks/time-to-robustness.png",
     "miniature/weights/README.md",
     "miniature/weights/vae/README.md",
+    "miniature/weights/robust/README.md",
     "miniature/weights/vq/README.md",
     "miniature/weights/video/README.md",
 )

@@ -1,6 +1,8 @@
 """python -m srl_utils.hub push OUTPUT_DIR --repo_id user/name
 
 python -m srl_utils.hub convert SOURCE TARGET
+
+python -m srl_utils.hub push-space --repo_id user/name
 """
 
 from __future__ import annotations
@@ -17,7 +19,16 @@ from srl_utils.command_line import Parser, exit_code, expanded_path, home_expand
 from srl_utils.errors import MissingFile
 from srl_utils.hub.contents import CARD, Contents, contents
 from srl_utils.hub.converting import PRECISIONS, convert
-from srl_utils.hub.publishing import EXIT_PUSH_FAILED, PushError, create_repository, open_branch, push
+from srl_utils.hub.publishing import (
+    EXIT_PUSH_FAILED,
+    SPACE,
+    PushError,
+    create_repository,
+    open_branch,
+    push,
+    push_space,
+)
+from srl_utils.hub.spaces import FOLDERS, space_files
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, read_config
 from srl_utils.vae.single_file import MODELS, PREFIXES
 
@@ -58,6 +69,19 @@ def run_push(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_push_space(args: argparse.Namespace) -> int:
+    """Publish the app as a Space, and print its address; return the exit code."""
+    files = space_files()
+    try:
+        repo_id = create_repository(args.repo_id, token=None, private=args.private, kind=SPACE)
+        commit = push_space(files, repo_id, folders=FOLDERS, commit_message=args.commit_message)
+    except PushError as error:
+        print(f"error: the push of the app to {args.repo_id} failed: {error}", file=sys.stderr)
+        return EXIT_PUSH_FAILED
+    print(f"pushed to {commit}; the page is at {constants.ENDPOINT}/spaces/{repo_id}")
+    return 0
+
+
 def publish(args: argparse.Namespace, what: Contents) -> str:
     """Open repository and branch, upload, and return the addresses of commit and branch."""
     repo_id = create_repository(args.repo_id, token=None, private=args.private)
@@ -76,7 +100,15 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add_convert(
         commands.add_parser("convert", help="turn a VAE of diffusers into one file for other programs, or back")
     )
+    add_push_space(commands.add_parser("push-space", help="publish the app with the embedded models as a Space"))
     return parser.parse_args(arguments)
+
+
+def add_push_space(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_push_space)
+    command.add_argument("--repo_id", required=True, help="user/name of the Space; created where it does not exist")
+    command.add_argument("--private", action="store_true", help="create it private; one that is public is made private")
+    command.add_argument("--commit_message", default="Update the app")
 
 
 def add_push(command: argparse.ArgumentParser) -> None:

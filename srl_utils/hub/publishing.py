@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, TypeVar
@@ -29,6 +30,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from srl_utils.errors import HubRefusal, UserError
 from srl_utils.hub.contents import CARD, Contents
 
+MODEL, SPACE = "model", "space"
+"""Kinds of repositories on the Hub."""
 EXIT_PUSH_FAILED = 3
 ATTEMPTS = 5
 FIRST_WAIT, LONGEST_WAIT = 2.0, 120.0  # seconds
@@ -46,7 +49,7 @@ class PushError(UserError, ConnectionError):
     """The Hub did not accept an upload, or could not be reached. The message says why, in one line."""
 
 
-def create_repository(repo_id: str, *, token: str | None, private: bool) -> str:
+def create_repository(repo_id: str, *, token: str | None, private: bool, kind: str = MODEL) -> str:
     """Create the repository if it does not exist, and return its full id (`user/name`).
 
     A repository that was renamed is found by its old id; the new id is returned.
@@ -55,6 +58,7 @@ def create_repository(repo_id: str, *, token: str | None, private: bool) -> str:
         repo_id: `user/name`, or `name` alone for the owner of the token.
         token: a token of the Hub; None uses the token of the login.
         private: make the repository private, also if it exists and is public.
+        kind: `model` or `space`.
 
     Raises:
         HubRefusal: a PermissionError, if the Hub refuses.
@@ -64,18 +68,20 @@ def create_repository(repo_id: str, *, token: str | None, private: bool) -> str:
     api = _api(token)
     with _refusals(f"cannot create or open '{repo_id}' on the Hub"):
         # None means the default of the organisation.
-        created = with_retries(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True)).repo_id
-        info = with_retries(lambda: api.model_info(created))
+        sdk = "gradio" if kind == SPACE else None
+        made = partial(api.create_repo, repo_id, private=private or None, exist_ok=True, repo_type=kind, space_sdk=sdk)
+        created = with_retries(made).repo_id
+        info = with_retries(lambda: api.repo_info(created, repo_type=kind))
     if private and info.private is not True:
-        _make_private(api, info.id)
+        _make_private(api, info.id, kind)
     return info.id
 
 
-def _make_private(api: HfApi, repo_id: str) -> None:
+def _make_private(api: HfApi, repo_id: str, kind: str) -> None:
     """Make an existing repository private and check that it is; `create_repo` does not change it."""
     with _refusals(f"'{repo_id}' is public, cannot be made private, and nothing was uploaded"):
-        with_retries(lambda: api.update_repo_settings(repo_id, private=True))
-        private = with_retries(lambda: api.model_info(repo_id)).private
+        with_retries(lambda: api.update_repo_settings(repo_id, private=True, repo_type=kind))
+        private = with_retries(lambda: api.repo_info(repo_id, repo_type=kind)).private
     if private is not True:
         raise UserError(
             f"'{repo_id}' is still public after the Hub was asked to make it private, so nothing was uploaded; make it "
@@ -115,8 +121,38 @@ def push(what: Contents, repo_id: str, *, token: str | None, commit_message: str
         PushError: if the Hub refuses, or still fails after `ATTEMPTS` attempts.
     """
     api = _api(token)
+    return _pushed(lambda: _commit(api, what, repo_id, commit_message, branch))
+
+
+def push_space(files: Mapping[str, Path | bytes], repo_id: str, *, folders: Sequence[str], commit_message: str) -> str:
+    """Upload the files of a Space in one commit; return the commit's address.
+
+    Args:
+        files: what the Space holds: its paths, and a file or its content for each.
+        repo_id: full id of an existing Space.
+        folders: those whose other files, of an earlier push, are deleted.
+        commit_message: title of the commit.
+
+    Raises:
+        PushError: if the Hub refuses, or still fails after `ATTEMPTS` attempts.
+    """
+    api = _api(None)
+    inside = tuple(f"{folder}/" for folder in folders)
+
+    def commit() -> CommitInfo:
+        present = api.list_repo_files(repo_id, repo_type=SPACE)
+        outdated = [name for name in present if name not in files and name.startswith(inside)]
+        deletions = [CommitOperationDelete(name, is_folder=False) for name in outdated]
+        additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+        return api.create_commit(repo_id, [*deletions, *additions], commit_message=commit_message, repo_type=SPACE)
+
+    return _pushed(commit)
+
+
+def _pushed(commit: Callable[[], CommitInfo]) -> str:
+    """Make a commit, with retries, and return its address."""
     try:
-        return with_retries(lambda: _commit(api, what, repo_id, commit_message, branch)).commit_url
+        return with_retries(commit).commit_url
     except Exception as error:  # no error of an upload may stop the caller, whose weights are on the disk
         raise PushError(_reason(error)) from error
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from srl_utils.command_line import Parser, checked, exit_code, positive_int
+from srl_utils.command_line import Parser, checked, device, exit_code, positive_int
 from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.images.decoding import UnreadableImage, open_image
 from srl_utils.images.listing import Skipped, list_images
@@ -231,14 +231,6 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         },
     )  # fmt: skip
     return args
-
-
-def device(text: str) -> torch.device:
-    """Parse the name of a device of this machine."""
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 if __name__ == "__main__":

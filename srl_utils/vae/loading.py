@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from srl_utils.errors import MissingFile, UnusableFile, UserError
 from srl_utils.files import save_tensors
 from srl_utils.vae.families import named_family
 from srl_utils.vae.files import check_keys, check_parameters, completed_config, first_line, refuse_pickles
-from srl_utils.vae.low_rank import load_updates, merged_state, updates_state
+from srl_utils.vae.low_rank import add_updates, load_updates, merged_state, updates_state
 from srl_utils.vae.single_file import SingleFile, save_single_file
 
 CONFIG_NAME = "config.json"
@@ -180,6 +181,26 @@ def is_weights_file(name: str, variants: str = r"[\w-]+") -> bool:
 def inference_dtype(config: dict[str, Any], variant: str) -> torch.dtype | None:
     """Return the dtype in which diffusers computes with weights of this variant; None for float32 (`force_upcast`)."""
     return None if variant == "fp16" and config.get("force_upcast") else HALF_PRECISION[variant]
+
+
+def merge_updates(vae: ModelMixin, path: Path) -> None:
+    """Add low-rank updates to the weights of the VAE that they were trained on, in place.
+
+    Args:
+        vae: the original, in float32.
+        path: a `pytorch_lora_weights.safetensors` of a training.
+
+    Raises:
+        UserError: if the file is missing or damaged, or if it is of another VAE.
+    """
+    try:
+        add_updates(vae, load_file(path))
+    except FileNotFoundError:
+        raise MissingFile(f"there are no low-rank updates at '{path}'") from None
+    except SafetensorError as error:
+        raise UnusableFile(f"'{path}' is damaged: {first_line(error)}") from None
+    except (AttributeError, KeyError, RuntimeError):
+        raise UserError(f"the low-rank updates at '{path}' do not fit this VAE") from None
 
 
 def hide_local_origin(vae: ModelMixin) -> None:

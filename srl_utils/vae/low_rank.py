@@ -104,3 +104,21 @@ def load_updates(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     for name, tensor in updates_state(network).items():
         tensor.copy_(state[name])
+
+
+@torch.no_grad()
+def add_updates(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Add B A to the weights of a network, in place.
+
+    Args:
+        network: with plain weights.
+        state: of `updates_state`.
+
+    Raises:
+        AttributeError, KeyError: if the network lacks a layer or the state a matrix.
+        RuntimeError: if a shape does not fit.
+    """
+    for name in {key.rpartition(".lora_")[0] for key in state}:
+        down, up = (state[f"{name}.lora_{matrix}.weight"] for matrix in "AB")
+        weight = network.get_parameter(f"{name}.{WEIGHT}")
+        weight.add_((up.flatten(1) @ down.flatten(1)).view_as(weight))

@@ -125,7 +125,7 @@ class Route(NamedTuple):
 
 
 ROUTES: dict[str, Route] = {}
-MODEL = r"/api/models/(?P<repo_id>[^/]+/[^/]+)"
+MODEL = r"/api/(?:models|spaces)/(?P<repo_id>[^/]+/[^/]+)"
 REVISION = r"(?P<revision>[^/]+)"
 FILE = rf"/(?P<repo_id>(?!api/)[^/]+/[^/]+)/resolve/{REVISION}/(?P<path>.+)"
 
@@ -296,7 +296,7 @@ class HubServer:
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **oid})
         return _done({"files": answers})
 
-    @route("lfs-batch", r"POST /(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", writes=True)
+    @route("lfs-batch", r"POST /(?:spaces/)?(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", writes=True)
     def _lfs_batch(self, request: Request, repo_id: str) -> Status:
         self._open(repo_id, request)
         objects = [{"oid": wanted["oid"], "size": wanted["size"]} for wanted in request.json["objects"]]

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, ModelMixin
 from helpers.autoencoders import small_autoencoder
 from helpers.runs import build_tiny_vae
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from srl_utils.errors import MissingFile, UnusableFile, UserError
 from srl_utils.vae.families import FAMILIES
-from srl_utils.vae.loading import UPDATES_NAME, restore_autoencoder, save_autoencoder
+from srl_utils.vae.loading import UPDATES_NAME, WEIGHTS_NAME, merge_updates, restore_autoencoder, save_autoencoder
 from srl_utils.vae.low_rank import add_low_rank_updates, merged_state, updates_of, updates_state
 from srl_utils.vae.networks import EncoderMirror, LatentEncoder
 
@@ -133,3 +134,27 @@ def test_diffusers_loads_the_updates(quant_conv: bool, tmp_path: Path, images) -
     }
     trained = {key.removesuffix(".weight") for key in wide if key.startswith(("encoder.", "quant_conv."))}
     assert {key.rpartition(".lora_")[0] for key in load_file(tmp_path / UPDATES_NAME)} == trained
+
+
+def test_merged_updates_are_those_of_the_training(tmp_path: Path) -> None:
+    """Oracle: the whole VAE that the training saves beside the updates; other files and VAEs are refused."""
+    tuned = build_tiny_vae()
+    add_low_rank_updates(tuned.encoder, 2, seed=0)
+    for _, _, update in updates_of(tuned):
+        torch.nn.init.normal_(update.lora_B, generator=torch.Generator().manual_seed(1))
+    save_autoencoder(tuned, tmp_path)
+    merged = build_tiny_vae()
+    merge_updates(merged, tmp_path / UPDATES_NAME)
+    for name, tensor in load_file(tmp_path / WEIGHTS_NAME).items():
+        torch.testing.assert_close(merged.state_dict()[name], tensor)
+    with pytest.raises(MissingFile, match="there are no low-rank updates"):
+        merge_updates(merged, tmp_path / "none.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UnusableFile, match="is damaged"):
+        merge_updates(merged, tmp_path / "damaged.safetensors")
+    for name in ("encoder.conv_9", "encoder.conv_in"):  # no such layer; another shape
+        matrices = {"A": torch.ones(2, 3, 3, 3), "B": torch.ones(5, 2, 1, 1)}
+        others = {f"{name}.lora_{matrix}.weight": values for matrix, values in matrices.items()}
+        save_file(others, tmp_path / "other.safetensors")
+        with pytest.raises(UserError, match="do not fit this VAE"):
+            merge_updates(merged, tmp_path / "other.safetensors")

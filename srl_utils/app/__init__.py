@@ -1,0 +1,1 @@
+"""A page in the browser: clean images, attack and compare VAEs, edit protected images, look at results."""

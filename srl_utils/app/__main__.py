@@ -1,0 +1,102 @@
+"""python -m srl_utils.app [--vae NAME=PLACE]"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from diffusers import DiffusionPipeline
+
+from srl_utils.app.world import World
+from srl_utils.command_line import Parser, device, exit_code, image_side, positive_int
+from srl_utils.errors import MissingFile, MissingPackage
+from srl_utils.evaluation.cli.loading import BASELINE, errors_about, load_codecs, load_pipeline, vae_sources
+from srl_utils.evaluation.cli.places import parse_named_place
+from srl_utils.vae.codec import frozen_codec
+from srl_utils.vae.loading import UPDATES_NAME, AutoencoderSource, load_autoencoder, merge_updates
+
+EMBEDDED = Path(__file__).parents[2] / "miniature/weights"
+"""The embedded world, in a clone of the repository."""
+ROBUST = "robust"
+LOCALHOST = "127.0.0.1"
+WAITING = 32
+"""Computations that wait; more are refused."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    if find_spec("gradio") is None:
+        raise MissingPackage("the app needs the package gradio; run pip install gradio")
+    serve(load_world(args), args)
+    return 0
+
+
+def serve(world: World, args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C; all temporary files are in one folder, which is deleted then."""
+    with TemporaryDirectory(prefix="srl-vae-app-") as folder:
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
+        from srl_utils.app.page import build_page, launch_settings  # optional, and reads the environment
+
+        page = build_page(world).queue(max_size=WAITING)
+        page.launch(server_name=args.host, server_port=args.port, share=args.share, **launch_settings())
+
+
+def load_world(args: argparse.Namespace) -> World:
+    """Load the models that the flags name, or the embedded world.
+
+    Raises:
+        UserError: if one cannot be loaded.
+    """
+    if args.baseline is None and not EMBEDDED.is_dir():
+        raise MissingFile("there is no embedded VAE outside a clone of the repository; give `baseline`")
+    sources = vae_sources(str(args.baseline or EMBEDDED / "vae"), args.vae)
+    codecs = {codec.name: codec for codec in load_codecs(sources, device=args.device, dtype=None)}
+    if args.baseline is None and ROBUST not in codecs:
+        robust = load_autoencoder(AutoencoderSource(pretrained_model_name_or_path=str(EMBEDDED / "vae")))
+        merge_updates(robust, EMBEDDED / ROBUST / UPDATES_NAME)
+        codecs[ROBUST] = frozen_codec(robust, ROBUST, device=args.device)
+    resolution = args.resolution or codecs[BASELINE].vae.config.get("sample_size") or 256
+    return World(codecs=codecs, pipelines=load_pipelines(args), resolution=resolution)
+
+
+def load_pipelines(args: argparse.Namespace) -> Mapping[str, DiffusionPipeline]:
+    """Return the pipelines by name: those of the flags, or the embedded one beside the embedded VAE."""
+    with errors_about("pipeline"):
+        named = dict(map(parse_named_place, args.pipeline))
+    if args.baseline is None and not named:
+        named = {"miniature": AutoencoderSource(pretrained_model_name_or_path=str(EMBEDDED / "sd"))}
+    return {name: load_pipeline(source).to(args.device) for name, source in named.items()}
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m srl_utils.app", description="A page in the browser: clean, attack and edit images with VAEs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--baseline", default=None, help="PLACE of the original VAE, a folder or Hub id; by default the embedded one")
+    add("--vae", nargs="+", default=[], metavar="NAME=PLACE", help="further VAEs, fine-tuned from the original")
+    add(
+        "--pipeline", nargs="+", default=[], metavar="NAME=PLACE", help="pipelines that edit, trained with the original"
+    )
+    add(
+        "--resolution",
+        type=image_side,
+        default=None,
+        help="side of attacked and edited images; the VAE's own by default",
+    )
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--host", default=LOCALHOST, help="address to listen on; 0.0.0.0 lets other machines in")
+    add("--port", type=positive_int, default=None, help="by default the first free one from 7860")
+    add("--share", action="store_true", help="also serve the page at a public address of gradio")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,58 @@
+"""Check what visitors upload: number of files, bytes, pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from srl_utils.errors import UserError
+from srl_utils.images.decoding import UnreadableImage, decode_rgb
+from srl_utils.images.framing import Crop
+
+MAX_FILES = 16
+"""Images that are cleaned at once."""
+MAX_BYTES = 16 * 2**20
+"""Size of a file."""
+MAX_PIXELS = 2**22
+"""Pixels of an image, as 2048 x 2048 has."""
+
+
+def checked(files: Sequence[str | Path] | None, *, most: int = MAX_FILES) -> list[Path]:
+    """Return the paths of uploaded files.
+
+    Raises:
+        UserError: if there are none, more than `most`, or one of more than `MAX_BYTES`.
+    """
+    paths = [Path(file) for file in files or ()]
+    if not paths:
+        raise UserError("choose a file first")
+    if len(paths) > most:
+        raise UserError(f"{len(paths)} files are too many; choose {most} at most")
+    for path in paths:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path.name} is too large; a file may have {MAX_BYTES // 2**20} MB")
+    return paths
+
+
+def read_square(picture: str | Path | None, resolution: int) -> Tensor:
+    """Return the central square of an uploaded image at `resolution` R, `[1,3,R,R]` in [-1,1].
+
+    Raises:
+        UserError: if there is none, or if it cannot be read or is too large.
+    """
+    if picture is None:
+        raise UserError("choose an image first")
+    (path,) = checked([picture])
+    try:
+        return Crop(resolution=resolution)(decode_rgb(path, max_pixels=MAX_PIXELS))[None]
+    except UnreadableImage as error:
+        raise UserError(f"{path.name} {reason_of(error)}") from None
+
+
+def reason_of(error: UnreadableImage) -> str:
+    """Return what is wrong with an image, as the end of a sentence that its name begins."""
+    if "DecompressionBomb" in str(error):
+        return f"has more than {MAX_PIXELS:,} pixels; make it smaller"
+    return f"cannot be read: {error}"

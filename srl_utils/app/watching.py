@@ -1,0 +1,41 @@
+"""A progress bar for a page: it reports to the page, and ends the computation when the visitor cancels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import StringIO
+from threading import Event
+
+from tqdm import tqdm
+
+Report = Callable[[float, str], object]
+"""Takes the share that is done, in [0,1], and what is being done."""
+
+
+class Cancelled(Exception):
+    """The visitor has cancelled the computation."""
+
+
+class WatchedBar(tqdm):
+    """A bar that `Meter` moves.
+
+    Args:
+        report: hears of each step.
+        stop: ends the computation at the next step once it is set.
+    """
+
+    def __init__(self, report: Report, stop: Event) -> None:
+        super().__init__(total=1, file=StringIO())
+        self._report, self._stop = report, stop
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Move the bar by `n`.
+
+        Raises:
+            Cancelled: if `stop` is set.
+        """
+        if self._stop.is_set():
+            raise Cancelled
+        moved = super().update(n)
+        self._report(min(self.n / self.total, 1.0), self.desc.removesuffix(": "))
+        return moved

@@ -1,0 +1,361 @@
+"""What the app computes and refuses, without its page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.runs import build_tiny_vae, draw_images
+from PIL import Image
+
+from srl_utils.app import __main__ as app
+from srl_utils.app.attacking import ATTACKS, amplified, attack_of, compare
+from srl_utils.app.editing import LONGEST_PROMPT, Request, edit_of, protect_and_edit
+from srl_utils.app.purifying import PURIFIERS, purify
+from srl_utils.app.tables import HEADERS, KINDS, in_order, read_table
+from srl_utils.app.uploads import MAX_BYTES, MAX_FILES, MAX_PIXELS, checked, read_square
+from srl_utils.app.watching import Cancelled, WatchedBar
+from srl_utils.app.world import Visitors, World
+from srl_utils.errors import MissingFile, MissingPackage, UserError
+from srl_utils.metrics.pixels import psnr
+from srl_utils.pipelines import sanitize
+from srl_utils.vae.codec import Codec, frozen_codec
+
+EXAMPLES = Path(app.__file__).parent / "examples"
+CPU = torch.device("cpu")
+ROW = {
+    "vae": "<b>robust</b>", "attack": "pgd-10", "objective": "mse", "threat_model": "adaptive", "epsilon": 8 / 255,
+    "metric": "psnr", "value": 21.123456, "ci95": [20.5, 22.0], "n": 16,
+}  # fmt: skip
+
+
+@pytest.fixture
+def codecs() -> list[Codec]:
+    """Two small VAEs."""
+    return [
+        frozen_codec(build_tiny_vae(seed=seed), name, device=CPU) for seed, name in enumerate(("original", "robust"))
+    ]
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    """The embedded world."""
+    return app.load_world(app.parse_args(["--device", "cpu"]))
+
+
+def quiet_bar(stop: Event | None = None, report: Callable[[float, str], object] = lambda *_: None) -> WatchedBar:
+    return WatchedBar(report, stop or Event())
+
+
+# --- uploads ---
+
+
+def test_uploads_are_bounded(tmp_path: Path) -> None:
+    """Oracle: specification; a file of exactly the limit passes."""
+    files = [tmp_path / f"{number}.png" for number in range(MAX_FILES + 1)]
+    for file in files:
+        file.touch()
+    assert checked([str(files[0])]) == [files[0]]
+    for refused, said in (([], "choose a file"), (None, "choose a file"), (files, f"choose {MAX_FILES} at most")):
+        with pytest.raises(UserError, match=said):
+            checked(refused)
+    for size, fits in ((MAX_BYTES, True), (MAX_BYTES + 1, False)):
+        with files[0].open("wb") as file:
+            file.truncate(size)
+        if fits:
+            checked([files[0]])
+        else:
+            with pytest.raises(UserError, match="too large"):
+                checked([files[0]])
+
+
+def test_pixels_are_bounded_and_read_from_the_centre(tmp_path: Path) -> None:
+    """Oracle: closed form, an image whose central square is white."""
+    picture = Image.new("RGB", (24, 8))
+    picture.paste("white", (8, 0, 16, 8))
+    picture.save(tmp_path / "strip.png")
+    torch.testing.assert_close(read_square(tmp_path / "strip.png", 8), torch.ones(1, 3, 8, 8))
+    Image.new("1", (MAX_PIXELS // 1024, 1025)).save(tmp_path / "large.png")
+    with pytest.raises(UserError, match=r"large.png has more than 4,194,304 pixels"):
+        read_square(tmp_path / "large.png", 8)
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(UserError, match=r"^text.png cannot be read: no image of a known format"):
+        read_square(tmp_path / "text.png", 8)
+    with pytest.raises(UserError, match="choose an image"):
+        read_square(None, 8)
+
+
+def test_visitors_choose_from_the_world_alone(codecs: list[Codec]) -> None:
+    """Oracle: specification; a path or a Hub id is no name of a model."""
+    world = World(codecs={codec.name: codec for codec in codecs}, pipelines={}, resolution=16)
+    assert world.codec("robust") is codecs[1]
+    for name in ("/etc/passwd", "user/model", None):
+        with pytest.raises(UserError, match=r"there is no VAE .*; choose from original, robust"):
+            world.codec(name)
+    with pytest.raises(UserError, match=r"there is no pipeline .*; choose from none"):
+        world.pipeline("user/model")
+
+
+# --- cancelling ---
+
+
+def test_each_visitor_stops_their_own_computation() -> None:
+    """Oracle: specification."""
+    visitors = Visitors()
+    mine, theirs = visitors.start("mine"), visitors.start("theirs")
+    visitors.stop("mine")
+    visitors.stop("mine")
+    visitors.stop("nobody")
+    assert mine.is_set() and not theirs.is_set()
+
+
+def test_a_bar_tells_its_share_and_ends_when_it_is_stopped() -> None:
+    """Oracle: closed form."""
+    told, stop = [], Event()
+    bar = quiet_bar(stop, lambda share, title: told.append((share, title)))
+    bar.total = 4
+    bar.set_description_str("half", refresh=False)
+    bar.update(2)
+    bar.update(5)
+    assert told == [(0.5, "half"), (1.0, "half")]
+    stop.set()
+    with pytest.raises(Cancelled):
+        bar.update()
+
+
+def test_an_attack_ends_at_the_next_step(codecs: list[Codec]) -> None:
+    """Oracle: the number of calls of the attacked VAE, which would be 200."""
+    stop, shares = Event(), []
+
+    def report(share: float, title: str) -> None:
+        shares.append(share)
+        if share > 0:
+            stop.set()
+
+    with pytest.raises(Cancelled):
+        compare(draw_images(1, 16), *codecs, attack_of("PGD", epsilon=0.1, steps=200), quiet_bar(stop, report))
+    assert shares[-1] < 0.05
+
+
+# --- purifying ---
+
+
+@pytest.mark.parametrize("purifier", PURIFIERS)
+def test_cleaned_images_keep_their_size(codecs: list[Codec], tmp_path: Path, purifier: str) -> None:
+    """Oracle: the sizes of the uploads; what draws nothing equals `sanitize`."""
+    sources = []
+    for folder, size in (("a", (21, 13)), ("b", (16, 16))):
+        sources.append(tmp_path / folder / "photo.png")
+        sources[-1].parent.mkdir()
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8)).save(sources[-1])
+    (tmp_path / "out").mkdir()
+    told: list[int] = []
+    made = purify(sources, codecs[0], purifier, tmp_path / "out", told.append)
+    assert [each.result.name for each in made] == ["photo-purified.png", "photo-purified-2.png"]
+    assert told == [0, 1]
+    for each in made:
+        with Image.open(each.source) as before, Image.open(each.result) as after:
+            assert (after.format, after.size) == ("PNG", before.size)
+            if "noise" not in purifier:
+                wanted = sanitize(before, codecs[0].vae, purifier=purifier)
+                np.testing.assert_array_equal(np.asarray(after), np.asarray(wanted))
+
+
+def test_what_cannot_be_purified_is_named(codecs: list[Codec], tmp_path: Path) -> None:
+    """Oracle: specification; a purifier outside the list, such as one of 1,000 steps, is refused."""
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(UserError, match=r"^text.png cannot be read"):
+        purify([tmp_path / "text.png"], codecs[0], PURIFIERS[0], tmp_path, lambda _: None)
+    with pytest.raises(UserError, match="there is no purifier 'impress'"):
+        purify([tmp_path / "text.png"], codecs[0], "impress", tmp_path, lambda _: None)
+
+
+# --- attacking and editing ---
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_stay_in_their_budget(codecs: list[Codec], name: str) -> None:
+    """Oracle: the budget, for all but noise; PSNR of the reconstructions, computed anew."""
+    clean, epsilon = draw_images(1, 16, limit=0.5), 8 / 255
+    outcome = compare(clean, *codecs, attack_of(name, epsilon=epsilon, steps=3), quiet_bar())
+    change = (outcome.attacked - clean).abs().max().item()
+    assert change > 0
+    assert name == "Gaussian noise" or change <= 2 * epsilon + 1e-6
+    for codec in codecs:
+        assert outcome.attacked_psnr[codec.name] == psnr(codec.reconstruct(outcome.attacked), clean).item()
+        assert outcome.clean_psnr[codec.name] == psnr(codec.reconstruct(clean), clean).item()
+
+
+def test_a_vae_may_be_compared_with_itself(codecs: list[Codec]) -> None:
+    """Oracle: specification; it has one reconstruction."""
+    outcome = compare(draw_images(1, 16), codecs[0], codecs[0], attack_of("PGD", epsilon=0.1, steps=1), quiet_bar())
+    assert list(outcome.reconstructions) == ["original"]
+    with pytest.raises(UserError, match="there is no attack 'DeepFool'"):
+        attack_of("DeepFool", epsilon=0.1, steps=1)
+
+
+def test_differences_are_amplified_on_grey() -> None:
+    """Oracle: closed form."""
+    clean = torch.zeros(1, 3, 2, 2)
+    torch.testing.assert_close(amplified(clean, clean + 0.01, 10), clean + 0.1)
+    torch.testing.assert_close(amplified(clean, clean - 0.5, 10), clean - 1)
+
+
+def wanted(**changed: object) -> Request:
+    settings = {"prompt": "a red ring", "strength": 0.5, "inference_steps": 2, "guidance": 2.0, "epsilon": 16 / 255}
+    return Request(**{**settings, "protection_steps": 2, **changed})
+
+
+def test_edits_share_their_noise(world: World) -> None:
+    """Oracle: invariance: through the original itself, the edit of the protected image is the same."""
+    request, pipeline = wanted(), world.pipeline("miniature")
+    original = world.codec("original")
+    clean, shares = read_square(EXAMPLES / "scene.png", world.resolution), []
+    bar = quiet_bar(report=lambda share, _: shares.append(share))
+    edits = protect_and_edit(clean, edit_of(pipeline, request), original, original, request, bar)
+    torch.testing.assert_close(edits.through_robust, edits.of_protected, rtol=0, atol=0)
+    assert (edits.of_protected - edits.of_clean).abs().max() > 0.01
+    assert 0 < (edits.protected - clean).abs().max() <= 2 * 16 / 255 + 1e-6
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert edits.psnr(edits.of_clean) == 100
+    assert pipeline.vae is not original.vae
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"prompt": " "}, "write a prompt"),
+        ({"prompt": "a" * (LONGEST_PROMPT + 1)}, "301 characters"),
+        ({"strength": 0.1}, "takes none of the 2 steps"),
+    ],
+)
+def test_wrong_requests_are_refused(world: World, changed: dict[str, object], said: str) -> None:
+    """Oracle: specification."""
+    with pytest.raises(UserError, match=said):
+        edit_of(world.pipeline("miniature"), wanted(**changed))
+
+
+def test_a_pipeline_of_other_latents_is_refused(world: World, codecs: list[Codec]) -> None:
+    """Oracle: specification: one line, and the pipeline keeps its VAE."""
+    pipeline, request = world.pipeline("miniature"), wanted()
+    clean = read_square(EXAMPLES / "scene.png", world.resolution)
+    with pytest.raises(UserError, match="channels"):
+        protect_and_edit(clean, edit_of(pipeline, request), world.codec("original"), codecs[1], request, quiet_bar())
+
+
+# --- results ---
+
+
+def test_tables_have_numbers_where_they_sort(tmp_path: Path) -> None:
+    """Oracle: closed form; text stays as it is, and what JSON cannot hold is left out."""
+    rows = [ROW, {**ROW, "value": math.inf, "ci95": None, "dataset": "faces"}]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    (tmp_path / "study.json").write_text("{}")
+    first, second = read_table([tmp_path / "study.json", tmp_path / "results.json"])
+    assert first == ["<b>robust</b>", "pgd-10", "adaptive", 8.0, "psnr", 21.123, 20.5, 22.0, 16, "results.json"]
+    assert second[5:] == [None, None, None, 16, "results.json, faces"]
+    assert len(HEADERS) == len(KINDS) == len(first)
+    assert all(isinstance(value, (int, float)) == (kind == "number") for value, kind in zip(first, KINDS, strict=True))
+
+
+def test_lines_are_sorted_by_value() -> None:
+    """Oracle: closed form; 9 is less than 10, and a missing value comes last either way."""
+    lines = [[None] * 5 + [value] + [None] * 4 for value in (10.0, None, 9.0)]
+    for descending, expected in ((False, [9.0, 10.0, None]), (True, [10.0, 9.0, None])):
+        assert [line[5] for line in in_order(lines, "value", descending=descending)] == expected
+
+
+def test_a_file_of_any_name_and_several_files_are_read(tmp_path: Path) -> None:
+    """Oracle: specification; the example is one of `make demo`."""
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps([ROW]))
+    assert [line[-1] for line in read_table([mine])] == ["mine.json"]
+    example = EXAMPLES / "results.json"
+    both = read_table([example, example])
+    assert {line[-1] for line in both} == {"results.json 1", "results.json 2"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "{", "[1]", '{"a": 1}', "[" * 100_000, json.dumps([{**ROW, "value": "much"}]), json.dumps([{"vae": "x"}]),
+        json.dumps([{**ROW, "ci95": [1]}]), json.dumps([{**ROW, "more": 1}]), "\udcff",
+    ],
+)  # fmt: skip
+def test_broken_results_are_one_message(tmp_path: Path, content: str) -> None:
+    """Oracle: specification."""
+    (tmp_path / "results.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(UserError, match=r"^results.json holds no results of this project$"):
+        read_table([tmp_path / "results.json"])
+
+
+def test_other_files_are_no_results(tmp_path: Path) -> None:
+    """Oracle: specification."""
+    with pytest.raises(UserError, match=r"there is no results.json among 1 files"):
+        read_table([tmp_path / "report.html"])
+
+
+# --- the command ---
+
+
+def test_the_embedded_world_is_the_default(world: World) -> None:
+    """Oracle: the shipped models: a robust VAE with the original's decoder, and the pipeline's own VAE."""
+    original, robust = world.codecs.values()
+    assert [original.name, robust.name, *world.pipelines] == ["original", "robust", "miniature"]
+    assert world.resolution == 64
+    for (name, mine), theirs in zip(robust.vae.state_dict().items(), original.vae.state_dict().values(), strict=True):
+        assert name.startswith(("encoder", "quant")) or torch.equal(mine, theirs)
+    clean = read_square(EXAMPLES / "scene.png", 64)
+    outcome = compare(clean, robust, robust, attack_of("PGD", epsilon=8 / 255, steps=10), quiet_bar())
+    weaker = compare(clean, original, original, attack_of("PGD", epsilon=8 / 255, steps=10), quiet_bar())
+    assert outcome.attacked_psnr["robust"] > weaker.attacked_psnr["original"] + 2
+
+
+def test_models_are_those_of_the_flags(vae_folder: Path) -> None:
+    """Oracle: specification; with a baseline of the user's own, nothing is embedded."""
+    flags = ["--baseline", str(vae_folder), "--vae", f"mine={vae_folder}", "--resolution", "32", "--device", "cpu"]
+    world = app.load_world(app.parse_args(flags))
+    assert [*world.codecs] == ["original", "mine"] and not world.pipelines and world.resolution == 32
+
+
+def test_only_this_machine_reaches_the_page() -> None:
+    """Oracle: specification."""
+    args = app.parse_args([])
+    assert (args.host, args.share) == ("127.0.0.1", False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--baseline", "no-such-folder"], "no VAE configuration at 'no-such-folder'"),
+        (["--vae", "robust=no-such-folder"], "the VAE robust at no-such-folder"),
+        (["--pipeline", "sd=no-such-folder"], "cannot be loaded"),
+        (["--device", "abacus"], "abacus cannot be used"),
+    ],
+)
+def test_wrong_flags_are_refused(flags: list[str], said: str) -> None:
+    """Oracle: specification: one line that names the place."""
+    with pytest.raises(UserError, match=said):
+        app.load_world(app.parse_args(flags))
+
+
+def test_a_package_without_the_embedded_world_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Oracle: specification."""
+    monkeypatch.setattr(app, "EMBEDDED", tmp_path / "weights")
+    with pytest.raises(MissingFile, match="give `baseline`"):
+        app.load_world(app.parse_args([]))
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: specification; nothing is loaded before."""
+    monkeypatch.setattr(app, "find_spec", lambda name: None)
+    monkeypatch.setattr(app, "load_world", lambda args: SimpleNamespace())
+    with pytest.raises(MissingPackage, match="pip install gradio"):
+        app.main([])
