@@ -199,7 +199,7 @@ def open_data(
     validation_images = _decode_evenly(validation, num_validation_images, resolution, num_frames).images
     if len(validation_images) < num_validation_images:
         logger.warning(
-            "only %d of num_validation_images %d are there to be judged; give more with validation_data_dir",
+            "there are only %d validation images, fewer than the %d of --num_validation_images",
             len(validation_images), num_validation_images,
         )  # fmt: skip
     # The description is published with the model, so it holds only the last part of a path.

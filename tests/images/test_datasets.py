@@ -590,6 +590,7 @@ def test_truncated_files_are_replaced_and_named_once(
     """Oracle: full batches of the ten good images; two names in the log after three epochs."""
     names = break_files(write_folder(tmp_path / "train"), 2)
     data = folder_data(tmp_path)
+    caplog.clear()
     ledger = ImageLedger(data.num_images)
     with caplog.at_level(logging.WARNING):
         for batch in first_batches(data, 9, num_workers=num_workers):

@@ -15,7 +15,7 @@ from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
 from srl_utils.images import listing
 from srl_utils.images.datasets import DataSource, load_validation_images
-from srl_utils.images.listing import Skipped, list_images
+from srl_utils.images.listing import VIDEO, Skipped, list_images
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(80)
 NEEDS_HEIF = "needs pillow-heif: pip install pillow-heif"
@@ -64,7 +64,8 @@ def test_every_file_is_a_picture_or_skipped_or_a_companion(album: Path) -> None:
     assert skipped.names == {
         NEEDS_HEIF: ["IMG_4.HEIC", "IMG_6", "trip/IMG_5.heif"],
         "needs pillow-jxl-plugin: pip install pillow-jxl-plugin": ["photo.jxl"],
-        "no suffix of an image that Pillow reads": ["0.jpg_large", "clip.mov", "raw.dng"],
+        "no suffix of an image that Pillow reads": ["0.jpg_large", "raw.dng"],
+        VIDEO: ["clip.mov"],
         "no suffix, and no image by its content": ["README", "nothing"],
     }
     assert len(skipped) == 9
