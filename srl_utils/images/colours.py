@@ -181,14 +181,18 @@ def _coded_profile(primaries: int, transfer: int, matrix: int, full_range: int) 
 
 def _exif_profile(image: Image.Image) -> bytes | None:
     """Return the profile of Adobe RGB if Exif names it (interoperability index R03, or colour space 2), else None."""
-    try:
-        exif = image.getexif()
-        space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
-        index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
-    except Exception:  # Exif is often broken, and then ignored
-        return None
+    space = _exif_entry(image, ExifTags.IFD.Exif, ExifTags.Base.ColorSpace)
+    index = _exif_entry(image, ExifTags.IFD.Interop, ExifTags.Interop.InteropIndex)
     is_adobe = space == 2 or (isinstance(index, str) and index.startswith("R03"))
     return matrix_profile(ADOBE_RGB, (ADOBE_GAMMA,)) if is_adobe else None
+
+
+def _exif_entry(image: Image.Image, group: int, entry: int) -> object:
+    """Return an entry of a group of Exif; None if there is none, or if it cannot be read."""
+    try:
+        return image.getexif().get_ifd(group).get(entry)
+    except Exception:  # Exif is often broken, and Pillow 12 fails where a group is missing
+        return None
 
 
 @lru_cache(maxsize=CACHED_PROFILES)

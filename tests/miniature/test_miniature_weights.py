@@ -21,7 +21,7 @@ from srl_utils.vae.codec import load_codec
 from srl_utils.vae.loading import AutoencoderSource
 
 WEIGHTS = ROOT / "miniature/weights"
-LIMIT_MB = 34
+LIMIT_MB = 36
 
 
 @pytest.fixture(scope="module")

@@ -306,7 +306,8 @@ def test_files_left_out_of_a_folder_are_said(vae_at: Path, tmp_path: Path, capsy
     assert sanitize_command(folder, tmp_path / "out", "--vae", vae_at) == 0
     told = capsys.readouterr().err
     assert files_in(tmp_path / "out") == {"plain.png"}
-    assert "4 files were skipped" in told and "needs pillow-jxl-plugin" in told and "2: clip.mov, raw.cr2" in told
+    assert "4 files were skipped" in told and "needs pillow-jxl-plugin" in told and "1: raw.cr2" in told
+    assert "a video, not an image" in told and "1: clip.mov" in told
     (folder / "plain").unlink()
     assert sanitize_command(folder, tmp_path / "out", "--vae", vae_at) == 2
     assert "holds no images; 4 files were skipped" in capsys.readouterr().err
