@@ -146,7 +146,7 @@ def purify_tab(world: World, visitors: Visitors) -> None:
     shown.input(show, [shown, sources, results], slider, api_visibility="private")
     divide.input(
         lambda share: gr.ImageSlider(slider_position=share), divide, slider, queue=False, show_progress="hidden",
-        api_visibility="private",
+        trigger_mode="always_last", api_visibility="private",
     )  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def test_purify(page: sync_api.Page, tmp_path: Path) -> None:
     for _ in range(10):
         page.keyboard.press("ArrowRight")
     page.wait_for_function(
-        "() => parseFloat(document.querySelector('.slider img.fixed').style.clipPath.split(' ')[3]) > 52"
+        "() => parseFloat(document.querySelector('.slider img.fixed').style.clipPath.split(' ')[3]) > 55"
     )
     keep(page, "purify")
 

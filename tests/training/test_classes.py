@@ -243,9 +243,9 @@ def test_evaluation_of_clips(name: str, clips: tuple[Path, int], tmp_path: Path)
     assert {attack for attack, _ in measured} == {*(set(attacks) - {"noise", "sds"}), "gaussian-noise"}
     assert {"warping-error", "flicker", "latent-travel", "rfid"} <= {metric for _, metric in measured}
     assert measured["uvcg", "latent-share"] > 0
-    # Two steps of a local search: on random networks they may reach as far from a smaller set.
-    assert measured["pgd-10", "psnr"] < measured["pgd-10-first", "psnr"] + 0.1
-    assert max(measured["pgd-10", "psnr"], measured["pgd-10-first", "psnr"]) < measured["clean", "psnr"]
+    assert measured["pgd-10", "psnr"] < measured["clean", "psnr"]
+    # Two steps in a random network: those on one frame may do nothing, and those on all reach no further.
+    assert measured["pgd-10", "psnr"] - 0.1 < measured["pgd-10-first", "psnr"] < measured["clean", "psnr"] + 0.1
     report = (tmp_path / "out/report.md").read_text()
     clip = load_validation_images(
         DataSource(validation_data_dir=str(folder), num_frames=count), num_images=2, resolution=32
