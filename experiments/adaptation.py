@@ -19,12 +19,12 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 
 from experiments.runner import WEIGHTS
+from miniature.diffusion import scaled_latents
 from miniature.measure_world import UNSEEN_SEED, measure_diffusion
-from miniature.scene_set import SceneSet, scene_set
+from miniature.scene_set import scene_set
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
 from srl_utils.files import read_json, write_text_atomically
 from srl_utils.metrics.features import load_image_classifier
-from srl_utils.vae.latents import LatentScale
 
 ADAPTED, ANEW = "adapted", "anew"
 LEARNING_RATES = {ADAPTED: 3e-4, ANEW: 1e-3}
@@ -43,7 +43,7 @@ def main() -> None:
         scene_set(args.work_dir, seed=seed, count=count)
         for seed, count in ((0, args.num_scenes), (UNSEEN_SEED, args.num_images), (UNSEEN_SEED + 1, args.num_images))
     )
-    latents = scaled_latents(vae, scenes)
+    latents = scaled_latents(vae, scenes, args.output_dir / "latents.safetensors").to(device, torch.float32)
     measure = partial(
         measure_diffusion, classifier=classifier, prompts=prompts, fresh=fresh, steps=INFERENCE_STEPS, guidance=GUIDANCE
     )
@@ -95,14 +95,6 @@ def with_denoiser(
 def replaced(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """Return a pipeline with another denoiser and the same other parts."""
     return StableDiffusionPipeline(**{**pipeline.components, "unet": unet}, requires_safety_checker=False)
-
-
-@torch.no_grad()
-def scaled_latents(vae: AutoencoderKL, scenes: SceneSet) -> Tensor:
-    """Return the latents of all scenes at the denoiser's scale, `[N,C,h,w]`."""
-    batches = torch.arange(len(scenes.captions)).split(64)
-    means = [vae.encode(scenes.pixels(batch).to(vae.device)).latent_dist.mean for batch in batches]
-    return LatentScale.of(vae).scale(torch.cat(means))
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,7 +4,7 @@
 function order(kind, direction) {
   const sign = direction === "ascending" ? 1 : -1;
   return (a, b) => {
-    if (a.value === "" || b.value === "") return (a.value === "") - (b.value === ""); // what is missing comes last
+    if (a.value === "" || b.value === "") return (a.value === "") - (b.value === ""); // empty cells come last
     return sign * (kind === "number" ? a.value - b.value : a.value.localeCompare(b.value, undefined, { numeric: true }));
   };
 }
