@@ -104,8 +104,12 @@ miniature: $(VENV)/.installed-test
 	$(RUN) python -m miniature.build diffusion
 	$(RUN) python -m miniature.measure_world
 
+# The paper's experiments, then its open questions.
 paper: $(VENV)/.installed-test
 	$(RUN) python -m experiments.paper
+	$(RUN) python -m experiments.tokens
+	$(RUN) python -m experiments.compatibility
+	$(RUN) python -m experiments.clips
 
 paper-quick: $(VENV)/.installed-test
 	$(RUN) python -m experiments.paper --quick --output_dir outputs/paper-quick

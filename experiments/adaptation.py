@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -48,51 +48,49 @@ def main() -> None:
         measure_diffusion, classifier=classifier, prompts=prompts, fresh=fresh, steps=INFERENCE_STEPS, guidance=GUIDANCE
     )
     for start, numbers in ((ADAPTED, args.steps), (ANEW, args.steps_anew)):
-        for steps in numbers:
-            path = args.output_dir / f"{start}-{steps}.json"
-            if not path.exists():
-                taught = with_denoiser(pipeline, start, steps, latents, scenes.captions, args)
-                write_text_atomically(path, json.dumps(measured(measure, taught), indent=1) + "\n")
-                print(f"{path.stem}: {read_json(path)}", flush=True)
+        files = {steps: args.output_dir / f"{start}-{steps}.json" for steps in numbers}
+        missing = {steps: path for steps, path in files.items() if not path.exists()}
+        if missing:
+            teach(pipeline, start, missing, latents, scenes.captions, measure, args)
 
 
-def measured(
-    measure: Callable[[StableDiffusionPipeline], dict[str, float]], pipeline: StableDiffusionPipeline
-) -> dict[str, float]:
-    """Return FID and share of images as prompted, by name."""
-    values = measure(pipeline)
-    return {name: values[name] for name in MEASURES}
-
-
-def with_denoiser(
+def teach(
     pipeline: StableDiffusionPipeline,
     start: str,
-    steps: int,
+    files: Mapping[int, Path],
     latents: Tensor,
     captions: list[str],
+    measure: Callable[[StableDiffusionPipeline], dict[str, float]],
     args: argparse.Namespace,
-) -> StableDiffusionPipeline:
-    """Return the pipeline with a denoiser that was taught `latents`.
+) -> None:
+    """Teach a denoiser `latents`, and write what it generates on the way.
 
     Args:
         pipeline: keeps its own denoiser.
         start: `ADAPTED` begins with the pipeline's denoiser, `ANEW` with random weights.
-        steps: of the training.
+        files: the measures after each of these numbers of steps; 0 is the start.
         latents: `[N,C,h,w]` at the denoiser's scale.
         captions: of the images.
+        measure: measures what a pipeline generates.
         args: `batch_size` and `seed`.
     """
-    first = pipeline
+
+    def keep(steps: int, unet: UNet2DConditionModel) -> None:
+        if steps in files:
+            values = measure(with_denoiser(pipeline, unet))
+            write_text_atomically(files[steps], json.dumps({name: values[name] for name in MEASURES}, indent=1) + "\n")
+            print(f"{files[steps].stem}: {read_json(files[steps])}", flush=True)
+
+    unet = pipeline.unet
     if start == ANEW:
         torch.manual_seed(args.seed)
-        first = replaced(pipeline, UNet2DConditionModel.from_config(pipeline.unet.config).to(pipeline.device))
-    if not steps:
-        return first
-    config = FinetuningConfig(num_steps=steps, batch_size=args.batch_size, learning_rate=LEARNING_RATES[start])
-    return replaced(pipeline, finetune(first, latents, captions, config, seed=args.seed))
+        unet = UNet2DConditionModel.from_config(unet.config).to(pipeline.device)
+    keep(0, unet)
+    config = FinetuningConfig(num_steps=max(files), batch_size=args.batch_size, learning_rate=LEARNING_RATES[start])
+    finetune(with_denoiser(pipeline, unet), latents, captions, config, seed=args.seed, after_step=keep)
 
 
-def replaced(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+def with_denoiser(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """Return a pipeline with another denoiser and the same other parts."""
     return StableDiffusionPipeline(**{**pipeline.components, "unet": unet}, requires_safety_checker=False)
 

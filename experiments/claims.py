@@ -44,18 +44,35 @@ class Results:
 
     @classmethod
     def read(cls, *paths: Path) -> Results:
-        """Read the `results.json` of each evaluation."""
+        """Read the `results.json` of each evaluation. On several data sets, attacks are named `faces: clean`."""
         rows = [row for path in paths for row in read_json(path)]
-        return cls({(row["vae"], row["attack"], row["threat_model"], row["metric"]): row["value"] for row in rows})
+        return cls({
+            (row["vae"], on_data_set(row.get("dataset"), row["attack"]), row["threat_model"], row["metric"]): row["value"]
+            for row in rows
+        })  # fmt: skip
 
     def of(self, variant: str, attack: str, threat: str, metric: str) -> list[float]:
         """Return one value for each training seed of a variant; an empty list if it was not measured."""
         named = (self.values.get((trained_name(variant, seed), attack, threat, metric)) for seed in range(10))
         return [value for value in named if value is not None]
 
+    def on(self, data_set: str) -> Results:
+        """Return the results on one of several data sets, with the attacks' own names."""
+        prefix = on_data_set(data_set, "")
+        return Results({
+            (vae, attack.removeprefix(prefix), *setting): value
+            for (vae, attack, *setting), value in self.values.items()
+            if attack.startswith(prefix)
+        })  # fmt: skip
+
     def edits_under(self, attack: str) -> list[str]:
         """Return the names of all edits of images under an attack, such as `advdm, img2img-0.5`."""
         return [name for name in self.attacks if name.partition(", ")[0] == attack and name != attack]
+
+
+def on_data_set(data_set: str | None, attack: str) -> str:
+    """Return the name of an attack on one of several data sets; None if there is only one."""
+    return attack if data_set is None else f"{data_set}: {attack}"
 
 
 @dataclass(frozen=True)

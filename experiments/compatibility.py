@@ -26,7 +26,7 @@ from experiments.adaptation import ADAPTED, ANEW, MEASURES
 from experiments.claims import ORIGINAL, Results, spread, trained_name
 from experiments.figures import with_legend
 from experiments.plan import SCENES, TRAINING_SCENES
-from experiments.runner import WEIGHTS, Runner, experiment_parser, machine
+from experiments.runner import WEIGHTS, Module, Runner, experiment_parser, machine
 from srl_utils.evaluation.motion import TRAVEL
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
 from srl_utils.evaluation.report.figures import STYLE, save
@@ -36,7 +36,6 @@ from srl_utils.files import read_json, write_text_atomically
 from srl_utils.vae.loading import WEIGHTS_NAME
 
 ENCODER = "encoder"
-ENCODER_FLAGS = ["--recipe", "fast", "--pgd_steps", 3, "--pgd_step_size", "4/255"]
 AS_GOOD = 1.1
 """A diffusion model is as good as before if its FID is at most so many times that with the original."""
 
@@ -45,14 +44,14 @@ class Way(NamedTuple):
     """A way to a robust autoencoder."""
 
     steps: int
-    whole: Sequence[object] | None = None
-    """Flags of `experiments.whole_training`; None is the method."""
+    flags: Sequence[object]
+    """Of the training script for the encoder alone, else of `experiments.whole_training`."""
     clean_share: float = 0.0
     """Share of the steps before the attack begins."""
 
 
 WAYS = {
-    ENCODER: Way(850),
+    ENCODER: Way(850, ["--recipe", "fast", "--pgd_steps", 3, "--pgd_step_size", "4/255"]),
     "encoder and decoder": Way(600, ["--vae", WEIGHTS / "vae"]),
     "from nothing": Way(4_700, ["--learning_rate", "2e-3"]),
     "from nothing, clean first": Way(6_800, ["--learning_rate", "2e-3"], clean_share=0.5),
@@ -74,6 +73,7 @@ class Scale:
         anew: numbers of steps with which one is trained anew, for the first seed.
         taught: scenes that the denoiser sees.
         generated: images that it generates.
+        torch_compile: whether to compile where encoder and decoder are trained.
     """
 
     steps: float
@@ -85,15 +85,17 @@ class Scale:
     anew: Sequence[int]
     taught: int
     generated: int
+    torch_compile: bool
 
 
 FULL = Scale(
     steps=1, seeds=3, training_scenes=4000, images=32, attack_steps=50, adapted=(0, 30, 100, 300, 1000),
-    anew=(300, 1000, 3000), taught=4000, generated=256,
+    anew=(300, 1000, 3000), taught=4000, generated=256, torch_compile=True,
 )  # fmt: skip
 QUICK = Scale(
-    steps=0.01, seeds=1, training_scenes=64, images=4, attack_steps=5, adapted=(0, 2), anew=(2,), taught=64, generated=8
-)
+    steps=0.01, seeds=1, training_scenes=64, images=4, attack_steps=5, adapted=(0, 2), anew=(2,), taught=64, generated=8,
+    torch_compile=False,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -104,14 +106,15 @@ def main() -> None:
     run = Runner(args.output_dir, WEIGHTS / "vae", title="compatibility", num_calls=2 * len(names) + 5)
     run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1)
     run.scenes(SCENES, scale.images, seed=0)
-    for way in WAYS:
-        for seed in range(scale.seeds):
-            train(run, way, seed, scale)
+    for seed in range(scale.seeds):
+        train_encoder(run, seed, scale)
+    run.modules(
+        [whole_training(run, way, seed, scale) for seed in range(scale.seeds) for way in WAYS if way != ENCODER]
+    )
     data = ["--data_dir", args.output_dir / SCENES, "--num_images", scale.images]
     run.evaluate("reconstruction", "reconstruction", names, [*data, *reconstruction_flags(scale)])
     run.evaluate("smoothness", "geometry", names, [*data, "--parts", "smoothness"])
-    for name in (ORIGINAL, *names):
-        adapt(run, name, scale)
+    run.modules([adaptation_to(run, name, scale) for name in (ORIGINAL, *names)])
     run.bar.close()
     keep_adaptation(run, [ORIGINAL, *names])
     reconstruction, smoothness, adaptation = (
@@ -127,36 +130,40 @@ def main() -> None:
     print(text)
 
 
-def train(run: Runner, way: str, seed: int, scale: Scale) -> None:
-    """Train the autoencoder of a way and a seed."""
-    name, planned = trained_name(way, seed), WAYS[way]
-    steps = max(2, round(scale.steps * planned.steps))
-    if planned.whole is None:
-        data = ["--train_data_dir", run.folder / TRAINING_SCENES]
-        run.train(name, [*data, *ENCODER_FLAGS, "--max_train_steps", steps, "--seed", seed], num_validation=1)
-        return
-    run.module(
-        f"train {name}", "experiments.whole_training",
-        [
-            *planned.whole, "--steps", steps, "--clean_steps", round(planned.clean_share * steps), "--seed", seed,
-            "--num_scenes", scale.training_scenes, "--output_dir", run.vae(name),
-        ],
-        done=run.vae(name) / WEIGHTS_NAME,
-    )  # fmt: skip
+def train_encoder(run: Runner, seed: int, scale: Scale) -> None:
+    """Train the encoder of a seed alone, near the original."""
+    steps = scaled_steps(ENCODER, scale)
+    data = ["--train_data_dir", run.folder / TRAINING_SCENES]
+    flags = [*data, *WAYS[ENCODER].flags, "--max_train_steps", steps, "--seed", seed]
+    run.train(trained_name(ENCODER, seed), flags, num_validation=1)
 
 
-def adapt(run: Runner, name: str, scale: Scale) -> None:
-    """Teach the denoiser an autoencoder's latents, and measure what it generates; train one anew for the first seed alone."""
+def whole_training(run: Runner, way: str, seed: int, scale: Scale) -> Module:
+    """Return the training of encoder and decoder, in one of the other ways."""
+    name, steps = trained_name(way, seed), scaled_steps(way, scale)
+    flags = [
+        *WAYS[way].flags, "--steps", steps, "--clean_steps", round(WAYS[way].clean_share * steps), "--seed", seed,
+        "--num_scenes", scale.training_scenes, *(["--torch_compile"] if scale.torch_compile else []),
+        "--output_dir", run.vae(name),
+    ]  # fmt: skip
+    return Module(f"train {name}", "experiments.whole_training", flags, run.vae(name) / WEIGHTS_NAME)
+
+
+def scaled_steps(way: str, scale: Scale) -> int:
+    """Return the steps of a training."""
+    return max(2, round(scale.steps * WAYS[way].steps))
+
+
+def adaptation_to(run: Runner, name: str, scale: Scale) -> Module:
+    """Return the teaching of the denoiser with an autoencoder's latents; one is trained anew for the first seed alone."""
     anew = scale.anew if name in (ORIGINAL, *WAYS) else ()
     folder = adaptation_folder(run, name)
-    run.module(
-        f"adapt to {name}", "experiments.adaptation",
-        [
-            "--vae", run.vae(name), "--steps", *scale.adapted, "--steps_anew", *anew, "--num_scenes", scale.taught,
-            "--num_images", scale.generated, "--work_dir", run.folder / "taught", "--output_dir", folder,
-        ],
-        done=folder / (f"{ANEW}-{anew[-1]}.json" if anew else f"{ADAPTED}-{scale.adapted[-1]}.json"),
-    )  # fmt: skip
+    flags = [
+        "--vae", run.vae(name), "--steps", *scale.adapted, "--steps_anew", *anew, "--num_scenes", scale.taught,
+        "--num_images", scale.generated, "--work_dir", run.folder / "taught", "--output_dir", folder,
+    ]  # fmt: skip
+    last = f"{ANEW}-{anew[-1]}.json" if anew else f"{ADAPTED}-{scale.adapted[-1]}.json"
+    return Module(f"adapt to {name}", "experiments.adaptation", flags, folder / last)
 
 
 def adaptation_folder(run: Runner, name: str) -> Path:

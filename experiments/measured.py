@@ -12,6 +12,8 @@ from pathlib import Path
 
 from experiments.claims import Results
 from experiments.runner import ROOT
+from srl_utils.evaluation.perturbations import CLEAN, NO_THREAT
+from srl_utils.evaluation.timings import Timings
 from srl_utils.files import read_json, write_text_atomically
 
 MEASURED = ROOT / "docs/measured"
@@ -32,18 +34,29 @@ def main() -> None:
 def summary(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Return the values of each evaluation in `folder`, by VAE and by attack, threat model and metric.
 
+    Seconds per image are kept as a metric of clean images: `seconds of encoders` and `seconds of purifiers`, by their names.
+
     Raises:
         SystemExit: if the folder has no results.
     """
-    found = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/results.json"))}
+    found = {path.parent.name: Results.read(path) for path in sorted(folder.glob("*/results.json"))}
     if not found:
         raise SystemExit(f"{folder} has no results; run its experiment first, such as `make {folder.name}`")
     parts: dict[str, dict[str, dict[str, float]]] = {}
-    for name, rows in found.items():
-        for row in rows:
-            setting = " | ".join((row["attack"], row["threat_model"], row["metric"]))
-            parts.setdefault(name, {}).setdefault(setting, {})[row["vae"]] = float(f"{row['value']:.{DIGITS}g}")
+    for name, results in found.items():
+        for (vae, *setting), value in results.values.items():
+            parts.setdefault(name, {}).setdefault(" | ".join(setting), {})[vae] = rounded(value)
+    for path in sorted(folder.glob("*/timings.json")):
+        timings = Timings(**read_json(path))
+        for kind, seconds in (("encoders", timings.encoders), ("purifiers", timings.purifiers)):
+            setting = " | ".join((CLEAN.name, NO_THREAT, f"seconds of {kind}"))
+            parts[path.parent.name][setting] = {name: rounded(value) for name, value in seconds.items()}
     return parts
+
+
+def rounded(value: float) -> float:
+    """Return `value` with as many significant digits as are kept."""
+    return float(f"{value:.{DIGITS}g}")
 
 
 def as_text(parts: dict[str, dict[str, dict[str, float]]]) -> str:

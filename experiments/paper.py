@@ -3,9 +3,9 @@
     python -m experiments.paper --quick                # make paper-quick
     python -m experiments.paper                        # make paper
 
-The command trains the variants of the ablations and the controls, evaluates them (reconstruction, generation, editing and
-poisoning), and judges each claim of the paper; `experiments/plan.py` lists them. Finished trainings and evaluations are
-kept, so the command can be interrupted and repeated.
+The command trains the variants of the ablations and the controls, evaluates them (reconstruction, generation, editing,
+poisoning, geometry and unseen data), and judges each claim of the paper; `experiments/plan.py` lists them. Finished
+trainings and evaluations are kept, so the command can be interrupted and repeated.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from datetime import date
 from pathlib import Path
 
 from experiments.claims import (
+    CONTROL,
     ORIGINAL,
     ROBUST,
     Claim,
     Results,
     closeness_claim,
     compared,
+    decibels_won_back,
     edits_claims,
+    percent,
     poison_claim,
     spread,
     trained_name,
@@ -35,10 +38,13 @@ from experiments.plan import (
     COSTLY_ATTACK,
     COSTLY_EDITING,
     FULL,
+    LEAVES,
     PARTS,
     QUICK,
     SCENES,
     TRAINING_SCENES,
+    UNSEEN,
+    UNSEEN_SETS,
     VARIANTS,
     Evaluation,
     Scale,
@@ -46,7 +52,7 @@ from experiments.plan import (
     training_flags,
 )
 from experiments.runner import WEIGHTS, Runner, experiment_parser, machine
-from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
+from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.files import write_text_atomically
 
@@ -60,10 +66,11 @@ def main() -> None:
     planned = evaluations(scale, args.output_dir)
     trainings = [(name, seed) for name, variant in VARIANTS.items() for seed in range(min(scale.seeds, variant.seeds))]
     run = Runner(
-        args.output_dir, WEIGHTS / "vae", title="paper", num_calls=2 + len(trainings) + len(planned)
+        args.output_dir, WEIGHTS / "vae", title="paper", num_calls=3 + len(trainings) + len(planned)
     )  # fmt: skip
     run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1)
     run.scenes(SCENES, max(scale.images, scale.poisoned_set), seed=0)
+    run.leaves(LEAVES, scale.unseen, seed=0)
     for name, seed in trainings:
         run.train(trained_name(name, seed), training_flags(name, scale, args.output_dir, seed=seed))
     shared = ["--data_dir", args.output_dir / SCENES, "--seed", args.seed]
@@ -122,7 +129,11 @@ def report(results: Mapping[str, Results], claims: Sequence[Claim], scale: Scale
         seed: of the evaluations.
         minutes: that all commands took.
     """
-    tables = [f"## {heading}\n\n{results_table(results[part])}" for part, heading in PARTS.items() if part in results]
+    apgd = f"apgd-{scale.unseen_steps}"
+    shown = {
+        part: data_sets_table(each, apgd) if part == UNSEEN else results_table(each) for part, each in results.items()
+    }
+    tables = [f"## {heading}\n\n{shown[part]}" for part, heading in PARTS.items() if part in shown]
     return REPORT.format(
         machine=machine(),
         date=date.today().isoformat(),
@@ -140,6 +151,23 @@ def results_table(results: Results) -> str:
     variants = [ORIGINAL, *(name for name in VARIANTS if any(results.of(name, *setting) for setting in settings))]
     lines = [[*setting, *(spread(results.of(variant, *setting)) for variant in variants)] for setting in settings]
     return markdown_table([["images", "threat model", "metric", *variants], *lines])
+
+
+def data_sets_table(results: Results, attack: str) -> str:
+    """Return a line for each data set: clean PSNR, and the share of the PSNR under an attack that is won back."""
+    titles = [
+        "images",
+        *(f"{name} (dB)" for name in (ORIGINAL, CONTROL, ROBUST)),
+        "control: won back (%)",
+        "robust: won back (%)",
+    ]
+    lines = []
+    for data_set in (*UNSEEN_SETS, SCENES, LEAVES):
+        found = results.on(data_set)
+        clean = [spread(found.of(name, CLEAN.name, NO_THREAT, "psnr")) for name in (ORIGINAL, CONTROL, ROBUST)]
+        won = [spread(percent(decibels_won_back(found, name, attack))) for name in (CONTROL, ROBUST)]
+        lines.append([data_set, *clean, *won])
+    return markdown_table([titles, *lines])
 
 
 REPORT = """# The paper's experiments on the miniature world

@@ -10,8 +10,12 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
+from types import MappingProxyType
 
 import torch
 
@@ -26,6 +30,23 @@ BATCH = 8
 """Images of a training step, and the largest number of processes; on a CPU, each needs about 2 GB."""
 LONGEST_LINE = 60
 """Characters of a command's output beside the progress bar."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of the repository that is run.
+
+    Attributes:
+        title: of the bar.
+        name: of the module.
+        flags: of its command.
+        done: file that it writes last; if it exists, nothing is run.
+    """
+
+    title: str
+    name: str
+    flags: Sequence[object]
+    done: Path
 
 
 class Runner:
@@ -46,26 +67,46 @@ class Runner:
         if not (original / CONFIG_NAME).exists():
             raise SystemExit(f"{original} holds no VAE; build it first: python -m miniature.build {original.name}")
         self.folder, self.original = folder, original
+        self._lock = Lock()  # of the file with times: modules run side by side
         folder.mkdir(parents=True, exist_ok=True)
         self.bar = progress_bar(num_calls, desc=title, unit="part")
+
+    def leaves(self, name: str, count: int, *, seed: int) -> None:
+        """Draw dead leaves into the folder `name`, unless they exist."""
+        self._draw(name, count, ["--kind", "dead-leaves", "--seed", seed], last=f"{count - 1:05d}.png")
 
     def scenes(self, name: str, count: int, *, seed: int, num_frames: int = 1) -> None:
         """Draw scenes, or clips of moving ones, into the folder `name`, unless they exist."""
         last = "metadata.jsonl" if num_frames == 1 else f"{count - 1:05d}/{num_frames - 1:03d}.png"
+        self._draw(name, count, ["--num_frames", num_frames, "--seed", seed], last=last)
+
+    def _draw(self, name: str, count: int, flags: Sequence[object], *, last: str) -> None:
         if (self.folder / name / last).exists():
             self.bar.update()
             return
         self._call(
-            name, "-m", "miniature.draw", "--num_images", count, "--num_frames", num_frames, "--seed", seed,
-            "--output_dir", self.folder / name,
+            name, "-m", "miniature.draw", "--num_images", count, *flags, "--output_dir", self.folder / name
         )  # fmt: skip
 
-    def module(self, title: str, name: str, flags: Sequence[object], *, done: Path) -> None:
-        """Run a module of the repository, unless the file `done`, which it writes last, exists."""
-        if done.exists():
+    def modules(self, modules: Sequence[Module]) -> None:
+        """Run modules side by side, as many as there are cores, with one thread each.
+
+        Raises:
+            SystemExit: if one fails; those that run then are finished, and no further ones are started.
+        """
+        with ThreadPoolExecutor(num_processes(len(modules))) as pool:
+            running = [pool.submit(self._module, module) for module in modules]
+            try:
+                for each in as_completed(running):
+                    each.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _module(self, module: Module) -> None:
+        if module.done.exists():
             self.bar.update()
-            return
-        self._call(title, "-m", name, *flags)
+        else:
+            self._call(module.title, "-m", module.name, *module.flags, environment={"OMP_NUM_THREADS": "1"})
 
     def train(self, name: str, flags: Sequence[object], *, num_images: int = BATCH, num_validation: int = 2) -> None:
         """Train the VAE `name` at 64 px, unless it exists.
@@ -120,11 +161,11 @@ class Runner:
         """Return the folder of a VAE."""
         return self.original if name == ORIGINAL else self.folder / "vaes" / re.sub(r"\W+", "-", name)
 
-    def _call(self, title: str, *command: object) -> None:
+    def _call(self, title: str, *command: object, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         started = time.time()
         self.bar.set_description_str(title)
         try:
-            code = self._run([sys.executable, *map(str, command)])
+            code = self._run([sys.executable, *map(str, command)], environment)
         finally:
             self._add_time(title, started)  # of interrupted commands too, which later go on where they were
         self.bar.set_postfix_str("", refresh=False)
@@ -132,12 +173,18 @@ class Runner:
         if code:
             raise SystemExit(f"{title} failed with exit code {code}; see {self.folder / 'log.txt'}")
 
-    def _run(self, words: Sequence[str]) -> int:
+    def _run(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
         """Run a command, show its last line beside the bar, and return its exit code."""
         with (
             (self.folder / "log.txt").open("a", encoding="utf-8") as log,
             subprocess.Popen(
-                words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+                words,
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
             ) as child,
         ):
             for line in child.stdout:  # each update of a progress bar is a line
@@ -147,9 +194,10 @@ class Runner:
             return child.wait()
 
     def _add_time(self, title: str, started: float) -> None:
-        seconds = self.seconds()
-        seconds[title] = seconds.get(title, 0) + round(time.time() - started)
-        write_text_atomically(self._times, json.dumps(seconds, indent=1))
+        with self._lock:
+            seconds = self.seconds()
+            seconds[title] = seconds.get(title, 0) + round(time.time() - started)
+            write_text_atomically(self._times, json.dumps(seconds, indent=1))
 
     @property
     def _times(self) -> Path:

@@ -9,6 +9,7 @@ The loss is the error of reconstructions of attacked scenes; nothing keeps the l
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from srl_utils.attacks.draws import image_generators
 from srl_utils.attacks.gradient import PGDConfig, pgd
 from srl_utils.evaluation.tasks.finetuning import draw_numbers
 from srl_utils.metrics.losses import mean_squared_error
+from srl_utils.vae.layers import with_compilable_layers
 from srl_utils.vae.networks import frozen
 
 ATTACK = PGDConfig(epsilon=8 / 255, step_size=4 / 255, num_steps=3, random_start=True)
@@ -37,17 +39,45 @@ def main() -> None:
     scenes = scene_set(args.output_dir / "scenes", seed=args.scenes_seed, count=args.num_scenes)
     settings = Settings(
         work_dir=args.output_dir / "state", steps=args.steps, batch_size=args.batch_size, seed=args.seed,
-        learning_rate=args.learning_rate, device="cuda" if torch.cuda.is_available() else "cpu", torch_compile=False,
+        learning_rate=args.learning_rate, device="cuda" if torch.cuda.is_available() else "cpu",
+        torch_compile=args.torch_compile,
     )  # fmt: skip
     settings.work_dir.mkdir(parents=True, exist_ok=True)
-    loss = partial(robust_loss, scenes=scenes, settings=settings, clean_steps=args.clean_steps)
-    vae = train(vae.to(settings.device), loss, "autoencoder.pt", settings)
+    if settings.torch_compile:
+        with_compilable_layers(vae)
+    loss = partial(
+        robust_loss, scenes=scenes, settings=settings, clean_steps=args.clean_steps,
+        reconstruct=settings.compiled(reconstruction),
+    )  # fmt: skip
+    vae = train(vae.to(settings.device, memory_format=torch.channels_last), loss, "autoencoder.pt", settings)
     vae.register_to_config(scaling_factor=scaling_factor(vae, scenes))
     vae.save_pretrained(args.output_dir)
 
 
-def robust_loss(vae: AutoencoderKL, step: int, *, scenes: SceneSet, settings: Settings, clean_steps: int) -> Tensor:
-    """Return the mean squared error of a batch's reconstructions, attacked from step `clean_steps` on."""
+def reconstruction(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Return the reconstructions from the means of the posteriors, `[N,3,H,W]`."""
+    return vae.decode(vae.encode(images).latent_dist.mean).sample.float()
+
+
+def robust_loss(
+    vae: AutoencoderKL,
+    step: int,
+    *,
+    scenes: SceneSet,
+    settings: Settings,
+    clean_steps: int,
+    reconstruct: Callable[[AutoencoderKL, Tensor], Tensor] = reconstruction,
+) -> Tensor:
+    """Return the mean squared error of a batch's reconstructions, attacked from step `clean_steps` on.
+
+    Args:
+        vae: the autoencoder.
+        step: of the training; it decides the scenes and the attack's start.
+        scenes: to train on.
+        settings: batch size, seed and device.
+        clean_steps: first steps without an attack.
+        reconstruct: `reconstruction`, or the same compiled.
+    """
     numbers = draw_numbers(settings.seed, step, batch_size=settings.batch_size, out_of=len(scenes.captions))
     images = scenes.pixels(numbers).to(settings.device)
     shown = images
@@ -55,15 +85,10 @@ def robust_loss(vae: AutoencoderKL, step: int, *, scenes: SceneSet, settings: Se
         positions = range(step * settings.batch_size, (step + 1) * settings.batch_size)
         with frozen(vae):
             shown = pgd(
-                lambda attacked: mean_squared_error(reconstruction(vae, attacked), images),
+                lambda attacked: mean_squared_error(reconstruct(vae, attacked), images),
                 images, ATTACK, generators=image_generators(settings.seed, positions),
             )  # fmt: skip
-    return mean_squared_error(reconstruction(vae, shown), images).mean()
-
-
-def reconstruction(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Return the reconstructions from the means of the posteriors, `[N,3,H,W]`."""
-    return vae.decode(vae.encode(images).latent_dist.mean).sample
+    return mean_squared_error(reconstruct(vae, shown), images).mean()
 
 
 @torch.no_grad()
@@ -85,6 +110,7 @@ def parse_args() -> argparse.Namespace:
     add("--num_scenes", type=int, default=1000)
     add("--scenes_seed", type=int, default=1, help="of the training scenes")
     add("--seed", type=int, default=0)
+    add("--torch_compile", action="store_true", help="needs a C++ compiler on the CPU")
     add("--output_dir", type=Path, required=True)
     return parser.parse_args()
 

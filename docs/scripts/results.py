@@ -16,7 +16,8 @@ from statistics import mean, stdev
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.claims import ORIGINAL, Results, damage, decibels_won_back, mean_of, won_back
+from experiments.claims import ORIGINAL, Results, damage, decibels_won_back, defence_of, mean_of, won_back
+from experiments.defences import PROTECTIONS
 from experiments.measured import MEASURED, load_measured
 from srl_utils.evaluation.perturbations import CLEAN, NO_THREAT
 from srl_utils.files import write_text_atomically
@@ -67,6 +68,17 @@ def edits(results: Results, vae: str, attack: str, threat: str, metric: str, dec
     return spread(mean_of([each for each in values if each]), decimals)
 
 
+def harm(results: Results, name: str) -> str:
+    """Return the FID of edits of clean images by a defence, mean of the edits."""
+    return spread(defence_of(results, name, PROTECTIONS).harm)
+
+
+def won_edits(results: Results, name: str, threat: str) -> str:
+    """Return the share of the protections' damage to edits that a defence wins back, in percent; "-" if it was not tried."""
+    won = defence_of(results, name, PROTECTIONS).won[threat]
+    return spread(won, 0, "%") if won else NOT_MEASURED
+
+
 def clip_lost(results: Results, attack: str, threat: str) -> str:
     """Return what an attack takes from the CLIP similarity of the original's edits with the prompt, mean of the edits."""
     clean, harmed = (
@@ -101,7 +113,7 @@ def page() -> str:
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    functions = (of, mean_only, won, won_decibels, edits, clip_lost, shown, lost_to_poisons, together)
+    functions = (of, mean_only, won, won_decibels, edits, harm, won_edits, clip_lost, shown, lost_to_poisons, together)
     environment.globals.update({function.__name__: function for function in functions})
     measured = {path.stem: load_measured(path.stem) for path in MEASURED.glob("*.json")}
     return environment.get_template("results.md.jinja").render(**measured)

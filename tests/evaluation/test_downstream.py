@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from helpers.runs import ROOT, build_tiny_vae
 from helpers.small_pipelines import SIZE, build_pipeline, small_vae
 from helpers.small_text_encoder import add_text_encoders
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,6 +41,7 @@ from srl_utils.evaluation.tasks.editing import (
 )
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
 from srl_utils.evaluation.tasks.generation import largest_difference
+from srl_utils.evaluation.tasks.learning import changed_weights
 from srl_utils.evaluation.tasks.poisoning import Poison, divide, doses, poisoning
 from srl_utils.images.pixels import from_pil, to_model_range, to_pil, to_unit_range
 from srl_utils.metrics.features import FEATURE_SIMILARITY
@@ -228,10 +230,11 @@ def test_the_bar_moves_with_every_step_of_a_denoiser(pipe, codec, images) -> Non
 # --- fine-tuning and poisons ----------------------------------------------------------------------------
 
 
-def trained(pipe: StableDiffusionPipeline, **config) -> dict[str, Tensor]:
+def trained(pipe: StableDiffusionPipeline, *, after_step=lambda step, unet: None, **config) -> dict[str, Tensor]:
     settings = {"num_steps": 3, "batch_size": 2, "learning_rate": 1e-3, **config}
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return finetune(pipe, latents, ["a", "b", "c"], FinetuningConfig(**settings), seed=0).state_dict()
+    unet = finetune(pipe, latents, ["a", "b", "c"], FinetuningConfig(**settings), seed=0, after_step=after_step)
+    return unet.state_dict()
 
 
 def test_finetuning_leaves_the_pipeline_alone(pipe) -> None:
@@ -244,6 +247,21 @@ def test_finetuning_leaves_the_pipeline_alone(pipe) -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in trained(pipe, learning_rate=0.0).items())
 
 
+def test_a_denoiser_on_the_way_is_that_of_a_shorter_training(pipe) -> None:
+    """Oracle: trainings of as many steps, to the last bit; looking changes nothing."""
+    seen = {}
+
+    def look(step: int, unet: UNet2DConditionModel) -> None:
+        torch.rand(1)
+        seen[step] = {name: weight.clone() for name, weight in unet.state_dict().items()}
+
+    last = trained(pipe, after_step=look)
+    for steps, weights in seen.items():
+        alone = trained(pipe, num_steps=steps)
+        assert all(torch.equal(weight, alone[name]) for name, weight in weights.items())
+    assert list(seen) == [1, 2, 3] and all(torch.equal(weight, last[name]) for name, weight in seen[3].items())
+
+
 def test_adapters_change_the_attention_alone(pipe) -> None:
     """Oracle: the names of the weights; merged, they are those of a plain UNet again."""
     pytest.importorskip("peft")
@@ -252,6 +270,17 @@ def test_adapters_change_the_attention_alone(pipe) -> None:
     assert after.keys() == before.keys()
     changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert changed and all(any(part in name for part in ("to_q", "to_k", "to_v", "to_out.0")) for name in changed)
+
+
+def test_weights_that_did_not_change_are_not_stored(pipe) -> None:
+    """Oracle: the fine-tuned UNet, which the original's weights and the stored ones make up again."""
+    pytest.importorskip("peft")
+    config = FinetuningConfig(num_steps=2, batch_size=2, learning_rate=1e-1, lora_rank=2)
+    unet = finetune(pipe, torch.randn(2, 4, 8, 8), ["a", "b"], config, seed=0)
+    stored = changed_weights(unet, pipe.unet)
+    assert 0 < len(stored) < len(unet.state_dict()) / 2
+    again = pipe.unet.state_dict() | stored
+    assert all(torch.equal(weight, again[name]) for name, weight in unet.state_dict().items())
 
 
 def test_finetuning_learns(pipe) -> None:
@@ -518,6 +547,8 @@ def test_personalisation_command(world, pipe, tmp_path: Path, monkeypatch: pytes
         for metric in (FEATURE_SIMILARITY, "shown", "fid"):
             values = [value for key, value in rows.items() if key[3] == metric]
             assert values == pytest.approx([values[0]] * 6, abs=1e-4)
+    models = [path for path in (tmp_path / "still/finetuning/models").iterdir() if path.suffix != ".lock"]
+    assert models and all(not load_file(path) for path in models)
     assert {captions[0] for _, captions in learnt} == {"a photo of sks ring"}
     assert len(learnt) == 2 * (1 + 2) + 2  # the baseline is attacked once, and the other VAE twice
     pictures = torch.stack([from_pil(Image.open(tmp_path / f"photos/{number}.png")) for number in (0, 2)])

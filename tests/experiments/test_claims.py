@@ -57,6 +57,28 @@ def test_seeds_are_told_apart(results) -> None:
     assert found.of("robust", "clean", "none", "psnr") == [0, 1, 2] and found.of("other", "clean", "none", "psnr") == []
 
 
+def test_data_sets_are_told_apart(tmp_path: Path) -> None:
+    """Oracle: the rows of two data sets, in one file as the evaluation writes them."""
+    rows = [
+        {
+            "dataset": data_set,
+            "vae": ORIGINAL,
+            "attack": attack,
+            "threat_model": "none",
+            "metric": "psnr",
+            "value": value,
+        }
+        for data_set, attack, value in (("faces", "clean", 1.0), ("text", "clean", 2.0), ("text", "jpeg-3", 3.0))
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    found = Results.read(tmp_path / "results.json")
+    assert found.on("faces").values == {(ORIGINAL, "clean", "none", "psnr"): 1.0}
+    assert found.on("text").attacks == ["clean", "jpeg-3"] and found.on("text").of(
+        ORIGINAL, "clean", "none", "psnr"
+    ) == [2]
+    assert not found.on("tex").values
+
+
 def test_what_is_won_back(results) -> None:
     """Oracle: by hand; FID falls to 0, and a similarity rises to that of the original's edits of clean images."""
     found = results(

@@ -71,7 +71,12 @@ def test_the_loss_is_that_of_attacked_scenes(monkeypatch: pytest.MonkeyPatch, tm
 def test_the_flags_parse(scale: compatibility.Scale) -> None:
     """Oracle: the parsers of the commands, which also refuse flags without effect."""
     words = ["--pretrained_model_name_or_path", "vae", "--train_data_dir", "data", "--lpips_weight", "0"]
-    assert train_srl_vae.parse_args([*words, *map(str, compatibility.ENCODER_FLAGS)], environment={}).pgd_steps == 3
+    assert (
+        train_srl_vae.parse_args(
+            [*words, *map(str, compatibility.WAYS[compatibility.ENCODER].flags)], environment={}
+        ).pgd_steps
+        == 3
+    )
     shared = ["--baseline", "vae", "--data_dir", "data", "--num_images", "4"]
     flags = [*shared, *map(str, compatibility.reconstruction_flags(scale))]
     assert evaluation.parse_args(["reconstruction", *flags]).threat_models == ["adaptive"]
@@ -124,17 +129,18 @@ def test_what_denoisers_generate_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("start", [adaptation.ADAPTED, adaptation.ANEW])
 def test_a_denoiser_is_taught(start: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Oracle: the real command on the miniature: a line of measures for each number of steps; a second run measures nothing."""
+    """Oracle: the real command on the miniature: a file of measures for each number of steps; a second run measures nothing."""
     words = [
-        "--vae", compatibility.WEIGHTS / "vae", "--steps", *([0] if start == adaptation.ADAPTED else []), "--steps_anew",
-        *([1] if start == adaptation.ANEW else []), "--num_scenes", 4, "--num_images", 4, "--batch_size", 2,
+        "--vae", compatibility.WEIGHTS / "vae", "--steps", *([0, 1] if start == adaptation.ADAPTED else []), "--steps_anew",
+        *([0, 1] if start == adaptation.ANEW else []), "--num_scenes", 4, "--num_images", 4, "--batch_size", 2,
         "--work_dir", tmp_path / "scenes", "--output_dir", tmp_path / "out",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["adaptation", *map(str, words)])
     monkeypatch.setattr(adaptation, "INFERENCE_STEPS", 2)
     adaptation.main()
-    (path,) = (tmp_path / "out").glob("*.json")
-    values = json.loads(path.read_text())
-    assert values.keys() == {"fid", "shown"} and values["fid"] >= 0 and 0 <= values["shown"] <= 1
+    untaught, taught = (json.loads((tmp_path / f"out/{start}-{steps}.json").read_text()) for steps in (0, 1))
+    assert untaught != taught
+    for values in (untaught, taught):
+        assert values.keys() == {"fid", "shown"} and values["fid"] >= 0 and 0 <= values["shown"] <= 1
     monkeypatch.setattr(adaptation, "measure_diffusion", lambda *_, **__: pytest.fail("measured again"))
     adaptation.main()

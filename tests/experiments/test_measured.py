@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from docs.scripts import results as script
 from experiments.claims import Results
 from experiments.measured import as_text, summary
+from srl_utils.evaluation.timings import Timings
 
 ROWS = [
     {"vae": vae, "attack": attack, "threat_model": threat, "metric": "psnr", "value": value}
@@ -37,6 +39,12 @@ def test_a_summary_keeps_the_results(tmp_path: Path) -> None:
             wanted = Results.read(path).values[vae, attack, threat, metric]
             assert value == pytest.approx(wanted, rel=1e-4) and len(str(value)) <= 6
     assert sum(map(len, kept["on-images"].values())) == len(ROWS)
+    timings = Timings(purifiers={"jpeg-75": 0.0012345678}, encoders={"robust": 0.5}, device="cpu", n=4)
+    (tmp_path / "on-images/timings.json").write_text(json.dumps(asdict(timings)))
+    assert summary(tmp_path)["on-images"] == kept["on-images"] | {
+        "clean | none | seconds of encoders": {"robust": 0.5},
+        "clean | none | seconds of purifiers": {"jpeg-75": 0.0012346},
+    }
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:

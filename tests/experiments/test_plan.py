@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import train_srl_vae
-from experiments import clips, defences, tokens
+from experiments import clips, defences, runner, tokens
 from experiments.plan import BETWEEN_SEEDS, FULL, PARTS, QUICK, VARIANTS, Scale, evaluations
-from experiments.runner import Runner
+from experiments.runner import Module, Runner
 from srl_utils.evaluation.cli import main as evaluation
 
 
@@ -71,3 +71,23 @@ def test_a_missing_network_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"vq holds no VAE; build it first: python -m miniature.build vq"):
         Runner(tmp_path / "out", tmp_path / "vq", title="tokens", num_calls=1)
     assert not (tmp_path / "out").exists()
+
+
+def drawing(folder: Path, *flags: object) -> Module:
+    return Module(
+        folder.name, "miniature.draw", ["--output_dir", folder, "--num_images", 1, *flags], folder / "00000.png"
+    )
+
+
+def test_modules_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the files that they write; what exists is not made again, and after a failure nothing more is started."""
+    run = Runner(tmp_path, runner.WEIGHTS / "vae", title="test", num_calls=4)
+    wanted = [drawing(tmp_path / name) for name in ("a", "b")]
+    run.modules(wanted)
+    times = {module.done: module.done.stat().st_mtime_ns for module in wanted}
+    run.modules(wanted)
+    assert {path: path.stat().st_mtime_ns for path in times} == times and run.seconds().keys() == {"a", "b"}
+    monkeypatch.setattr(runner, "num_processes", lambda most: 1)
+    with pytest.raises(SystemExit, match="bad failed with exit code 2"):
+        run.modules([drawing(tmp_path / "bad", "--no_such_flag"), drawing(tmp_path / "c"), drawing(tmp_path / "d")])
+    assert not (tmp_path / "d").exists()

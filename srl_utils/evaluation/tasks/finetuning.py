@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
@@ -39,7 +39,13 @@ class FinetuningConfig:
 
 
 def finetune(
-    pipeline: DiffusionPipeline, latents: Tensor, captions: Sequence[str], config: FinetuningConfig, *, seed: int
+    pipeline: DiffusionPipeline,
+    latents: Tensor,
+    captions: Sequence[str],
+    config: FinetuningConfig,
+    *,
+    seed: int,
+    after_step: Callable[[int, UNet2DConditionModel], object] = lambda step, unet: None,
 ) -> UNet2DConditionModel:
     """Return a fine-tuned copy of the pipeline's UNet; the pipeline keeps its own.
 
@@ -49,6 +55,7 @@ def finetune(
         captions: one for each image.
         config: how it is trained.
         seed: fixes the adapters' start, the order of the images, the timesteps and the noise.
+        after_step: called with the number of steps taken and the copy as it is then.
 
     Raises:
         UserError: if the pipeline is of another kind.
@@ -71,6 +78,7 @@ def finetune(
         torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        after_step(step + 1, unet)
     merged = unet if adapted is unet else adapted.merge_and_unload()  # type: ignore[operator] # of peft
     return _in_dtype(merged.requires_grad_(False).eval(), pipeline.unet.dtype)
 

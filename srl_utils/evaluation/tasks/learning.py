@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from filelock import FileLock
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from srl_utils.attacks.draws import image_generators, purifying_generators
 from srl_utils.evaluation.metering import DENOISER
@@ -88,16 +88,17 @@ class Learner:
             name: of what was done to the images.
             lesson: makes latents and captions; called only if the UNet does not exist yet.
         """
+        own = self.text_to_image.pipeline.unet
         made_on = f"-on-{cell.source.digest}" if cell.perturbation.adversarial else ""
         path = self.folder / "models" / f"{codec.digest}-{name}{made_on}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 unet = self._finetune(codec, lesson)
-                write_atomically(path, partial(save_tensors, {k: v.contiguous() for k, v in unet.state_dict().items()}))
+                write_atomically(path, partial(save_tensors, changed_weights(unet, own)))
                 return unet
-        unet = copy.deepcopy(self.text_to_image.pipeline.unet)
-        unet.load_state_dict(load_file(path))
+        unet = copy.deepcopy(own)
+        unet.load_state_dict(own.state_dict() | load_file(path))
         return unet
 
     def _finetune(self, codec: Codec, lesson: Callable[[], Lesson]) -> UNet2DConditionModel:
@@ -139,3 +140,13 @@ class Learner:
         return torch.cat(
             [kept_images(folder / f"{part[0]:06d}-{len(part)}.safetensors", partial(perturb, part)) for part in batches]
         )
+
+
+def changed_weights(network: nn.Module, original: nn.Module) -> dict[str, Tensor]:
+    """Return by name the weights that differ from those of `original`: adapters change the attention alone."""
+    before = original.state_dict()
+    return {
+        name: weight.contiguous()
+        for name, weight in network.state_dict().items()
+        if not torch.equal(weight, before[name])
+    }
