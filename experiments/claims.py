@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
 
 from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, TRANSFER
 from srl_utils.evaluation.report.tables import markdown_table
@@ -152,25 +151,34 @@ def decibels_won_back(results: Results, variant: str, attack: str) -> list[float
     return [(value - attacked) / (clean - attacked) for value in results.of(variant, attack, ADAPTIVE, "psnr")]
 
 
-class Defence(NamedTuple):
+@dataclass(frozen=True)
+class Defence:
     """What a defence costs and wins: a value for each training seed."""
 
     harm: list[float]
     """FID of edits of clean images against those by the original, mean of the edits."""
-    won: dict[str, list[float]]
-    """Share of the protections' damage to edits that is won back, in percent, by threat model: mean of the protections."""
+    won: dict[str, dict[str, list[float]]]
+    """Share of a protection's damage to edits that is won back, in percent, by threat model and protection."""
+
+    def mean_won(self, threat: str) -> list[float]:
+        """Return the mean over the protections; empty if none was tried."""
+        return mean_of(list(self.won[threat].values()))
+
+    def least_won(self, threat: str) -> list[float]:
+        """Return the least of the protections: the worst case; empty if none was tried."""
+        return [min(seed) for seed in zip(*self.won[threat].values(), strict=True)]
 
 
 def defence_of(edits: Results, name: str, protections: Sequence[str]) -> Defence:
-    """Return what a defence costs and wins; a threat model that was not tried, and a protection without grip, are left out."""
+    """Return what a defence costs and wins; a protection that was not tried or has no grip is left out."""
     harm = [edits.of(name, edit, NO_THREAT, "fid") for edit in edits.edits_under(CLEAN.name)]
     won = {
-        threat: [won_back(edits, name, protection, threat, "fid") for protection in protections]
+        threat: {protection: percent(won_back(edits, name, protection, threat, "fid")) for protection in protections}
         for threat in (TRANSFER, ADAPTIVE)
     }
     return Defence(
         mean_of(harm),
-        {threat: percent(mean_of([share for share in shares if share])) for threat, shares in won.items()},
+        {threat: {name: shares for name, shares in by_name.items() if shares} for threat, by_name in won.items()},
     )
 
 

@@ -29,7 +29,7 @@ def draw_defences(defences: Mapping[str, Defence], path: Path) -> None:
         figure = Figure(figsize=(11, 5))
         for ax, threat in zip(figure.subplots(1, len(threats), sharey=True), threats, strict=True):
             for name, defence in defences.items():
-                if won := defence.won[threat]:
+                if won := defence.mean_won(threat):
                     marker, colour = KINDS[kind_of(name)]
                     place = fmean(defence.harm), fmean(won)
                     ax.plot(*place, marker, color=colour, label=kind_of(name))

@@ -10,18 +10,19 @@ attacks reconstructions and latents, and edits images protected on the original 
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import NamedTuple
 
 from experiments.claims import ORIGINAL, Defence, Results, decibels_won_back, defence_of, percent, spread, trained_name
 from experiments.defence_figures import draw_curves, draw_defences
-from experiments.plan import SCENES, TRAINING_SCENES, networks
-from experiments.runner import WEIGHTS, Runner, experiment_parser, machine
+from experiments.plan import EDITS, SCENES, TRAINING_SCENES, networks
+from experiments.runner import BATCH, WEIGHTS, Runner, experiment_parser, machine
 from srl_utils.evaluation.motion import TRAVEL
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT, TRANSFER
 from srl_utils.evaluation.report.tables import markdown_table
@@ -42,15 +43,13 @@ class Rival(NamedTuple):
 
 
 THREE_STEPS = "--recipe fast --pgd_steps 3 --pgd_step_size 4/255"
-BEST = "srl+feature"
-"""The recipe in front of which purifiers are tried."""
 RIVALS = {
     "no attack": Rival("--recipe fast --pgd_steps 0", 390),
     "noise": Rival("--recipe fast --gaussian_noise 8/255", 390),
     "paper": Rival("--recipe paper --originality_units scaled --originality_weight 0.03", 58),
     "srl, one step": Rival("--recipe fast", 245),
     "srl": Rival(THREE_STEPS, 142, curve=True),
-    BEST: Rival("--recipe latent", 180, curve=True),
+    "srl+feature": Rival("--recipe latent", 180, curve=True),
     "feature": Rival(f"{THREE_STEPS} --objective feature", 340, curve=True),
     "trades": Rival(f"{THREE_STEPS} --objective trades --latent_weight 0.3", 235, curve=True),
     "equivariance": Rival("--recipe fast --objective equivariance", 390, curve=True),
@@ -62,9 +61,10 @@ ALPHAS = (0.0, 0.3)
 """Originality weights beside 0.03, that of the recipes."""
 PROTECTIONS = ("photoguard-encoder", "mist-fused", "sds")
 PURIFIERS = (
-    "jpeg-75", "resize-0.5", "resize-0.5+jpeg-75", "jpeg-75+resize-0.5", "noise-0.05", "adverse-cleaner", "vae-loop",
-    "img2img-0.1",
+    "jpeg-75", "jpeg-30", "resize-0.5", "resize-0.5+jpeg-75", "jpeg-75+resize-0.5", "noise-0.05", "noise-0.1",
+    "adverse-cleaner", "vae-loop", "img2img-0.1", "img2img-0.3",
 )  # fmt: skip
+"""All have a gradient for adaptive attacks, except image-to-image: attacks on it know the VAE alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +112,17 @@ def main() -> None:
     run.evaluate(
         "adaptive", "editing", names_of_rivals(scale.adaptive_seeds), [*data, *editing_flags(scale, [ADAPTIVE])]
     )
+    best = best_rival(results_in(args.output_dir, "transfer"))
     purified = [*editing_flags(scale, [TRANSFER, ADAPTIVE]), "--purifiers", *PURIFIERS]
-    run.evaluate("purifiers", "editing", [BEST], [*data, *purified])
+    run.evaluate("purifiers", "editing", [best], [*data, *purified])
     run.bar.close()
     reconstruction, generation = (results_in(args.output_dir, name) for name in ("reconstruction", "generation"))
-    defences = defences_of(results_in(args.output_dir, "transfer", "adaptive", "purifiers"))
+    defences = defences_of(results_in(args.output_dir, "transfer", "adaptive", "purifiers"), best)
     draw_defences(defences, args.output_dir / "defences.png")
     draw_curves(curves(reconstruction, f"apgd-{scale.attack_steps}"), args.output_dir / "originality.png")
     text = "\n\n".join([
         f"{machine()}, {date.today().isoformat()}, {run.minutes():.0f} minutes. Scale: {scale}.",
-        "## Rivals at equal time", rivals_table(reconstruction, generation, scale, run.seconds()),
+        "## Rivals at equal time", rivals_table(reconstruction, generation, scale, run),
         "## Edits", defences_table(defences, read_json(args.output_dir / "purifiers/timings.json")),
     ])  # fmt: skip
     write_text_atomically(args.output_dir / "defences.md", f"{text}\n")
@@ -171,8 +172,8 @@ def generation_flags(scale: Scale) -> list[object]:
 def editing_flags(scale: Scale, threats: Sequence[str]) -> list[object]:
     """Return the flags of the editing command."""
     return [
-        *networks(INFERENCE_STEPS), "--num_images", scale.edited, "--strengths", "0.3", "0.6", "--batch_size", 8, "--attacks", "clean",
-        *PROTECTIONS, "--epsilons", "16/255", "--threat_models", *threats, "--max_attack_steps", scale.attack_steps,
+        *networks(INFERENCE_STEPS), *EDITS, "--num_images", scale.edited, "--strengths", "0.3", "0.6", "--batch_size", 8,
+        "--attacks", "clean", *PROTECTIONS, "--epsilons", "16/255", "--threat_models", *threats, "--max_attack_steps", scale.attack_steps,
         "--no_checks", "--metrics", "psnr", "clip", "clip-text", "fid",
     ]  # fmt: skip
 
@@ -182,9 +183,14 @@ def results_in(folder: Path, *names: str) -> Results:
     return Results.read(*(folder / name / "results.json" for name in names))
 
 
-def defences_of(edits: Results) -> dict[str, Defence]:
+def best_rival(edits: Results) -> str:
+    """Return the rival that wins back most of the edits of images protected on the original, mean of its seeds."""
+    return max(RIVALS, key=lambda name: fmean(defence_of(edits, name, PROTECTIONS).mean_won(TRANSFER)))
+
+
+def defences_of(edits: Results, best: str) -> dict[str, Defence]:
     """Return the rivals, the purifiers with the original, and those with the best rival, by their names in the results."""
-    chains = [f"{vae} + {purifier}" for vae in (ORIGINAL, BEST) for purifier in PURIFIERS]
+    chains = [f"{vae} + {purifier}" for vae in (ORIGINAL, best) for purifier in PURIFIERS]
     return {name: defence_of(edits, name, PROTECTIONS) for name in (*RIVALS, *chains)}
 
 
@@ -195,17 +201,24 @@ def defences_table(defences: Mapping[str, Defence], timings: Mapping[str, Mappin
         defences: by name.
         timings: seconds per image of the `purifiers` and of the `encoders`, which take equally long.
     """
-    titles = ["FID of clean edits", "won back, transfer (%)", "won back, adaptive (%)", "milliseconds per image"]
-    lines = [["defence", *titles]]
+    titles = ["FID of clean edits"]
+    for threat in (TRANSFER, ADAPTIVE):
+        titles += [f"{name}, {threat}" for name in (*PROTECTIONS, "mean")]
+    lines = [["defence", *titles, "milliseconds per image"]]
     for name, defence in defences.items():
         _, _, purifier = name.partition(" + ")
         cost = timings["purifiers"].get(purifier, 0.0) + timings["encoders"][ORIGINAL]
-        lines.append([name, spread(defence.harm), *map(spread, defence.won.values()), f"{1000 * cost:.3g}"])
+        won = [
+            spread(shares)
+            for threat, by_name in defence.won.items()
+            for shares in (*(by_name.get(each, []) for each in PROTECTIONS), defence.mean_won(threat))
+        ]
+        lines.append([name, spread(defence.harm), *won, f"{1000 * cost:.3g}"])
     return markdown_table(lines)
 
 
-def rivals_table(reconstruction: Results, generation: Results, scale: Scale, seconds: Mapping[str, int]) -> str:
-    """Return a line for each rival: quality, robustness, drift, the denoiser's loss, and seconds of training."""
+def rivals_table(reconstruction: Results, generation: Results, scale: Scale, run: Runner) -> str:
+    """Return a line for each rival: quality, robustness, drift, the denoiser's loss, and seconds of all training steps."""
     attack, clean = f"apgd-{scale.attack_steps}", ("clean", NO_THREAT)
     columns = {
         "clean (dB)": (*clean, "psnr"),
@@ -217,24 +230,30 @@ def rivals_table(reconstruction: Results, generation: Results, scale: Scale, sec
     denoising, edits = ("clean, reconstructed", NO_THREAT, "denoising-loss"), ("clean, img2img-0.5", NO_THREAT, "fid")
     lines = [["rival", *columns, "won back (%)", "denoiser's loss", "FID of edits", "seconds"]]
     for name in (ORIGINAL, *RIVALS):
-        times = [
-            seconds[title] for seed in range(scale.seeds) if (title := f"train {trained_name(name, seed)}") in seconds
-        ]
+        vaes = [run.vae(trained_name(name, seed)) for seed in range(scale.seeds)] if name != ORIGINAL else []
         lines.append([
             name, *(spread(reconstruction.of(name, *column)) for column in columns.values()),
             spread(percent(decibels_won_back(reconstruction, name, attack))),
-            *(spread(generation.of(name, *column)) for column in (denoising, edits)), spread(times),
+            *(spread(generation.of(name, *column)) for column in (denoising, edits)), spread([seconds_of_steps(vae) for vae in vaes]),
         ])  # fmt: skip
     return markdown_table(lines)
 
 
+def seconds_of_steps(vae: Path) -> float:
+    """Return the number of steps of a training times the median step's seconds, which other work disturbs little."""
+    lines = (vae / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds = [BATCH / row["images_per_second"] for row in map(json.loads, lines) if "images_per_second" in row]
+    return len(seconds) * median(seconds)
+
+
 def curves(results: Results, attack: str) -> dict[str, list[tuple[float, float]]]:
-    """Return drift and attacked PSNR in dB of each rival with each originality weight, the largest weight first."""
+    """Return drift and attacked PSNR in dB of each rival with each originality weight, the largest first.
+
+    All are of the first seed.
+    """
 
     def point(name: str) -> tuple[float, float]:
-        settings = ("clean", NO_THREAT, DRIFT), (attack, ADAPTIVE, "psnr")
-        drift, psnr = (fmean(results.of(name, *setting)) for setting in settings)
-        return drift, psnr
+        return results.values[name, "clean", NO_THREAT, DRIFT], results.values[name, attack, ADAPTIVE, "psnr"]
 
     low, high = ALPHAS
     return {

@@ -55,6 +55,8 @@ GEOMETRY, UNSEEN = "geometry", "unseen data"
 UNSEEN_SETS = ("scikit-image", "digits", "faces", "pages", "medical", "text", "drawings", "textures")
 """Data sets beside scenes and dead leaves."""
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "hexagon")
+EDITS = ["--replace", *(f"{old}={new}" for old, new in zip(SHAPES, SHAPES[4:] + SHAPES[:4], strict=True))]
+"""Flags of the editing command that say how images are edited: each shape becomes another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,19 +313,8 @@ def attacked_edits(scale: Scale, attacks: Sequence[str], steps: int, *, threats:
 
 
 def edits_of_shapes(scale: Scale) -> list[object]:
-    """Return the flags of the editing command that say how images are edited: each shape becomes another one."""
-    edits = [f"{old}={new}" for old, new in zip(SHAPES, SHAPES[4:] + SHAPES[:4], strict=True)]
-    return [
-        *networks(scale.inference_steps),
-        "--replace",
-        *edits,
-        "--strengths",
-        "0.3",
-        "0.5",
-        "0.7",
-        "--batch_size",
-        8,
-    ]
+    """Return the flags of the editing command that all evaluations share."""
+    return [*networks(scale.inference_steps), *EDITS, "--strengths", "0.3", "0.5", "0.7", "--batch_size", 8]
 
 
 def nightshade_flags(scale: Scale, epsilon: str) -> list[object]:

@@ -74,9 +74,12 @@ def harm(results: Results, name: str) -> str:
 
 
 def won_edits(results: Results, name: str, threat: str) -> str:
-    """Return the share of the protections' damage to edits that a defence wins back, in percent; "-" if it was not tried."""
-    won = defence_of(results, name, PROTECTIONS).won[threat]
-    return spread(won, 0, "%") if won else NOT_MEASURED
+    """Return the share of the protections' damage to edits that a defence wins back, in percent: their mean, and the least
+    in brackets; "-" if it was not tried."""
+    defence = defence_of(results, name, PROTECTIONS)
+    if not defence.won[threat]:
+        return NOT_MEASURED
+    return f"{spread(defence.mean_won(threat), 0, '%')} ({spread(defence.least_won(threat), 0, '%').partition(' ')[0]})"
 
 
 def clip_lost(results: Results, attack: str, threat: str) -> str:

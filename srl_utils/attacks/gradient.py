@@ -195,6 +195,24 @@ def value_and_gradient(objective: Objective, images: Tensor) -> tuple[Tensor, Te
     return value.detach(), gradient
 
 
+def expected(objective: Objective, draws: int) -> Objective:
+    """Return the mean of several calls of an objective that draws: expectation over transformation (Athalye et al., ICML 2018).
+
+    Each call's graph is freed before the next one, so that the mean takes no more memory than one call.
+    """
+
+    def mean(images: Tensor) -> Tensor:
+        if not images.requires_grad:
+            return torch.stack([objective(images) for _ in range(draws)]).mean(dim=0)
+        pairs = [value_and_gradient(objective, images) for _ in range(draws)]
+        value, gradient = (torch.stack(each).mean(dim=0) for each in zip(*pairs, strict=True))
+        # 0, with the gradient of the mean
+        change = ((images - images.detach()) * gradient).flatten(1).sum(dim=1) / images[0].numel()
+        return value + change
+
+    return objective if draws == 1 else mean
+
+
 def negated(objective: Objective) -> Objective:
     """Return the objective with its sign flipped, for an attack that minimises it."""
     return lambda images: -objective(images)

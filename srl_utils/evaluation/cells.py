@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, product
 from typing import NamedTuple
 
@@ -156,9 +157,10 @@ def _motion(
     """Return how far the latents of `codec` moved, of the wanted `MOTION_METRICS`, `[N]` each."""
     wanted = [name for name in MOTION_METRICS if name in task.metrics.names]
     find_goal = job.cell.perturbation.goal if SHARE in wanted else None  # a pipeline may have to draw the target
-    with frozen(codec.encoder), codec.drawing(purifying_generators(seed, job.batch)):
+    draws = partial(purifying_generators, seed, job.batch)
+    with frozen(codec.encoder), codec.drawing(draws()):
         goal = None if find_goal is None else find_goal(codec, clean, image_generators(seed, job.batch))
-        return motion(codec, clean, shown, wanted=wanted, unit=unit, goal=goal)
+        return motion(codec, clean, shown, wanted=wanted, unit=unit, goal=goal, draws=draws)
 
 
 def measure(

@@ -75,6 +75,10 @@ class Defence(Codec):
         return self.undefended
 
     @property
+    def random(self) -> bool:
+        return self.purifier.random
+
+    @property
     def exposed(self) -> Codec:
         return self if self.purifier.differentiable else self.undefended
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from srl_utils.attacks.draws import Generators
 from srl_utils.geometry.clusters import median_distance
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.networks import frozen
@@ -58,6 +60,7 @@ def motion(
     wanted: Sequence[str],
     unit: float | None = None,
     goal: Tensor | None = None,
+    draws: Callable[[], Generators] | None = None,
 ) -> dict[str, Tensor]:
     """Return how far perturbed images' latents z' are from those of the clean ones, z, by metric, `[N]` each.
 
@@ -72,12 +75,19 @@ def motion(
         wanted: names of the metrics; those that lack what they need are left out.
         unit: the distance of two images' latents, of `usual_distance`, for `latent-travel`.
         goal: latents that a targeted attack aims at, `[N,C,h,w]`; None for an attack without a target.
+        draws: makes the generators of a purifier in front of the VAE. Clean and perturbed images get the same draws, so that
+            what the purifier draws is not taken for a move.
     """
     codebook = codec.codebook
     known = {TRAVEL: unit is not None, SHARE: goal is not None, FLIPS: codebook is not None}
     if not any(known[name] for name in wanted):
         return {}
-    before, after = codec.encode(clean), codec.encode(shown)
+
+    def latents(images: Tensor) -> Tensor:
+        with nullcontext() if draws is None else codec.drawing(draws()):
+            return codec.encode(images)
+
+    before, after = latents(clean), latents(shown)
     values = {}
     if unit is not None:
         values[TRAVEL] = _distance(after, before) / unit

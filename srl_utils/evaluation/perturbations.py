@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srl_utils.attacks.corruptions import gaussian_noise
 from srl_utils.attacks.draws import Generators
-from srl_utils.attacks.gradient import Objective, PGDConfig, pgd
+from srl_utils.attacks.gradient import Objective, PGDConfig, expected, pgd
 from srl_utils.evaluation.metering import ENCODER
 from srl_utils.metrics.losses import ReconstructionLoss, mean_squared_error
 from srl_utils.vae.codec import Codec
@@ -21,6 +21,8 @@ Attack = Callable[[Objective, Tensor, Generators], Tensor]
 NO_THREAT, TRANSFER, ADAPTIVE, ANY_ATTACK = "none", "transfer", "adaptive", "certified"
 """Threat models: no adversary; attacks made on the baseline; attacks made on the evaluated VAE itself; every attack."""
 GAUSSIAN_NOISE = "gaussian-noise"
+DRAWS = 10
+"""Of a random purifier, over which an attack takes the mean in each step."""
 AS_PUBLISHED = "as published"
 """Objective of protections in the results: that of their authors."""
 
@@ -113,7 +115,8 @@ def attack_on(aim: Aim, name: str, attack: Attack, *, epsilon: float, calls: int
 
     def apply(codec: Codec, clean: Tensor, generators: Generators) -> Tensor:
         with frozen(codec.encoder):
-            return attack(aim.objective(codec, clean), clean, generators)
+            objective = expected(aim.objective(codec, clean), DRAWS if codec.random else 1)
+            return attack(objective, clean, generators)
 
     return Perturbation(name=name, objective=aim.name, epsilon=epsilon, apply=apply, passes=aim.passes * calls)
 

@@ -33,12 +33,14 @@ class Purifier:
         apply: images `[N,3,H,W]` in [-1,1] and one CPU generator per image to as many images. Without generators it draws
             from PyTorch's global generator. Image i of the result depends on image i and its generator alone.
         differentiable: whether gradients pass, so that an attacker can take it into account.
+        random: whether it draws.
         passes: cost of one image, in passes through encoder and decoder of a VAE.
     """
 
     name: str
     apply: Callable[[Tensor, Generators | None], Tensor]
     differentiable: bool = True
+    random: bool = False
     passes: float = 0.0
 
     def __call__(self, images: Tensor, generators: Generators | None = None) -> Tensor:
@@ -60,5 +62,6 @@ def chain(purifiers: Sequence[Purifier]) -> Purifier:
         name=SEPARATOR.join(purifier.name for purifier in purifiers),
         apply=apply,
         differentiable=all(purifier.differentiable for purifier in purifiers),
+        random=any(purifier.random for purifier in purifiers),
         passes=sum(purifier.passes for purifier in purifiers),
     )

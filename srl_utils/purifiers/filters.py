@@ -41,6 +41,7 @@ def noise(sigma: float) -> Purifier:
     return Purifier(
         name=f"noise-{sigma:g}",
         apply=lambda images, generators: gaussian_noise(images, sigma, generators=generators),
+        random=True,
     )
 
 

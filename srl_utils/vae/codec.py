@@ -54,6 +54,11 @@ class Codec:
         return self
 
     @property
+    def random(self) -> bool:
+        """Return whether equal images may have unequal latents, because a purifier draws."""
+        return False
+
+    @property
     def exposed(self) -> Codec:
         """Return what an adaptive attacker can compute gradients of: this one, or the VAE alone."""
         return self

@@ -13,7 +13,7 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from miniature.scenes import draw_dead_leaves, draw_scene
-from srl_utils.attacks.gradient import APGDConfig, Budget, PGDConfig, negated, pgd, value_and_gradient
+from srl_utils.attacks.gradient import APGDConfig, Budget, PGDConfig, expected, negated, pgd, value_and_gradient
 from srl_utils.images.pixels import from_pil, to_model_range, to_unit_range
 from srl_utils.vae.networks import LatentEncoder, frozen
 
@@ -457,3 +457,21 @@ def test_unknown_schedule_is_refused() -> None:
     """Oracle: specification, the message names what there is."""
     with pytest.raises(ValueError, match="constant, linear"):
         PGDConfig(schedule="cosine")
+
+
+def test_the_mean_of_draws() -> None:
+    """Oracle: closed form: the mean of (d x)^2 over draws d has the gradient 2 x times the mean of d^2; one draw is the
+    objective itself."""
+    draws = iter([1.0, 2.0, 3.0] * 2)
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def objective(batch: Tensor) -> Tensor:
+        return (next(draws) * batch).square().flatten(1).mean(dim=1)
+
+    value, gradient = value_and_gradient(expected(objective, 3), images)
+    squares = images.square().flatten(1).mean(dim=1)
+    assert value.tolist() == pytest.approx((14 / 3 * squares).tolist())
+    torch.testing.assert_close(gradient, 2 * 14 / 3 * images)
+    with torch.no_grad():
+        assert expected(objective, 3)(images).tolist() == pytest.approx(value.tolist())
+    assert expected(objective, 1) is objective

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
 from srl_utils.evaluation.cells import cells_of, measure
 from srl_utils.evaluation.defences import Defence, defences
-from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, TRANSFER, usual_attack
+from srl_utils.evaluation.motion import TRAVEL, motion
+from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, TRANSFER, Perturbation, usual_attack
 from srl_utils.evaluation.report.defences import BEST, defence_panels
 from srl_utils.evaluation.results import Record, Setting, to_rows
 from srl_utils.evaluation.study import THREAT_MODELS
 from srl_utils.evaluation.tasks.base import Metrics, Reconstruction
-from srl_utils.evaluation.tasks.editing import build_edits
+from srl_utils.evaluation.tasks.editing import Editing, build_edits
 from srl_utils.evaluation.timings import Timings, kept_timings
 from srl_utils.images.pixels import to_pil
 from srl_utils.metrics.pixels import psnr
@@ -141,6 +143,62 @@ def test_the_best_purifier_of_each_image(codecs: list[Codec]) -> None:
     assert table.table[3][:2] == [BEST, "PSNR (dB)"] and table.table[3][2].startswith("29.00 [28.00, 30.00]")
     assert table.title == "Defences: clean" and "What purifying costs" in table.explanation
     assert seconds.table[1:] == [["none", "0", "0.0125"], ["jpeg-30", "1.5", "1.51"]]
+
+
+def test_adaptive_attacks_have_no_best_purifier(codecs: list[Codec]) -> None:
+    """Oracle: specification: each purifier was shown another image, so that nobody could choose among them."""
+    lines = {}
+    for threat in THREAT_MODELS:
+        setting = Setting("pgd-10", "mse", threat, EPSILON, "psnr")
+        records = [Record(codec.name, setting, 0, 20.0) for codec in defences(codecs[:1], [JPEG])]
+        *_, table = defence_panels(defences(codecs[:1], [JPEG]), to_rows(records), records, TIMINGS)
+        lines[threat] = [line[0] for line in table.table]
+    assert BEST in lines[TRANSFER] and BEST not in lines[ADAPTIVE]
+
+
+def test_an_attack_takes_the_mean_of_draws(codecs: list[Codec]) -> None:
+    """Oracle: counting the purifier's calls: ten for each of a purifier that does not draw."""
+    calls = {}
+    for random in (False, True):
+        seen = []
+
+        def apply(images: Tensor, _: object, seen: list = seen) -> Tensor:
+            seen.append(len(images))
+            return images
+
+        defence = Defence.by(codecs[0], Purifier(name="counting", apply=apply, random=random))
+        usual_attack(EPSILON).apply(defence, draw_images(2, 16), image_generators(0, range(2)))
+        calls[random] = len(seen)
+    assert calls[False] >= 10 and calls[True] == 10 * calls[False]
+
+
+def test_what_a_purifier_draws_is_no_move_of_the_latents(codecs: list[Codec]) -> None:
+    """Oracle: an unchanged image, which has not moved, whatever is drawn."""
+    images, defence = draw_images(2, 16), Defence.by(codecs[0], NOISE)
+    draws = partial(purifying_generators, 0, range(2))
+    still, moved = (
+        motion(defence, images, shown, wanted=[TRAVEL], unit=1.0, draws=draws)[TRAVEL]
+        for shown in (images, images.flip(0))
+    )
+    assert still.tolist() == [0, 0] and moved.min() > 0
+    assert motion(defence, images, images, wanted=[TRAVEL], unit=1.0)[TRAVEL].min() > 0
+
+
+def test_edits_are_compared_with_those_of_images_that_nobody_purified(tmp_path: Path) -> None:
+    """Oracle: the edit of the clean image by the VAE alone; so a purifier that leaves nothing of an image is no defence."""
+    pipe = add_text_encoders(build_pipeline("sd"), tmp_path)
+    codec = frozen_codec(pipe.vae, "original", device=torch.device("cpu"))
+    grey = Defence.by(codec, Purifier(name="grey", apply=lambda images, _: torch.zeros_like(images)))
+    images = draw_images(1, 32)
+    task = Editing(
+        metrics=Metrics(names=["psnr"]), baseline=codec, images=images, prompts=["a cat"], classifier=None, folder=tmp_path,
+        edits=build_edits(pipe, strengths=[0.5], num_inference_steps=4, guidance_scale=1.0), seed=0,
+    )  # fmt: skip
+    (cell,) = cells_of(Perturbation(name="same", apply=lambda codec, clean, _: clean), [codec, grey])
+    outcome = task.attempt(cell, grey, images, [0], "img2img-0.5")
+    alone = task.edits["img2img-0.5"](codec, images, ["a cat"], image_generators(0, [0]))
+    assert torch.equal(task.reference(grey, [0], "img2img-0.5"), alone)
+    assert task.measure(cell, grey, outcome, [0], "img2img-0.5")["psnr"].item() == psnr(outcome, alone).item() < 60
 
 
 def test_a_defence_is_timed_once(codecs: list[Codec], tmp_path: Path) -> None:

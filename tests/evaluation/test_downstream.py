@@ -665,7 +665,8 @@ def test_without_poisons_none_are_made(world, tmp_path: Path) -> None:
     ("name", "change", "message"),
     [
         ("editing", ["--replace", "cube=box"], "changes nothing in 6 of 6 captions ('a ring', 'a star', 'a ring b', ...)"),
-        ("editing", [], "either --prompts or --replace, and not both"),
+        ("editing", [], "one of the arguments --prompts --replace is required"),
+        ("editing", ["--replace", "a=b", "--prompts", "p.txt"], "--prompts: not allowed with argument --replace"),
         ("editing", ["--replace", "ring"], "expected OLD=NEW"),
         ("editing", ["--replace", "a=b", "--metrics", "shown"], "--metrics: shown needs --classifier"),
         ("editing", ["--replace", "a=b", "--attacks", "clean", "--classifier", "none", "--metrics", "psnr"], "--classifier has no effect"),

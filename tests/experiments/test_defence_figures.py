@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from experiments import defence_figures
 from experiments.claims import ORIGINAL, Defence, Results, defence_of, trained_name
 from experiments.defence_figures import draw_curves, draw_defences, kind_of, short_name
 
@@ -39,9 +40,12 @@ def edits(tmp_path: Path) -> Results:
 def test_what_defences_cost_and_win(edits: Results) -> None:
     """Oracle: by hand; a threat model without results, and a protection without grip, are left out."""
     protections = ["sds", "pid", "mist"]
-    assert defence_of(edits, "srl", protections) == Defence([1, 3], {"transfer": [62.5, 25], "adaptive": []})
-    harm, won = defence_of(edits, f"{ORIGINAL} + jpeg-75", protections)
-    assert harm == [4] and won["transfer"] == pytest.approx([2.5])
+    srl = defence_of(edits, "srl", protections)
+    assert srl == Defence([1, 3], {"transfer": {"sds": [75, 50], "pid": [50, 0]}, "adaptive": {}})
+    assert srl.mean_won("transfer") == [62.5, 25] and srl.least_won("transfer") == [50, 0]
+    assert srl.mean_won("adaptive") == srl.least_won("adaptive") == []
+    jpeg = defence_of(edits, f"{ORIGINAL} + jpeg-75", protections)
+    assert jpeg.harm == [4] and jpeg.mean_won("transfer") == pytest.approx([2.5])
 
 
 def test_kinds_of_defences() -> None:
@@ -51,10 +55,22 @@ def test_kinds_of_defences() -> None:
     assert [short_name(name) for name in names] == ["srl+feature", "jpeg-75+resize-0.5", "jpeg-75"]
 
 
-def test_figures_are_drawn(edits: Results, tmp_path: Path) -> None:
-    """Oracle: the files can be opened; a defence without adaptive results has no point there."""
+def test_figures_have_a_point_for_each_value(edits: Results, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Oracle: the points of the axes, by hand; a defence without adaptive results has none there."""
+    drawn = []
+    monkeypatch.setattr(defence_figures, "save", lambda figure, path: drawn.append((path.name, figure)))
     defences = {name: defence_of(edits, name, ["sds", "pid"]) for name in ("srl", f"{ORIGINAL} + jpeg-75")}
     draw_defences(defences, tmp_path / "defences.png")
+    draw_curves({"srl": [(0.01, 20.0), (0.03, 22.0)]}, tmp_path / "curves.png")
+    (_, scatter), (_, curves) = drawn
+    transfer, adaptive = ([line.get_xydata().tolist() for line in ax.lines] for ax in scatter.axes)
+    assert transfer == [[[2, pytest.approx(43.75)]], [[4, pytest.approx(2.5)]]] and adaptive == []
+    assert curves.axes[0].lines[0].get_xydata().tolist() == [[0.01, 20], [0.03, 22]]
+
+
+def test_figures_are_drawn(edits: Results, tmp_path: Path) -> None:
+    """Oracle: the files can be opened."""
+    draw_defences({"srl": defence_of(edits, "srl", ["sds", "pid"])}, tmp_path / "defences.png")
     draw_curves({"srl": [(0.01, 20.0), (0.03, 22.0)]}, tmp_path / "curves.png")
     for name in ("defences.png", "curves.png"):
         with Image.open(tmp_path / name) as picture:

@@ -55,8 +55,6 @@ DEFAULT_ATTACKS = (
 
 def run(args: argparse.Namespace) -> int:
     """Run the evaluation and return its exit code."""
-    if (args.prompts is None) == (args.replace is None):
-        raise UserError("say how to edit the images: give either `prompts` or `replace`, and not both")
     classifier = load_classifier(args.classifier, args.metrics)
     setup = defended(exchangeable(prepare(args)), args, classifier)
     edits = build_edits(
@@ -83,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     perturbations = chosen_perturbations(args, setup, classifier)
     baseline = setup.codecs[0].name
     setup.notes.append(
-        "edits of protected images are compared with edits of the clean images by the same VAE; edits of clean images "
+        "edits of protected images are compared with edits of the clean images by the same VAE alone; edits of clean images "
         f"are compared with those by {baseline}, and so are all sets of edits"
     )
     run_study(
@@ -160,8 +158,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline_arguments(parser)
     add = parser.add_argument
     add_metrics_argument(parser, METRICS, default=DEFAULT_METRICS)
-    add("--prompts", type=expanded_path, default=None, help="text file: a line for each image, or one for all")
-    add(
+    edited = parser.add_mutually_exclusive_group(required=True)
+    edited.add_argument(
+        "--prompts", type=expanded_path, default=None, help="text file: a line for each image, or one for all"
+    )
+    edited.add_argument(
         "--replace",
         nargs="+",
         type=replacement,

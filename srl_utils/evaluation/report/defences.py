@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from srl_utils.evaluation.defences import Defence
-from srl_utils.evaluation.perturbations import CLEAN, NO_THREAT
+from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT
 from srl_utils.evaluation.report.tables import HIGHER_IS_BETTER, METRIC_TITLES, Panel, measured
 from srl_utils.evaluation.results import Record, Row, Rows, Setting, Values, by_setting
 from srl_utils.evaluation.timings import REPETITIONS, Timings
@@ -26,8 +26,8 @@ BEST = "best purifier of each image"
 EXPLANATION = (
     "The VAE, and the purifier in front of it, with the best mean for each attack and metric. The tables below have all: a "
     "line for each purifier, and one that takes for each image the purifier that is best for it, which is the least that a "
-    "protection achieves against someone who tries them all. Adaptive attacks know the purifier if it has a gradient, "
-    "else the VAE alone."
+    "protection achieves against someone who tries them all. Adaptive attacks make another image for each purifier, so that "
+    "they have no such line. They know the purifier if it has a gradient, else the VAE alone."
 )
 
 PRICE = "What purifying costs an image that nobody has attacked: each line against the first."
@@ -108,7 +108,7 @@ def _panel(settings: Sequence[Setting], names: Mapping[tuple[str, str], str], fo
         for purifier in purifiers:
             table.append([purifier, metric, *(_text(by_vae.get(names[purifier, vae])) for vae in vaes)])
         best = [_best(setting, [names[purifier, vae] for purifier in purifiers], values) for vae in vaes]
-        if any(best):
+        if any(best) and setting.threat_model != ADAPTIVE:
             table.append([BEST, metric, *best])
     first = settings[0]
     explanation = PRICE if first.attack.partition(", ")[0] == CLEAN.name else ""

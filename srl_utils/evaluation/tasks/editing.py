@@ -226,7 +226,8 @@ class Editing:
         return self._edit(codec, shown, numbers, variant)
 
     def reference(self, codec: Codec, numbers: Sequence[int], variant: str) -> Tensor:
-        return torch.cat([self._clean_edit(codec, number, variant) for number in numbers])
+        """Return the edits of the clean images by the VAE alone: a purifier that destroys all images is no good defence."""
+        return torch.cat([self._clean_edit(codec.bare, number, variant) for number in numbers])
 
     def measure(
         self, cell: Cell, codec: Codec, outcome: Tensor, numbers: Sequence[int], variant: str
