@@ -74,8 +74,8 @@ class Scale:
     Attributes:
         steps: share of each rival's steps that is trained.
         training_scenes: scenes to train on.
-        images: images of reconstruction and generation.
-        edited: images of editing.
+        generated: images of generation.
+        judged: images of reconstruction and editing.
         attack_steps: steps of the attacks.
         seeds: trainings of each rival.
         adaptive_seeds: those of them whose edits are attacked adaptively.
@@ -83,15 +83,15 @@ class Scale:
 
     steps: float
     training_scenes: int
-    images: int
-    edited: int
+    generated: int
+    judged: int
     attack_steps: int
     seeds: int
     adaptive_seeds: int
 
 
-FULL = Scale(steps=1, training_scenes=1000, images=32, edited=16, attack_steps=50, seeds=3, adaptive_seeds=1)
-QUICK = Scale(steps=0.15, training_scenes=200, images=8, edited=4, attack_steps=10, seeds=1, adaptive_seeds=1)
+FULL = Scale(steps=1, training_scenes=1000, generated=32, judged=16, attack_steps=50, seeds=3, adaptive_seeds=1)
+QUICK = Scale(steps=0.15, training_scenes=200, generated=8, judged=4, attack_steps=10, seeds=1, adaptive_seeds=1)
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def main() -> None:
     trainings = planned_trainings(scale)
     run = Runner(args.output_dir, WEIGHTS / "vae", title="defences", num_calls=2 + len(trainings) + 5)
     run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1)
-    run.scenes(SCENES, scale.images, seed=0)
+    run.scenes(SCENES, scale.generated, seed=0)
     for name, flags in trainings.items():
         run.train(name, ["--train_data_dir", args.output_dir / TRAINING_SCENES, *flags], num_validation=1)
     data = ["--data_dir", args.output_dir / SCENES]
@@ -155,7 +155,7 @@ def reconstruction_flags(scale: Scale) -> list[object]:
     """Return the flags of the reconstruction command."""
     attack = f"apgd-{scale.attack_steps}"
     return [
-        "--num_images", scale.images, "--attacks", "clean", attack, f"{attack}-latents", "--epsilons", "8/255",
+        "--num_images", scale.judged, "--attacks", "clean", attack, f"{attack}-latents", "--epsilons", "8/255",
         "--threat_models", ADAPTIVE, "--no_checks", "--metrics", "psnr", "rfid", DRIFT, TRAVEL, "--classifier",
         WEIGHTS / "classifier",
     ]  # fmt: skip
@@ -164,7 +164,7 @@ def reconstruction_flags(scale: Scale) -> list[object]:
 def generation_flags(scale: Scale) -> list[object]:
     """Return the flags of the generation command."""
     return [
-        *networks(INFERENCE_STEPS), "--num_images", scale.images, "--strengths", "0.5", "--batch_size", 8,
+        *networks(INFERENCE_STEPS), "--num_images", scale.generated, "--strengths", "0.5", "--batch_size", 8,
         "--metrics", "clip", "fid", "denoising-loss",
     ]  # fmt: skip
 
@@ -172,7 +172,8 @@ def generation_flags(scale: Scale) -> list[object]:
 def editing_flags(scale: Scale, threats: Sequence[str]) -> list[object]:
     """Return the flags of the editing command."""
     return [
-        *networks(INFERENCE_STEPS), *EDITS, "--num_images", scale.edited, "--strengths", "0.3", "0.6", "--batch_size", 8,
+        *networks(INFERENCE_STEPS), *EDITS, "--num_images", scale.judged, "--strengths", "0.3", "0.6", "--edits",
+        "img2img-0.3", "img2img-0.6", "--batch_size", 8,
         "--attacks", "clean", *PROTECTIONS, "--epsilons", "16/255", "--threat_models", *threats, "--max_attack_steps", scale.attack_steps,
         "--no_checks", "--metrics", "psnr", "clip", "clip-text", "fid",
     ]  # fmt: skip

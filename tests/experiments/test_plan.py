@@ -63,7 +63,7 @@ def test_the_comparison_of_defences_parses(scale: defences.Scale) -> None:
     }
     for command, flags in commands.items():
         words = [command, "--baseline", "vae", "--data_dir", "data", "--resolution", "64", *map(str, flags)]
-        assert evaluation.parse_args(words).num_images in (scale.images, scale.edited)
+        assert evaluation.parse_args(words).num_images in (scale.generated, scale.judged)
 
 
 def test_a_missing_network_is_told_at_once(tmp_path: Path) -> None:
