@@ -38,7 +38,6 @@ from srl_utils.command_line import (
     exit_code,
     expanded_path,
     fraction,
-    home_expanded,
     image_side,
     message_of,
     non_negative_float,
@@ -48,7 +47,7 @@ from srl_utils.command_line import (
     seed,
 )
 from srl_utils.errors import ResourceError, UserError
-from srl_utils.files import sole_run
+from srl_utils.files import home_expanded, sole_run
 from srl_utils.images.datasets import open_flagged_data
 from srl_utils.images.loading import Batch, training_batches
 from srl_utils.images.sources import DataSource

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from srl_utils.errors import PARAMETER, UserError, one_line, without_tokens
+from srl_utils.files import home_expanded
 from srl_utils.images.pixels import parse_pixel_distance
 from srl_utils.resources import explained, keep_freed_memory
 
@@ -82,14 +82,6 @@ def message_of(error: UserError) -> str:
     """Return the message of an error, with flags in place of parameters."""
     problem = PARAMETER.sub(r"--\1", error.problem)
     return problem if error.parameter is None else f"--{error.parameter}: {problem}"
-
-
-def home_expanded(text: str) -> str:
-    """Return the path with the home folder in place of a leading ~, as no shell puts it after an equals sign.
-
-    A path that exists as it is stays as it is.
-    """
-    return text if os.path.exists(text) else os.path.expanduser(text)
 
 
 def expanded_path(text: str) -> Path:

@@ -7,7 +7,8 @@ such cases, so that `except FileNotFoundError` or `except OSError` around a call
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 TOKEN = re.compile(r"hf_\w{4,}")  # of the Hub
 PARAMETER = re.compile(r"`([a-z]\w*)`")  # in messages
@@ -63,6 +64,16 @@ class ResourceError(UserError, OSError):
     """What the machine lacks in the middle of a run: memory, room on the disk, another process of the run."""
 
     exit_code = 5
+
+
+@contextmanager
+def errors_about(parameter: str) -> Iterator[None]:
+    """Name `parameter` in the errors raised within: a command prints its flag."""
+    try:
+        yield
+    except UserError as error:
+        error.parameter = parameter
+        raise
 
 
 def one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Write files completely or not at all: atomic writes, checksums, locks, tensors that are computed once."""
+"""Write files completely or not at all: atomic writes, checksums, locks, kept tensors; and read paths with a ~."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ from torch import Tensor
 from srl_utils.errors import UnusableFile, UserError
 
 LONGEST_NAME = 255  # bytes, of file systems
+
+
+def home_expanded(text: str) -> str:
+    """Return the path with the home folder in place of a leading ~, as no shell puts it after an equals sign.
+
+    A path that exists as it is stays as it is.
+    """
+    return text if os.path.exists(text) else os.path.expanduser(text)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

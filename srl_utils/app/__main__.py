@@ -15,9 +15,10 @@ from diffusers import DiffusionPipeline
 
 from srl_utils.app.world import World
 from srl_utils.command_line import Parser, device, exit_code, image_side, positive_int
-from srl_utils.errors import MissingFile, MissingPackage
-from srl_utils.evaluation.cli.loading import BASELINE, errors_about, load_codecs, load_pipeline, vae_sources
-from srl_utils.evaluation.cli.places import parse_named_place
+from srl_utils.errors import MissingFile, MissingPackage, errors_about
+from srl_utils.evaluation.cli.loading import BASELINE, load_codecs, vae_sources
+from srl_utils.pipelines.loading import load_pipeline
+from srl_utils.pipelines.places import parse_named_place
 from srl_utils.vae.codec import frozen_codec
 from srl_utils.vae.loading import UPDATES_NAME, AutoencoderSource, load_autoencoder, merge_updates
 

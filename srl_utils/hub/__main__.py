@@ -15,8 +15,9 @@ from urllib.parse import quote
 
 from huggingface_hub import constants
 
-from srl_utils.command_line import Parser, exit_code, expanded_path, home_expanded
+from srl_utils.command_line import Parser, exit_code, expanded_path
 from srl_utils.errors import MissingFile
+from srl_utils.files import home_expanded
 from srl_utils.hub.contents import CARD, Contents, contents
 from srl_utils.hub.converting import PRECISIONS, convert
 from srl_utils.hub.publishing import (

@@ -1,4 +1,4 @@
-"""python -m srl_utils.pipelines sanitize INPUT OUTPUT [--vae DIR] [--purifier NAME]"""
+"""python -m srl_utils.pipelines sanitize INPUT OUTPUT [--vae DIR] [--purifier NAME] [--purifier_pipelines PLACE ...]"""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from srl_utils.command_line import Parser, checked, device, exit_code, positive_int
+from srl_utils.command_line import Parser, checked, device, exit_code, positive_int, seed
 from srl_utils.errors import ResourceError, UserError, one_line
 from srl_utils.images.decoding import UnreadableImage, open_image
 from srl_utils.images.listing import Skipped, list_images
 from srl_utils.pipelines.files import check_size, check_writable, fitting_target, sanitize_file
 from srl_utils.pipelines.formats import format_of, format_to_write
+from srl_utils.pipelines.loading import load_purifier_pipelines
+from srl_utils.pipelines.places import FORM
 from srl_utils.pipelines.sanitizing import TILE_ABOVE, build_purifier
 from srl_utils.pipelines.swapping import resolve_vae
-from srl_utils.purifiers import LOOP, Purifier, check_purifier, known_purifiers, uses_vae
+from srl_utils.purifiers import LOOP, Purifier, check_purifier, known_purifiers, uses_noise, uses_pipeline, uses_vae
 from srl_utils.resources import failed_write
 
 
@@ -53,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.vae is not None:
         vae = resolve_vae(args.vae, subfolder=args.subfolder, revision=args.revision, variant=args.variant)
         vae.to(args.device)
-    purifier = build_purifier(args.purifier, vae, tile_above=args.tile_above)
+    pipelines = load_purifier_pipelines(args.purifier_pipelines or (), device=args.device)
+    purifier = build_purifier(args.purifier, vae, pipelines, seed=args.seed, tile_above=args.tile_above)
     outcome = Outcome()
     for source, target in tqdm(jobs, desc="sanitize", unit="image"):
         work(source, target, purifier, args, outcome)
@@ -205,6 +208,11 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         "--purifier", type=checked(check_purifier), default=LOOP,
         help=f"what is done, A+B for one after the other: {', '.join(known_purifiers())}; {LOOP} is a pass through --vae",
     )  # fmt: skip
+    command.add_argument(
+        "--purifier_pipelines", nargs="+", default=None, metavar="PLACE",
+        help=f"diffusion pipelines of purifiers, each a folder or Hub id: {FORM}",
+    )  # fmt: skip
+    command.add_argument("--seed", type=seed, default=0, help="of what purifiers draw, the same for each image")
     for name, what in (
         ("subfolder", "folder inside it"),
         ("revision", "branch, tag or commit"),
@@ -222,11 +230,15 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.vae is None and uses_vae(args.purifier):
         raise UserError(f"{args.purifier} needs a VAE; give `vae`")
+    if args.purifier_pipelines is None and uses_pipeline(args.purifier):
+        raise UserError(f"{args.purifier} needs a diffusion pipeline; give `purifier_pipelines`")
     no_vae = (uses_vae(args.purifier), f"a purifier that uses a VAE, such as {LOOP}")
     command.refuse_without_effect(
         args,
         {
             "vae": no_vae, "subfolder": no_vae, "variant": no_vae, "tile_above": no_vae,
+            "purifier_pipelines": (uses_pipeline(args.purifier), "a purifier that uses a pipeline"),
+            "seed": (uses_noise(args.purifier), "a purifier that draws noise"),
             "revision": (args.vae is not None and not os.path.isdir(args.vae), "a model of the Hub", "main"),
         },
     )  # fmt: skip

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from srl_utils.errors import UserError
 from srl_utils.vae.families import family_of
@@ -52,7 +53,7 @@ def reconstruct(images: Tensor, vae: ModelMixin, *, tiled: bool = False) -> Tens
         again = (~finite).nonzero().flatten()
         with torch.autocast(device.type, enabled=False):
             outcome[again.to(device)], finite[again] = _attempt(
-                images[again.to(images.device)], _in_float32(vae), tiled
+                images[again.to(images.device)], frozen_in_float32(vae), tiled
             )
     if not finite.all():
         raise _not_finite(vae)
@@ -65,6 +66,14 @@ def execution_device(vae: ModelMixin) -> torch.device:
     hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((torch.device(device) for device in devices if device is not None), vae.device)
+
+
+def frozen_in_float32(vae: ModelMixin) -> ModelMixin:
+    """Return a frozen twin in float32; it shares the weights that are in float32 already, and the offload hooks."""
+    hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())  # they lead to the rest of a pipeline
+    shared: dict[int, Any] = {id(hook): hook for hook in hooks if hook is not None}
+    weights = {id(weight): nn.Parameter(weight.detach().float(), requires_grad=False) for weight in vae.parameters()}
+    return copy.deepcopy(vae, shared | weights).float()
 
 
 def fit_for(pipe: DiffusionPipeline, vae: ModelMixin) -> ModelMixin:
@@ -96,12 +105,6 @@ def _attempt(images: Tensor, vae: ModelMixin, tiled: bool) -> tuple[Tensor, Tens
         outcome = LatentDecoder(view)(latents.to(vae.dtype))
     finite = latents.isfinite().flatten(1).all(dim=1) & outcome.isfinite().flatten(1).all(dim=1)
     return outcome.float(), finite.cpu()
-
-
-def _in_float32(vae: ModelMixin) -> ModelMixin:
-    """Return a float32 copy with the same offload hooks, which lead to the rest of a pipeline."""
-    hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
-    return copy.deepcopy(vae, {id(hook): hook for hook in hooks if hook is not None}).float()
 
 
 def _not_finite(vae: ModelMixin) -> UserError:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from os import PathLike
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor
 
-from srl_utils.errors import WrongType
+from srl_utils.attacks.draws import image_generators
+from srl_utils.errors import WrongType, errors_about
 from srl_utils.images.decoding import to_srgb
 from srl_utils.images.pixels import check_images, from_pil, to_model_range, to_pil, to_unit_range
 from srl_utils.metrics.losses import load_perceptual_distance
+from srl_utils.pipelines.loading import purifying_pipeline
 from srl_utils.pipelines.metadata import read_metadata, srgb_profile
-from srl_utils.pipelines.precision import reconstruct
+from srl_utils.pipelines.precision import execution_device, frozen_in_float32, reconstruct
 from srl_utils.pipelines.swapping import resolve_vae
 from srl_utils.purifiers import LOOP, Purifier, PurifierResources, purifier_of, uses_perceptual
 from srl_utils.vae.codec import Codec
@@ -34,6 +38,8 @@ def sanitize(
     vae: ModelMixin | str | PathLike[str] | None = None,
     *,
     purifier: str = LOOP,
+    purifier_pipelines: Sequence[DiffusionPipeline] = (),
+    seed: int = 0,
     tile_above: int = TILE_ABOVE,
     **loading: Any,
 ) -> Images:
@@ -50,6 +56,8 @@ def sanitize(
             purifier that needs no VAE.
         purifier: what is done, as `srl_utils.purifiers.purifier_of` reads it: `vae-loop` is the pass through the VAE, and
             `jpeg-75+vae-loop` writes a JPEG file before it.
+        purifier_pipelines: pipelines of diffusers for purifiers such as `img2img-0.1`; each takes the first that fits it.
+        seed: of what purifiers draw. Every image draws the same numbers, so its result does not depend on other images.
         tile_above: images with a longer side, in pixels, are processed in the VAE's overlapping tiles.
         loading: `subfolder`, `revision`, `variant` of a folder or Hub id.
 
@@ -60,29 +68,43 @@ def sanitize(
 
     Raises:
         UserError: if `vae` cannot be loaded, or returns values that are not finite; if there is no such purifier, or if
-            it lacks a VAE or LPIPS.
-        WrongType: a TypeError and a ValueError, if `images` are of another kind.
+            it lacks a VAE, LPIPS or a pipeline.
+        WrongType: a TypeError and a ValueError, if `images` or `purifier_pipelines` are of another kind.
         ValueError: if an array or a tensor has another shape, dtype or range; UnreadableImage, if a PIL image is
             broken.
     """
     model = None if vae is None else resolve_vae(vae, **loading)
-    return _sanitize(images, build_purifier(purifier, model, tile_above=tile_above))
+    pipelines = list(map(purifying_pipeline, purifier_pipelines))
+    return _sanitize(images, build_purifier(purifier, model, pipelines, seed=seed, tile_above=tile_above))
 
 
-def build_purifier(name: str, vae: ModelMixin | None, *, tile_above: int = TILE_ABOVE) -> Purifier:
-    """Return the purifier of this name for images of any size.
+def build_purifier(
+    name: str,
+    vae: ModelMixin | None,
+    pipelines: Sequence[DiffusionPipeline] = (),
+    *,
+    seed: int = 0,
+    tile_above: int = TILE_ABOVE,
+) -> Purifier:
+    """Return the purifier of this name for images of any size; every image draws the same numbers.
 
     Args:
         name: of a purifier or a chain.
         vae: what `vae-loop` and IMPRESS use.
+        pipelines: what purifiers by diffusion use; see `purifying_pipeline`.
+        seed: of what purifiers draw.
         tile_above: images with a longer side, in pixels, are processed in the VAE's tiles.
 
     Raises:
         UserError: see `sanitize`.
     """
     vaes = {} if vae is None else {"vae": AnySize(vae, tile_above)}
-    perceptual = load_perceptual_distance("vgg").to(vae.device) if vae is not None and uses_perceptual(name) else None
-    return purifier_of(name, PurifierResources(vaes=vaes, perceptual=perceptual))
+    perceptual = None
+    if vae is not None and uses_perceptual(name):
+        perceptual = load_perceptual_distance("vgg").to(execution_device(vae))
+    with errors_about("purifier"):
+        purifier = purifier_of(name, PurifierResources(vaes=vaes, pipelines=pipelines, perceptual=perceptual))
+    return replace(purifier, apply=lambda images, _: purifier(images, image_generators(seed, [0] * len(images))))
 
 
 @dataclass(frozen=True)
@@ -97,13 +119,23 @@ class AnySize:
     vae: ModelMixin
     tile_above: int
 
+    @property
+    def device(self) -> torch.device:
+        return execution_device(self.vae)
+
+    @cached_property
+    def differentiable(self) -> Codec:
+        """Return the VAE with frozen weights in float32, whose gradients are accurate and reach the images alone."""
+        return Codec.of(frozen_in_float32(self.vae), "")
+
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Return reconstructions of images, both `[N,3,H,W]` in [-1,1]; with gradients neither in tiles nor in float32."""
+        """Return reconstructions of images, both `[N,3,H,W]` in [-1,1]; with gradients in float32, and never in tiles."""
         height, width = images.shape[-2:]
         factor = downsampling_factor(self.vae)
         padded = F.pad(images.float(), (0, -width % factor, 0, -height % factor), mode="replicate")
         if torch.is_grad_enabled() and images.requires_grad:
-            made = Codec.of(self.vae, "").reconstruct(padded.to(self.vae.device))
+            with torch.autocast(self.device.type, enabled=False):
+                made = self.differentiable.reconstruct(padded)
         else:
             made = reconstruct(padded, self.vae, tiled=max(height, width) > self.tile_above)
         return made[..., :height, :width]

@@ -41,7 +41,9 @@ IMPRESS = {
 
 def vae_loop(vae: Autoencoder, name: str) -> Purifier:
     """Return a pass through an autoencoder: encode to the posterior's mean, and decode."""
-    return Purifier(name=name, apply=lambda images, _: vae.reconstruct(images), passes=1.0)
+    return Purifier(
+        name=name, apply=lambda images, _: vae.reconstruct(images.to(vae.device)).to(images.device), passes=1.0
+    )
 
 
 def impress(vae: Autoencoder, perceptual: ImageDistance, config: ImpressConfig, name: str) -> Purifier:
@@ -52,14 +54,14 @@ def impress(vae: Autoencoder, perceptual: ImageDistance, config: ImpressConfig, 
 
     Args:
         vae: the autoencoder; its weights should be frozen, which saves time.
-        perceptual: the authors' is LPIPS on VGG.
+        perceptual: on the same device; the authors' is LPIPS on VGG.
         config: see `IMPRESS`.
         name: of the purifier.
     """
 
     def apply(images: Tensor, generators: Generators | None) -> Tensor:
         with torch.enable_grad():
-            return consistent(images, generators, vae, perceptual, config)
+            return consistent(images.to(vae.device), generators, vae, perceptual, config).to(images.device)
 
     return Purifier(name=name, apply=apply, differentiable=False, passes=2.0 * config.num_steps)
 
@@ -76,8 +78,8 @@ def consistent(
     for _ in range(config.num_steps):
         excess = (perceptual.distance(found, given) - config.allowed).clamp_min(0)
         loss = mean_squared_error(vae.reconstruct(found), found) + config.weight * excess
-        optimizer.zero_grad()
-        loss.sum().backward()  # a sum, so that no image changes another one's step
+        # A sum, so that no image changes another one's step; `backward` would also reach weights that are not frozen.
+        (found.grad,) = torch.autograd.grad(loss.sum(), found)
         optimizer.step()
         schedule.step()
     return found.detach()

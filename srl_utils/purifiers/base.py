@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from srl_utils.attacks.draws import Generators
@@ -20,6 +21,10 @@ SEPARATOR = "+"
 class Autoencoder(Protocol):
     """A VAE that purifiers use, such as a `Codec`."""
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device that images have to be on."""
+
     def reconstruct(self, images: Tensor) -> Tensor:
         """Return reconstructions of images, both `[N,3,H,W]` in [-1,1]; with gradients, if they are enabled."""
 
@@ -30,8 +35,9 @@ class Purifier:
 
     Attributes:
         name: as commands and results write it, such as `jpeg-75`.
-        apply: images `[N,3,H,W]` in [-1,1] and one CPU generator per image to as many images. Without generators it draws
-            from PyTorch's global generator. Image i of the result depends on image i and its generator alone.
+        apply: images `[N,3,H,W]` in [-1,1] and one CPU generator per image to as many images on the same device. Without
+            generators it draws from PyTorch's global generator. Image i of the result depends on image i and its generator
+            alone.
         differentiable: whether gradients pass, so that an attacker can take it into account.
         random: whether it draws.
         passes: cost of one image, in passes through encoder and decoder of a VAE.

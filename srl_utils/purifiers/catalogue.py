@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from srl_utils.purifiers.diffusing import (
 from srl_utils.purifiers.filters import adverse_cleaner, jpeg_file, noise, resizing, webp_file
 
 ADVERSE_CLEANER, LOOP = "adverse-cleaner", "vae-loop"
-GRIDPURE = "gridpure"
+GRIDPURE, NOISE = "gridpure", "noise"
 
 
 class ByPipeline(NamedTuple):
@@ -45,7 +45,7 @@ NUMBERED: Mapping[str, tuple[str, Callable[[float], Purifier], float, float]] = 
     "jpeg": ("QUALITY", lambda quality: jpeg_file(round(quality)), 1, 95),
     "webp": ("QUALITY", lambda quality: webp_file(round(quality)), 0, 100),
     "resize": ("SCALE", resizing, 0.01, 1),
-    "noise": ("SIGMA", noise, 0, 1),
+    NOISE: ("SIGMA", noise, 0, 1),
 }
 """By name: what the number is, the purifier, and the smallest and the largest number."""
 BY_PIPELINE: Mapping[str, ByPipeline] = {
@@ -78,14 +78,25 @@ def known_purifiers() -> list[str]:
     return [*numbered, ADVERSE_CLEANER, f"{LOOP}[-NAME]", *IMPRESS, *by_pipeline, GRIDPURE]
 
 
-def check_purifier(text: str) -> None:
-    """Raise a UserError unless `text` is the name of a purifier or of a chain; whether it lacks something is not checked."""
-    for name in _parts(text):
-        if WITH_NUMBER.fullmatch(name):
-            _number(name)
-        elif name not in (ADVERSE_CLEANER, LOOP, GRIDPURE, *IMPRESS) and not name.startswith(f"{LOOP}-"):
+def check_purifier(text: str, vaes: Collection[str] = ()) -> None:
+    """Raise a UserError unless `text` is the name of a purifier or of a chain; whether it lacks something is not checked.
+
+    Args:
+        text: the name.
+        vaes: names of the VAEs, as far as they are known.
+    """
+    for name in _parts(text, vaes):
+        if not _is_known(name):
             choice = ", ".join(known_purifiers())
             raise UserError(f"no purifier '{name}'; choose from {choice}", parameter="purifiers")
+        if WITH_NUMBER.fullmatch(name):
+            _number(name)
+
+
+def uses_noise(text: str) -> bool:
+    """Return whether a purifier or chain draws random numbers."""
+    drawing = any(name in IMPRESS or _kind(name) == NOISE for name in _parts(text))
+    return drawing or uses_pipeline(text)
 
 
 def uses_perceptual(text: str) -> bool:
@@ -107,18 +118,43 @@ def purifier_of(text: str, resources: PurifierResources = PurifierResources()) -
     """Return the purifier of a name, or of several joined by `+`, of which the first is applied first.
 
     Args:
-        text: such as `resize-0.5+jpeg-75`.
+        text: such as `resize-0.5+jpeg-75`. The name of a VAE may hold a `+` too: the longest that fits is taken.
         resources: what some purifiers need.
 
     Raises:
         UserError: if a name is unknown, a number is out of its range, or a purifier lacks what it needs.
     """
-    check_purifier(text)
-    return chain([_single(name, resources) for name in _parts(text)])
+    check_purifier(text, resources.vaes)
+    return chain([_single(name, resources) for name in _parts(text, resources.vaes)])
 
 
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(SEPARATOR)]
+def _parts(text: str, vaes: Collection[str] = ()) -> list[str]:
+    """Return the names in a chain, in which `vae-loop-a+b+jpeg-75` may be of a VAE called `a+b`.
+
+    The longest of the names in `vaes` is taken; where none fits, all that comes before the next purifier's name.
+    """
+    pieces, parts = [piece.strip() for piece in text.split(SEPARATOR)], []
+    while pieces:
+        length = _length_of_first(pieces, vaes)
+        parts.append(SEPARATOR.join(pieces[:length]))
+        pieces = pieces[length:]
+    return parts
+
+
+def _length_of_first(pieces: Sequence[str], vaes: Collection[str]) -> int:
+    """Return how many pieces the first name of a chain has; only that of a loop can have several."""
+    if not pieces[0].startswith(f"{LOOP}-"):
+        return 1
+    loops = {f"{LOOP}-{name}" for name in vaes}
+    fitting = (length for length in range(len(pieces), 0, -1) if SEPARATOR.join(pieces[:length]) in loops)
+    following = (length for length in range(1, len(pieces)) if _is_known(pieces[length]))
+    return next(fitting, None) or next(following, len(pieces))
+
+
+def _is_known(name: str) -> bool:
+    """Return whether this is the name of a single purifier."""
+    fixed = (ADVERSE_CLEANER, LOOP, GRIDPURE, *IMPRESS)
+    return name in fixed or name.startswith(f"{LOOP}-") or WITH_NUMBER.fullmatch(name) is not None
 
 
 def _single(name: str, resources: PurifierResources) -> Purifier:

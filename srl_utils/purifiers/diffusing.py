@@ -61,7 +61,7 @@ def image_to_image(pipeline: DiffusionPipeline, strength: float) -> Purifier:
             prompt=[""] * len(images), image=to_unit_range(images).clamp(0, 1), strength=strength, guidance_scale=1.0,
             num_inference_steps=STEPS, generator=_listed(generators), output_type="pt",
         )  # fmt: skip
-        return to_model_range(output.images)
+        return to_model_range(output.images.float())
 
     return _without_gradient(f"img2img-{strength:g}", pipeline, edit, calls=STEPS * strength)
 
@@ -82,7 +82,7 @@ def noisy_upscaling(pipeline: DiffusionPipeline, sigma: float) -> Purifier:
             prompt=[""] * len(images), image=to_unit_range(noisy), noise_level=UPSCALER_NOISE, guidance_scale=1.0,
             num_inference_steps=STEPS, generator=_listed(generators), output_type="pt",
         )  # fmt: skip
-        return resized(to_model_range(output.images), list(images.shape[2:]), antialias=True)
+        return resized(to_model_range(output.images.float()), list(images.shape[2:]), antialias=True)
 
     return _without_gradient(f"noisy-upscaling-{sigma:g}", pipeline, upscale, calls=16 * STEPS)
 
@@ -131,13 +131,16 @@ def gridpure(pipeline: DiffusionPipeline, config: GridConfig = GridConfig()) -> 
 def noised_and_denoised(
     pipeline: DiffusionPipeline, images: Tensor, timestep: int, generators: Generators | None
 ) -> Tensor:
-    """Return images `[N,3,H,W]` after noise up to `timestep` and the model's way back, step by step."""
+    """Return images `[N,3,H,W]` after noise up to `timestep` and the model's way back, step by step.
+
+    The denoiser computes in its own dtype, the steps in float32.
+    """
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(scheduler.config.num_train_timesteps)
     steps = torch.full((len(images),), timestep - 1)
     current = scheduler.add_noise(images, draw_normal(generators, like=images), steps)
     for step in range(timestep - 1, -1, -1):
-        predicted = pipeline.unet(current, step).sample
+        predicted = pipeline.unet(current.to(pipeline.unet.dtype), step).sample.float()
         current = scheduler.step(predicted, step, current, generator=_listed(generators)).prev_sample
     return current
 

@@ -6,9 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from srl_utils.command_line import Parser, exit_code, expanded_path, home_expanded
+from srl_utils.command_line import Parser, exit_code, expanded_path
 from srl_utils.errors import UserError
 from srl_utils.evaluation.report.tables import markdown_table
+from srl_utils.files import home_expanded
 from srl_utils.zoo.entries import Subject, read_entries
 from srl_utils.zoo.leaderboard import PAGE, TABLES, write_leaderboard
 from srl_utils.zoo.measuring import ROW, measure, subject_of

@@ -16,11 +16,11 @@ import torch
 
 from srl_utils.errors import UserError
 from srl_utils.evaluation import evaluate
-from srl_utils.evaluation.cli.places import parse_place
 from srl_utils.evaluation.cli.running import used_versions
 from srl_utils.evaluation.timings import kept_timings
 from srl_utils.files import read_json
 from srl_utils.hub.contents import CARD
+from srl_utils.pipelines.places import parse_place
 from srl_utils.resources import device_name
 from srl_utils.vae.codec import Codec, load_codec
 from srl_utils.vae.loading import WEIGHTS_NAME

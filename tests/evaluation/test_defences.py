@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from helpers.purifying_pipelines import build_pixel_model, build_stable_diffusion, build_upscaler
 from helpers.runs import draw_images
 from helpers.small_pipelines import build_pipeline
 from helpers.small_text_encoder import add_text_encoders
@@ -18,6 +21,7 @@ from srl_utils.attacks.draws import image_generators, purifying_generators
 from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
 from srl_utils.evaluation.cells import cells_of, measure
+from srl_utils.evaluation.cli.main import parse_args
 from srl_utils.evaluation.defences import Defence, defences
 from srl_utils.evaluation.motion import TRAVEL, motion
 from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, TRANSFER, Perturbation, usual_attack
@@ -26,6 +30,7 @@ from srl_utils.evaluation.results import Record, Setting, to_rows
 from srl_utils.evaluation.study import THREAT_MODELS
 from srl_utils.evaluation.tasks.base import Metrics, Reconstruction
 from srl_utils.evaluation.tasks.editing import Editing, build_edits
+from srl_utils.evaluation.tasks.generation import build_text_to_image
 from srl_utils.evaluation.timings import Timings, kept_timings
 from srl_utils.images.pixels import to_pil
 from srl_utils.metrics.pixels import psnr
@@ -132,6 +137,20 @@ def test_edits_are_of_purified_images(name: str, tmp_path: Path) -> None:
     assert not torch.equal(found, edit(codec, images, ["a cat"], image_generators(0, [0])))
 
 
+def test_nothing_is_purified_for_text_to_image(tmp_path: Path) -> None:
+    """Oracle: the VAE alone, which makes images of the same size; a purifier that was called would be noticed."""
+
+    def unwanted(images: Tensor, _: object) -> Tensor:
+        raise AssertionError("text-to-image sees no image")
+
+    pipe = add_text_encoders(build_pipeline("sd"), tmp_path)
+    edit = build_text_to_image(pipe, 32, num_inference_steps=2, guidance_scale=1.0)
+    codec, blank = frozen_codec(pipe.vae, "original", device=torch.device("cpu")), torch.zeros(1, 3, 32, 32)
+    defence = Defence.by(codec, Purifier(name="unwanted", apply=unwanted))
+    found = edit(defence, blank, ["a cat"], image_generators(0, [0]))
+    assert found.shape == blank.shape and torch.equal(found, edit(codec, blank, ["a cat"], image_generators(0, [0])))
+
+
 def test_the_best_purifier_of_each_image(codecs: list[Codec]) -> None:
     """Oracle: by hand: of two images, one is better with the purifier and one without it."""
     every = defences(codecs[:1], [JPEG])
@@ -201,18 +220,29 @@ def test_edits_are_compared_with_those_of_images_that_nobody_purified(tmp_path: 
     assert task.measure(cell, grey, outcome, [0], "img2img-0.5")["psnr"].item() == psnr(outcome, alone).item() < 60
 
 
-def test_a_defence_is_timed_once(codecs: list[Codec], tmp_path: Path) -> None:
-    """Oracle: a purifier that sleeps for a known time; a second call reads the file."""
+def test_a_defence_is_timed_once(codecs: list[Codec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a clock that the purifier moves by a known time, and each look at it by 3 ms; the warm-up and one call that
+    takes longer do not count. A second call reads the file.
+    """
+    now, extra = 0.0, iter([10.0, 0.0, 0.0, 5.0])
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.003
+        return now
 
     def slow(images: Tensor, _: object) -> Tensor:
-        time.sleep(0.05 * len(images))
+        nonlocal now
+        now += 0.05 * len(images) + next(extra, 0.0)
         return images
+
+    monkeypatch.setattr("srl_utils.resources.time", SimpleNamespace(perf_counter=clock))
 
     every = defences(codecs, [Purifier(name="slow", apply=slow)])
     call = {"codecs": every, "images": draw_images(3, 16), "seed": 0, "device": "CPU"}
     timings = kept_timings(tmp_path / "timings.json", **call)
-    assert 0.05 <= timings.purifiers["slow"] < 0.1
-    assert timings.encoders.keys() == {"original", "robust"} and timings.encoders["robust"] > 0
+    assert timings.purifiers == {"slow": pytest.approx(0.051)}
+    assert timings.encoders == {name: pytest.approx(0.001) for name in ("original", "robust")}
     assert (timings.n, timings.device) == (3, "CPU")
     assert kept_timings(tmp_path / "timings.json", **call) == timings
 
@@ -247,3 +277,51 @@ def test_the_command_judges_defences(codecs: list[Codec], tmp_path: Path) -> Non
     assert (tmp_path / "out/report.md").read_text() == before
     with pytest.raises(UserError, match="no purifier 'jpg-75'; choose from jpeg-QUALITY"):
         evaluate([*command, "--purifiers", "jpg-75"])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_command_purifies_by_pipelines(
+    precision: str, codecs: list[Codec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the real command with saved pipelines: every purifier changes what is measured."""
+    monkeypatch.setattr("srl_utils.purifiers.diffusing.STEPS", 2)
+    for state in (AcceleratorState, PartialState, GradientState):
+        monkeypatch.setattr(state, "_shared_state", {})
+    (tmp_path / "photos").mkdir()
+    to_pil(draw_images(1, 32)[0]).save(tmp_path / "photos/0.png")
+    text_to_image = build_stable_diffusion(tmp_path)
+    parts = {
+        "sd": text_to_image,
+        "upscaler": build_upscaler(text_to_image),
+        "pixels": build_pixel_model(),
+        "vae": codecs[0].vae,
+    }
+    for name, part in parts.items():
+        part.save_pretrained(tmp_path / name)
+    purifiers = ["img2img-0.5", "noisy-upscaling-0.1", "diffpure-3"]
+    command = [
+        "reconstruction", "--baseline", str(tmp_path / "vae"), "--data_dir", str(tmp_path / "photos"), "--resolution", "32",
+        "--attacks", "clean", "--metrics", "psnr", "--no_checks", "--output_dir", str(tmp_path / "out"),
+        "--mixed_precision", precision, "--pipeline", str(tmp_path / "sd"), "--purifiers", *purifiers,
+        "--purifier_pipelines", str(tmp_path / "upscaler"), str(tmp_path / "pixels"),
+    ]  # fmt: skip
+    assert evaluate(command) == 0
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    values = {row["vae"]: row["value"] for row in rows}
+    assert values.keys() == {"original", *(f"original + {name}" for name in purifiers)}
+    assert len(set(values.values())) == len(values)
+
+
+WORDS = ["reconstruction", "--baseline", "vae", "--data_dir", "photos", "--metrics", "psnr", "--attacks", "clean"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "purifier"),
+    [("pipeline", "img2img-0.1"), ("purifier_pipelines", "gridpure"), ("classifier", "jpeg-75+impress")],
+)
+def test_flags_that_a_purifier_needs_have_an_effect(flag: str, purifier: str) -> None:
+    """Oracle: specification: they are accepted beside such a purifier, and refused beside another one."""
+    args: Namespace = parse_args([*WORDS, f"--{flag}", "place", "--purifiers", purifier])
+    assert getattr(args, flag) in ("place", ["place"])
+    with pytest.raises(UserError, match=f"--{flag} has no effect without"):
+        parse_args([*WORDS, f"--{flag}", "place", "--purifiers", "jpeg-75"])

@@ -1,14 +1,14 @@
-"""Objectives for attacks, and two that look over an attack's shoulder."""
+"""Objectives for attacks, two that look over an attack's shoulder, and a perceptual distance without weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from srl_utils.attacks.gradient import Objective
-from srl_utils.metrics.losses import ReconstructionLoss
+from srl_utils.metrics.losses import FeatureDistance, ReconstructionLoss
 from srl_utils.vae.networks import LatentDecoder, LatentEncoder, split_moments
 
 # clean +- radius rounds once near 1, and the difference that a test takes once more: 2^-23 at most.
@@ -66,3 +66,15 @@ class Scripted(Recorded):
 def euclidean(changes: Tensor) -> Tensor:
     """Length of each image's change, `[N]`, in float64."""
     return changes.double().flatten(1).square().sum(dim=1).sqrt()
+
+
+class Pixels(nn.Module):
+    """Features that are the pixels themselves."""
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [images]
+
+
+def pixel_distance() -> FeatureDistance:
+    """What takes the place of LPIPS in a test."""
+    return FeatureDistance(Pixels(), "pixels")

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from helpers.autoencoders import small_autoencoder
+from helpers.objectives import pixel_distance
+from helpers.purifying_pipelines import build_pixel_model, build_stable_diffusion, build_upscaler
 from helpers.runs import ROOT
 from helpers.small_pipelines import build_pipeline, small_vae
 from PIL import Image
@@ -28,6 +31,7 @@ from srl_utils.images.decoding import UnreadableImage
 from srl_utils.pipelines import sanitize
 from srl_utils.pipelines.__main__ import main
 from srl_utils.pipelines.formats import writable_suffixes
+from srl_utils.purifiers.autoencoding import IMPRESS
 from srl_utils.vae.families import FAMILIES
 from srl_utils.vae.loading import save_autoencoder
 
@@ -405,3 +409,98 @@ def test_chains_pass_the_vae_in_their_place(tiny_vae) -> None:
     images = draw_floats(2, 3, 17, 22)
     filed = sanitize(images, purifier="jpeg-60")
     torch.testing.assert_close(sanitize(images, tiny_vae, purifier="jpeg-60+vae-loop"), sanitize(filed, tiny_vae))
+
+
+@pytest.fixture
+def short_impress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IMPRESS in three steps, with a perceptual distance that needs no weights."""
+    monkeypatch.setitem(IMPRESS, "impress", replace(IMPRESS["impress"], num_steps=3))
+    monkeypatch.setattr("srl_utils.pipelines.sanitizing.load_perceptual_distance", lambda net: pixel_distance())
+
+
+@pytest.mark.usefixtures("short_impress")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_impress_computes_in_float32_and_leaves_the_vae_alone(tiny_vae: AutoencoderKL, dtype: torch.dtype) -> None:
+    """Oracle: the same weights in float32; what autograd knows of the VAE's own weights, some of them frozen, stays."""
+    vae, images = tiny_vae.to(dtype), draw_floats(2, 3, 9, 12)
+    vae.decoder.requires_grad_(False)
+    before = {name: (weight.requires_grad, weight.dtype) for name, weight in vae.named_parameters()}
+    found = sanitize(images, vae, purifier="impress")
+    assert {name: (weight.requires_grad, weight.dtype) for name, weight in vae.named_parameters()} == before
+    assert all(weight.grad is None for weight in vae.parameters())
+    assert torch.equal(found, sanitize(images, copy.deepcopy(vae).float(), purifier="impress"))
+    assert 0 < (found - images).abs().max() < 0.3
+
+
+@pytest.mark.usefixtures("short_impress")
+@pytest.mark.parametrize("purifier", ["noise-0.05", "noise-0.05+vae-loop", "impress"])
+def test_what_an_image_draws_depends_on_the_seed_alone(tiny_vae: AutoencoderKL, purifier: str) -> None:
+    """Oracle: invariance: the image alone, in a batch and in a list; another seed gives another result."""
+    images, settings = draw_floats(2, 3, 8, 8), {"vae": tiny_vae, "purifier": purifier}
+    alone = sanitize(images[1], **settings, seed=3)
+    torch.testing.assert_close(sanitize(images, **settings, seed=3)[1], alone, atol=1e-4, rtol=0)
+    assert torch.equal(sanitize([images[0], images[1]], **settings, seed=3)[1], alone)
+    assert not torch.allclose(sanitize(images[1], **settings), alone, atol=1e-3)
+
+
+def test_a_file_does_not_depend_on_the_others(folder: Path) -> None:
+    """Oracle: the real command on one file, and on its folder; another seed gives other pixels."""
+    out, noisy = folder.parent / "out", ("--purifier", "noise-0.1")
+    assert sanitize_command(folder, out, *noisy) == 0
+    pixels = {}
+    for seed in (0, 1):
+        assert sanitize_command(folder / "a/b/2.ppm", folder.parent / f"{seed}.png", *noisy, "--seed", seed) == 0
+        pixels[seed] = Image.open(folder.parent / f"{seed}.png").tobytes()
+    assert Image.open(out / "a/b/2.ppm.png").tobytes() == pixels[0] != pixels[1]
+
+
+@pytest.fixture
+def pipelines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, DiffusionPipeline]:
+    """Small pipelines by the names of their folders in `tmp_path`, with two denoising steps."""
+    monkeypatch.setattr("srl_utils.purifiers.diffusing.STEPS", 2)
+    text_to_image = build_stable_diffusion(tmp_path)
+    built = {"sd": text_to_image, "upscaler": build_upscaler(text_to_image), "pixels": build_pixel_model()}
+    for name, pipeline in built.items():
+        pipeline.save_pretrained(tmp_path / name)
+    return built
+
+
+@pytest.mark.parametrize(
+    ("purifier", "kind"),
+    [
+        ("img2img-0.5", "sd"), ("noisy-upscaling-0.1", "upscaler"), ("diffpure-3", "pixels"),
+        ("jpeg-75+diffpure-2+vae-loop", "pixels"),
+    ],
+)  # fmt: skip
+def test_purifiers_by_pipelines(purifier: str, kind: str, vae_at: Path, folder: Path, pipelines, tiny_vae) -> None:
+    """Oracle: the real command with saved pipelines, and the function with the pipelines themselves."""
+    needed = ["--vae", vae_at] if "vae-loop" in purifier else []
+    source, target = folder / "0.png", folder.parent / "out.png"
+    places = [folder.parent / name for name in pipelines]
+    command = (source, target, "--purifier", purifier, *needed, "--seed", 5)
+    assert sanitize_command(*command, "--purifier_pipelines", *places) == 0
+    picture, vae = Image.open(source), tiny_vae if needed else None
+    expected = sanitize(picture, vae, purifier=purifier, purifier_pipelines=[pipelines[kind]], seed=5)
+    assert Image.open(target).tobytes() == expected.tobytes() != picture.tobytes()
+
+
+def test_what_pipelines_lack_is_told(folder: Path, pipelines, capsys: pytest.CaptureFixture) -> None:
+    """Oracle: exit code 2 and one line that names the command's own flags."""
+    at, out = folder.parent, folder.parent / "out.png"
+    for flags, message in (
+        (("--purifier", "diffpure-3"), "diffpure-3 needs a diffusion pipeline; give --purifier_pipelines"),
+        (
+            ("--purifier", "diffpure-3", "--purifier_pipelines", at / "sd"),
+            "--purifier: diffpure-3 needs a pipeline of an unconditional model of pixels; give --purifier_pipelines",
+        ),
+        (("--purifier", "diffpure-3", "--purifier_pipelines", at / "nothing"), "--purifier_pipelines: "),
+        (
+            ("--purifier", "jpeg-75", "--purifier_pipelines", at / "sd"),
+            "--purifier_pipelines has no effect without a purifier that uses a pipeline",
+        ),
+        (("--purifier", "jpeg-75", "--seed", 1), "--seed has no effect without a purifier that draws noise"),
+    ):
+        assert sanitize_command(folder / "0.png", out, *flags) == UserError.exit_code
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+    with pytest.raises(TypeError, match="purifier_pipelines: expected pipelines of diffusers, got str"):
+        sanitize(draw_floats(3, 8, 8), purifier="diffpure-3", purifier_pipelines=["pixels"])

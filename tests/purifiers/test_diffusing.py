@@ -7,33 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoPipelineForImage2Image,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    StableDiffusionUpscalePipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from helpers.runs import build_tiny_vae, draw_images
-from helpers.small_pipelines import BLOCKS, UNET, build_pipeline, seeded
-from helpers.small_text_encoder import add_text_encoders
+from diffusers import DDPMScheduler, DiffusionPipeline
+from helpers.purifying_pipelines import SIDE, build_pixel_model, build_stable_diffusion, build_upscaler
+from helpers.runs import draw_images
 from torch import Tensor
 
 from srl_utils.attacks.draws import Generators, image_generators
 from srl_utils.errors import UserError
+from srl_utils.pipelines.loading import purifying_pipeline
 from srl_utils.purifiers import PurifierResources, purifier_of
 from srl_utils.purifiers.diffusing import GridConfig, crops, diffpure, gridpure
 
-SIDE = 32
 IMAGES = draw_images(2, SIDE)
-PIXEL_UNET = {
-    "sample_size": SIDE // 2, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
-    "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
-}  # fmt: skip
 
 
 def generators(*numbers: int) -> Generators:
@@ -42,26 +27,17 @@ def generators(*numbers: int) -> Generators:
 
 @pytest.fixture
 def stable_diffusion(tmp_path: Path) -> DiffusionPipeline:
-    pipe = AutoPipelineForImage2Image.from_pipe(add_text_encoders(build_pipeline("sd"), tmp_path))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return purifying_pipeline(build_stable_diffusion(tmp_path))
 
 
 @pytest.fixture
 def upscaler(stable_diffusion: DiffusionPipeline) -> DiffusionPipeline:
-    unet = seeded(lambda: UNet2DConditionModel(**UNET, **BLOCKS, in_channels=7, out_channels=4, num_class_embeds=1000))
-    parts = {name: stable_diffusion.components[name] for name in ("text_encoder", "tokenizer")}
-    vae: AutoencoderKL = build_tiny_vae()
-    pipe = StableDiffusionUpscalePipeline(
-        vae=vae, unet=unet, low_res_scheduler=DDPMScheduler(), scheduler=DDIMScheduler(), **parts
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return build_upscaler(stable_diffusion)
 
 
 @pytest.fixture
 def pixel_model() -> DiffusionPipeline:
-    return DDPMPipeline(unet=seeded(lambda: UNet2DModel(**PIXEL_UNET)), scheduler=DDPMScheduler())
+    return build_pixel_model()
 
 
 @pytest.mark.parametrize("name", ["img2img-0.1", "noisy-upscaling-0.1", "diffpure-3", "gridpure"])
@@ -76,6 +52,24 @@ def test_small_pipelines(name: str, stable_diffusion, upscaler, pixel_model, mon
     assert not purifier.differentiable and purifier.passes > 0
     with pytest.raises(UserError, match=f"{name} needs a.* pipeline"):
         purifier_of(name)
+
+
+@pytest.mark.parametrize("name", ["img2img-0.1", "noisy-upscaling-0.1", "diffpure-3", "gridpure"])
+def test_half_precision(name: str, stable_diffusion, upscaler, pixel_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the same networks in float32; the images stay float32."""
+    monkeypatch.setattr("srl_utils.purifiers.diffusing.STEPS", 10)
+    pipelines = [upscaler, pixel_model, stable_diffusion]
+    purifier = (
+        gridpure(pixel_model, GridConfig(rounds=1, timestep=2))
+        if name == "gridpure"  # which takes 200 steps otherwise
+        else purifier_of(name, PurifierResources(pipelines=pipelines))
+    )
+    expected = purifier(IMAGES, generators())
+    for pipeline in pipelines:
+        pipeline.to(torch.bfloat16)
+    found = purifier(IMAGES, generators())
+    assert found.dtype == torch.float32 and not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=0.2, rtol=0)
 
 
 def test_image_to_image_is_that_of_diffusers(stable_diffusion) -> None:
@@ -96,6 +90,7 @@ def knowing(answer: float) -> SimpleNamespace:
         kept = scheduler.alphas_cumprod[step]
         return SimpleNamespace(sample=(noisy - kept.sqrt() * answer) / (1 - kept).sqrt())
 
+    denoiser.dtype = torch.float32
     denoiser.config = SimpleNamespace(sample_size=16, block_out_channels=(8, 16))
     return SimpleNamespace(
         unet=denoiser, scheduler=scheduler, components={"unet": denoiser}, device=torch.device("cpu")

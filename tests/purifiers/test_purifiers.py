@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers.objectives import pixel_distance
 from helpers.runs import build_tiny_vae, draw_images
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from srl_utils.attacks.draws import image_generators
 from srl_utils.errors import UserError
 from srl_utils.images.pixels import from_pil, to_pil
-from srl_utils.metrics.losses import FeatureDistance
 from srl_utils.metrics.pixels import psnr
-from srl_utils.purifiers import PurifierResources, known_purifiers, purifier_of
-from srl_utils.purifiers.autoencoding import ImpressConfig, consistent
+from srl_utils.purifiers import PurifierResources, check_purifier, known_purifiers, purifier_of, uses_noise
+from srl_utils.purifiers.autoencoding import IMPRESS, ImpressConfig, consistent
 from srl_utils.purifiers.filters import bilateral, clean_adversely, guided
 from srl_utils.vae.codec import Codec
 
 IMAGES = draw_images(3, 24)
-
-
-class Pixels(nn.Module):
-    """Features that are the pixels themselves."""
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return [images]
-
-
-FEATURES = FeatureDistance(Pixels(), "pixels")
+FEATURES = pixel_distance()
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +164,131 @@ def test_impress_does_not_depend_on_the_batch(codec: Codec) -> None:
     together = consistent(IMAGES, image_generators(0, range(3)), codec, FEATURES, config)
     alone = consistent(IMAGES[1:2], image_generators(0, [1]), codec, FEATURES, config)
     assert (together[1:2] - alone).abs().quantile(0.99) < 1e-4
+
+
+def test_impress_has_its_authors_numbers() -> None:
+    """Oracle: the authors' code, against PhotoGuard and against Glaze."""
+    assert {name: vars(config) for name, config in IMPRESS.items()} == {
+        "impress": {"num_steps": 1000, "learning_rate": 0.005, "weight": 0.01, "noise": 0.05, "allowed": 0.1},
+        "impress-glaze": {"num_steps": 3000, "learning_rate": 0.01, "weight": 0.1, "noise": 0.1, "allowed": 0.1},
+    }
+
+
+class Darkening:
+    """An autoencoder whose reconstruction is 0.9 times the image."""
+
+    device = torch.device("cpu")
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        return 0.9 * images
+
+
+class SquaredDistance:
+    """50 times the mean squared difference: noise of deviation 0.05 moves an image by 0.125, if it is not clipped."""
+
+    name = "squared"
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        return [images]
+
+    def distance(self, images: Tensor, target_features: Sequence[Tensor]) -> Tensor:
+        return 50 * (images - target_features[0]).square().flatten(1).mean(dim=1)
+
+
+def plain_impress(given: np.ndarray, start: np.ndarray, steps: int) -> np.ndarray:
+    """IMPRESS on one image with the networks above: gradients, Adam and the cosine by hand, with the authors' numbers."""
+    found, first, second = start, np.zeros_like(start), np.zeros_like(start)
+    for step in range(steps):
+        gradient = 2 * (0.9 - 1) ** 2 * found / found.size
+        if 50 * np.mean((found - given) ** 2) > 0.1:
+            gradient = gradient + 0.01 * 50 * 2 * (found - given) / found.size
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        rate = 0.005 * (1 + np.cos(np.pi * step / steps)) / 2
+        moments = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+        found = found - rate * moments[0] / (np.sqrt(moments[1]) + 1e-8)
+    return found
+
+
+def test_impress_is_its_formula() -> None:
+    """Oracle: NumPy, in float64: one image is beyond the distance that costs nothing until it has moved, one never is."""
+    given = torch.cat([torch.full((1, 3, 8, 8), 0.3), torch.full((1, 3, 8, 8), 0.98)])
+    noise = torch.stack([torch.randn(3, 8, 8, generator=generator) for generator in image_generators(0, range(2))])
+    start = (given + 0.05 * noise).clamp(-1, 1)
+    distance = SquaredDistance()
+    beyond, within = distance.distance(start, [given])
+    assert beyond > 0.11 and within < 0.09
+    config = replace(IMPRESS["impress"], num_steps=6)
+    found = consistent(given, image_generators(0, range(2)), Darkening(), distance, config)
+    assert distance.distance(found, [given])[0] < 0.1
+    expected = [
+        plain_impress(image.double().numpy(), begun.double().numpy(), 6)
+        for image, begun in zip(given, start, strict=True)
+    ]
+    np.testing.assert_allclose(found.numpy(), np.stack(expected), atol=1e-5)
+
+
+def test_impress_leaves_no_gradients_in_weights_that_are_not_frozen() -> None:
+    """Oracle: specification: only the image is optimised."""
+    vae = build_tiny_vae()
+    config = replace(IMPRESS["impress"], num_steps=2)
+    consistent(IMAGES[:1], None, Codec.of(vae, "own"), FEATURES, config)
+    assert all(weight.requires_grad and weight.grad is None for weight in vae.parameters())
+
+
+@pytest.mark.parametrize("name", ["vae-loop", "impress"])
+def test_images_are_moved_to_the_vae_and_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the devices that the VAE is shown, whose own is one without values; the result is where the images were."""
+    seen = []
+
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def reconstruct(self, images: Tensor) -> Tensor:
+            seen.append(images.device)
+            return torch.zeros(images.shape)
+
+    monkeypatch.setattr(
+        "srl_utils.purifiers.autoencoding.consistent", lambda images, generators, vae, *_: vae.reconstruct(images)
+    )
+    purifier = purifier_of(name, PurifierResources(vaes={"original": Elsewhere()}, perceptual=FEATURES))
+    assert purifier(IMAGES).device == IMAGES.device and seen == [Elsewhere.device]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("vae-loop-srl", ["srl"]),
+        ("vae-loop-srl+feature", ["srl+feature"]),
+        ("vae-loop-srl+feature+jpeg-75", ["srl+feature", "jpeg-75"]),
+        ("jpeg-75 + vae-loop-srl+feature", ["jpeg-75", "srl+feature"]),
+        ("vae-loop-srl+vae-loop-srl+feature", ["srl", "srl+feature"]),
+        ("vae-loop-srl+jpeg-75", ["srl", "jpeg-75"]),
+    ],
+)
+def test_vaes_may_have_a_plus_in_their_names(name: str, steps: list[str], codec: Codec, resources) -> None:
+    """Oracle: the steps one after the other; the name is also accepted before the VAEs are known."""
+    check_purifier(name)
+    vaes = {"original": codec, "srl": codec, "srl+feature": resources.vaes["robust"]}
+    expected = IMAGES
+    for step in steps:
+        expected = vaes[step].reconstruct(expected).clamp(-1, 1) if step in vaes else purifier_of(step)(expected)
+    assert torch.equal(purifier_of(name, PurifierResources(vaes=vaes))(IMAGES), expected)
+
+
+def test_a_wrong_name_after_a_loop_is_told_once_the_vaes_are_known() -> None:
+    """Oracle: specification: `robust+jpg-75` could be a VAE, and is none."""
+    check_purifier("vae-loop-robust+jpg-75")
+    with pytest.raises(UserError, match="no purifier 'jpg-75'"):
+        check_purifier("vae-loop-robust+jpg-75", ["original", "robust"])
+
+
+@pytest.mark.parametrize("name", ["jpeg-75", "webp-75", "resize-0.5", "noise-0.05", "adverse-cleaner", "vae-loop"])
+def test_what_draws_noise_is_known(name: str, resources: PurifierResources) -> None:
+    """Oracle: the results with two seeds."""
+    purifier = purifier_of(name, resources)
+    one, other = (purifier(IMAGES, image_generators(seed, range(3))) for seed in (0, 1))
+    assert uses_noise(name) != torch.equal(one, other)
+    assert uses_noise(f"jpeg-75+{name}") == uses_noise(name)
 
 
 def test_loops_are_named_by_their_vae(resources: PurifierResources) -> None:

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
-from srl_utils.evaluation.cli.loading import load_pipeline
 from srl_utils.metrics.losses import LPIPS_TRUNKS, load_perceptual_distance
+from srl_utils.pipelines.loading import load_pipeline
 from srl_utils.vae.files import completed_config
 from srl_utils.vae.loading import WEIGHTS_NAME, AutoencoderSource, load_autoencoder, read_config
 

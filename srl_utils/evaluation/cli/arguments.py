@@ -14,7 +14,6 @@ from srl_utils.command_line import (
     checked,
     expanded_path,
     fraction,
-    home_expanded,
     image_side,
     non_negative_float,
     pixel_distance,
@@ -22,11 +21,12 @@ from srl_utils.command_line import (
     seed,
 )
 from srl_utils.evaluation.catalogue import ITERATED, NOISE, expanded, known_names
-from srl_utils.evaluation.cli.places import FORM
 from srl_utils.evaluation.study import THREAT_MODELS
+from srl_utils.files import home_expanded
 from srl_utils.images.sources import NEED_NO_DOWNLOAD
 from srl_utils.metrics.features import CLIP_MODEL, FEATURE_SIMILARITY, SET_METRICS
-from srl_utils.purifiers import check_purifier, known_purifiers, uses_pipeline
+from srl_utils.pipelines.places import FORM
+from srl_utils.purifiers import check_purifier, known_purifiers, uses_perceptual, uses_pipeline
 
 CLIP_METRICS = ("clip", "clip-text")
 
@@ -146,7 +146,7 @@ def shared_effects(args: argparse.Namespace) -> Effects:
     """Return when the flags of `add_shared_arguments` have an effect."""
     return {
         **study_effects(args),
-        "purifier_pipelines": (any(map(uses_pipeline, args.purifiers or [])), "a purifier that uses a pipeline"),
+        "purifier_pipelines": (purified_by_pipeline(args), "a purifier that uses a pipeline"),
         "clip_model": (not set(CLIP_METRICS).isdisjoint(args.metrics), "a CLIP similarity among --metrics"),
     }
 
@@ -185,16 +185,22 @@ def check_effects(checked: bool) -> Effects:
     return {"num_check_images": (checked, "the checks, which --no_checks leaves out")}
 
 
-def classifier_effects(metrics: Sequence[str], classifier: str | None, attacks: Sequence[str] = ()) -> Effects:
-    """Return when a classifier and Inception's weights have an effect, with these metrics, classifier and attacks."""
-    featured = has_set_metrics(metrics) or FEATURE_SIMILARITY in metrics
+def classifier_effects(args: argparse.Namespace, attacks: Sequence[str] = ()) -> Effects:
+    """Return when a classifier and Inception's weights have an effect.
+
+    Args:
+        args: `metrics`, `classifier` and `purifiers`.
+        attacks: names of attacks and presets.
+    """
+    featured = has_set_metrics(args.metrics) or FEATURE_SIMILARITY in args.metrics
+    bounding = uses_glaze(attacks) or any(map(uses_perceptual, args.purifiers or ()))
     return {
         "classifier": (
-            featured or "shown" in metrics or uses_glaze(attacks),
-            "shown, FID, rFID, KID, IS or feature-similarity among --metrics, or Glaze",
+            featured or "shown" in args.metrics or bounding,
+            "shown, FID, rFID, KID, IS or feature-similarity among --metrics, Glaze, or IMPRESS",
         ),
         "inception_weights": (
-            featured and classifier is None,
+            featured and args.classifier is None,
             "FID, rFID, KID, IS or feature-similarity among --metrics and no --classifier",
         ),
     }
@@ -205,7 +211,12 @@ def has_set_metrics(metrics: Sequence[str]) -> bool:
     return not set(SET_METRICS).isdisjoint(metrics)
 
 
-# --- what attacks need, by their names and presets ---
+# --- what purifiers and attacks need, by their names and presets ---
+
+
+def purified_by_pipeline(args: argparse.Namespace) -> bool:
+    """Return whether one of `args.purifiers` uses a pipeline, which `--purifier_pipelines` or `--pipeline` can name."""
+    return any(map(uses_pipeline, args.purifiers or ()))
 
 
 def protections_of(attacks: Sequence[str]) -> list[Protection]:

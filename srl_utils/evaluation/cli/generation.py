@@ -64,4 +64,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def effects(args: argparse.Namespace) -> Effects:
     """Return when each flag has an effect, and what it needs to have one."""
-    return {**shared_effects(args), **classifier_effects(args.metrics, args.classifier)}
+    return {**shared_effects(args), **classifier_effects(args)}

@@ -12,7 +12,7 @@ from torch import Tensor
 from srl_utils.attacks.denoiser import Denoiser
 from srl_utils.command_line import non_negative_float, non_negative_int, positive_int
 from srl_utils.console import progress_bar
-from srl_utils.evaluation.cli.loading import errors_about
+from srl_utils.errors import errors_about
 from srl_utils.evaluation.cli.setup import Setup
 from srl_utils.evaluation.report.grids import extremes_picture
 from srl_utils.evaluation.study import Study

@@ -1,20 +1,15 @@
-"""Load what single flags name: VAEs, images, a pipeline, a classifier, a target."""
+"""Load what single flags name: VAEs, images, a classifier, a target."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from os.path import isdir  # unlike that of pathlib, it returns False for a name that is too long
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from srl_utils.errors import UserError
-from srl_utils.evaluation.cli.places import described, parse_named_place, parse_place
+from srl_utils.errors import UserError, errors_about
 from srl_utils.images.clips import clip_at, is_clip
 from srl_utils.images.datasets import ValidationImages, load_validation_images
 from srl_utils.images.decoding import UnreadableImage
@@ -23,22 +18,12 @@ from srl_utils.images.listing import few
 from srl_utils.images.sources import DataSource
 from srl_utils.metrics.features import ImageClassifier, load_image_classifier
 from srl_utils.metrics.pixels import SSIM_WINDOW
+from srl_utils.pipelines.places import described, parse_named_place, parse_place
 from srl_utils.vae.codec import Codec, load_codec
-from srl_utils.vae.files import first_line
 from srl_utils.vae.loading import AutoencoderSource
 
 BASELINE = "original"
 """Name of the baseline in reports."""
-
-
-@contextmanager
-def errors_about(parameter: str) -> Iterator[None]:
-    """Name `parameter` in the errors raised within: the command prints its flag."""
-    try:
-        yield
-    except UserError as error:
-        error.parameter = parameter
-        raise
 
 
 def vae_sources(baseline: str, vaes: Sequence[str]) -> dict[str, AutoencoderSource]:
@@ -121,32 +106,6 @@ def load_images(args: argparse.Namespace, notes: list[str]) -> ValidationImages:
     if len(loaded.images) < args.num_images:
         notes.append(f"there are only {len(loaded.images)} images, fewer than the {args.num_images} of --num_images")
     return loaded
-
-
-def load_pipeline(source: AutoencoderSource, dtype: torch.dtype | None = None) -> DiffusionPipeline:
-    """Load a diffusion pipeline with its weights in `dtype`, by default float32.
-
-    Raises:
-        UserError: if it cannot be loaded.
-    """
-    place: str | Path = source.pretrained_model_name_or_path
-    settings = {"revision": source.revision, "variant": source.variant, "use_safetensors": True}
-    try:
-        if source.subfolder:  # pipelines, unlike models, have no argument for it
-            place = Path(place if isdir(place) else _snapshot(source), source.subfolder)
-        pipeline = DiffusionPipeline.from_pretrained(place, **settings)
-    except (OSError, ValueError) as error:
-        reason = f"{described(source, 'model_index.json')} cannot be loaded: {first_line(error)}"
-        raise UserError(reason, parameter="pipeline") from None
-    pipeline.set_progress_bar_config(disable=True)  # it would show a bar for each batch
-    return pipeline if dtype is None else pipeline.to(dtype)
-
-
-def _snapshot(source: AutoencoderSource) -> str:
-    """Download the files that a pipeline may need from the subfolder, without pickles; return the snapshot's folder."""
-    kinds = ("json", "txt", "model", "safetensors")
-    patterns = [f"{source.subfolder}/{pattern}" for kind in kinds for pattern in (f"*.{kind}", f"**/*.{kind}")]
-    return snapshot_download(source.pretrained_model_name_or_path, revision=source.revision, allow_patterns=patterns)
 
 
 def load_classifier(place: str | None, metrics: Sequence[str]) -> ImageClassifier | None:

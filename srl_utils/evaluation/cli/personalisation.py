@@ -173,6 +173,6 @@ def effects(args: argparse.Namespace) -> Effects:
     return {
         **shared_effects(args),
         **attack_effects(args.attacks, checked=not args.no_checks),
-        **classifier_effects(args.metrics, args.classifier, args.attacks),
+        **classifier_effects(args, args.attacks),
         "caption_column": (args.concept is not None, "--concept, which chooses images by their captions"),
     }

@@ -198,7 +198,7 @@ def effects(args: argparse.Namespace) -> Effects:
     poisoned = any(args.num_poisons)
     return {
         **shared_effects(args),
-        **classifier_effects(args.metrics, args.classifier, args.protection),
+        **classifier_effects(args, args.protection),
         **check_effects(not args.no_checks),
         **dict.fromkeys(("epsilon", "threat_models", "max_attack_steps"), (poisoned, "a number of poisons above 0")),
     }

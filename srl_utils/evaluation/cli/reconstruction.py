@@ -18,6 +18,7 @@ from srl_utils.evaluation.cli.arguments import (
     classifier_effects,
     draws_targets,
     needs_denoiser,
+    purified_by_pipeline,
     shared_effects,
 )
 from srl_utils.evaluation.cli.data_sets import data_sets, report_on_all
@@ -106,8 +107,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_metrics_argument(parser, METRICS, default=DEFAULT_METRICS)
     add("--num_frames", type=positive_int, default=1, help="frames of a clip; 1 for images")
-    add_classifier_argument(parser, "replaces Inception, and LPIPS where Glaze lacks its weights")
-    add("--pipeline", default=None, metavar="PLACE", help="diffusion pipeline for attacks that need a denoiser")
+    add_classifier_argument(parser, "replaces Inception, and LPIPS where Glaze or IMPRESS lack its weights")
+    add("--pipeline", default=None, metavar="PLACE", help="diffusion pipeline for attacks and purifiers that need one")
 
 
 def effects(args: argparse.Namespace) -> Effects:
@@ -116,9 +117,9 @@ def effects(args: argparse.Namespace) -> Effects:
     return {
         **shared_effects(args),
         **attack_effects(args.attacks, checked=not args.no_checks),
-        **classifier_effects(args.metrics, args.classifier, args.attacks),
+        **classifier_effects(args, args.attacks),
         "pipeline": (
-            needs_denoiser(args.attacks) or drawn,
-            "an attack on a denoiser, or one whose target it draws",
+            needs_denoiser(args.attacks) or drawn or purified_by_pipeline(args),
+            "an attack on a denoiser, one whose target it draws, or a purifier that uses a pipeline",
         ),
     }

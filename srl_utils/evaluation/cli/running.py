@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from srl_utils.evaluation.cells import Job
-from srl_utils.evaluation.cli.places import parse_place, resolved_commit
 from srl_utils.evaluation.cli.setup import Setup
 from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.evaluation.report.caveats import Caveat, caveat_of_precision, caveats_of_metrics, caveats_of_prompts
@@ -32,6 +31,7 @@ from srl_utils.evaluation.study import Study
 from srl_utils.evaluation.tasks.base import Metrics, Task
 from srl_utils.evaluation.timings import kept_timings
 from srl_utils.files import read_json, sole_run, write_text_atomically
+from srl_utils.pipelines.places import parse_place, resolved_commit
 from srl_utils.resources import device_name
 
 NOT_IN_FINGERPRINT = frozenset(
@@ -230,9 +230,9 @@ def fingerprint(args: argparse.Namespace, setup: Setup, metrics: Metrics) -> dic
         files = sorted(args.target.iterdir()) if args.target.is_dir() else [args.target]
         given["target"] = digest(b"".join(file.read_bytes() for file in files if file.is_file()))
     if args.pipeline is not None:
-        source = parse_place(args.pipeline)
-        if commit := resolved_commit(source, "model_index.json"):
-            given["pipeline"] = f"{args.pipeline}, commit {commit}"
+        given["pipeline"] = with_commit(args.pipeline)
+    if places := given.get("purifier_pipelines"):
+        given["purifier_pipelines"] = [with_commit(place) for place in places]
     return {
         **json.loads(json.dumps(given, default=str)),
         "vaes": {codec.name: codec.digest for codec in setup.codecs},
@@ -241,6 +241,12 @@ def fingerprint(args: argparse.Namespace, setup: Setup, metrics: Metrics) -> dic
         "metrics": sorted(metrics.names),
         "mixed_precision": setup.accelerator.mixed_precision,
     }
+
+
+def with_commit(place: str) -> str:
+    """Return the place of a pipeline, and the commit that was loaded if it is on the Hub, where a name can move on."""
+    commit = resolved_commit(parse_place(place), "model_index.json")
+    return place if commit is None else f"{place}, commit {commit}"
 
 
 def digest(content: bytes) -> str:

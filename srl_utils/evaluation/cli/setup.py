@@ -17,18 +17,15 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from srl_utils.command_line import message_of
-from srl_utils.errors import UserError
+from srl_utils.errors import UserError, errors_about
 from srl_utils.evaluation.catalogue import AttackResources, made_on_images_alone, select
 from srl_utils.evaluation.cli.arguments import CLIP_METRICS, draws_targets, needs_denoiser, needs_perceptual, uses_glaze
 from srl_utils.evaluation.cli.loading import (
-    errors_about,
     load_codecs,
     load_images,
-    load_pipeline,
     load_target,
     vae_sources,
 )
-from srl_utils.evaluation.cli.places import described, parse_place
 from srl_utils.evaluation.defences import defences
 from srl_utils.evaluation.perturbations import CLEAN, Perturbation
 from srl_utils.evaluation.tasks.base import Metrics
@@ -50,7 +47,9 @@ from srl_utils.metrics.losses import (
     load_perceptual_distance,
 )
 from srl_utils.pipelines import robust_vae
-from srl_utils.purifiers import PurifierResources, purifier_of, uses_perceptual, uses_pipeline
+from srl_utils.pipelines.loading import load_pipeline, load_purifier_pipelines, purifying_pipeline
+from srl_utils.pipelines.places import described, parse_place
+from srl_utils.purifiers import PurifierResources, check_purifier, purifier_of, uses_perceptual, uses_pipeline
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.families import family_of
 from srl_utils.vae.files import first_line
@@ -111,6 +110,8 @@ def prepare_each(data_sets: Sequence[argparse.Namespace]) -> list[Setup]:
     check_launch(os.environ)
     args = data_sets[0]
     sources = vae_sources(args.baseline, args.vae)
+    for name in getattr(args, "purifiers", None) or ():
+        check_purifier(name, sources)  # again, with the names of the VAEs, which may hold a +
     notes = note_on_compiling(os.environ)
     own_notes: list[list[str]] = [[] for _ in data_sets]
     loaded = [load_images(own, told) for own, told in zip(data_sets, own_notes, strict=True)]
@@ -265,28 +266,14 @@ def defended(setup: Setup, args: argparse.Namespace, classifier: ImageClassifier
 
 
 def purifying_pipelines(setup: Setup, args: argparse.Namespace) -> list[DiffusionPipeline]:
-    """Load the pipelines of purifiers; the last one is the evaluation's own, for image-to-image, if it can be that.
+    """Load the pipelines of purifiers; the last one is the evaluation's own, if it has one.
 
     Raises:
         UserError: if one cannot be loaded.
     """
     dtype = HALF_PRECISION.get(setup.accelerator.mixed_precision)
-    pipelines = []
-    for place in args.purifier_pipelines or ():
-        with errors_about("purifier_pipelines"):
-            source = parse_place(place)
-        pipelines.append(load_pipeline(source, dtype).to(setup.accelerator.device))
-    if setup.pipeline is not None:
-        pipelines.append(setup.pipeline)
-    return [with_image(pipeline) for pipeline in pipelines]
-
-
-def with_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Return a text-to-image pipeline as one that starts from images, and others as they are."""
-    try:
-        return as_image_to_image(pipeline)
-    except UserError:
-        return pipeline
+    loaded = load_purifier_pipelines(args.purifier_pipelines or (), device=setup.accelerator.device, dtype=dtype)
+    return loaded if setup.pipeline is None else [*loaded, purifying_pipeline(setup.pipeline)]
 
 
 # --- captions ---

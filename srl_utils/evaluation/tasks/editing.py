@@ -43,6 +43,8 @@ class Edit:
     arguments: Callable[[Codec, Tensor, Generators], dict[str, Any]]
     """VAE, images `[N,3,H,W]` in [0,1] and a generator for each image to further arguments of the pipeline's call."""
     settings: Mapping[str, Any]
+    takes_image: bool = True
+    """Whether the images are edited; text-to-image takes their size alone."""
 
     @property
     def passes(self) -> float:
@@ -61,7 +63,8 @@ class Edit:
             prompts: one for each image.
             generators: one for each image.
         """
-        shown = to_unit_range(codec.purified(images)).clamp(0, 1)
+        seen = codec.purified(images) if self.takes_image else images
+        shown = to_unit_range(seen).clamp(0, 1)
         with robust_vae(self.pipeline, codec.vae):
             arguments = {**_size(self.pipeline, shown), **self.arguments(codec, shown, generators), **self.settings}
             output = self.pipeline(prompt=list(prompts), generator=generators, output_type="pt", **arguments)

@@ -46,7 +46,7 @@ def build_text_to_image(
         "height": side,
         "width": side,
     }
-    return Edit(pipeline=pipeline, arguments=_nothing, settings=settings)
+    return Edit(pipeline=pipeline, arguments=_nothing, settings=settings, takes_image=False)
 
 
 def _nothing(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, Any]:

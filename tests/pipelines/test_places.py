@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.runs import build_tiny_vae
 from huggingface_hub import constants
 
-from srl_utils.command_line import exit_code, home_expanded
+from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
 from srl_utils.evaluation.cli import main as command
-from srl_utils.evaluation.cli.loading import load_pipeline
-from srl_utils.evaluation.cli.places import described, parse_named_place, parse_place, resolved_commit
+from srl_utils.evaluation.cli.running import fingerprint
+from srl_utils.evaluation.tasks.base import Metrics
+from srl_utils.files import home_expanded
+from srl_utils.pipelines.loading import load_pipeline
+from srl_utils.pipelines.places import described, parse_named_place, parse_place, resolved_commit
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 
 FOLDERS = (
@@ -169,6 +174,30 @@ def test_the_report_says_which_commit_was_judged(cache: Path, photographs: Path,
     assert exit_code(lambda: command.main([*arguments, "--vae", "user/model@nowhere"])) == 2
     *_, told = capsys.readouterr().err.splitlines()
     assert told.startswith("error: --vae: the VAE model@nowhere at user/model, revision nowhere: no VAE configuration")
+
+
+def test_stored_values_depend_on_the_commits_of_pipelines(cache: Path) -> None:
+    """Oracle: invariance: a branch that moves on gives another fingerprint; the same commit gives the same one."""
+    args = command.parse_args([
+        "reconstruction", "--baseline", "user/model", "--data_dir", "photos", "--pipeline", "user/model", "--purifiers",
+        "img2img-0.1", "--purifier_pipelines", "user/model@refs/pr/3", "user/model",
+    ])  # fmt: skip
+    for commit in ("a" * 40, COMMIT):
+        (cache / "models--user--model/snapshots" / commit / "model_index.json").write_text("{}")
+    accelerator = SimpleNamespace(mixed_precision="no")
+    setup = SimpleNamespace(codecs=[], images=torch.zeros(1, 3, 2, 2), accelerator=accelerator)
+
+    def found() -> dict[str, object]:
+        return fingerprint(args, setup, Metrics(names=["psnr"]))
+
+    before = found()
+    assert found() == before
+    assert before["purifier_pipelines"] == [f"user/model@refs/pr/3, commit {COMMIT}", f"user/model, commit {'a' * 40}"]
+    for branch, changed in (("refs/pr/3", {"purifier_pipelines"}), ("main", {"purifier_pipelines", "pipeline"})):
+        (cache / "models--user--model/refs" / branch).write_text("a" * 40 if branch != "main" else COMMIT)
+        now = found()
+        assert {name for name, value in now.items() if value != before[name]} == changed
+        before = now
 
 
 def test_a_pipeline_in_a_subfolder(tmp_path: Path) -> None:

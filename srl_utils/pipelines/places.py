@@ -10,8 +10,8 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from srl_utils.command_line import home_expanded
 from srl_utils.errors import UserError
+from srl_utils.files import home_expanded
 from srl_utils.vae.loading import AutoencoderSource
 
 FORM = "PLACE@REVISION:SUBFOLDER,variant=VARIANT; everything except PLACE may be left out"
