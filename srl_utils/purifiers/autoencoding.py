@@ -63,7 +63,7 @@ def impress(vae: Autoencoder, perceptual: ImageDistance, config: ImpressConfig, 
         with torch.enable_grad():
             return consistent(images.to(vae.device), generators, vae, perceptual, config).to(images.device)
 
-    return Purifier(name=name, apply=apply, differentiable=False, passes=2.0 * config.num_steps)
+    return Purifier(name=name, apply=apply, differentiable=False, random=True, passes=2.0 * config.num_steps)
 
 
 def consistent(

@@ -205,4 +205,4 @@ def _without_gradient(name: str, pipeline: DiffusionPipeline, change: Change, *,
             changed = change(padded.detach().to(pipeline.device), generators)
         return changed[..., :height, :width].to(images)
 
-    return Purifier(name=name, apply=apply, differentiable=False, passes=DENOISER * calls)
+    return Purifier(name=name, apply=apply, differentiable=False, random=True, passes=DENOISER * calls)
