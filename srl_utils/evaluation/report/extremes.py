@@ -23,12 +23,14 @@ from srl_utils.metrics.pixels import psnr
 from srl_utils.vae.codec import Codec
 
 NUM_EXTREMES = 3
+MOST_VAES = 6
+"""VAEs that have pictures and are in them: more columns are too narrow to see anything."""
 
 
 def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
     """Draw a picture of each VAE's worst, median and best image by PSNR, with the outcomes of all VAEs alone, in `figures/`.
 
-    If the task has several variants, the pictures show the middle one.
+    Only the first `MOST_VAES` are drawn. If the task has several variants, the pictures show the middle one.
 
     Returns:
         Paths by title; empty if the PSNR was not measured.
@@ -36,10 +38,10 @@ def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
     pictures: dict[str, Path] = {}
     if "psnr" not in study.task.metrics.names:
         return pictures
-    cells = [strongest_cell(study, records, codec) for codec in study.undefended]
+    cells = [strongest_cell(study, records, codec) for codec in _drawn(study)]
     costs = [0 if cell is None else _cost(study, cell) for cell in cells]
     bar = progress_bar(round(sum(costs)), desc="pictures", unit="pass", disable=not any(cells))
-    for number, (codec, cell, cost) in enumerate(zip(study.undefended, cells, costs, strict=True)):
+    for number, (codec, cell, cost) in enumerate(zip(_drawn(study), cells, costs, strict=True)):
         if cell is None:
             continue
         path = study.output_dir / "figures" / f"extremes-{number}.png"
@@ -53,9 +55,14 @@ def draw_extremes(study: Study, records: Sequence[Record]) -> dict[str, Path]:
     return pictures
 
 
+def _drawn(study: Study) -> Sequence[Codec]:
+    """Return the VAEs in the pictures."""
+    return study.undefended[:MOST_VAES]
+
+
 def _cost(study: Study, cell: Cell) -> float:
     """Return the estimated cost of a picture, in passes through encoder and decoder."""
-    shown = study.task.passes / len(study.task.variants) * len(study.undefended)
+    shown = study.task.passes / len(study.task.variants) * len(_drawn(study))
     return NUM_EXTREMES * (cell.perturbation.passes + shown)
 
 
@@ -108,8 +115,8 @@ def _picture(study: Study, cell: Cell, chosen: dict[str, int]) -> Image.Image:
     # The same random draws as in the study reproduce the measured images.
     attacked = cell.perturbation.apply(cell.source, clean, image_generators(study.seed, numbers))
     with torch.no_grad():
-        outcomes = [study.task.attempt(cell, codec, attacked, numbers, variant) for codec in study.undefended]
-        references = [study.task.reference(codec, numbers, variant).to(clean.device) for codec in study.undefended]
+        outcomes = [study.task.attempt(cell, codec, attacked, numbers, variant) for codec in _drawn(study)]
+        references = [study.task.reference(codec, numbers, variant).to(clean.device) for codec in _drawn(study)]
     lines = []
     for line, name in enumerate(chosen):
         cells = [(clean[line], ""), (attacked[line], "")]
@@ -119,4 +126,4 @@ def _picture(study: Study, cell: Cell, chosen: dict[str, int]) -> Image.Image:
             cells.append((outcome[line], f"{quality:.1f} dB"))
         lines.append((name, cells))
     wanted = [f"clean, {variant}"] if variant else []
-    return extremes_picture(lines, titles=["image", "attacked", *wanted, *(codec.name for codec in study.undefended)])
+    return extremes_picture(lines, titles=["image", "attacked", *wanted, *(codec.name for codec in _drawn(study))])
