@@ -1,6 +1,8 @@
 """Check that this machine may publish to a repository of the Hub, before a training that takes days.
 
     python -m experiments.hub_access user/name
+
+`experiments/release.sh` runs it first.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def publisher(repo_id: str) -> tuple[str, bool]:
     except Exception as error:  # versions of huggingface_hub use different HTTP libraries
         kind = PushError if may_pass(error) else HubRefusal
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise kind(f"cannot publish to {repo_id}: {reason[0]}; a token comes from `hf auth login` or HF_TOKEN") from None
+        raise kind(
+            f"cannot publish to {repo_id}: {reason[0]}; a token comes from `hf auth login` or HF_TOKEN"
+        ) from None
     owners = [account["name"], *(organisation["name"] for organisation in account["orgs"])]
     if repo_id.partition("/")[0] not in owners:
         raise HubRefusal(f"cannot publish to {repo_id} with the token of {', '.join(owners)}; choose another HUB_ID")
