@@ -98,8 +98,8 @@ def load(subject: Subject) -> tuple[Codec, str | None]:
     """
     if has_to_be_made(subject):
         raise UserError(
-            f"{subject.name}: there are no weights in {subject.weights} yet; make them first, for example by "
-            f"`python -m srl_utils.zoo evaluate {subject.name}`"
+            f"{subject.name}: there are no finished weights in {subject.weights}; make them first by "
+            f"python -m srl_utils.zoo evaluate {subject.name}, or by its command: {subject.command}"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec = load_codec(subject.name, parse_place(subject.weights), device=device)

@@ -164,7 +164,7 @@ def test_weights_are_made_once(
     command = f"python train_srl_vae.py {calls} {vae} {made}"
     path = write_entry(folder, weights=str(made), command=command)
     assert f"would be made first, by {command}" in zoo("evaluate", "small", "--quick", "--dry_run")
-    with pytest.raises(UserError, match=r"there are no weights in [^;]*; make them first"):
+    with pytest.raises(UserError, match=r"there are no finished weights in [^;]*; make them first"):
         zoo("submit", path, "row.json", "--dry_run")
     assert not calls.exists()
     with pytest.raises(UserError, match="small: its command ended with the exit code 7"):
