@@ -47,7 +47,7 @@ def publisher(repo_id: str) -> tuple[str, bool]:
         kind = PushError if may_pass(error) else HubRefusal
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise kind(
-            f"cannot publish to {repo_id}: {reason[0]}; a token comes from `hf auth login` or HF_TOKEN"
+            f"cannot publish to {repo_id}: {reason[0].rstrip(".")}; a token comes from `hf auth login` or HF_TOKEN"
         ) from None
     owners = [account["name"], *(organisation["name"] for organisation in account["orgs"])]
     if repo_id.partition("/")[0] not in owners:
