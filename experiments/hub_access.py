@@ -45,10 +45,9 @@ def publisher(repo_id: str) -> tuple[str, bool]:
         there = with_retries(lambda: api.repo_exists(repo_id))
     except Exception as error:  # versions of huggingface_hub use different HTTP libraries
         kind = PushError if may_pass(error) else HubRefusal
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise kind(
-            f"cannot publish to {repo_id}: {reason[0].rstrip(".")}; a token comes from `hf auth login` or HF_TOKEN"
-        ) from None
+        reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        told = f"cannot publish to {repo_id}: {reason.rstrip('.')}"
+        raise kind(f"{told}; a token comes from `hf auth login` or HF_TOKEN") from None
     owners = [account["name"], *(organisation["name"] for organisation in account["orgs"])]
     if repo_id.partition("/")[0] not in owners:
         raise HubRefusal(f"cannot publish to {repo_id} with the token of {', '.join(owners)}; choose another HUB_ID")
