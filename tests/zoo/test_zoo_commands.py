@@ -79,7 +79,7 @@ def test_a_folder_is_measured_as_the_evaluation_does(zoo: Zoo, folder: Path, vae
     assert len(attacked) == 2 and f"worst case {min(attacked):.2f} dB" in printed
     assert row["encoder_ms"] > 0 and row["fingerprint"] != PROTOCOLS["embedded"].fingerprint
     digests = read_json(tmp_path / "out/tiny/quick/evaluation/study.json")["vaes"]
-    assert (row["base"], row["base_digest"], row["digest"]) == (str(other), digests["base"], digests["tiny"])
+    assert (row["base"], row["base_digest"], row["digest"]) == (str(other), digests["original"], digests["tiny"])
 
 
 def test_a_quick_measurement_leaves_the_whole_one_alone(
