@@ -24,44 +24,44 @@ EVALUATION=${EVALUATION:---dataset_name detection-datasets/coco --streaming --sp
     --attacks quick --metrics psnr ssim drift}
 
 cd "$(dirname "$0")/.."
-DRY_RUN=
-TRAINED=$OUTPUT_DIR
-PUBLISHED=$HUB_ID
 case ${1-} in
-    '') ;;
-    --dry_run)
-        DRY_RUN=--dry_run
-        # The base stands for what a training would leave and a push would publish: it has the same shape.
-        TRAINED=$OUTPUT_DIR-dry-run/$(basename "$HUB_ID")
-        PUBLISHED=$TRAINED
-        [ -e "$TRAINED" ] || python -m srl_utils.hub convert "$BASE" "$TRAINED"
-        ;;
+    '' | --dry_run) DRY_RUN=${1-} ;;
     *)
         echo "error: $1 is not known; the only flag is --dry_run" >&2
         exit 2
         ;;
 esac
-NAME=$(basename "$HUB_ID" | tr '[:upper:]._' '[:lower:]--')
-ENTRY=$OUTPUT_DIR/$NAME.yaml
-MEASURED=$OUTPUT_DIR/zoo
 
 step() {
     printf '\n== %s\n' "$1"
 }
 
+step "1 of 6: check the login and the repository"
+python -m experiments.hub_access "$HUB_ID"
+
+if [ -n "$DRY_RUN" ]; then
+    # The base stands for what a training would leave and a push would publish: it has the same shape.
+    TRAINED=$OUTPUT_DIR-dry-run/$(basename "$HUB_ID")
+    PUBLISHED=$TRAINED
+    [ -e "$TRAINED" ] || python -m srl_utils.hub convert "$BASE" "$TRAINED"
+else
+    TRAINED=$OUTPUT_DIR
+    PUBLISHED=$HUB_ID
+fi
+NAME=$(python -c 'import sys; from srl_utils.zoo.measuring import name_of; print(name_of(sys.argv[1]))' "$PUBLISHED")
+ENTRY=$OUTPUT_DIR/$NAME.yaml
+MEASURED=$OUTPUT_DIR/zoo
+
 # The lists of flags in $LAUNCH, $TRAINING and $EVALUATION are split at spaces on purpose.
-step "1 of 6: train"
+step "2 of 6: train"
 $LAUNCH train_srl_vae.py --pretrained_model_name_or_path "$BASE" $TRAINING --epsilon "$BUDGET" \
     --output_dir "$OUTPUT_DIR" --resume_from_checkpoint latest $DRY_RUN
 
-step "2 of 6: evaluate"
+step "3 of 6: evaluate"
 python -m srl_utils.evaluation reconstruction --baseline "$BASE" --vae "robust=$TRAINED" $EVALUATION --epsilons "$BUDGET" \
     --output_dir "$OUTPUT_DIR/evaluation" $DRY_RUN
 
-step "3 of 6: check the model card that the training has written, and what will be published"
-python -m srl_utils.hub push "$TRAINED" --repo_id "$HUB_ID" --dry_run
-
-step "4 of 6: push"
+step "4 of 6: check the model card that the training has written, and push"
 python -m srl_utils.hub push "$TRAINED" --repo_id "$HUB_ID" $DRY_RUN
 
 step "5 of 6: measure the published weights by the protocol of the zoo"
@@ -80,6 +80,7 @@ data: $DATA
 budget: $BUDGET
 link: $LINK
 digest: null
+base_digest: null
 END
 python -m srl_utils.zoo submit "$ENTRY" "$MEASURED/$NAME/row.json" --zoo "$ZOO" $DRY_RUN
 [ -n "$DRY_RUN" ] || python -m srl_utils.zoo leaderboard --zoo "$ZOO"

@@ -29,6 +29,7 @@ OUTSIDE = (
     "miniature/weights/robust/README.md",
     "miniature/weights/vq/README.md",
     "miniature/weights/video/README.md",
+    "zoo/images/README.md",
 )
 
 

@@ -14,7 +14,7 @@ from srl_utils.zoo.entries import Subject, read_entries
 from srl_utils.zoo.leaderboard import PAGE, TABLES, write_leaderboard
 from srl_utils.zoo.measuring import ROW, measure, subject_of
 from srl_utils.zoo.protocols import PROTOCOLS
-from srl_utils.zoo.rows import read_rows
+from srl_utils.zoo.rows import check_rows, read_rows
 from srl_utils.zoo.submitting import check_entry, pull_request, submission, write
 
 
@@ -30,9 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_list(args: argparse.Namespace) -> int:
     """Print the entries and what was measured of them."""
-    rows = read_rows(args.zoo)
+    entries, rows = read_entries(args.zoo), read_rows(args.zoo)
+    check_rows(entries, rows)
     lines = [["VAE", "base", "objective", "worst case (dB)", "protocol", "weights"]]
-    for entry in read_entries(args.zoo).values():
+    for entry in entries.values():
         worst = f"{rows[entry.name].worst.value:.2f}" if entry.name in rows else "not measured"
         lines.append([entry.name, entry.base or "", entry.objective, worst, entry.protocol, entry.weights])
     print(markdown_table(lines))
@@ -42,7 +43,7 @@ def run_list(args: argparse.Namespace) -> int:
 def run_evaluate(args: argparse.Namespace) -> int:
     """Measure a VAE, and say where its row is."""
     subject = chosen(args)
-    folder = args.output_dir / subject.name
+    folder = args.output_dir / subject.name / ("quick" if args.quick else "")
     row = measure(subject, args.zoo, folder, quick=args.quick, dry_run=args.dry_run)
     if row is not None:
         print(

@@ -21,7 +21,8 @@ from srl_utils.zoo.protocols import PROTOCOLS
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 DIGEST = re.compile(r"[0-9a-f]{16}")
-COST = re.compile(r"\d+(\.\d+)? (s|min|h|GFLOP an image|TFLOP an image)")
+TRAINING = ["python", "train_srl_vae.py"]
+"""How every command begins: an entry runs a training of this repository and no other program."""
 WORDS = {str: "text", float: "a number", types.NoneType: "null"}
 """Names of YAML's types for readers."""
 Kind = TypeVar("Kind")
@@ -41,6 +42,8 @@ class Subject:
     """One of `PROTOCOLS`."""
     digest: str | None
     """`Codec.digest` of the weights; None if another machine makes other bits."""
+    base_digest: str | None
+    """The same of the base; None if there is none, or if it is not known yet."""
 
     def check(self) -> None:
         """Raise a UserError if a value is impossible."""
@@ -48,8 +51,12 @@ class Subject:
             raise UserError(f"name: {self.name!r} has more than lower-case letters, digits and single dashes")
         if self.protocol not in PROTOCOLS:
             raise UserError(f"protocol: {self.protocol} is not known; choose from {', '.join(PROTOCOLS)}")
-        if self.digest is not None and not DIGEST.fullmatch(self.digest):
-            raise UserError(f"digest: {self.digest!r} is not 16 hexadecimal digits")
+        for field in ("digest", "base_digest"):
+            digest = getattr(self, field)
+            if digest is not None and not DIGEST.fullmatch(digest):
+                raise UserError(f"{field}: {digest!r} is not 16 hexadecimal digits")
+        if self.base is None and self.base_digest is not None:
+            raise UserError("base_digest: there is no base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +85,9 @@ class Entry(Subject):
     link: str
     """A page on the VAE: its address, or a path in the repository."""
     command: str | None = None
-    """Makes the weights where they are missing, and continues where it was interrupted: `python ...`."""
-    cost: str | None = None
-    """Of the training, as its authors state it: a time, or operations for each image."""
+    """Makes the weights where they are missing, and continues where it was interrupted: `python train_srl_vae.py ...`."""
+    cost: float | None = None
+    """Floating-point operations of the whole training, in TFLOP, as its authors counted them."""
     claims: Claims | None = None
 
     def check(self) -> None:
@@ -91,12 +98,28 @@ class Entry(Subject):
                 parse_pixel_distance(self.budget)
             except ValueError as error:
                 raise UserError(f"budget: {error}") from None
-        if self.cost is not None and not COST.fullmatch(self.cost):
-            raise UserError(f"cost: {self.cost!r} has no known unit; write it like '90 min' or '0.2 TFLOP an image'")
+        if self.cost is not None and not self.cost > 0:
+            raise UserError(f"cost: {self.cost:g} TFLOP are not above 0")
         if ":" in self.link.removeprefix("https://"):
             raise UserError(f"link: {self.link} is neither an address that starts with https:// nor a path")
-        if self.command is not None and shlex.split(self.command)[:1] != ["python"]:
-            raise UserError("command: it has to start with python")
+        if self.command is not None:
+            training_flags(self.command)
+
+
+def training_flags(command: str) -> list[str]:
+    """Return the flags of a command, which is a training; no shell reads it.
+
+    Raises:
+        UserError: if it runs something else.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"command: {error}") from None
+    start = len(TRAINING)
+    if words[:start] != TRAINING:
+        raise UserError(f"command: it has to start with {' '.join(TRAINING)}")
+    return words[start:]
 
 
 def read_entry(path: Path) -> Entry:

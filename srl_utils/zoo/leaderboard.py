@@ -16,12 +16,14 @@ from srl_utils.files import write_text_atomically
 from srl_utils.markdown import as_text
 from srl_utils.zoo.entries import Entry, read_entries
 from srl_utils.zoo.protocols import PROTOCOLS, Protocol
-from srl_utils.zoo.rows import ZooRow, read_rows
+from srl_utils.zoo.rows import ZooRow, check_rows, read_rows
 
 START = "<!-- leaderboard: written by `python -m srl_utils.zoo leaderboard` -->\n"
 END = "<!-- end of leaderboard -->\n"
 PAGE, TABLES = "leaderboard.md", "zoo.html"
 NUMBERS = ("worst case (dB)", "clean (dB)", "drift", "encoder (ms an image)")
+NOT_CHECKED = "not checked"
+COST = "cost of training (TFLOP)"
 CLAIMED = ("claimed, worst (dB)", "claimed, clean (dB)", "claimed drift")
 TITLES = (
     "VAE",
@@ -30,7 +32,7 @@ TITLES = (
     *NUMBERS[1:],
     "measured on",
     "failed checks",
-    "cost of training",
+    COST,
     *CLAIMED,
     "setting of the claims",
 )
@@ -52,7 +54,6 @@ class Line:
             "VAE": self.entry.name,
             "under": f"{worst.attack}, {worst.threat_model}",
             "measured on": row.device,
-            "cost of training": self.entry.cost or "",
             "setting of the claims": claims.setting if claims else "",
         }
         numbers = {
@@ -67,7 +68,11 @@ class Line:
         cells |= {title: _number(metric, value) for title, (metric, value) in numbers.items()}
         cells["encoder (ms an image)"] = TableCell(row.encoder_ms, f"{row.encoder_ms:.2f}")
         failed = row.failed_checks
-        cells["failed checks"] = TableCell() if failed is None else TableCell(len(failed), str(len(failed)))
+        cells["failed checks"] = (
+            TableCell(text=NOT_CHECKED) if failed is None else TableCell(len(failed), str(len(failed)))
+        )
+        cost = self.entry.cost
+        cells[COST] = TableCell() if cost is None else TableCell(cost, f"{cost:.1f}")
         return {title: cells[title] for title in TITLES}
 
 
@@ -96,7 +101,7 @@ def write_leaderboard(zoo: Path, folder: Path) -> None:
 
     Raises:
         MissingFile: a FileNotFoundError, if there is no such page or no zoo.
-        UserError: a ValueError, if an entry or a row is refused, or if a row measured other weights than its entry's.
+        UserError: a ValueError, if an entry or a row is refused.
     """
     page = folder / PAGE
     if not page.is_file():
@@ -110,11 +115,9 @@ def tables(entries: Mapping[str, Entry], rows: Mapping[str, ZooRow]) -> list[Tab
     """Return a table for each protocol that an entry has.
 
     Raises:
-        UserError: if a row does not belong to its entry.
+        UserError: if a row does not belong to its entry or to its protocol.
     """
-    for name, row in rows.items():
-        if name in entries:
-            row.check(entries[name])
+    check_rows(entries, rows)
     found = []
     for name, protocol in PROTOCOLS.items():
         own = [entry for entry in entries.values() if entry.protocol == name]
@@ -147,7 +150,7 @@ def as_markdown(found: Sequence[Table]) -> str:
 def as_html(found: Sequence[Table]) -> str:
     """Return a page of sortable tables that needs no other file."""
     loader = ChoiceLoader([PackageLoader("srl_utils.zoo"), LOADER])
-    variables = {"tables": found, "titles": TITLES, "numbers": {*NUMBERS, *CLAIMED, "failed checks"}}
+    variables = {"tables": found, "titles": TITLES, "numbers": {*NUMBERS, *CLAIMED, "failed checks", COST}}
     return html_page("leaderboard.html.jinja", variables, loader)
 
 

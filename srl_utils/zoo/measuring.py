@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,9 +24,9 @@ from srl_utils.pipelines.places import parse_place
 from srl_utils.resources import device_name
 from srl_utils.vae.codec import Codec, load_codec
 from srl_utils.vae.loading import WEIGHTS_NAME
-from srl_utils.zoo.entries import Entry, Subject
+from srl_utils.zoo.entries import TRAINING, Entry, Subject, training_flags
 from srl_utils.zoo.protocols import PROTOCOLS, Protocol, digest_of
-from srl_utils.zoo.rows import ZooRow, check_digest, check_images
+from srl_utils.zoo.rows import ZooRow, check_base_digest, check_digest, check_images, read_rows
 
 ROW = "row.json"
 
@@ -47,24 +47,29 @@ def measure(subject: Subject, zoo: Path, folder: Path, *, quick: bool = False, d
         The row; None in a dry run.
 
     Raises:
-        UserError: if weights or images cannot be loaded, or are not those of the entry or of the protocol.
+        UserError: if weights or images cannot be loaded or made, or are not those of the entry or of the protocol.
     """
     protocol = PROTOCOLS[subject.protocol].quick if quick else PROTOCOLS[subject.protocol]
     images = protocol.load_images(zoo)
-    check_images(digest_of(images), protocol, zoo)
-    if dry_run and has_to_be_made(subject):
-        print(f"{subject.weights} would be made first")
-        return None
-    codec = load(subject)
+    check_images(digest_of(images), protocol, read_rows(zoo))
+    if has_to_be_made(subject):
+        if dry_run:
+            print(f"{subject.weights} would be made first, by {subject.command}")
+            return None
+        make(subject)
+    codec, base_digest = load(subject)
     flags = {**protocol.flags(zoo), **compared(subject), "output_dir": folder / "evaluation", "dry_run": dry_run}
     found = evaluate(**flags)
     if dry_run:
         return None
     device = device_name(codec.device)
+    (folder / "timings.json").unlink(missing_ok=True)  # it may be of other weights or of another device
     timings = kept_timings(folder / "timings.json", [codec], images, seed=0, device=device)
     row = ZooRow(
         name=subject.name,
         digest=codec.digest,
+        base=subject.base,
+        base_digest=base_digest,
         protocol=subject.protocol,
         fingerprint=protocol.fingerprint,
         images=digest_of(images),
@@ -81,18 +86,29 @@ def measure(subject: Subject, zoo: Path, folder: Path, *, quick: bool = False, d
     return row
 
 
-def load(subject: Subject) -> Codec:
-    """Load a VAE onto the GPU, if there is one, after making its weights where they are missing.
+def load(subject: Subject) -> tuple[Codec, str | None]:
+    """Load a VAE onto the GPU, if there is one.
+
+    Returns:
+        The VAE, and the digest of its base; None without a base.
 
     Raises:
-        UserError: if it cannot be loaded or made, or if its weights are not those of the entry.
+        UserError: if VAE or base cannot be loaded, if the weights have to be made first, or if they are not those of the
+            entry.
     """
     if has_to_be_made(subject):
-        make(subject)
+        raise UserError(
+            f"{subject.name}: there are no finished weights in {subject.weights}; make them first by "
+            f"python -m srl_utils.zoo evaluate {subject.name}, or by its command: {subject.command}"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec = load_codec(subject.name, parse_place(subject.weights), device=device)
     check_digest(subject, codec.digest)
-    return codec
+    base_digest = None
+    if subject.base is not None:
+        base_digest = load_codec("base", parse_place(subject.base), device=device).digest
+    check_base_digest(subject, base_digest)
+    return codec, base_digest
 
 
 def has_to_be_made(subject: Subject) -> TypeGuard[Entry]:
@@ -108,8 +124,8 @@ def make(entry: Entry) -> None:
         UserError: if the command fails.
     """
     print(f"making {entry.weights}: {entry.command}", flush=True)
-    _, *words = shlex.split(entry.command or "")
-    code = subprocess.run([sys.executable, *words], check=False).returncode
+    words = [sys.executable, *TRAINING[1:], *training_flags(entry.command or "")]
+    code = subprocess.run(words, check=False).returncode
     if code:
         raise UserError(f"{entry.name}: its command ended with the exit code {code}; the same call continues it")
 
@@ -125,8 +141,10 @@ def failed_checks(output_dir: Path, protocol: Protocol) -> list[str] | None:
     """Return the questions of the evaluation's robustness checks that failed; None if the protocol has no checks."""
     if not protocol.check_images:
         return None
-    found = [check for path in sorted((output_dir / "checks").glob("*.json")) for check in read_json(path)]
-    return [check["question"] for check in found if not check["passed"]]
+    settings = protocol.check_settings
+    name = f"*-{settings.epsilon!r}-{protocol.check_images}-{settings.name}.json"  # not those of an earlier protocol
+    (path,) = (output_dir / "checks").glob(name)
+    return [check["question"] for check in read_json(path) if not check["passed"]]
 
 
 def subject_of(place: str, *, base: str | None, protocol: str) -> Subject:
@@ -135,10 +153,15 @@ def subject_of(place: str, *, base: str | None, protocol: str) -> Subject:
     Raises:
         UserError: if the place has no name for a file.
     """
-    last = Path(place).resolve().name if exists(place) else place.rpartition("/")[2]
-    name = "-".join(
-        "".join(letter if letter.isascii() and letter.isalnum() else " " for letter in last.lower()).split()
-    )
-    subject = Subject(name=name, weights=place, base=base, protocol=protocol, digest=None)
+    subject = Subject(name=name_of(place), weights=place, base=base, protocol=protocol, digest=None, base_digest=None)
     subject.check()
     return subject
+
+
+def name_of(place: str) -> str:
+    """Return the last part of a folder or a Hub id in lower-case letters, digits and single dashes.
+
+    It is empty if the last part has neither letters nor digits of ASCII.
+    """
+    last = Path(place).resolve().name if exists(place) else place.rpartition("/")[2]
+    return "-".join(re.findall("[a-z0-9]+", last.lower()))

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from srl_utils.evaluation.catalogue import expanded
+from srl_utils.evaluation.catalogue import AttackResources, select
 from srl_utils.evaluation.cli.running import digest
+from srl_utils.evaluation.perturbations import NO_THREAT, Perturbation
+from srl_utils.evaluation.results import Setting
+from srl_utils.evaluation.sanity import CheckSettings
+from srl_utils.evaluation.study import THREAT_MODELS
+from srl_utils.evaluation.tasks.base import DRIFT
 from srl_utils.images.datasets import load_validation_images
+from srl_utils.images.pixels import parse_pixel_distance
 from srl_utils.images.sources import DataSource
+from srl_utils.zoo.describing import described
+
+QUALITIES = ("psnr", "ssim")
+"""Metrics under every attack; `drift` is of clean images alone, and needs latents of the base's shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +58,38 @@ class Protocol:
 
     @property
     def fingerprint(self) -> str:
-        """Return a digest of all that the numbers depend on; rows with another one are of another protocol."""
+        """Return a digest of all that the numbers depend on; rows with another one are of another protocol.
+
+        It covers what the attacks do, and not only their names: steps, step sizes, severities and objectives.
+        """
+        flags = {name: value for name, value in self.flags(Path()).items() if name not in ("data_dir", "batch_size")}
         settings = {
-            name: value for name, value in asdict(self).items() if name not in ("title", "images", "batch_size")
+            "flags": flags,
+            "images": self.image_digest,
+            "attacks": [described(perturbation) for perturbation in self.perturbations],
+            "checks": described(self.check_settings) if self.check_images else None,
         }
-        return digest(json.dumps({**settings, "attacks": expanded(self.attacks)}, sort_keys=True).encode())
+        return digest(json.dumps(settings, sort_keys=True).encode())
+
+    @property
+    def perturbations(self) -> list[Perturbation]:
+        """Return what is done to the images; attacks that need a target or a denoiser are left out."""
+        return select(self.attacks, [self.check_settings.epsilon], AttackResources()).perturbations
+
+    @property
+    def check_settings(self) -> CheckSettings:
+        """Return the settings of the robustness checks."""
+        return CheckSettings(epsilon=parse_pixel_distance(self.epsilon))
+
+    @property
+    def settings(self) -> set[Setting]:
+        """Return what each row holds a mean of, beside the drift."""
+        return {
+            Setting(done.name, done.objective, threat_model, done.epsilon, metric)
+            for done in self.perturbations
+            for threat_model in (THREAT_MODELS if done.adversarial else (NO_THREAT,))
+            for metric in QUALITIES
+        }
 
     @property
     def quick(self) -> Protocol:
@@ -65,8 +102,8 @@ class Protocol:
         checks = {"num_check_images": self.check_images} if self.check_images else {"no_checks": True}
         return {
             **data, **checks, "resolution": self.resolution, "num_images": self.num_images, "batch_size": self.batch_size,
-            "attacks": self.attacks, "epsilons": [self.epsilon], "metrics": ["psnr", "ssim", "drift"],
-            "mixed_precision": "no", "seed": 0,
+            "attacks": self.attacks, "epsilons": [self.epsilon], "threat_models": THREAT_MODELS,
+            "metrics": [*QUALITIES, DRIFT], "mixed_precision": "no", "seed": 0,
         }  # fmt: skip
 
     def load_images(self, zoo: Path) -> Tensor:
@@ -93,7 +130,7 @@ def digest_of(images: Tensor) -> str:
 PROTOCOLS = {
     "embedded": Protocol(
         title="Embedded VAEs, 64 px",
-        images="16 held-out photographs of scikit-image and 16 scenes",
+        images="16 crops of three photographs of scikit-image, and 16 drawn scenes",
         resolution=64,
         num_images=32,
         batch_size=16,
@@ -110,5 +147,5 @@ PROTOCOLS = {
         dataset={"dataset_name": "detection-datasets/coco", "split": "val", "streaming": True},
     ),
 }
-"""By name. `zoo/images/embedded` holds the 16 held-out tiles that the evaluation takes of `scikit-image` at 64 px, and
-the first 16 scenes of `python -m miniature.draw`."""
+"""By name. `zoo/images/embedded` holds the 16 tiles that the evaluation cuts from the three held-out photographs of
+`scikit-image` at 64 px, and the first 16 scenes of `python -m miniature.draw`."""

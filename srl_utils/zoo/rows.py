@@ -14,7 +14,7 @@ from srl_utils.evaluation.results import Row
 from srl_utils.evaluation.study import THREAT_MODELS
 from srl_utils.evaluation.tasks.base import DRIFT
 from srl_utils.files import read_json, write_text_atomically
-from srl_utils.zoo.entries import Subject
+from srl_utils.zoo.entries import Entry, Subject
 from srl_utils.zoo.protocols import PROTOCOLS, Protocol
 
 
@@ -25,13 +25,17 @@ class ZooRow:
     name: str
     digest: str
     """Of the weights, as `Codec.digest`."""
+    base: str | None
+    """The VAE on which transferred attacks were made, and from which the drift was measured; None for the VAE itself."""
+    base_digest: str | None
+    """Of the base's weights."""
     protocol: str
     fingerprint: str
     """Of the protocol when it was measured."""
     images: str
     """Digest of the images."""
     failed_checks: list[str] | None
-    """Questions of the robustness checks that failed; None for a VAE without a base, which has none."""
+    """Questions of the robustness checks that failed; None if there were no checks, as for a VAE without a base."""
     encoder_ms: float
     """Time of the encoder for one image, in milliseconds."""
     device: str
@@ -65,19 +69,39 @@ class ZooRow:
         """Refuse a row that does not belong to `subject` or to the protocol.
 
         Raises:
-            UserError: if name, protocol, its settings or the weights differ.
+            UserError: if name, base, protocol, its settings, images, attacks, checks or the weights differ.
         """
-        for field in ("name", "protocol"):
-            if getattr(self, field) != getattr(subject, field):
-                raise UserError(
-                    f"the row has the {field} {getattr(self, field)}, and the entry {getattr(subject, field)}; "
-                    "evaluate the entry"
-                )
+        for field in ("name", "base", "protocol"):
+            own, wanted = (getattr(each, field) or "none" for each in (self, subject))
+            if own != wanted:
+                raise UserError(f"the row has the {field} {own}, and the entry {wanted}; evaluate the entry")
         if not self.is_current:
             raise UserError(
                 f"the row of {self.name} was measured by another version of the protocol; evaluate it again"
             )
+        self._check_complete(PROTOCOLS[self.protocol])
         check_digest(subject, self.digest)
+        check_base_digest(subject, self.base_digest)
+
+    def _check_complete(self, protocol: Protocol) -> None:
+        """Refuse a row that lacks something of its protocol, or has more.
+
+        Raises:
+            UserError: with the first difference.
+        """
+        found = {row.setting: row.n for row in self.results if row.metric != DRIFT}
+        other = sorted(protocol.settings ^ found.keys(), key=repr)
+        if other:
+            verb = "has a result that is not of" if other[0] in found else "lacks a result of"
+            named = f"{other[0].metric} under {other[0].attack}, {other[0].threat_model}"
+            raise UserError(f"the row of {self.name} {verb} the protocol: {named}; evaluate it again")
+        if numbers := set(found.values()) - {protocol.num_images}:
+            raise UserError(
+                f"the row of {self.name} has means of {min(numbers)} images, and the protocol {protocol.num_images}; "
+                "evaluate it again"
+            )
+        if protocol.check_images and self.base is not None and self.failed_checks is None:
+            raise UserError(f"the row of {self.name} has no robustness checks; evaluate it again")
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON values."""
@@ -93,6 +117,22 @@ class ZooRow:
         write_text_atomically(path, f"{json.dumps(self.to_json(), indent=1)}\n")
 
 
+def check_rows(entries: Mapping[str, Entry], rows: Mapping[str, ZooRow]) -> None:
+    """Refuse rows that cannot stand beside each other.
+
+    Args:
+        entries: the entries by name.
+        rows: the rows by name; those without an entry are not checked.
+
+    Raises:
+        UserError: if a row does not belong to its entry, or has other images than its protocol or another row.
+    """
+    for name, row in rows.items():
+        if name in entries:
+            row.check(entries[name])
+            check_images(row.images, PROTOCOLS[row.protocol], rows)
+
+
 def check_digest(subject: Subject, found: str) -> None:
     """Refuse weights that are not those of `subject`.
 
@@ -101,6 +141,19 @@ def check_digest(subject: Subject, found: str) -> None:
     """
     if subject.digest not in (None, found):
         raise UserError(f"{subject.name}: the weights have the digest {found}, and the entry has {subject.digest}")
+
+
+def check_base_digest(subject: Subject, found: str | None) -> None:
+    """Refuse weights that are not those of the base of `subject`; None stands for none.
+
+    Raises:
+        UserError: with both digests.
+    """
+    if (subject.base is None) != (found is None) or subject.base_digest not in (None, found):
+        raise UserError(
+            f"{subject.name}: the weights of the base have the digest {found or 'none'}, and the entry has "
+            f"{subject.base_digest or 'none'}"
+        )
 
 
 def read_row(path: Path) -> ZooRow:
@@ -128,14 +181,14 @@ def read_rows(zoo: Path) -> dict[str, ZooRow]:
     return {row.name: row for row in rows if row.is_current}
 
 
-def check_images(found: str, protocol: Protocol, zoo: Path) -> None:
-    """Refuse images with another digest than those of the protocol and of the zoo's rows.
+def check_images(found: str, protocol: Protocol, rows: Mapping[str, ZooRow]) -> None:
+    """Refuse images with another digest than those of the protocol and of the rows under it.
 
     Raises:
         UserError: with both digests.
     """
-    measured = {f"the row of {row.name}": row for row in read_rows(zoo).values()}
-    owners = {owner: row.images for owner, row in measured.items() if row.fingerprint == protocol.fingerprint}
+    fingerprint = protocol.fingerprint
+    owners = {f"the row of {row.name}": row.images for row in rows.values() if row.fingerprint == fingerprint}
     for owner, expected in {"the protocol": protocol.image_digest, **owners}.items():
         if expected not in (None, found):
             raise UserError(f"the images have the digest {found}, and those of {owner} have {expected}")

@@ -9,14 +9,11 @@ from pathlib import Path
 from srl_utils.files import write_text_atomically
 from srl_utils.zoo.entries import Entry, read_entry
 from srl_utils.zoo.measuring import load
-from srl_utils.zoo.protocols import PROTOCOLS
-from srl_utils.zoo.rows import ZooRow, check_digest, check_images, read_row
-
-DIGEST_LINE = re.compile(r"^digest:.*$", flags=re.MULTILINE)
+from srl_utils.zoo.rows import ZooRow, check_rows, read_row, read_rows
 
 
 def check_entry(path: Path) -> Entry:
-    """Return the entry in a YAML file after loading its weights.
+    """Return the entry in a YAML file after loading its weights, which have to be there.
 
     Raises:
         UserError: if the entry is refused by `read_entry`, or if its weights cannot be loaded or differ from its digest.
@@ -29,8 +26,8 @@ def check_entry(path: Path) -> Entry:
 def submission(path: Path, row_path: Path, zoo: Path) -> tuple[ZooRow, dict[Path, str]]:
     """Return the row of an entry, and the text of each file that the zoo gets.
 
-    The digest of published weights is entered where the entry leaves it open. Weights that a command makes have other bits
-    on another machine, so their entries stay without one.
+    The digests of published weights and of the base are entered where the entry leaves them open. Weights that a command
+    makes have other bits on another machine, so their entries stay without a digest.
 
     Args:
         path: the entry, a YAML file.
@@ -38,21 +35,26 @@ def submission(path: Path, row_path: Path, zoo: Path) -> tuple[ZooRow, dict[Path
         zoo: the folder of entries and rows.
 
     Raises:
-        UserError: for the reasons of `check_entry`, or if the row is of another VAE, other weights, other images or another
-            version of the protocol.
+        UserError: for the reasons of `check_entry` and `check_rows`, or if the row is of other weights or of another base.
     """
     entry = read_entry(path)
     row = read_row(row_path)
-    row.check(entry)
-    check_images(row.images, PROTOCOLS[row.protocol], zoo)
-    check_digest(replace(entry, digest=row.digest), load(entry).digest)
+    check_rows({entry.name: entry}, {**read_rows(zoo), entry.name: row})
+    load(replace(entry, digest=row.digest, base_digest=row.base_digest))
     text = path.read_text(encoding="utf-8")
     if entry.command is None:
-        text = DIGEST_LINE.sub(f'digest: "{row.digest}"', text)
+        text = with_digest(text, "digest", row.digest)
+    if row.base_digest is not None:
+        text = with_digest(text, "base_digest", row.base_digest)
     return row, {
         zoo / "entries" / f"{entry.name}.yaml": text,
         zoo / "rows" / f"{entry.name}.json": row_path.read_text(encoding="utf-8"),
     }
+
+
+def with_digest(text: str, field: str, digest: str) -> str:
+    """Return the text of an entry with a digest in one of its fields."""
+    return re.sub(rf"^{field}:.*$", f'{field}: "{digest}"', text, flags=re.MULTILINE)
 
 
 def write(files: dict[Path, str]) -> None:

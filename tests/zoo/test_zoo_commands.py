@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from PIL import Image
 
 from srl_utils.command_line import message_of
 from srl_utils.errors import UserError
+from srl_utils.files import read_json
 from srl_utils.vae.loading import save_autoencoder
 from srl_utils.zoo import measuring
 from srl_utils.zoo.__main__ import main
@@ -68,13 +71,60 @@ def test_a_folder_is_measured_as_the_evaluation_does(zoo: Zoo, folder: Path, vae
     other = tmp_path / "base"
     save_autoencoder(build_tiny_vae(seed=1), other)
     printed = zoo("evaluate", vae, "--base", other, "--protocol", "embedded", "--quick")
-    row, results = row_of(folder, "tiny"), json.loads((tmp_path / "out/tiny/evaluation/results.json").read_text())
+    row, results = row_of(folder, "tiny/quick"), read_json(tmp_path / "out/tiny/quick/evaluation/results.json")
     assert row["results"] == [result for result in results if result["vae"] == "tiny"]
     attacked = [
         result["value"] for result in row["results"] if result["attack"] == "pgd-2" and result["metric"] == "psnr"
     ]
     assert len(attacked) == 2 and f"worst case {min(attacked):.2f} dB" in printed
     assert row["encoder_ms"] > 0 and row["fingerprint"] != PROTOCOLS["embedded"].fingerprint
+    digests = read_json(tmp_path / "out/tiny/quick/evaluation/study.json")["vaes"]
+    assert (row["base"], row["base_digest"], row["digest"]) == (str(other), digests["original"], digests["tiny"])
+
+
+def test_a_quick_measurement_leaves_the_whole_one_alone(
+    zoo: Zoo, folder: Path, vae: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the number of images of each row; both are measured, and the time of the encoder is that of this call."""
+    monkeypatch.setitem(PROTOCOLS, "embedded", replace(PROTOCOLS["embedded"].quick, num_images=3))
+    zoo("evaluate", vae, "--protocol", "embedded", "--quick")
+    kept = folder.parent / "out/tiny/timings.json"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(json.dumps({"purifiers": {}, "encoders": {"tiny": 1e9}, "device": "another", "n": 4}))
+    zoo("evaluate", vae, "--protocol", "embedded")
+    whole, quick = row_of(folder, "tiny"), row_of(folder, "tiny/quick")
+    assert {result["n"] for result in whole["results"]} == {3} and {result["n"] for result in quick["results"]} == {2}
+    assert whole["encoder_ms"] < 1e9 and whole["device"] != "another"
+
+
+def test_the_checks_of_a_row_are_those_of_the_evaluation(
+    zoo: Zoo, folder: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the sentence on the checks that the evaluation prints; a file of another protocol beside them is not read.
+
+    Then the row is submitted, and the entry gets the digest of its base; a row of other weights of the base is refused.
+    """
+    protocol = replace(PROTOCOLS["embedded"].quick, check_images=1, resolution=16)
+    monkeypatch.setitem(PROTOCOLS, "embedded", protocol)
+    stale = tmp_path / "out/tiny/evaluation/checks" / f"1-{8 / 255!r}-2-10-50-200-500.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text(json.dumps([{"question": "stale", "passed": False, "figures": ""}]))
+    other = tmp_path / "base"
+    save_autoencoder(build_tiny_vae(seed=1), other)
+    printed = zoo("evaluate", vae, "--base", other, "--protocol", "embedded")
+    row, said = row_of(folder, "tiny"), re.search(r"checks of the robustness FAILED \((.*)\)\.", printed)
+    failed = [part.removeprefix("tiny: ") for part in said[1].split("; ")] if said else []
+    assert row["failed_checks"] == failed and (said or "All checks of the robustness passed" in printed)
+    path, measured = (
+        write_entry(tmp_path / "new", name="tiny", weights=str(vae), base=str(other)),
+        tmp_path / "out/tiny/row.json",
+    )
+    measured.write_text(json.dumps({**row, "base_digest": "0" * 16}))
+    with pytest.raises(UserError, match="the weights of the base have the digest"):
+        zoo("submit", path, measured)
+    measured.write_text(json.dumps(row))
+    zoo("submit", path, measured)
+    assert yaml.safe_load((folder / "entries/tiny.yaml").read_text())["base_digest"] == row["base_digest"]
 
 
 def test_other_weights_than_the_entrys_are_refused(zoo: Zoo, folder: Path, vae: Path) -> None:
@@ -98,9 +148,12 @@ def test_other_images_than_the_protocols_are_refused(zoo: Zoo, folder: Path, vae
         zoo("evaluate", vae, "--protocol", "embedded")
 
 
-def test_weights_are_made_once(zoo: Zoo, folder: Path, vae: Path, tmp_path: Path) -> None:
-    """Oracle: the number of calls of the command, of which the first one is interrupted; a dry run makes none."""
-    script = tmp_path / "make.py"
+def test_weights_are_made_once(
+    zoo: Zoo, folder: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the number of calls of the command, of which the first one is interrupted; only a measurement makes them."""
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "train_srl_vae.py"
     script.write_text(
         "import shutil, sys; from pathlib import Path\n"
         "calls = Path(sys.argv[1]); calls.write_text((calls.read_text() if calls.exists() else '') + 'x')\n"
@@ -108,8 +161,12 @@ def test_weights_are_made_once(zoo: Zoo, folder: Path, vae: Path, tmp_path: Path
         "shutil.copytree(sys.argv[2], sys.argv[3]); Path(sys.argv[3], 'README.md').touch()\n"
     )
     calls, made = tmp_path / "calls", tmp_path / "made"
-    write_entry(folder, weights=str(made), command=f"python {script} {calls} {vae} {made}")
-    assert "would be made first" in zoo("evaluate", "small", "--quick", "--dry_run") and not calls.exists()
+    command = f"python train_srl_vae.py {calls} {vae} {made}"
+    path = write_entry(folder, weights=str(made), command=command)
+    assert f"would be made first, by {command}" in zoo("evaluate", "small", "--quick", "--dry_run")
+    with pytest.raises(UserError, match=r"there are no finished weights in [^;]*; make them first"):
+        zoo("submit", path, "row.json", "--dry_run")
+    assert not calls.exists()
     with pytest.raises(UserError, match="small: its command ended with the exit code 7"):
         zoo("evaluate", "small", "--quick")
     for _ in range(2):
@@ -184,14 +241,25 @@ def test_a_quick_row_is_not_submitted(zoo: Zoo, vae: Path, tmp_path: Path) -> No
     """Oracle: specification."""
     zoo("evaluate", vae, "--protocol", "embedded", "--quick")
     with pytest.raises(UserError, match="another version of the protocol"):
-        zoo("submit", write_entry(tmp_path / "new", name="tiny", weights=str(vae)), tmp_path / "out/tiny/row.json")
+        zoo(
+            "submit", write_entry(tmp_path / "new", name="tiny", weights=str(vae)), tmp_path / "out/tiny/quick/row.json"
+        )
 
 
-def test_commands_run_with_this_python(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Oracle: the words of the process; no shell reads them."""
+def test_commands_run_with_this_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Oracle: the words of the process, which are printed first; no shell reads them."""
     seen: list[list[str]] = []
     monkeypatch.setattr(
         measuring.subprocess, "run", lambda words, **_: seen.append(words) or SimpleNamespace(returncode=0)
     )
-    measuring.make(entry(command="python x.py 'a b' ; echo"))
-    assert seen == [[sys.executable, "x.py", "a b", ";", "echo"]]
+    measuring.make(entry(command="python train_srl_vae.py 'a b' ; echo"))
+    assert seen == [[sys.executable, "train_srl_vae.py", "a b", ";", "echo"]]
+    assert "python train_srl_vae.py 'a b' ; echo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [("user/Small.VAE_2", "small-vae-2"), ("user/a--b-", "a-b"), ("user/Ünder", "nder"), ("___", "")]
+)
+def test_names_come_from_places(place: str, name: str) -> None:
+    """Oracle: specification: lower-case ASCII letters and digits, with single dashes between."""
+    assert measuring.name_of(place) == name

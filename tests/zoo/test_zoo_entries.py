@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from helpers.runs import ROOT
 from helpers.zoo import FIELDS, write_entry
 
 import train_srl_vae
 from srl_utils.errors import MissingFile, UserError
+from srl_utils.images.photographs import load_photographs, photograph_tiles
+from srl_utils.images.pixels import from_pil
+from srl_utils.training.arithmetic import step_arithmetic
 from srl_utils.vae.codec import load_codec
 from srl_utils.vae.loading import AutoencoderSource
-from srl_utils.zoo.entries import read_entries, read_entry
+from srl_utils.zoo.entries import read_entries, read_entry, training_flags
 from srl_utils.zoo.protocols import PROTOCOLS, digest_of
 
 ENTRIES = read_entries(ROOT / "zoo")
@@ -36,11 +39,28 @@ def test_shipped_weights_have_the_digest_of_their_entry(name: str) -> None:
 def test_commands_make_the_weights_of_their_entry(name: str) -> None:
     """Oracle: the parser of the training; the weights have no fixed digest, and a repeated command continues."""
     entry = ENTRIES[name]
-    python, script, *words = shlex.split(entry.command)
-    args = train_srl_vae.parse_args(words, environment={})
-    assert (python, script) == ("python", "train_srl_vae.py") and entry.digest is None
+    args = train_srl_vae.parse_args(training_flags(entry.command), environment={})
+    assert entry.digest is None and entry.base_digest == ENTRIES["embedded-original"].digest
     assert str(args.output_dir) == entry.weights and args.pretrained_model_name_or_path == entry.base
     assert args.resume_from_checkpoint == "latest"
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.command])
+def test_costs_are_those_of_the_commands(name: str) -> None:
+    """Oracle: the operations that the training counts for an image, times the images of all steps."""
+    entry = ENTRIES[name]
+    args = train_srl_vae.parse_args(training_flags(entry.command), environment={})
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(ROOT / entry.base))
+    arithmetic = step_arithmetic(
+        vae,
+        resolution=args.resolution,
+        pgd_steps=args.pgd_steps,
+        lpips_net=None,
+        originality=args.originality_weight > 0,
+    )
+    tflop = arithmetic.image * args.train_batch_size * args.max_train_steps / 1e12
+    assert args.lpips_weight == 0 and entry.cost == pytest.approx(tflop, abs=0.05)
 
 
 def test_entries_without_a_command_have_a_digest() -> None:
@@ -55,6 +75,14 @@ def test_the_embedded_images_are_those_of_the_protocol() -> None:
     assert images.shape == (32, 3, 64, 64) and digest_of(images) == protocol.image_digest
 
 
+def test_the_photographs_are_those_of_scikit_image() -> None:
+    """Oracle: the tiles of its three photographs; the README beside them is no image."""
+    images = PROTOCOLS["embedded"].load_images(ROOT / "zoo")
+    tiles = torch.stack([from_pil(tile) for tile in photograph_tiles("validation", side=64)])
+    assert len(load_photographs("validation", short_side=128)) == 3 and torch.equal(images[:16], tiles)
+    assert (ROOT / "zoo/images/README.md").is_file()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -66,8 +94,13 @@ def test_the_embedded_images_are_those_of_the_protocol() -> None:
         ({"budget": "8"}, "budget: 8 is outside"),
         ({"protocol": "other"}, "protocol: other is not known; choose from embedded, full"),
         ({"objective": ""}, "objective: expected text, got ''"),
-        ({"cost": "5 parsecs"}, "cost: '5 parsecs' has no known unit"),
-        ({"command": "rm -rf x"}, "command: it has to start with python"),
+        ({"base_digest": "f" * 16}, "base_digest: there is no base"),
+        ({"base": "x", "base_digest": "abc"}, "base_digest: 'abc' is not 16 hexadecimal digits"),
+        ({"cost": "90 min"}, "cost: expected a number or null, got '90 min'"),
+        ({"cost": 0}, "cost: 0 TFLOP are not above 0"),
+        ({"command": "rm -rf x"}, "command: it has to start with python train_srl_vae.py"),
+        ({"command": "python -c 'import os'"}, "command: it has to start with python train_srl_vae.py"),
+        ({"command": "python train_srl_vae.py 'x"}, "command: No closing quotation"),
         ({"link": "javascript:alert(1)"}, "link: javascript:alert"),
         ({"claims": {"worst": 20}}, "claims: setting: this field is missing"),
         ({"claims": {"setting": "theirs", "worst": "20 dB"}}, "claims: worst: expected a number or null, got '20 dB'"),

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import ROOT
-from helpers.zoo import DIGEST, entry, row
+from helpers.zoo import BASED, DIGEST, entry, psnr_rows, row
 
 from srl_utils.errors import UserError
 from srl_utils.zoo.entries import read_entries
 from srl_utils.zoo.leaderboard import TABLES, TITLES, as_html, as_markdown, tables, updated
+from srl_utils.zoo.protocols import PROTOCOLS
 from srl_utils.zoo.rows import ZooRow, read_row, read_rows
 
 PAGE = ROOT / "docs/leaderboard.md"
@@ -36,16 +37,16 @@ def test_committed_rows_are_current_and_have_an_entry() -> None:
 
 def test_the_worst_case_is_the_lowest_psnr_over_attacks_and_threat_models() -> None:
     """Oracle: closed form; neither clean images nor noise count."""
-    worst = row(12, 11, 25, 21, 22, 23).worst
+    worst = row(30, 20, results=psnr_rows(12, 11, 25, 21, 22, 23)).worst
     assert (worst.value, worst.attack, worst.threat_model) == (21, "attack-1", "adaptive")
-    assert row(12, 11, 20, 21).worst.threat_model == "transfer"
+    assert row(30, 20, results=psnr_rows(12, 11, 20, 21)).worst.threat_model == "transfer"
 
 
 def test_the_best_worst_case_comes_first() -> None:
     """Oracle: closed form: 22 > 21 > 20, whatever the clean PSNR; an entry without a row is named below."""
     worst = {"low": 20.0, "high": 22.0, "middle": 21.0}
     entries = {name: entry(name=name) for name in (*worst, "open")}
-    rows = {name: row(40 - value, 30, 25, value, name=name) for name, value in worst.items()}
+    rows = {name: row(40 - value, value, name=name) for name, value in worst.items()}
     (table,) = tables(entries, rows)
     assert [line.entry.name for line in table.lines] == ["high", "middle", "low"]
     assert table.note == "Not measured yet: open."
@@ -60,12 +61,13 @@ def test_the_best_worst_case_comes_first() -> None:
     assert page.count('<th scope="col"') == len(TITLES) and page.count('<table class="sortable">') == 1
 
 
-@pytest.mark.parametrize(("failed", "text"), [(None, ""), ([], "0"), (["do more steps help?"], "1")])
+@pytest.mark.parametrize(("failed", "text"), [(None, "not checked"), ([], "0"), (["do more steps help?"], "1")])
 def test_failed_checks_are_counted(failed: list[str] | None, text: str) -> None:
-    """Oracle: closed form; a VAE without a base has no checks. Both pages show each number of a line."""
-    (table,) = tables({"small": entry()}, {"small": row(30, 28, 20, failed_checks=failed)})
+    """Oracle: closed form; a VAE without a base has no checks, and both pages say so. They show each number of a line."""
+    (table,) = tables({"small": entry()}, {"small": row(30, 20, failed_checks=failed)})
     cells = table.lines[0].cells
     assert cells["failed checks"].text == text
+    assert ("not checked" in as_html([table])) == ("not checked" in as_markdown([table])) == (failed is None)
     page, numbers = as_html([table]), [cell.text for cell in cells.values() if cell.value is not None]
     assert len(numbers) == (3 if failed is None else 4) and all(f"<b>{number}</b>" in page for number in numbers)
 
@@ -73,34 +75,56 @@ def test_failed_checks_are_counted(failed: list[str] | None, text: str) -> None:
 def test_claims_stand_beside_what_was_measured() -> None:
     """Oracle: closed form; the drift of a VAE without a base is left out."""
     claims = {"setting": "their own images", "worst": 24.5}
-    entries = {"small": entry(claims=claims, cost="90 min", base="x"), "other": entry(name="other")}
-    (table,) = tables(entries, {"small": row(30, 28, 20), "other": row(29, 28, 19, name="other")})
+    entries = {"small": entry(claims=claims, cost=203.64, **BASED), "other": entry(name="other")}
+    (table,) = tables(entries, {"small": row(30, 20, **BASED, failed_checks=[]), "other": row(29, 19, name="other")})
     first, second = ({title: cell.text for title, cell in line.cells.items()} for line in table.lines)
     assert (
         first["worst case (dB)"] == "20.00"
         and first["claimed, worst (dB)"] == "24.50"
-        and first["cost of training"] == "90 min"
+        and first["cost of training (TFLOP)"] == "203.6"
     )
     assert first["drift"] == "0.2500" and second["drift"] == "" and second["claimed, worst (dB)"] == ""
     assert "claimed, clean" not in as_markdown([table])  # empty in all lines
 
 
+RESULTS = row(30, 20).results
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("of_entry", "of_row", "message"),
     [
-        ({"digest": "f" * 16}, f"the weights have the digest {DIGEST}"),
-        ({"protocol": "full"}, "the row has the protocol embedded"),
+        ({"digest": "f" * 16}, {}, f"the weights have the digest {DIGEST}"),
+        ({"protocol": "full"}, {}, "the row has the protocol embedded"),
+        (BASED, {}, "the row has the base none, and the entry x"),
+        ({}, {**BASED, "failed_checks": []}, "the row has the base x, and the entry none"),
+        ({**BASED, "base": "y"}, {**BASED, "failed_checks": []}, "the row has the base x, and the entry y"),
+        ({**BASED, "base_digest": "f" * 16}, {**BASED, "failed_checks": []}, f"of the base have the digest {DIGEST}"),
+        ({**BASED, "base_digest": None}, {"base": "x", "failed_checks": []}, "of the base have the digest none"),
+        (BASED, BASED, "the row of small has no robustness checks"),
+        ({}, {"images": "0" * 16}, f"the images have the digest {'0' * 16}, and those of the protocol have"),
+        ({}, {"results": []}, "lacks a result of the protocol: "),
+        ({}, {"results": [each for each in RESULTS if each.attack != "pid"]}, r"lacks .*: psnr under pid, (adaptive|transfer)"),
+        ({}, {"results": [*RESULTS, *psnr_rows(1, 1, 1)]}, "a result that is not of the protocol: psnr under attack-0, transfer"),
+        ({}, {"results": [replace(each, n=2) for each in RESULTS]}, "has means of 2 images, and the protocol 32"),
     ],
-)
-def test_rows_of_something_else_are_refused(changes: dict[str, str], message: str) -> None:
-    """Oracle: specification: a row belongs to the weights and the protocol of its entry."""
+)  # fmt: skip
+def test_rows_of_something_else_are_refused(of_entry: dict[str, str], of_row: dict[str, object], message: str) -> None:
+    """Oracle: specification: a row is of the weights, the base and the whole protocol of its entry."""
     with pytest.raises(UserError, match=message):
-        tables({"small": entry(**changes)}, {"small": row(30, 28, 20)})
+        tables({"small": entry(**of_entry)}, {"small": row(30, 20, **of_row)})
+
+
+def test_rows_have_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: specification: where the protocol leaves them open, the rows agree."""
+    monkeypatch.setitem(PROTOCOLS, "embedded", replace(PROTOCOLS["embedded"], image_digest=None))
+    rows = {"small": row(30, 20, images="0" * 16), "other": row(30, 20, name="other", images="1" * 16)}
+    with pytest.raises(UserError, match="those of the row of other have 1111"):
+        tables({name: entry(name=name) for name in rows}, rows)
 
 
 def test_rows_of_an_earlier_protocol_are_left_out(tmp_path: Path) -> None:
     """Oracle: specification."""
-    current, outdated = row(30, 28, 20), row(30, 28, 20, name="other", fingerprint="0" * 16)
+    current, outdated = row(30, 20), row(30, 20, name="other", fingerprint="0" * 16)
     for found in (current, outdated):
         found.write(tmp_path / f"rows/{found.name}.json")
     assert read_rows(tmp_path) == {"small": current}
@@ -108,7 +132,7 @@ def test_rows_of_an_earlier_protocol_are_left_out(tmp_path: Path) -> None:
 
 def test_a_row_survives_its_file(tmp_path: Path) -> None:
     """Oracle: equality; other files are refused in one line."""
-    found = replace(row(30, 28, 20), failed_checks=["do more steps help?"])
+    found = replace(row(30, 20), failed_checks=["do more steps help?"])
     found.write(tmp_path / "row.json")
     assert read_row(tmp_path / "row.json") == found and isinstance(found, ZooRow)
     (tmp_path / "row.json").write_text("{}")
@@ -119,5 +143,5 @@ def test_a_row_survives_its_file(tmp_path: Path) -> None:
 def test_names_are_text() -> None:
     """Oracle: no markup of an entry gets into the pages."""
     claims = {"setting": "<script>|*"}
-    found = tables({"small": entry(claims=claims)}, {"small": row(30, 28, 20)})
+    found = tables({"small": entry(claims=claims)}, {"small": row(30, 20)})
     assert "<script>|" not in as_markdown(found) and "<script>|" not in as_html(found)
