@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from srl_utils.images.pixels import format_pixel_distance
 from srl_utils.markdown import as_code, as_text
 from srl_utils.vae.loading import SINGLE_FILE_NAME, UPDATES_NAME
+from srl_utils.vae.single_file import programs_for, refusal
 
 if TYPE_CHECKING:
     from srl_utils.evaluation.results import Row
@@ -31,7 +32,7 @@ class CardFacts:
 
     Attributes:
         vae_class: name of the class in diffusers.
-        read_elsewhere: whether other programs can use the single file among the weights, if there is one.
+        family: name in `MODELS` of the model whose VAE this is; it tells which programs read the single file.
         images: training images in all, if some steps had more or fewer than others.
         lora_rank: of the low-rank updates that were trained; None if all of the encoder's weights were.
         changes: a line for each change of flags when the training was resumed.
@@ -44,7 +45,7 @@ class CardFacts:
     model_id: str
     base_model: str
     vae_class: str
-    read_elsewhere: bool = False
+    family: str | None = None
     base_license: Mapping[str, str] = field(default_factory=dict)
     subfolder: str | None = None
     data: str
@@ -101,6 +102,8 @@ def render_card(facts: CardFacts) -> str:
             "weights_heading": WEIGHTS_HEADING,
             "updates": UPDATES_NAME,
             "single_file": SINGLE_FILE_NAME if SINGLE_FILE_NAME in facts.weights else None,
+            "programs": programs_for(facts.family),
+            "refusal": refusal(facts.family),
             "clips": facts.num_frames > 1,
             "samples": "images" if facts.num_frames == 1 else f"clips of {facts.num_frames} frames",
             "judged": bool(judged),

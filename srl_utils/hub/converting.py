@@ -20,12 +20,17 @@ from srl_utils.vae.loading import (
     read_config,
     save_autoencoder,
 )
-from srl_utils.vae.single_file import MODELS, SUFFIX, SingleFile, check_single_file, read_elsewhere, save_single_file
+from srl_utils.vae.single_file import (
+    MODELS,
+    SUFFIX,
+    SingleFile,
+    check_single_file,
+    model_of,
+    refusal,
+    save_single_file,
+)
 
 PRECISIONS = {"fp32": torch.float32, **HALF_PRECISION}
-UNREADABLE = (
-    "ComfyUI, A1111 and Forge cannot use this VAE: they read the shapes of Stable Diffusion 1 to 3, XL and Flux.1 alone"
-)
 
 
 def convert(
@@ -41,7 +46,7 @@ def convert(
         prefix: what the names in a single file begin with, one of `PREFIXES`.
 
     Returns:
-        What the user has to know of the written file; None if there is nothing to know.
+        Which programs cannot use the written file; None if all of `PROGRAMS` can, or if it is a folder.
 
     Raises:
         UserError: if `target` exists, if the VAE cannot be loaded, or if the target cannot hold it.
@@ -59,7 +64,7 @@ def convert(
         return None
     check_single_file(vae)
     write_atomically(target, lambda aside: save_single_file(vae, aside, prefix=prefix))
-    return None if read_elsewhere(vae.config) else UNREADABLE
+    return refusal(model_of(vae.config))
 
 
 def _load(source: AutoencoderSource, config: str | None) -> ModelMixin:

@@ -1,7 +1,8 @@
 """Serve data sets that need no download, for evaluations on images that no training here has seen.
 
-`digits` and `faces` are smaller than any resolution and get enlarged. `pages` and `medical` are tiles of pictures that
-scikit-image ships and the photographs of `photographs.py` leave out. The others are drawn at the asked resolution.
+`digits` and `faces` are smaller than any resolution and get enlarged. `pages` and `medical` are tiles of few pictures that
+scikit-image ships and the photographs of `photographs.py` leave out. The retina of `medical` is a detail of 07_dr.JPG of the
+HRF database, that of `photographs.py` one of Wikimedia's. The others are drawn at the asked resolution.
 """
 
 from __future__ import annotations

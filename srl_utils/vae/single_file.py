@@ -54,6 +54,7 @@ class Model:
     """What the weights of a VAE do not tell of its configuration: the diffusion model that it belongs to.
 
     Attributes:
+        title: its name, for readers.
         latent_channels: of its latents.
         scaling_factor: of its latents.
         shift_factor: of its latents; None if they are not shifted.
@@ -62,6 +63,7 @@ class Model:
         digests: SHA-256 of public files that hold its VAE alone.
     """
 
+    title: str
     latent_channels: int
     scaling_factor: float
     shift_factor: float | None = None
@@ -69,15 +71,29 @@ class Model:
     companions: str
     digests: frozenset[str] = frozenset()
 
+    def has(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a configuration has the structure and the latents of this model's VAE."""
+        quantized = self.latent_channels == MODELS["sd"].latent_channels
+        return (
+            tuple(config["block_out_channels"]) == (128, 256, 512, 512)
+            and (config["layers_per_block"], config["norm_num_groups"], config["act_fn"]) == (2, 32, "silu")
+            and config["use_quant_conv"] == config["use_post_quant_conv"] == quantized
+            and config["mid_block_add_attention"]
+            and (config["latent_channels"], config["scaling_factor"], config["shift_factor"])
+            == (self.latent_channels, self.scaling_factor, self.shift_factor)
+        )
+
 
 MODELS = {
     "sd": Model(
+        title="Stable Diffusion 1 and 2",
         latent_channels=4, scaling_factor=0.18215, sample_size=512, companions="cond_stage_model.",
         digests=frozenset({  # vae-ft-mse-840000-ema-pruned.safetensors
             "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75",
         }),
     ),
     "sdxl": Model(
+        title="Stable Diffusion XL",
         latent_channels=4, scaling_factor=0.13025, sample_size=1024, companions="conditioner.embedders.",
         digests=frozenset({  # sdxl_vae.safetensors of stabilityai/sdxl-vae, and of madebyollin/sdxl-vae-fp16-fix
             "63aeecb90ff7bc1c115395962d3e803571385b61938377bc7089b36e81e92e2e",
@@ -85,10 +101,12 @@ MODELS = {
         }),
     ),
     "sd3": Model(
+        title="Stable Diffusion 3",
         latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, sample_size=1024,
         companions="model.diffusion_model.joint_blocks.",
     ),
     "flux": Model(
+        title="Flux.1",
         latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, sample_size=1024,
         companions="model.diffusion_model.double_blocks.",
         digests=frozenset({  # ae.safetensors
@@ -96,7 +114,37 @@ MODELS = {
         }),
     ),
 }  # fmt: skip
-"""Stable Diffusion 1 and 2, XL, 3, and Flux.1. The factors are those of their configurations in diffusers."""
+"""The models whose VAEs other programs read. The factors are those of their configurations in diffusers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """Another program that reads single files.
+
+    Attributes:
+        name: of the program.
+        models: names in `MODELS` of those whose VAEs it reads.
+        folder: where it looks for VAEs.
+        choice: where its user chooses one, in Markdown.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    folder: str
+    choice: str
+
+
+PROGRAMS = (
+    Program(name="ComfyUI", models=("sd", "sdxl", "sd3", "flux"), folder="models/vae", choice="the node *Load VAE*"),
+    Program(  # of version 1.10; none before has Flux either
+        name="A1111", models=("sd", "sdxl", "sd3"), folder="models/VAE", choice="*Settings*, *VAE*, *SD VAE*",
+    ),
+    Program(
+        name="Forge", models=("sd", "sdxl", "sd3", "flux"), folder="models/VAE",
+        choice="*VAE / Text Encoder*, at the top of the page",
+    ),
+)  # fmt: skip
+"""The model card has them as a table, and so has docs/publishing.md."""
 
 
 def original_name(name: str, levels: int) -> str:
@@ -118,16 +166,24 @@ def check_single_file(vae: ModelMixin) -> None:
         raise UserError(f"a single file holds no {min(blocks)}, of which this VAE is made")
 
 
-def read_elsewhere(config: Mapping[str, Any]) -> bool:
-    """Return whether ComfyUI, A1111 and Forge can read a VAE: they expect the shape of one of `MODELS`."""
-    quantized = config["latent_channels"] == MODELS["sd"].latent_channels
-    return (
-        tuple(config["block_out_channels"]) == (128, 256, 512, 512)
-        and config["latent_channels"] in {model.latent_channels for model in MODELS.values()}
-        and (config["layers_per_block"], config["norm_num_groups"], config["act_fn"]) == (2, 32, "silu")
-        and config["use_quant_conv"] == config["use_post_quant_conv"] == quantized
-        and config["mid_block_add_attention"]
-    )
+def model_of(config: Mapping[str, Any]) -> str | None:
+    """Return the name in `MODELS` of the model whose VAE has this configuration; None if it is another VAE."""
+    return next((name for name, model in MODELS.items() if model.has(config)), None)
+
+
+def programs_for(model: str | None) -> list[Program]:
+    """Return the programs that read the VAE of a model, which `model_of` names."""
+    return [program for program in PROGRAMS if model in program.models]
+
+
+def refusal(model: str | None) -> str | None:
+    """Return which programs cannot use the VAE of a model, and why; None if all can."""
+    names = [program.name for program in PROGRAMS if model not in program.models]
+    if not names:
+        return None
+    listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    reason = "its shape or its scaling is none that they know" if model is None else f"it is for {MODELS[model].title}"
+    return f"{listed} cannot use this VAE: {reason}"
 
 
 def save_single_file(vae: ModelMixin, path: Path, *, prefix: str = "") -> None:
@@ -216,7 +272,7 @@ class SingleFile:
         if "edm_mean" in self.others:  # Playground 2.5: the shape of SDXL and other latents
             return None
         for model in MODELS.values():
-            if any(name.startswith(model.companions) for name in self.others) and read_elsewhere(self.config_of(model)):
+            if any(name.startswith(model.companions) for name in self.others) and model.has(self.config_of(model)):
                 return model
         digest = None if self.others else checksum(self.path)
         return next((model for model in MODELS.values() if digest in model.digests), None)

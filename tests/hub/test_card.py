@@ -52,14 +52,18 @@ def code(card: str, language: str) -> list[str]:
 
 
 def test_a_card_says_where_a_single_file_goes() -> None:
-    """Oracle: the folders that ComfyUI, A1111 and Forge read VAEs from; none without such a file or for other shapes."""
+    """Oracle: the folders that ComfyUI, A1111 and Forge read VAEs from. A1111 has no Flux; no program reads other shapes,
+    and a card without such a file names none.
+    """
     weights = {"diffusion_pytorch_model.safetensors": "0" * 64, "srl_vae.safetensors": "1" * 64}
-    card = render_card(replace(FULL, weights=weights, read_elsewhere=True))
-    assert re.findall(r"^\| (\w+) \| `(\S+)` \|", card, flags=re.MULTILINE) == [
-        ("ComfyUI", "models/vae"), ("A1111", "models/VAE"), ("Forge", "models/VAE"),
-    ]  # fmt: skip
-    assert recorded_weights(card) == weights and list(sections(card)) == ["robust", *HEADINGS]
-    assert "cannot use it" in render_card(replace(FULL, weights=weights))
+    folders = {"ComfyUI": "models/vae", "A1111": "models/VAE", "Forge": "models/VAE"}
+    for family, unread in (("sd", []), ("flux", ["A1111"]), (None, [*folders])):
+        card = render_card(replace(FULL, weights=weights, family=family))
+        rows = dict(re.findall(r"^\| (\w+) \| `(\S+)` \| \S.* \|$", card, flags=re.MULTILINE))
+        assert rows == {name: folder for name, folder in folders.items() if name not in unread}
+        told = re.search(r"^(.*) cannot use this VAE: .*\.$", card, flags=re.MULTILINE)
+        assert re.findall(r"\w+(?=,| and|$)", told[1] if told else "") == unread
+        assert recorded_weights(card) == weights and list(sections(card)) == ["robust", *HEADINGS]
     assert "ComfyUI" not in render_card(FULL)
 
 

@@ -27,6 +27,7 @@ def clone(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "spaces", root / "spaces")
     shutil.copytree(ROOT / "requirements", root / "requirements")
     shutil.copy(ROOT / "requirements.txt", root)
+    (root / "LICENSE").write_text("licence\n")
     for folder in FOLDERS:
         (root / folder / "__pycache__").mkdir(parents=True)
         (root / folder / "__pycache__/module.pyc").write_bytes(b"compiled")
@@ -64,7 +65,7 @@ def test_a_space_is_pushed_and_pushed_again(tmp_path: Path, clone: Path) -> None
         repository = hub.repositories[NAME]
         assert repository.private
         assert set(repository.branches["main"].files) - {".gitattributes"} == {
-            *PAGE, "requirements.txt", *(f"{folder}/config.json" for folder in FOLDERS)
+            *PAGE, "LICENSE", "requirements.txt", *(f"{folder}/config.json" for folder in FOLDERS)
         }  # fmt: skip
 
 
@@ -78,10 +79,11 @@ def test_a_refused_push_is_one_line(tmp_path: Path, clone: Path) -> None:
 
 
 def test_a_space_has_all_that_the_app_imports() -> None:
-    """Oracle: the repository: the front matter's file, the packages of each list, the embedded models."""
+    """Oracle: the repository: the front matter's file and licence, the packages of each list, the embedded models."""
     files = space_files()
     front = yaml.safe_load((ROOT / "spaces/README.md").read_text(encoding="utf-8").split("---\n")[1])
     assert front["sdk"] == "gradio" and front["app_file"] in files
+    assert front["license"] == "apache-2.0" and "Apache License" in files["LICENSE"].read_text(encoding="utf-8")
     requirements = files["requirements.txt"].decode()
     assert all(f"\n{name}>=" in requirements for name in ("torch", "transformers", "gradio"))
     assert "srl_utils/app/examples/scene.png" in files

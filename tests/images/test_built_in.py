@@ -7,13 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers.runs import ROOT
 from PIL import Image
 
 from srl_utils.errors import MissingPackage, UserError
 from srl_utils.images.built_in import BUILT_IN, MEDICAL, PAGES
 from srl_utils.images.datasets import DataSource, load_validation_images, open_data
 from srl_utils.images.drawing import draw_lines, draw_text, draw_texture
-from srl_utils.images.photographs import FILES
+from srl_utils.images.photographs import FILES, photograph_tiles
 
 DRAWINGS = pytest.mark.parametrize("draw", [draw_lines, draw_text, draw_texture])
 
@@ -22,6 +23,16 @@ def test_no_picture_is_among_the_photographs() -> None:
     """Oracle: specification; a VAE trained on scikit-image's photographs has not seen the others."""
     seen = {name for names in FILES.values() for name in names}
     assert seen.isdisjoint((*PAGES, *MEDICAL))
+
+
+def test_crops_are_as_many_as_the_documents_say() -> None:
+    """Oracle: the sizes of the files in scikit-image, scaled to two tiles of 64 px along the short side."""
+    crops = [image.name.split()[0] for name in ("pages", "medical") for image in BUILT_IN[name](64)]
+    assert len(photograph_tiles("validation", side=64)) == 4 + 6 + 6  # 512 x 512, 451 x 300, 640 x 427
+    assert [crops.count(name) for name in PAGES] == [8, 10]  # 384 x 191, 448 x 172
+    assert [crops.count(name) for name in MEDICAL] == [4, 1, 4]  # 550 x 660, 102 x 102, 400 x 400
+    text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert all(f"| {told} of " in text for told in ("16 crops", "18 crops", "9 crops"))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

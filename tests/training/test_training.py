@@ -326,7 +326,7 @@ def test_single_files_in_and_out(run: Run, flags: list[str], vae_folder: Path, t
     assert single.keys() == saved.keys() and all(torch.equal(single[name], saved[name]) for name in saved)
     card = (out / "README.md").read_text()
     assert set(recorded_weights(card)) == {WEIGHTS, SINGLE_FILE_NAME} <= set(contents(out).names)
-    assert "A1111 and Forge cannot use it" in card and "models/vae" not in card
+    assert "A1111 and Forge cannot use this VAE" in card and "models/vae" not in card
     assert run(*flags)[0] == 0
     from_the_folder = load_file(out / WEIGHTS)
     assert all(torch.equal(from_the_folder[name], saved[name]) for name in saved)

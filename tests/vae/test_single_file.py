@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from helpers.autoencoders import small_autoencoder
-from helpers.original_layout import original_shapes, random_tensors
-from helpers.runs import build_tiny_vae
+from helpers.original_layout import PUBLISHED_NAMES, digest_of_names, original_shapes, random_tensors
+from helpers.runs import ROOT, build_tiny_vae
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,10 +23,22 @@ from srl_utils.pipelines import sanitize
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, read_config, save_autoencoder, save_variant
 from srl_utils.vae.low_rank import add_low_rank_updates, updates_of
-from srl_utils.vae.single_file import CONFIG_KEY, MODELS, SingleFile, original_name, read_elsewhere, save_single_file
+from srl_utils.vae.single_file import (
+    CONFIG_KEY,
+    MODELS,
+    PROGRAMS,
+    SingleFile,
+    model_of,
+    original_name,
+    programs_for,
+    refusal,
+    save_single_file,
+)
 
 SMALL = {"channels": (32, 64), "blocks": 1}
 """A shape with the 32 groups of the original code."""
+FACTORS = {"sd": (0.18215, None), "sdxl": (0.13025, None), "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}
+"""Scaling and shift in the config.json of each model's public VAE."""
 
 
 def at(path: Path) -> AutoencoderSource:
@@ -47,18 +59,51 @@ def public_vae(model: str) -> AutoencoderKL:
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=MODELS[model].latent_channels,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             use_quant_conv=quant_conv, use_post_quant_conv=quant_conv,
+            scaling_factor=FACTORS[model][0], shift_factor=FACTORS[model][1],
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_names_are_those_of_the_public_files(model: str) -> None:
-    """Oracle: the names that the modules of the original code give their weights, 248 or 244 as in the public files."""
-    vae = public_vae(model)
-    quant_conv = MODELS[model].latent_channels == 4
-    expected = original_shapes(latent_channels=MODELS[model].latent_channels, quant_conv=quant_conv)
-    assert len(expected) == (248 if quant_conv else 244)
-    assert {original_name(name, levels=4) for name in vae.state_dict()} == expected.keys()
-    assert read_elsewhere(vae.config)
+    """Oracle: the digest of the names that others published, which the hand-written layout of other tests has too."""
+    names = {original_name(name, levels=4) for name in public_vae(model).state_dict()}
+    assert digest_of_names(names) == PUBLISHED_NAMES[model]
+    channels = MODELS[model].latent_channels
+    assert original_shapes(latent_channels=channels, quant_conv=channels == 4).keys() == names
+
+
+USERS = {
+    "sd": {"ComfyUI", "A1111", "Forge"},
+    "sdxl": {"ComfyUI", "A1111", "Forge"},
+    "sd3": {"ComfyUI", "A1111", "Forge"},
+    "flux": {"ComfyUI", "Forge"},
+}
+"""Programs with a loader of the model in their public code: `SDVAE` in modules/models/sd3 of A1111 1.10, which has none of
+Flux (its issue 16311); `possible_models` in backend/loader.py of Forge; comfy/supported_models.py."""
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_family_tells_which_programs_read_it(model: str) -> None:
+    """Oracle: the programs' public code; a VAE of another shape or with other latents belongs to no family."""
+    config = dict(public_vae(model).config)
+    assert model_of(config) == model
+    assert {program.name for program in programs_for(model)} == USERS[model]
+    told = {"flux": "A1111 cannot use this VAE: it is for Flux.1"}
+    assert refusal(model) == told.get(model)
+    for change in ({"scaling_factor": 0.5}, {"layers_per_block": 1}, {"use_quant_conv": not config["use_quant_conv"]}):
+        assert model_of(config | change) is None
+    assert programs_for(None) == []
+    assert refusal(None).startswith("ComfyUI, A1111 and Forge cannot use this VAE")
+
+
+def test_the_documents_have_the_same_programs() -> None:
+    """Oracle: `PROGRAMS`, each a row of the table in docs/publishing.md."""
+    rows = [
+        f"| {program.name} | {', '.join(MODELS[model].title for model in program.models)} | `{program.folder}` | {program.choice} |"
+        for program in PROGRAMS
+    ]
+    table = "\n".join(["| program | VAEs of | folder | choose it in |", "|---|---|---|---|", *rows])
+    assert f"\n\n{table}\n\n" in (ROOT / "docs/publishing.md").read_text(encoding="utf-8")
 
 
 def test_diffusers_reads_what_we_write(either_tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
@@ -153,8 +198,7 @@ def test_a_whole_checkpoint_tells_its_model(model: str, tmp_path: Path) -> None:
     shapes = original_shapes(latent_channels=channels, quant_conv=channels == 4)
     named = {f"first_stage_model.{name}": shape for name, shape in shapes.items()} | {COMPANIONS[model]: (1,)}
     config = read_config(at(header(tmp_path / "whole.safetensors", named)))
-    expected = {"sd": (0.18215, None), "sdxl": (0.13025, None), "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}
-    assert (config["scaling_factor"], config["shift_factor"]) == expected[model]
+    assert (config["scaling_factor"], config["shift_factor"]) == FACTORS[model]
     structure = ("block_out_channels", "layers_per_block", "latent_channels", "use_quant_conv", "use_post_quant_conv")
     for entry in (*structure, "mid_block_add_attention", "norm_num_groups", "in_channels", "out_channels", "act_fn"):
         stated = public_vae(model).config[entry]

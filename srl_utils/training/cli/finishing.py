@@ -32,7 +32,7 @@ from srl_utils.vae.loading import (
     load_autoencoder,
     variant_name,
 )
-from srl_utils.vae.single_file import read_elsewhere
+from srl_utils.vae.single_file import model_of
 
 MAX_VARIANT_DIFFERENCE = 0.1
 """Difference in clean PSNR, in dB, from which the full weights are recommended."""
@@ -140,7 +140,7 @@ def write_card(run: Run, folder: Path, *, saved: Sequence[str] = ()) -> None:
         model_id=run.publisher.repo_id if run.publisher else args.output_dir.name,
         base_model=args.pretrained_model_name_or_path,
         vae_class=type(run.networks.vae).__name__,
-        read_elsewhere=SINGLE_FILE in args.save_variant and read_elsewhere(run.networks.vae.config),
+        family=model_of(run.networks.vae.config) if SINGLE_FILE in args.save_variant else None,
         base_license=base_license(args.pretrained_model_name_or_path),
         subfolder=args.subfolder,
         data=run.data.description,
