@@ -21,13 +21,13 @@ class SurrogateLoss:
 
     Each call is a step of the attack. Every `STEPS_PER_ROUND` of them make a round: a copy of the model, the surrogate,
     learns the clean images and is attacked, and then the model learns the images as they are protected so far. Timesteps
-    and noise are new in each step.
+    and noise are new in each step. The surrogate learns all images of the batch, so the protection is a joint one.
 
     Source: Le et al., "Anti-DreamBooth: Protecting Users from Personalized Text-to-Image Synthesis" (arXiv 2303.15433,
     algorithm 1), VinAIResearch/Anti-DreamBooth, attacks/aspl.py and scripts/attack_with_aspl.sh: 50 rounds of 3 steps of
     training, 6 of the attack and 3 of training, each training with a new AdamW.
 
-    Four things differ from the authors' code. The surrogate learns the images that are protected; theirs learns other
+    Four things differ from the authors' code. The surrogate learns the batch's own clean images; theirs learns other
     images of the person. The UNet alone is trained; they train the text encoder too. A training step takes all images
     of the batch; theirs takes one, and an image of the class for prior preservation. The copies are in float32; theirs
     are in bfloat16, where a step of 5e-7 does not change weights above 1.3e-4.
