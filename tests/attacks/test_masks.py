@@ -90,12 +90,13 @@ def test_diffusionguard_lengthens_the_first_prediction_of_an_inpainting(pipe, vi
 
 
 def test_diffusionguard_protects_what_is_kept(victim, images, generators) -> None:
-    """Oracle: closed form, the hole is not changed; and its own loss on other draws, which rises for every image."""
+    """Oracle: closed form, the hole is not changed, and an odd number of steps cannot cancel out in the border, which is
+    always kept; and the protection's own loss on other draws, which rises for every image."""
     clean = images(2, SIZE, limit=0.5)
-    protected = protect(DIFFUSIONGUARD, victim, clean, generators=generators(1, 2), num_steps=12)
+    protected = protect(DIFFUSIONGUARD, victim, clean, generators=generators(1, 2), num_steps=11)
     hole = central_mask(clean).expand_as(clean) == 1
     assert torch.equal(protected[hole], clean[hole])
-    assert (protected != clean)[~hole].float().mean() > 0.9
+    assert (protected != clean)[:, :, :4].float().mean() > 0.99
     values = []
     for images_in in (clean, protected):
         batch = ProtectedBatch(victim=victim, clean=clean, target=None, generators=generators(100, 101))
