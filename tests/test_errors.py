@@ -121,7 +121,9 @@ CALLS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
         lambda folder: load_codec("a", source(folder / "missing"), device=torch.device("cpu")), FileNotFoundError
     ),
     "denoiser: a transformer": (lambda folder: Denoiser.from_pipeline(build_pipeline("flux"), EMBEDDINGS), TypeError),
-    "denoiser: inpainting": (lambda folder: Denoiser.from_pipeline(build_pipeline("sd inpaint"), EMBEDDINGS), ValueError),
+    "denoiser: instructions": (
+        lambda folder: Denoiser.from_pipeline(build_pipeline("sd instruct"), EMBEDDINGS), ValueError
+    ),
     "protect: no denoiser": (lambda folder: protected(), ValueError),
     "LPIPS: none": (lambda folder: load_perceptual_distance("vgg"), FileNotFoundError),
     "Inception: none": (lambda folder: load_inception_features(folder / "missing.pth"), FileNotFoundError),

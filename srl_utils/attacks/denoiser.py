@@ -52,6 +52,9 @@ class Denoiser:
     Latents `[N,C,h,w]` are float32, scaled as the UNet was trained; the UNet computes in its own precision. Timesteps
     are `[N]` integers. Image i draws from `generators[i]`; None draws from PyTorch's global generator (see
     `draws.draw`). Methods pass gradients to the latents, unless they say otherwise, and never to parameters.
+
+    The UNet of a model for inpainting takes a mask and the latents of an image with a hole beside the noised latents.
+    `predict_noise` alone works with it; the other methods raise a UserError.
     """
 
     unet: UNet2DConditionModel
@@ -63,6 +66,8 @@ class Denoiser:
     def from_pipeline(cls, pipe: DiffusionPipeline, prompt: str | PromptEmbeddings) -> Denoiser:
         """Return the denoiser of a pipeline of Stable Diffusion 1.x, 2.x or XL, with epsilon- or v-prediction.
 
+        The pipeline may be one for inpainting.
+
         The denoiser shares the pipeline's UNet and stops its parameters from requiring gradients. From the pipeline's
         scheduler it takes the noise of each timestep and the kind of prediction.
 
@@ -72,8 +77,8 @@ class Denoiser:
 
         Raises:
             WrongType: a TypeError, if the denoiser of `pipe` is not a UNet, for instance a flow-matching transformer.
-            UserError: a ValueError, if the UNet takes more than latents and a prompt (inpainting, instructions), or
-                if the embeddings do not fit it.
+            UserError: a ValueError, if the UNet takes more than latents and a prompt, or what inpainting adds to them (for
+                instance instructions), or if the embeddings do not fit it.
         """
         _check_unet(pipe)
         _check_scheduler(pipe)
@@ -84,6 +89,11 @@ class Denoiser:
         )
         return cls(pipe.unet.requires_grad_(False).eval(), scheduler, embeddings, pipe.vae_scale_factor)
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet is that of a model for inpainting."""
+        return inpaints(self.unet)
+
     def draw(self, latents: Tensor, generators: Generators | None = None) -> tuple[Tensor, Tensor]:
         """Draw a timestep `[N]`, uniform among the model's training timesteps, and white noise for each latent."""
         integers = partial(torch.randint, self.scheduler.config.num_train_timesteps)
@@ -93,9 +103,16 @@ class Denoiser:
         """Return sqrt(a) latents + sqrt(1 - a) noise, where a is `alphas_cumprod` at the timestep."""
         return self.scheduler.add_noise(latents, noise, timesteps)
 
-    def predict_noise(self, noised: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the noise `[N,C,h,w]` that the UNet predicts in `noised`."""
-        output = self._output(noised, timesteps)
+    def predict_noise(self, noised: Tensor, timesteps: Tensor, *, beside: Tensor | None = None) -> Tensor:
+        """Return the noise `[N,C,h,w]` that the UNet predicts in `noised`.
+
+        Args:
+            noised: `[N,C,h,w]`.
+            timesteps: `[N]`.
+            beside: what a model for inpainting takes too, `[N,1+C,h,w]`: the mask, 1 in the hole, and the latents of the
+                image with a hole.
+        """
+        output = self._output(noised, timesteps, beside=beside)
         # v = sqrt(a) noise - sqrt(1 - a) latents, so the noise is sqrt(a) v + sqrt(1 - a) noised.
         return self.add_noise(output, noised, timesteps) if self._predicts_velocity else output
 
@@ -151,7 +168,9 @@ class Denoiser:
         free = self._output(noised, timestep, negative=True)
         return free + guidance_scale * (steered - free)
 
-    def _output(self, noised: Tensor, timesteps: Tensor, *, negative: bool = False) -> Tensor:
+    def _output(
+        self, noised: Tensor, timesteps: Tensor, *, negative: bool = False, beside: Tensor | None = None
+    ) -> Tensor:
         """Return the UNet's prediction, noise or v, `[N,C,h,w]` float32."""
         embeds, pooled = (
             (self.prompt.negative, self.prompt.negative_pooled)
@@ -164,8 +183,11 @@ class Denoiser:
             height, width = (side * self.pixels_per_latent for side in noised.shape[2:])
             time_ids = torch.tensor([[height, width, 0, 0, height, width]], **like_noised)
             added = {"text_embeds": pooled.to(**like_noised), "time_ids": time_ids}
+        if beside is None and self.inpaints:
+            raise UserError("this model inpaints: its UNet needs a mask and an image too; use a text-to-image model")
+        given = noised if beside is None else torch.cat([noised, beside], dim=1)
         output = self.unet(
-            noised.to(self.unet.dtype),
+            given.to(self.unet.dtype),
             timesteps,
             encoder_hidden_states=embeds.to(**like_noised).expand(len(noised), -1, -1),
             added_cond_kwargs={name: tensor.expand(len(noised), -1) for name, tensor in added.items()},
@@ -186,15 +208,20 @@ def takes_latents_alone(pipe: DiffusionPipeline) -> bool:
     return unet is None or unet.config.in_channels == unet.config.out_channels
 
 
+def inpaints(unet: UNet2DConditionModel) -> bool:
+    """Return whether the UNet takes a mask and latents of an image beside the noised latents."""
+    return unet.config.in_channels == 2 * unet.config.out_channels + 1
+
+
 def _check_unet(pipe: DiffusionPipeline) -> None:
     kind = type(pipe).__name__
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, UNet2DConditionModel):
         raise WrongType(f"the denoiser of this {kind} is not a UNet; use a pipeline of Stable Diffusion 1.x, 2.x or XL")
-    if not takes_latents_alone(pipe):
+    if not takes_latents_alone(pipe) and not inpaints(unet):
         raise UserError(
             f"the UNet of this {kind} takes {unet.config.in_channels} channels and returns {unet.config.out_channels}, "
-            "as models for inpainting, instructions or upscaling do; use a text-to-image model"
+            "as models for instructions or upscaling do; use a text-to-image model"
         )
     further = [name for name in FURTHER_CONDITIONS if unet.config.get(name) is not None]
     if further or unet.config.addition_embed_type not in (None, "text_time"):

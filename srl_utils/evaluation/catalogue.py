@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from srl_utils.attacks.corruptions import CORRUPTIONS, Corruption, severity_of
-from srl_utils.attacks.denoiser import Denoiser
+from srl_utils.attacks.denoiser import Denoiser, inpaints, takes_latents_alone
 from srl_utils.attacks.draws import Generators
 from srl_utils.attacks.gradient import APGDConfig, Objective, apgd, pgd
 from srl_utils.attacks.protections import PROTECTIONS, Protection, Victim, protect, target_of
@@ -144,6 +144,8 @@ def _missing(name: str, resources: AttackResources) -> str | None:
         return "it is made on images, and not on clips"
     if protection and protection.needs_denoiser and resources.pipeline is None:
         return "it needs a diffusion pipeline; give `pipeline`"
+    if protection and protection.needs_denoiser and not _fits(protection, resources.pipeline):
+        return "it attacks text-to-image models; give one as `pipeline`"
     if protection and protection.needs_target and resources.target is None:
         if protection.drawn_target is None:
             return f"it needs {'a clip' if resources.clips else 'an image'} to imitate; give `target`"
@@ -158,6 +160,11 @@ def _missing(name: str, resources: AttackResources) -> str | None:
     if protection and protection.needs_perceptual and resources.bound is None:
         return "it needs LPIPS, whose weights are missing, or a `classifier` in its place"
     return None
+
+
+def _fits(protection: Protection, pipeline: DiffusionPipeline) -> bool:
+    """Return whether the protection's loss gives the denoiser what it takes beside latents."""
+    return takes_latents_alone(pipeline) or (protection.inpainting and inpaints(pipeline.unet))
 
 
 def _expand(name: str, epsilons: Sequence[float], resources: AttackResources) -> Iterator[Perturbation]:
@@ -242,6 +249,7 @@ def _protected(protection: Protection, epsilon: float | None, resources: AttackR
         goal=goal if protection.pulls_latents else None,
         passes=steps * protection.passes_per_step,
         impossible_on=resources.incompatible if protection.needs_denoiser else frozenset(),
+        joint=protection.joint,
     )  # fmt: skip
 
 

@@ -82,9 +82,13 @@ def cells_of(
 
 
 def batched(cell: Cell, numbers: Sequence[int], batch_size: int) -> Iterator[Job]:
-    """Yield the cell's jobs: batches of at most `batch_size` of the images `numbers`."""
-    for start in range(0, len(numbers), batch_size):
-        yield Job(cell, numbers[start : start + batch_size])
+    """Yield the cell's jobs: batches of at most `batch_size` of the images `numbers`.
+
+    To a joint perturbation each image is a set of its own, so that no value depends on the batches.
+    """
+    size = 1 if cell.perturbation.joint else batch_size
+    for start in range(0, len(numbers), size):
+        yield Job(cell, numbers[start : start + size])
 
 
 def compute(

@@ -44,6 +44,8 @@ class Perturbation:
     """Cost of one image, in passes through encoder and decoder."""
     impossible_on: frozenset[str] = frozenset()
     """Names of the VAEs on which it cannot be made."""
+    joint: bool = False
+    """Whether images of one call are perturbed as one set, so that an image's result depends on the others."""
 
     @property
     def adversarial(self) -> bool:

@@ -78,6 +78,7 @@ def test_noise_is_recovered_from_a_perfect_unet(prediction, generators) -> None:
 
     class Oracle:
         dtype = torch.float32
+        config = build_pipeline("sd").unet.config
 
         def __call__(self, *args, **inputs) -> SimpleNamespace:
             return SimpleNamespace(sample=answer)
@@ -221,8 +222,7 @@ def with_image_embeddings(pipe: DiffusionPipeline) -> None:
     [
         ("flux", None, False, "denoiser of this FluxPipeline is not a UNet"),
         ("sd3", None, False, "is not a UNet"),
-        ("sd inpaint", None, False, "takes 9 channels and returns 4"),
-        ("sd instruct", None, False, "takes 8 channels"),
+        ("sd instruct", None, False, "takes 8 channels and returns 4"),
         ("sd", of_other_prediction, False, "prediction type: sample"),
         ("sd", of_flow_matching, False, "FlowMatchEulerDiscreteScheduler"),
         ("sd", with_classes, False, "conditions other than a prompt"),
@@ -239,6 +239,15 @@ def test_other_models_are_refused(
         spoil(pipe)
     with pytest.raises(UserError, match=message):
         Denoiser.from_pipeline(pipe, draw_embeddings(pooled=pooled))
+
+
+@pytest.mark.parametrize("call", ["loss", "score_error"])
+def test_a_model_for_inpainting_is_asked_with_a_mask_alone(call: str, generators) -> None:
+    """Oracle: specification, one clear line in place of the error of a convolution."""
+    _, denoiser = build_denoiser("sd inpaint")
+    assert denoiser.inpaints and not build_denoiser("sd")[1].inpaints
+    with pytest.raises(UserError, match="needs a mask and an image too; use a text-to-image model"):
+        getattr(denoiser, call)(draw_latents(1), generators(0))
 
 
 def test_refiner_is_refused() -> None:

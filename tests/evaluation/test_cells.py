@@ -4,6 +4,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -266,3 +267,20 @@ def test_reconstruction_picture_shows_the_images(codec) -> None:
     assert picture.size == (3 * 46 + 6, 24 + 2 * 64)
     shown = [picture.getpixel((26 + 46 * column, 44)) for column in range(3)]
     assert shown == [(255, 0, 0), (0, 0, 255), (0, 255, 0)]
+
+
+def test_each_image_is_a_set_of_its_own_to_a_joint_perturbation(codec, images) -> None:
+    """Oracle: counting, and the rows of single images; what belongs together is not left to the size of a batch."""
+    seen: list[int] = []
+
+    def average(codec: Codec, clean: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        seen.append(len(clean))
+        return clean.mean(dim=0, keepdim=True).expand_as(clean)
+
+    joint = replace(CLEAN, name="average", apply=average, joint=True)
+    assert run(codec, images(3), perturbations=[joint], batch_size=2) == [
+        record
+        for number in range(3)
+        for record in run(codec, images(3), perturbations=[joint], numbers=[number], batch_size=1)
+    ]
+    assert seen == [1] * 6

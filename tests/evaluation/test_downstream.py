@@ -20,7 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from srl_utils.attacks.draws import image_generators
-from srl_utils.attacks.protections import style_transfer
+from srl_utils.attacks.gradient import Objective
+from srl_utils.attacks.protections import PROTECTIONS, ProtectedBatch, style_transfer
+from srl_utils.attacks.protections.surrogates import SurrogateLoss
 from srl_utils.command_line import exit_code
 from srl_utils.errors import UserError
 from srl_utils.evaluation.catalogue import AttackResources, select
@@ -35,13 +37,13 @@ from srl_utils.evaluation.tasks.editing import (
     INSTRUCTION,
     as_image_to_image,
     build_edits,
-    central_mask,
     check_steps,
     replace_words,
 )
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
 from srl_utils.evaluation.tasks.generation import largest_difference
 from srl_utils.evaluation.tasks.learning import changed_weights
+from srl_utils.evaluation.tasks.personalisation import learnt_with
 from srl_utils.evaluation.tasks.poisoning import Poison, divide, doses, poisoning
 from srl_utils.images.pixels import from_pil, to_model_range, to_pil, to_unit_range
 from srl_utils.metrics.features import FEATURE_SIMILARITY
@@ -115,13 +117,6 @@ def test_inpainting_keeps_what_is_around_the_hole(pipe, codec, images, monkeypat
         torch.testing.assert_close(inpainted(0.0), codec.reconstruct(shown).clamp(-1, 1), atol=1e-4, rtol=0)
     whole = edits["img2img-1"](codec, shown, PROMPTS, image_generators(0, [0, 1]))
     torch.testing.assert_close(inpainted(1.0), whole)
-
-
-def test_the_hole_is_the_central_square(images) -> None:
-    """Oracle: closed form, a quarter of the area, the same from every side."""
-    mask = central_mask(images(1, SIZE))
-    assert mask.mean() == 0.25 and mask[0, 0, SIZE // 2, SIZE // 2] == 1 and mask[0, 0, 0, 0] == 0
-    assert torch.equal(mask, mask.flip(2)) and torch.equal(mask, mask.transpose(2, 3))
 
 
 def test_every_pipeline_edits_in_its_own_way() -> None:
@@ -460,9 +455,14 @@ def test_a_vae_that_the_pipeline_cannot_take_is_left_out(world, tmp_path: Path, 
 def test_pipelines_made_for_editing_are_taken(kind: str, edit: str, world, tmp_path: Path, capsys) -> None:
     """Oracle: specification; more goes into their UNets than latents. From text alone they make nothing, and it is said."""
     add_text_encoders(build_pipeline(kind), tmp_path).save_pretrained(tmp_path / "sd")
-    few = ["--num_images", "2", "--attacks", "clean", "pgd-2", "--metrics", "psnr", "--no_checks"]
-    assert command.main(["editing", *world, "--replace", "ring=box", "star=cup", *few]) == 0
-    assert {key[1] for key in rows_of(tmp_path / "out")} == {f"clean, {edit}", f"pgd-2, {edit}"}
+    few = ["--num_images", "2", "--metrics", "psnr", "--no_checks", "--max_attack_steps", "1"]
+    attacks = ["clean", "pgd-2", "advdm", "diffusionguard"]
+    assert command.main(["editing", *world, "--replace", "ring=box", "star=cup", *few, "--attacks", *attacks]) == 0
+    made = {"clean", "pgd-2"} | ({"diffusionguard"} if kind == "sd inpaint" else set())
+    assert {key[1] for key in rows_of(tmp_path / "out")} == {f"{name}, {edit}" for name in made}
+    report = (tmp_path / "out/report.md").read_text()
+    for name in {*attacks} - made:
+        assert f"{name} was left out: it attacks text-to-image models; give one as --pipeline" in report
     assert exit_code(lambda: command.main(["generation", *world])) == 2
     assert "makes no images from text alone" in capsys.readouterr().err
 
@@ -504,7 +504,7 @@ def test_poisoning_command(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows_of(tmp_path / "out") == rows
 
 
-PERSONAL = ["--concept", "ring", "--num_protected", "2", "--num_generated", "3", "--attacks", "pgd-2", "anti-dreambooth-fsmg",
+PERSONAL = ["--concept", "ring", "--num_protected", "2", "--num_generated", "3", "--attacks", "pgd-2", "anti-dreambooth-aspl",
             "--max_attack_steps", "1", "--finetuning_steps", "2", "--lora_rank", "0"]  # fmt: skip
 
 
@@ -579,6 +579,23 @@ def test_personalisation_command(world, pipe, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("srl_utils.evaluation.tasks.learning.finetune", refuse)
     assert command.main([*arguments, "--learning_rate", "1e-2"]) == 0
     assert rows_of(tmp_path / "out") == rows
+
+
+def test_a_joint_protection_is_made_on_all_images_of_the_concept(world, tmp_path: Path, monkeypatch) -> None:
+    """Oracle: the numbers of images that ASPL is given, with batches of one; what stands for it in the generation is not
+    joint, so that images are generated in batches."""
+    given: list[int] = []
+
+    def keep(batch: ProtectedBatch) -> Objective:
+        given.append(len(batch.clean))
+        return SurrogateLoss(batch)
+
+    aspl = replace(PROTECTIONS["anti-dreambooth-aspl"], loss=keep)
+    monkeypatch.setitem(PROTECTIONS, "anti-dreambooth-aspl", aspl)
+    flags = ["--batch_size", "1", "--metrics", "shown", "--classifier", str(ROOT / "miniature/weights/classifier")]
+    assert command.main(["personalisation", *world, *PERSONAL, *flags, "--no_checks"]) == 0
+    assert given == [2, 2]  # on the baseline and on the other VAE
+    assert not learnt_with(replace(CLEAN, joint=True), passes=0).joint
 
 
 def test_all_images_show_the_concept_without_its_name(world, tmp_path: Path, capsys) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torchvision.transforms import functional as transforms
 
 from srl_utils.attacks.draws import draw_normal
 from srl_utils.attacks.gradient import Objective, value_and_gradient
+from srl_utils.attacks.protections.masks import widened_mask
 from srl_utils.attacks.protections.victim import ProtectedBatch
 from srl_utils.images.pixels import PIXEL_MIN, by_frame
 from srl_utils.metrics.losses import mean_squared_error
@@ -89,7 +91,7 @@ def diffusion_loss(batch: ProtectedBatch) -> Objective:
     Anti-DreamBooth's FSMG: Le et al., "Anti-DreamBooth: Protecting Users from Personalized Text-to-Image Synthesis"
     (arXiv 2303.15433), VinAIResearch/Anti-DreamBooth, attacks/fsmg.py and scripts/attack_with_fsmg.sh. The authors attack
     a denoiser that DreamBooth has trained on other images of the person for 1000 steps; pass its pipeline to do the same.
-    ASPL, which trains a denoiser between the steps of the attack, is left out.
+    `SurrogateLoss` is their ASPL, which trains the denoiser between the steps of the attack.
     """
     return lambda images: batch.denoiser.loss(batch.sample_scaled(images), batch.generators)
 
@@ -115,24 +117,35 @@ def first_prediction(batch: ProtectedBatch) -> Objective:
     """Return DiffusionGuard's loss, `[N]`: the Euclidean length of the noise predicted at an edit's first timestep.
 
     Source: Choi et al., "DiffusionGuard: A Robust Defense Against Malicious Diffusion-based Image Editing" (arXiv
-    2410.05694), choi403/DiffusionGuard, attacks/attack_diffusionguard.py, attacks/common.py and config/diffusionguard.yaml:
-    the first of 4 timesteps, with new noise in each call.
+    2410.05694), choi403/DiffusionGuard, attacks/attack_diffusionguard.py, attacks/common.py, utils/mask_generation.py and
+    config/diffusionguard.yaml: the first of 4 timesteps, with new noise in each call.
 
-    The authors attack an inpainting model, which takes pure noise beside the latents of the image outside a mask, whose
-    contour shrinks at random in each step. The models of `Denoiser` take no mask and see the image through its noised
-    latents alone, so here the whole image is attacked.
+    The authors attack a model for inpainting, whose UNet takes pure noise beside the mask and the latents of the image
+    with a hole, and shrink the contour of what is kept at random in each call, so that the protection holds for other
+    masks. A denoiser that inpaints is attacked in this way, with `widened_mask`: the authors move the points of a drawn
+    mask's contour; here the central square is widened. A text-to-image model takes no mask and sees the image through its
+    noised latents alone, so the whole image is attacked.
     """
     denoiser = batch.denoiser
     denoiser.scheduler.set_timesteps(EDIT_STEPS)
     first = denoiser.scheduler.timesteps[:1]
+    predict = _inpainted_noise if denoiser.inpaints else _denoised_noise
+    return lambda images: predict(batch, images, first.to(images.device).expand(len(images))).flatten(1).norm(dim=1)
 
-    def loss(images: Tensor) -> Tensor:
-        latents = batch.sample_scaled(images)
-        timesteps = first.to(latents.device).expand(len(latents))
-        noised = denoiser.add_noise(latents, draw_normal(batch.generators, like=latents), timesteps)
-        return denoiser.predict_noise(noised, timesteps).flatten(1).norm(dim=1)
 
-    return loss
+def _denoised_noise(batch: ProtectedBatch, images: Tensor, timesteps: Tensor) -> Tensor:
+    """Return the noise `[N,C,h,w]` that a text-to-image model predicts in the noised latents of images."""
+    latents = batch.sample_scaled(images)
+    noised = batch.denoiser.add_noise(latents, draw_normal(batch.generators, like=latents), timesteps)
+    return batch.denoiser.predict_noise(noised, timesteps)
+
+
+def _inpainted_noise(batch: ProtectedBatch, images: Tensor, timesteps: Tensor) -> Tensor:
+    """Return the noise `[N,C,h,w]` that a model for inpainting predicts in pure noise, around which it sees the images."""
+    mask = widened_mask(images, batch.generators)
+    latents = batch.sample_scaled(images * (1 - mask))
+    beside = torch.cat([functional.interpolate(mask, latents.shape[2:]), latents], dim=1)
+    return batch.denoiser.predict_noise(draw_normal(batch.generators, like=latents), timesteps, beside=beside)
 
 
 def score_distillation(batch: ProtectedBatch) -> Objective:

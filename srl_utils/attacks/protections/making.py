@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from srl_utils.attacks.denoiser import Denoiser
 from srl_utils.attacks.draws import Generators, draw_uniform
 from srl_utils.attacks.gradient import Objective, negated, pgd, value_and_gradient
 from srl_utils.attacks.protections.blurring import BlurGuardConfig, blurred_attack
@@ -32,6 +33,7 @@ def protect(
         protection: one of `PROTECTIONS`.
         victim: the networks that the protection attacks. Freeze their parameters to save memory.
         clean: `[N,3,H,W]` float in [-1,1]; protections that need neither denoiser nor LPIPS take clips `[N,3,T,H,W]` too.
+            To a `joint` protection, they are all images of one concept.
         generators: one CPU generator per image, so that an image's draws do not depend on its batch. None draws from
             PyTorch's global generator.
         epsilon: a budget in place of the authors', in the same measure: L-infinity or Euclidean length in units of a
@@ -43,8 +45,8 @@ def protect(
         `[N,3,H,W]`, detached, in [-1,1]. With 0 steps or an epsilon of 0, `clean` itself.
 
     Raises:
-        UserError: a ValueError, if the protection needs a denoiser, LPIPS or a target that is missing, or if the target
-            does not have the images' size.
+        UserError: a ValueError, if the protection needs a denoiser, LPIPS or a target that is missing, if it cannot attack
+            a denoiser that inpaints, or if the target does not have the images' size.
         ValueError: if `clean` or `target` are not images in [-1,1], or if the number of generators is not the number of
             images.
     """
@@ -63,14 +65,21 @@ def protect(
 
 
 def _check_needs(protection: Protection, victim: Victim, target: Tensor | None) -> None:
-    if protection.needs_denoiser and victim.denoiser is None:
-        made = f"Denoiser.from_pipeline(pipe, {protection.prompt!r})"
-        raise UserError(f"{protection.name} needs a denoiser; {made} makes one from a Stable Diffusion pipeline")
+    if protection.needs_denoiser:
+        _check_denoiser(protection, victim.denoiser)
     if protection.needs_perceptual and victim.perceptual is None:
         raise UserError(f"{protection.name} needs LPIPS; load_perceptual_distance('vgg') loads it")
     if protection.needs_target and target is None:
         drawn = protection.drawn_target and f", or let {protection.drawn_target.__name__} draw one"
         raise UserError(f"{protection.name} needs a target image; pass one as target{drawn or ''}")
+
+
+def _check_denoiser(protection: Protection, denoiser: Denoiser | None) -> None:
+    if denoiser is None:
+        made = f"Denoiser.from_pipeline(pipe, {protection.prompt!r})"
+        raise UserError(f"{protection.name} needs a denoiser; {made} makes one from a Stable Diffusion pipeline")
+    if denoiser.inpaints and not protection.inpainting:
+        raise UserError(f"{protection.name} attacks text-to-image models, and this denoiser inpaints")
 
 
 def target_of(protection: Protection, clean: Tensor, given: Tensor | None) -> Tensor | None:

@@ -24,6 +24,7 @@ from srl_utils.attacks.protections.losses import (
     textural,
     transformed_distance,
 )
+from srl_utils.attacks.protections.surrogates import STEPS_PER_ROUND, SurrogateLoss
 from srl_utils.attacks.protections.targets import grey, mist_pattern, style_transfer
 from srl_utils.attacks.protections.victim import ProtectedBatch
 
@@ -63,6 +64,8 @@ class Protection:
         default_target: maps height and width to the image `[1,3,H,W]` that is imitated unless another is given.
         needs_target: whether a target must be given.
         drawn_target: draws the authors' targets with an image-to-image pipeline, as `style_transfer` does.
+        inpainting: whether the loss also fits a denoiser that inpaints.
+        joint: whether images of one call are protected as one set, so that an image's result depends on the others.
         passes_per_step: approximate cost of a step, in passes through encoder and decoder. The default is a forward and
             a backward pass of the encoder.
     """
@@ -75,6 +78,8 @@ class Protection:
     default_target: Callable[[int, int], Tensor] | None = None
     needs_target: bool = False
     drawn_target: Callable[..., Tensor] | None = None
+    inpainting: bool = False
+    joint: bool = False
     passes_per_step: float = 0.6
 
     @property
@@ -114,6 +119,7 @@ class Protection:
 POSTERIOR_COLLAPSE = PGDConfig(epsilon=16 / 255, step_size=2 / 255, num_steps=40, random_start=False)
 # Settings of Diff-Protect and Mist. Both call advertorch, which starts at random.
 SIXTEEN_LEVELS = PGDConfig(epsilon=16 / 255, step_size=1 / 255, num_steps=100)
+ANTI_DREAMBOOTH = PGDConfig(epsilon=0.05 / 2, step_size=0.005 / 2, num_steps=100, random_start=False)
 
 PROTECTIONS: dict[str, Protection] = {
     protection.name: protection
@@ -193,8 +199,17 @@ PROTECTIONS: dict[str, Protection] = {
             name="anti-dreambooth-fsmg",
             loss=diffusion_loss,
             minimise=False,
-            config=PGDConfig(epsilon=0.05 / 2, step_size=0.005 / 2, num_steps=100, random_start=False),
+            config=ANTI_DREAMBOOTH,
             passes_per_step=1,
+            prompt="a photo of sks person",
+        ),
+        Protection(
+            name="anti-dreambooth-aspl",
+            loss=SurrogateLoss,
+            minimise=False,
+            config=replace(ANTI_DREAMBOOTH, num_steps=50 * STEPS_PER_ROUND),
+            joint=True,
+            passes_per_step=1.7,
             prompt="a photo of sks person",
         ),
         Protection(
@@ -202,6 +217,7 @@ PROTECTIONS: dict[str, Protection] = {
             loss=first_prediction,
             minimise=False,
             config=PGDConfig(epsilon=16 / 255 / 2, step_size=1 / 255 / 2, num_steps=800, random_start=False),
+            inpainting=True,
             passes_per_step=1,
             prompt="",
         ),

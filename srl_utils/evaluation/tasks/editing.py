@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from srl_utils.attacks.denoiser import takes_latents_alone
 from srl_utils.attacks.draws import Generators, draw_normal, image_generators, purifying_generators
+from srl_utils.attacks.protections.masks import central_mask
 from srl_utils.errors import UserError
 from srl_utils.evaluation.metering import DENOISER
 from srl_utils.evaluation.perturbations import CLEAN
@@ -129,14 +130,6 @@ def as_image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         raise UserError(f"this {kind} cannot edit images: {str(error).splitlines()[0]}") from None
     image_to_image.set_progress_bar_config(disable=True)
     return image_to_image
-
-
-def central_mask(images: Tensor) -> Tensor:
-    """Return a mask `[N,1,H,W]`: 1 in the central square of half the side, which is inpainted, and 0 around it."""
-    mask = torch.zeros_like(images[:, :1])
-    rows, columns = (side // 4 for side in images.shape[2:])
-    mask[:, :, rows : 3 * rows, columns : 3 * columns] = 1
-    return mask
 
 
 def _image(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, Any]:

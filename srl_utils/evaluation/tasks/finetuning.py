@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from srl_utils.attacks.denoiser import Denoiser, encode_prompts
+from srl_utils.attacks.denoiser_training import float32_copy, in_dtype, training_step
 from srl_utils.attacks.draws import image_generators
 from srl_utils.errors import MissingPackage
 
@@ -61,7 +61,7 @@ def finetune(
         UserError: if the pipeline is of another kind.
     """
     prompts = encode_prompts(pipeline, captions)
-    unet = _in_dtype(copy.deepcopy(pipeline.unet), torch.float32)
+    unet = float32_copy(pipeline.unet)
     with torch.random.fork_rng(devices=[]):  # peft draws the adapters from the global generator
         torch.manual_seed(seed)
         adapted = _trainable(unet, config)
@@ -73,19 +73,10 @@ def finetune(
         batch = draw_numbers(seed, step, batch_size=config.batch_size, out_of=len(latents))
         told = prompts.part(batch)
         generators = image_generators(seed, range(step * config.batch_size, step * config.batch_size + len(batch)))
-        loss = replace(denoiser, prompt=told).loss(latents[batch.to(latents.device)], generators).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        training_step(replace(denoiser, prompt=told), optimizer, latents[batch.to(latents.device)], generators)
         after_step(step + 1, unet)
     merged = unet if adapted is unet else adapted.merge_and_unload()  # type: ignore[operator] # of peft
-    return _in_dtype(merged.requires_grad_(False).eval(), pipeline.unet.dtype)
-
-
-def _in_dtype(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
-    """Return `unet` in `dtype`; do not cast without need, as diffusers warns of every cast."""
-    return unet if unet.dtype == dtype else unet.to(dtype)
+    return in_dtype(merged.requires_grad_(False).eval(), pipeline.unet.dtype)
 
 
 def _trainable(unet: UNet2DConditionModel, config: FinetuningConfig) -> nn.Module:

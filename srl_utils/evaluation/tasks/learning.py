@@ -118,7 +118,13 @@ class Learner:
         return torch.cat(latents)
 
     def perturbed(
-        self, place: str, source: Codec, images: Tensor, perturbation: Callable[[Sequence[int]], Perturbation]
+        self,
+        place: str,
+        source: Codec,
+        images: Tensor,
+        perturbation: Callable[[Sequence[int]], Perturbation],
+        *,
+        joint: bool = False,
     ) -> Tensor:
         """Return perturbed images, `[n,3,H,W]` in [-1,1] on the CPU; each is made once.
 
@@ -127,6 +133,7 @@ class Learner:
             source: the VAE on which they are made.
             images: clean images, `[n,3,H,W]` in [-1,1], on the CPU.
             perturbation: what is done to the images of some numbers.
+            joint: whether to perturb all images in one batch, as one set.
         """
 
         def perturb(numbers: Sequence[int]) -> Tensor:
@@ -136,7 +143,8 @@ class Learner:
                 return perturbation(numbers).apply(source, clean, image_generators(self.seed, numbers))
 
         folder = self.folder / place / source.digest
-        batches = [part.tolist() for part in torch.arange(len(images)).split(self.batch_size)]
+        size = len(images) if joint else self.batch_size
+        batches = [part.tolist() for part in torch.arange(len(images)).split(size)]
         return torch.cat(
             [kept_images(folder / f"{part[0]:06d}-{len(part)}.safetensors", partial(perturb, part)) for part in batches]
         )

@@ -31,7 +31,7 @@ def learnt_with(perturbation: Perturbation, *, passes: float) -> Perturbation:
         perturbation: what is done to the training images.
         passes: its share of their cost, for one generated image.
     """
-    return replace(perturbation, apply=CLEAN.apply, goal=None, passes=passes)
+    return replace(perturbation, apply=CLEAN.apply, goal=None, passes=passes, joint=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,9 @@ class Personalisation:
         """Return the latents of protected images, all with the same caption."""
         name, epsilon = cell.perturbation.name, cell.perturbation.epsilon
         protection = self.protections[name, epsilon]
-        shown = self.learner.perturbed(f"protected/{name}-{epsilon!r}", cell.source, self.images, lambda _: protection)
+        shown = self.learner.perturbed(
+            f"protected/{name}-{epsilon!r}", cell.source, self.images, lambda _: protection, joint=protection.joint
+        )
         return Lesson(self.learner.latents(codec, shown), [self.prompt] * len(shown))
 
     @property
