@@ -64,12 +64,25 @@ def purifying_pipeline(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         raise WrongType(
             f"expected pipelines of diffusers, got {type(pipeline).__name__}", parameter="purifier_pipelines"
         )
-    if not takes_latents_alone(pipeline):
+    try:
+        return as_image_to_image(pipeline)
+    except UserError:  # it purifies in another way, as upscalers and models of pixels do
         return pipeline
+
+
+def as_image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Return an image-to-image pipeline with the same networks.
+
+    Raises:
+        UserError: if the pipeline cannot start from an image alone.
+    """
+    kind = type(pipeline).__name__
+    if not takes_latents_alone(pipeline):
+        raise UserError(f"this {kind} cannot start from an image alone; give a text-to-image pipeline")
     try:
         image_to_image = AutoPipelineForImage2Image.from_pipe(pipeline)
-    except ValueError:  # diffusers knows no image-to-image for this kind
-        return pipeline
+    except ValueError as error:
+        raise UserError(f"this {kind} cannot edit images: {str(error).splitlines()[0]}") from None
     image_to_image.set_progress_bar_config(disable=True)
     return image_to_image
 

@@ -35,7 +35,6 @@ from srl_utils.evaluation.tasks import editing
 from srl_utils.evaluation.tasks.editing import (
     INPAINTING,
     INSTRUCTION,
-    as_image_to_image,
     build_edits,
     check_steps,
     replace_words,
@@ -48,6 +47,7 @@ from srl_utils.evaluation.tasks.poisoning import Poison, divide, doses, poisonin
 from srl_utils.images.pixels import from_pil, to_model_range, to_pil, to_unit_range
 from srl_utils.metrics.features import FEATURE_SIMILARITY
 from srl_utils.metrics.losses import PerceptualDistance
+from srl_utils.pipelines.loading import as_image_to_image
 from srl_utils.vae.codec import Codec, load_codec
 from srl_utils.vae.loading import AutoencoderSource
 

@@ -34,7 +34,7 @@ from srl_utils.evaluation.cli import main as command
 from srl_utils.evaluation.cli.setup import find_incompatible
 from srl_utils.evaluation.metering import Meter
 from srl_utils.evaluation.perturbations import CLEAN, MSE, attack_on, noise
-from srl_utils.evaluation.report.extremes import strongest_cell
+from srl_utils.evaluation.report.extremes import MOST_VAES, draw_extremes, strongest_cell
 from srl_utils.evaluation.results import Record, Setting
 from srl_utils.evaluation.sanity import CheckSettings, check_robustness
 from srl_utils.evaluation.study import Job, Study
@@ -577,3 +577,15 @@ def test_the_command_names_its_own_flags(
         runpy.run_module("srl_utils.evaluation", run_name="__main__")
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"error: --{flag}: nowhere is wrong"
+
+
+def test_pictures_show_few_vaes(study: Study, tiny_vae) -> None:
+    """Oracle: counting: of eight VAEs, six have a picture, and each picture has as many columns as one of six."""
+    pictures = {}
+    for number in (MOST_VAES, MOST_VAES + 2):
+        codecs = [codec(tiny_vae, f"vae {place}") for place in range(number)]
+        many = replace(study, codecs=codecs, output_dir=study.output_dir / str(number))
+        pictures[number] = draw_extremes(many, many.run())
+    assert {len(paths) for paths in pictures.values()} == {MOST_VAES}
+    widths = {Image.open(path).width for paths in pictures.values() for path in paths.values()}
+    assert len(widths) == 1

@@ -29,7 +29,6 @@ from srl_utils.evaluation.cli.loading import (
 from srl_utils.evaluation.defences import defences
 from srl_utils.evaluation.perturbations import CLEAN, Perturbation
 from srl_utils.evaluation.tasks.base import Metrics
-from srl_utils.evaluation.tasks.editing import as_image_to_image
 from srl_utils.images.listing import few
 from srl_utils.launching import check_launch, launched_accelerator, launched_precision, note_on_compiling
 from srl_utils.metrics.features import (
@@ -47,7 +46,12 @@ from srl_utils.metrics.losses import (
     load_perceptual_distance,
 )
 from srl_utils.pipelines import robust_vae
-from srl_utils.pipelines.loading import load_pipeline, load_purifier_pipelines, purifying_pipeline
+from srl_utils.pipelines.loading import (
+    as_image_to_image,
+    load_pipeline,
+    load_purifier_pipelines,
+    purifying_pipeline,
+)
 from srl_utils.pipelines.places import described, parse_place
 from srl_utils.purifiers import PurifierResources, check_purifier, purifier_of, uses_perceptual, uses_pipeline
 from srl_utils.vae.codec import Codec

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
+from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
 from torch import Tensor, nn
 
-from srl_utils.attacks.denoiser import takes_latents_alone
 from srl_utils.attacks.draws import Generators, draw_normal, image_generators, purifying_generators
 from srl_utils.attacks.protections.masks import central_mask
 from srl_utils.errors import UserError
@@ -31,6 +30,7 @@ from srl_utils.files import kept_images
 from srl_utils.images.pixels import to_model_range, to_unit_range
 from srl_utils.metrics.features import ImageClassifier
 from srl_utils.pipelines import robust_vae
+from srl_utils.pipelines.loading import as_image_to_image
 from srl_utils.vae.codec import Codec
 
 INPAINTING, INSTRUCTION = "inpainting", "instruction"
@@ -113,23 +113,6 @@ def check_steps(edits: Mapping[str, Edit]) -> None:
         steps = edit.settings["num_inference_steps"]
         if int(steps * edit.settings.get("strength", 1.0)) == 0:
             raise UserError(f"{name} takes none of the {steps} steps; give more", parameter="num_inference_steps")
-
-
-def as_image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Return an image-to-image pipeline with the same networks.
-
-    Raises:
-        UserError: if the pipeline cannot start from an image alone.
-    """
-    kind = type(pipeline).__name__
-    if not takes_latents_alone(pipeline):
-        raise UserError(f"this {kind} cannot start from an image alone; give a text-to-image pipeline")
-    try:
-        image_to_image = AutoPipelineForImage2Image.from_pipe(pipeline)
-    except ValueError as error:
-        raise UserError(f"this {kind} cannot edit images: {str(error).splitlines()[0]}") from None
-    image_to_image.set_progress_bar_config(disable=True)
-    return image_to_image
 
 
 def _image(codec: Codec, shown: Tensor, generators: Generators) -> dict[str, Any]:
