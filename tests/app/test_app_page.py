@@ -27,7 +27,7 @@ from srl_utils.app.attacking import ATTACKS
 from srl_utils.app.page import build_page, launch_settings, message, said
 from srl_utils.app.purifying import PURIFIERS
 from srl_utils.app.uploads import MAX_BYTES
-from srl_utils.app.world import World
+from srl_utils.app.world import Visitors, World
 from srl_utils.vae.codec import frozen_codec
 
 EXAMPLES = Path(app.__file__).parent / "examples"
@@ -51,7 +51,7 @@ def address(temporary: Path) -> Iterator[str]:
         name: frozen_codec(build_tiny_vae(seed=seed), name, device=torch.device("cpu"))
         for seed, name in enumerate(("original", "robust"))
     }
-    page = build_page(World(codecs=codecs, pipelines={}, resolution=16)).queue()
+    page = build_page(World(codecs=codecs, pipelines={}, resolution=16), Visitors()).queue()
     _, local, _ = page.launch(server_name=app.LOCALHOST, prevent_thread_lock=True, quiet=True, **launch_settings())
     yield local
     page.close()
