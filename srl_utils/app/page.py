@@ -41,8 +41,6 @@ PURIFY, ATTACK, EDIT = "Purify", "Attack and compare", "Edit"
 """Tabs that compute."""
 SWEEP = 60
 """Seconds between two deletions of old files."""
-FRAMES = 2**20
-"""Bytes around the files of a request: their names and separators."""
 NOT_UPLOADED = "upload the file; URLs and other places are not read"
 LEVELS = 255
 AS_READ = "order of the file"
@@ -101,7 +99,7 @@ def launch_settings() -> dict[str, Any]:
     """Return arguments of `launch` that hold wherever the page is served: no traceback, no large file, no request elsewhere."""
     return {
         "show_error": False, "max_file_size": MAX_BYTES, "footer_links": [], "ssr_mode": False, "css": CSS, "head": HEAD,
-        "app_kwargs": {"middleware": [Middleware(BodyLimit, most=MAX_TOTAL + FRAMES)]},
+        "app_kwargs": {"middleware": [Middleware(BodyLimit, most=MAX_TOTAL)]},
         "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     }  # fmt: skip
 

@@ -21,6 +21,8 @@ from srl_utils.files import LOCK
 PREFIX = "srl-vae-app-"
 """Begins the name of the folder of an app's temporary files."""
 LAST_PORT = 2**16 - 1
+FRAMES = 2**20
+"""Bytes around the files of a request: their names and separators."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -69,7 +71,7 @@ class BodyLimit:
 
     Args:
         app: gets the other requests.
-        most: largest body, in bytes.
+        most: bytes of the files in a request.
     """
 
     def __init__(self, app: Application, most: int) -> None:
@@ -78,7 +80,7 @@ class BodyLimit:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on."""
         headers = dict(scope.get("headers", ()))
-        if int(headers.get(b"content-length", 0)) > self.most:
+        if int(headers.get(b"content-length", 0)) > self.most + FRAMES:
             await _refuse(413, f"Together, files may have {self.most // 2**20} MB.", receive, send)
         elif b"transfer-encoding" in headers:
             await _refuse(411, "A request has to tell its size.", receive, send)

@@ -27,7 +27,7 @@ from srl_utils.app import tables
 from srl_utils.app.attacking import ATTACKS, amplified, attack_of, compare
 from srl_utils.app.editing import LONGEST_PROMPT, Request, edit_of, protect_and_edit
 from srl_utils.app.purifying import PURIFIERS, purify
-from srl_utils.app.serving import PREFIX, BodyLimit, check_address, temporary_folder
+from srl_utils.app.serving import FRAMES, PREFIX, BodyLimit, check_address, temporary_folder
 from srl_utils.app.tables import HEADERS, KINDS, in_order, read_table
 from srl_utils.app.uploads import MAX_BYTES, MAX_FILES, MAX_PIXELS, MAX_TOTAL, checked, read_square
 from srl_utils.app.watching import Cancelled, Stoppable, WatchedBar
@@ -112,8 +112,8 @@ def test_an_upload_that_was_deleted_is_named(tmp_path: Path) -> None:
     ("headers", "status"),
     [
         ({}, 200),
-        ({"content-length": "8"}, 200),
-        ({"content-length": "9"}, 413),
+        ({"content-length": f"{FRAMES + 8}"}, 200),
+        ({"content-length": f"{FRAMES + 9}"}, 413),
         ({"transfer-encoding": "chunked"}, 411),
     ],
 )
