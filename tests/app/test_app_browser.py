@@ -141,6 +141,7 @@ def test_purify(page: sync_api.Page, tmp_path: Path) -> None:
     page.get_by_role("option", name="protected-purified.png").click()
     page.wait_for_function("before => document.querySelector('.slider img').src != before", arg=before)
     second = page.locator(".slider img").first.get_attribute("src")
+    page.get_by_label("Clear", exact=True).first.click()
     page.locator("input[type=file]").first.set_input_files([EXAMPLES / "scene.png"])
     page.locator("a[download='scene.png']").wait_for()
     page.get_by_label("Image to show").click()
