@@ -8,12 +8,12 @@ import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import DiffusionPipeline
 
-from srl_utils.app.world import World
+from srl_utils.app.serving import check_address, interrupted_by_sigterm, port_in_use, temporary_folder
+from srl_utils.app.world import Visitors, World
 from srl_utils.command_line import Parser, device, exit_code, image_side, positive_int
 from srl_utils.errors import MissingFile, MissingPackage, errors_about
 from srl_utils.evaluation.cli.loading import BASELINE, load_codecs, vae_sources
@@ -34,18 +34,29 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     if find_spec("gradio") is None:
         raise MissingPackage("the app needs the package gradio; run pip install gradio")
+    check_address(args.host, args.port)
     serve(load_world(args), args)
     return 0
 
 
 def serve(world: World, args: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C; all temporary files are in one folder, which is deleted then."""
-    with TemporaryDirectory(prefix="srl-vae-app-") as folder:
-        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
+    """Serve the page until Ctrl-C or SIGTERM, and delete all temporary files then.
+
+    Raises:
+        UserError: if no port is free.
+    """
+    with interrupted_by_sigterm(), temporary_folder() as folder, Visitors() as visitors:
+        uploads = str(folder / "uploads")  # apart from what a computation writes, which the page copies
+        os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
         from srl_utils.app.page import build_page, launch_settings  # optional, and reads the environment
 
-        page = build_page(world).queue(max_size=WAITING)
-        page.launch(server_name=args.host, server_port=args.port, share=args.share, **launch_settings())
+        page = build_page(world, visitors).queue(max_size=WAITING)
+        try:
+            page.launch(server_name=args.host, server_port=args.port, share=args.share, **launch_settings())
+        except OSError as error:
+            if error.errno is None:  # gradio's own
+                raise port_in_use(args.port) from None
+            raise
 
 
 def load_world(args: argparse.Namespace) -> World:

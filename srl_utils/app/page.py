@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial, wraps
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
+from gradio.data_classes import ImageData
+from gradio_client.utils import is_http_url_like
 from PIL import Image
+from starlette.middleware import Middleware
 from torch import Tensor
 
 from srl_utils.app.attacking import ATTACKS, Outcome, amplified, attack_of, compare
 from srl_utils.app.editing import LONGEST_PROMPT, Edits, Request, edit_of, protect_and_edit
 from srl_utils.app.purifying import PURIFIERS, purify
+from srl_utils.app.serving import BodyLimit
 from srl_utils.app.tables import HEADERS, KINDS, MAX_REPORT_FILES, in_order, read_table
-from srl_utils.app.uploads import MAX_BYTES, MAX_FILES, MAX_PIXELS, checked, read_square
-from srl_utils.app.watching import Cancelled, Report, WatchedBar
+from srl_utils.app.uploads import KEEP, MAX_BYTES, MAX_FILES, MAX_PIXELS, MAX_TOTAL, checked, read_square, renew
+from srl_utils.app.watching import Cancelled, Report, Stoppable, WatchedBar
 from srl_utils.app.world import Visitors, World
 from srl_utils.errors import UserError
 from srl_utils.images.decoding import decode_rgb
@@ -33,8 +37,11 @@ TITLE = "SRL-VAE"
 PROGRESS = gr.Progress()
 ONE_AT_A_TIME = "computation"
 """Computations share the machine, and an edit changes the VAE of a pipeline meanwhile."""
-SWEEP, KEEP = 60, 600
-"""Seconds between two deletions of temporary files, and the age of those that are deleted."""
+PURIFY, ATTACK, EDIT = "Purify", "Attack and compare", "Edit"
+"""Tabs that compute."""
+SWEEP = 60
+"""Seconds between two deletions of old files."""
+NOT_UPLOADED = "upload the file; URLs and other places are not read"
 LEVELS = 255
 AS_READ = "order of the file"
 EXAMPLES = files("srl_utils.app") / "examples"
@@ -59,24 +66,24 @@ Pictures = list[tuple[Image.Image, str]]
 Answer = Iterator[Any]
 
 
-def build_page(world: World) -> gr.Blocks:
+def build_page(world: World, visitors: Visitors) -> gr.Blocks:
     """Return the page; `launch` serves it.
 
     Args:
         world: the models that visitors choose from.
+        visitors: gets their computations.
     """
-    visitors = Visitors()
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(SWEEP, KEEP)) as page:
         gr.Markdown(
             f"# {TITLE}\nClean images with a robust VAE, attack one and compare, edit protected images, look at results. "
-            f"Images may have {MAX_BYTES // 2**20} MB and {MAX_PIXELS / 1e6:.0f} million pixels. They are deleted after "
-            f"{KEEP // 60} minutes."
+            f"Images may have {MAX_BYTES // 2**20} MB and {MAX_PIXELS / 1e6:.0f} million pixels. They are deleted "
+            f"{KEEP // 60} minutes after their last use."
         )
-        with gr.Tab("Purify"):
+        with gr.Tab(PURIFY):
             purify_tab(world, visitors)
-        with gr.Tab("Attack and compare"):
+        with gr.Tab(ATTACK):
             attack_tab(world, visitors)
-        with gr.Tab("Edit"):
+        with gr.Tab(EDIT):
             edit_tab(world, visitors)
         with gr.Tab("Results"):
             results_tab()
@@ -92,6 +99,7 @@ def launch_settings() -> dict[str, Any]:
     """Return arguments of `launch` that hold wherever the page is served: no traceback, no large file, no request elsewhere."""
     return {
         "show_error": False, "max_file_size": MAX_BYTES, "footer_links": [], "ssr_mode": False, "css": CSS, "head": HEAD,
+        "app_kwargs": {"middleware": [Middleware(BodyLimit, most=MAX_TOTAL)]},
         "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     }  # fmt: skip
 
@@ -104,6 +112,7 @@ def purify_tab(world: World, visitors: Visitors) -> None:
     with gr.Row():
         with gr.Column():
             sources = gr.File(label=f"Images, {MAX_FILES} at most", file_count="multiple", file_types=["image"])
+            cleaned = gr.State([])  # the images of the results; the visitor may have chosen others since
             example("protected.png", sources, "a protected scene", several=True)
             vae = vae_choice(world, "VAE", last=True)
             purifier = gr.Dropdown(list(PURIFIERS), value=PURIFIERS[0], label="Purifier; + joins several")
@@ -117,33 +126,37 @@ def purify_tab(world: World, visitors: Visitors) -> None:
             results = gr.File(label="Cleaned images, PNG of the same size", file_count="multiple", interactive=False)
             status = status_line()
 
+    refuse_urls(sources, results)
+
     @answering
     def run(paths: list[str], name: str, chosen: str, request: gr.Request, progress: gr.Progress = PROGRESS) -> Answer:
-        uploads, codec, stop = checked(paths), world.codec(name), visitors.start(str(request.session_hash))
+        uploads, codec = checked(paths), world.codec(name)
 
         def report(number: int) -> None:
-            if stop.is_set():
-                raise Cancelled
             progress((number, len(uploads)), desc=uploads[number].name)
+            for upload in uploads:  # all of them may take longer than files are kept
+                renew(upload)
 
         with TemporaryDirectory() as folder:  # the page copies what is yielded
-            made = purify(uploads, codec, chosen, Path(folder), report)
+            with visitors.computing(str(request.session_hash), PURIFY) as stop, Stoppable(stop):
+                made = purify(uploads, codec, chosen, Path(folder), report)
             lost = [f"{each.source.name}: {'; '.join(each.lost)}" for each in made if each.lost]
             names = [each.result.name for each in made]
             yield (
                 before_and_after(made[0].source, made[0].result),
                 gr.Dropdown(names, value=names[0], visible=len(names) > 1),
                 [str(each.result) for each in made],
+                [str(each.source) for each in made],
                 said(f"Images cleaned: {len(made)}.", *(["Lost in the PNG:", *lost] if lost else [])),
             )
 
     @answering
     def show(number: int | None, before: list[str], after: list[str]) -> Answer:
-        yield before_and_after(Path(before[number or 0]), Path(after[number or 0]))
+        yield before_and_after(*checked([before[number or 0], after[number or 0]]))
 
-    running = compute(start, run, [sources, vae, purifier], [slider, shown, results, status], name="purify")
-    cancel_with(cancel, running, visitors, status)
-    shown.input(show, [shown, sources, results], slider, api_visibility="private")
+    running = compute(start, run, [sources, vae, purifier], [slider, shown, results, cleaned, status], name="purify")
+    cancel_with(cancel, running, visitors, PURIFY, status)
+    shown.input(show, [shown, cleaned, results], slider, api_visibility="private")
     divide.input(
         lambda share: gr.ImageSlider(slider_position=share), divide, slider, queue=False, show_progress="hidden",
         trigger_mode="always_last", api_visibility="private",
@@ -177,15 +190,16 @@ def attack_tab(world: World, visitors: Visitors) -> None:
     ) -> Answer:  # fmt: skip
         clean = read_square(path, world.resolution)
         perturbation = attack_of(named, epsilon=levels / LEVELS, steps=int(count))
-        bar = WatchedBar(reporting(progress), visitors.start(str(request.session_hash)))
-        outcome = compare(clean, world.codec(attacked), world.codec(compared), perturbation, bar)
+        codecs = world.codec(attacked), world.codec(compared)
+        with visitors.computing(str(request.session_hash), ATTACK) as stop:
+            outcome = compare(clean, *codecs, perturbation, WatchedBar(reporting(progress), stop))
         lines = [[name, *(round(psnr[name], 2) for psnr in (outcome.clean_psnr, outcome.attacked_psnr))]
                  for name in outcome.reconstructions]  # fmt: skip
         yield outcome_pictures(outcome, times), lines, said(f"{perturbation.name} on {attacked} is done.")
 
     inputs = [picture, attack, victim, other, epsilon, steps, factor]
     running = compute(start, run, inputs, [pictures, table, status], name="attack")
-    cancel_with(cancel, running, visitors, status)
+    cancel_with(cancel, running, visitors, ATTACK, status)
 
 
 def edit_tab(world: World, visitors: Visitors) -> None:
@@ -221,13 +235,13 @@ def edit_tab(world: World, visitors: Visitors) -> None:
         )  # fmt: skip
         clean, edit = read_square(path, world.resolution), edit_of(world.pipeline(name), wanted)
         original, codec = next(iter(world.codecs.values())), world.codec(replacing)
-        bar = WatchedBar(reporting(progress), visitors.start(str(request.session_hash)))
-        edits = protect_and_edit(clean, edit, original, codec, wanted, bar)
+        with visitors.computing(str(request.session_hash), EDIT) as stop:
+            edits = protect_and_edit(clean, edit, original, codec, wanted, WatchedBar(reporting(progress), stop))
         yield edit_pictures(clean, edits, replacing), said("PSNR is that to the edit of the image.")
 
     inputs = [picture, prompt, pipeline, robust, strength, epsilon, inference_steps, guidance, protection_steps]
     running = compute(start, run, inputs, [pictures, status], name="edit")
-    cancel_with(cancel, running, visitors, status)
+    cancel_with(cancel, running, visitors, EDIT, status)
 
 
 def results_tab() -> None:
@@ -235,6 +249,7 @@ def results_tab() -> None:
     with gr.Row():
         single = gr.File(label="results.json, one or several", file_count="multiple", file_types=[".json"], height=160)
         folder = gr.File(label="A report folder", file_count="directory", height=160)
+    refuse_urls(single, folder)
     example("results.json", single, "results of make demo", several=True)
     with gr.Row():
         column = gr.Dropdown([AS_READ, *HEADERS], value=AS_READ, label="Sort by")
@@ -252,7 +267,9 @@ def results_tab() -> None:
         yield lines if name == AS_READ else in_order(lines, name, descending=reverse), said(f"Rows: {len(lines)}.")
 
     inputs = [single, folder, column, descending]
-    gr.on([each.change for each in inputs], run, inputs, [table, status], api_name="results")
+    gr.on(  # one table at a time, but not behind computations that take minutes
+        [each.change for each in inputs], run, inputs, [table, status], concurrency_limit=1, api_name="results",
+    )  # fmt: skip
 
 
 # --- parts of tabs ---
@@ -265,8 +282,39 @@ def image_choice(world: World) -> gr.Image:
         label=f"Image; its centre, {side} px", type="filepath", image_mode=None,
         sources=["upload", "clipboard"], height=240,
     )  # fmt: skip
+    refuse_urls(picture)
+    picture.preprocess = partial(uploaded, Path(picture.GRADIO_CACHE))
     example("scene.png", picture, "a drawn scene")
     return picture
+
+
+def uploaded(folder: Path, picture: ImageData | None) -> str | None:
+    """Return the path of an image in the folder of uploads, unread.
+
+    In place of it, gradio would open the image before any limit holds, decode one that stands in the request, and read
+    from any path that the request gives without the mark of a file.
+    """
+    if picture is None:
+        return None
+    if picture.path is None or folder.resolve() not in Path(picture.path).resolve().parents:
+        raise message(NOT_UPLOADED)
+    return picture.path
+
+
+def refuse_urls(*components: gr.components.Component) -> None:
+    """Let inputs of files refuse URLs, whose files gradio would fetch whatever their size.
+
+    Methods of the objects are replaced: gradio writes a stub beside the source of a subclass.
+    """
+    for component in components:
+        component.async_move_resource_to_block_cache = partial(kept, component.async_move_resource_to_block_cache)
+
+
+async def kept(keep: Callable[[str], Awaitable[str]], place: str) -> str:
+    """Return the path of an uploaded file, which `keep` notes for deletion."""
+    if is_http_url_like(str(place)):
+        raise message(NOT_UPLOADED)
+    return await keep(place)
 
 
 def example(name: str, component: gr.components.Component, title: str, *, several: bool = False) -> None:
@@ -313,11 +361,11 @@ def compute(button: gr.Button, run: Callable, inputs: list, outputs: list, *, na
     )
 
 
-def cancel_with(button: gr.Button, running: Any, visitors: Visitors, status: gr.Markdown) -> None:
-    """Let a button cancel a visitor's computation, whether it waits or runs."""
+def cancel_with(button: gr.Button, running: Any, visitors: Visitors, tab: str, status: gr.Markdown) -> None:
+    """Let a button cancel a visitor's computation of its tab, whether it waits or runs."""
 
     def stop(request: gr.Request) -> str:
-        visitors.stop(str(request.session_hash))
+        visitors.stop(str(request.session_hash), tab)
         return said("Cancelled.")
 
     button.click(stop, None, status, cancels=[running], queue=False, api_visibility="private")

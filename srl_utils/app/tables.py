@@ -34,9 +34,10 @@ def read_table(files: Sequence[Path]) -> list[Line]:
     chosen = [file for file in files if file.name == RESULTS] or [file for file in files if file.suffix == ".json"]
     if not chosen:
         raise UserError(f"there is no {RESULTS} among {len(files)} files")
-    lines = [line for number, file in enumerate(chosen) for line in _lines(file, number, len(chosen))]
-    if len(lines) > MAX_ROWS:
-        raise UserError(f"{len(lines)} rows are too many; choose files of {MAX_ROWS} at most")
+    lines: list[Line] = []
+    for number, file in enumerate(chosen):
+        title = file.name if len(chosen) == 1 else f"{file.name} {number + 1}"
+        lines += _lines(file, title, MAX_ROWS - len(lines))
     return lines
 
 
@@ -50,12 +51,13 @@ def in_order(lines: Sequence[Line], column: str, *, descending: bool) -> list[Li
     ]
 
 
-def _lines(file: Path, number: int, count: int) -> list[Line]:
-    title = file.name if count == 1 else f"{file.name} {number + 1}"
+def _lines(file: Path, title: str, most: int) -> list[Line]:
     try:
-        rows = [_checked(Row.from_json(fields)) for fields in json.loads(file.read_text(encoding="utf-8"))]
+        rows = [_checked(Row.from_json(fields)) for fields in json.loads(file.read_text(encoding="utf-8"))[: most + 1]]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(one_line(f"{file.name} holds no results of this project")) from None
+    if len(rows) > most:
+        raise UserError(f"there are too many rows; choose files of {MAX_ROWS} at most")
     return [_line(row, title if row.dataset is None else f"{title}, {row.dataset}") for row in rows]
 
 

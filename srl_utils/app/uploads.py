@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,25 +16,46 @@ MAX_FILES = 16
 """Images that are cleaned at once."""
 MAX_BYTES = 16 * 2**20
 """Size of a file."""
+MAX_TOTAL = 64 * 2**20
+"""Size of all files of an upload or a computation."""
+KEEP = 600
+"""Seconds after which an unused file is deleted."""
 MAX_PIXELS = 2**22
 """Pixels of an image, as 2048 x 2048 has."""
 
 
 def checked(files: Sequence[str | Path] | None, *, most: int = MAX_FILES) -> list[Path]:
-    """Return the paths of uploaded files.
+    """Return the paths of uploaded files, and let their ages count from now.
 
     Raises:
-        UserError: if there are none, more than `most`, or one of more than `MAX_BYTES`.
+        UserError: if there are none, more than `most`, one of more than `MAX_BYTES`, more than `MAX_TOTAL` together, or if
+            one has been deleted.
     """
     paths = [Path(file) for file in files or ()]
     if not paths:
         raise UserError("choose a file first")
     if len(paths) > most:
         raise UserError(f"{len(paths)} files are too many; choose {most} at most")
-    for path in paths:
-        if path.stat().st_size > MAX_BYTES:
+    sizes = [renew(path) for path in paths]
+    for path, size in zip(paths, sizes, strict=True):
+        if size > MAX_BYTES:
             raise UserError(f"{path.name} is too large; a file may have {MAX_BYTES // 2**20} MB")
+    if sum(sizes) > MAX_TOTAL:
+        raise UserError(f"the files are too large together; they may have {MAX_TOTAL // 2**20} MB")
     return paths
+
+
+def renew(path: Path) -> int:
+    """Let the age of an uploaded file count from now, and return its size in bytes.
+
+    Raises:
+        UserError: if it has been deleted.
+    """
+    try:
+        os.utime(path)
+        return path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path.name} was deleted after {KEEP // 60} minutes; choose it again") from None
 
 
 def read_square(picture: str | Path | None, resolution: int) -> Tensor:

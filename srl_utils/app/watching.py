@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from io import StringIO
 from threading import Event
+from typing import Any
 
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 Report = Callable[[float, str], object]
@@ -39,3 +41,21 @@ class WatchedBar(tqdm):
         moved = super().update(n)
         self._report(min(self.n / self.total, 1.0), self.desc.removesuffix(": "))
         return moved
+
+
+class Stoppable(TorchFunctionMode):
+    """A context for work that moves no bar: it ends at the next function of torch.
+
+    Args:
+        stop: each function of torch raises `Cancelled` once it is set.
+    """
+
+    def __init__(self, stop: Event) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function."""
+        if self._stop.is_set():
+            raise Cancelled
+        return function(*args, **(kwargs or {}))

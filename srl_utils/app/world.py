@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Event
+from threading import Event, Lock
 from typing import TypeVar
 
 from diffusers import DiffusionPipeline
@@ -40,19 +41,42 @@ class World:
 
 @dataclass
 class Visitors:
-    """The computations that run, so that each visitor can stop their own."""
+    """The computations of all visitors, one at a time. As a context, it stops them at its end."""
 
-    _stops: dict[str, Event] = field(default_factory=dict)
+    _stops: list[tuple[str, str, Event]] = field(default_factory=list)
+    _turn: Lock = field(default_factory=Lock)
 
-    def start(self, visitor: str) -> Event:
-        """Return the event that stops the computation which the visitor begins."""
-        self._stops[visitor] = Event()
-        return self._stops[visitor]
+    @contextmanager
+    def computing(self, session: str, tab: str) -> Iterator[Event]:
+        """Wait until no other computation runs; within, it is this one's turn.
 
-    def stop(self, visitor: str) -> None:
-        """Stop the visitor's computation, if there is one."""
-        if stop := self._stops.pop(visitor, None):
-            stop.set()
+        A cancelled computation runs to its next step while gradio already starts another.
+
+        Yields:
+            The event that stops it.
+        """
+        mine = (session, tab, Event())
+        self._stops.append(mine)
+        try:
+            with self._turn:
+                yield mine[2]
+        finally:
+            self._stops.remove(mine)
+
+    def stop(self, session: str | None = None, tab: str | None = None) -> None:
+        """Stop the computations that a session has begun in a tab; None stands for all sessions or tabs."""
+        for visitor, place, stop in self._stops.copy():
+            if session in (None, visitor) and tab in (None, place):
+                stop.set()
+
+    def __enter__(self) -> Visitors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop all computations, and wait for the end of the one that runs."""
+        self.stop()
+        with self._turn:
+            pass
 
 
 def _chosen(what: str, known: Mapping[str, Model], name: str | None) -> Model:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import socket
+import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -12,20 +17,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers.runs import build_tiny_vae, draw_images
 from PIL import Image
+from torch import Tensor
 
 from srl_utils.app import __main__ as app
+from srl_utils.app import tables
 from srl_utils.app.attacking import ATTACKS, amplified, attack_of, compare
 from srl_utils.app.editing import LONGEST_PROMPT, Request, edit_of, protect_and_edit
 from srl_utils.app.purifying import PURIFIERS, purify
+from srl_utils.app.serving import FRAMES, PREFIX, BodyLimit, check_address, temporary_folder
 from srl_utils.app.tables import HEADERS, KINDS, in_order, read_table
-from srl_utils.app.uploads import MAX_BYTES, MAX_FILES, MAX_PIXELS, checked, read_square
-from srl_utils.app.watching import Cancelled, WatchedBar
+from srl_utils.app.uploads import MAX_BYTES, MAX_FILES, MAX_PIXELS, MAX_TOTAL, checked, read_square
+from srl_utils.app.watching import Cancelled, Stoppable, WatchedBar
 from srl_utils.app.world import Visitors, World
 from srl_utils.errors import MissingFile, MissingPackage, UserError
-from srl_utils.metrics.pixels import psnr
+from srl_utils.files import LOCK
 from srl_utils.pipelines import sanitize
+from srl_utils.purifiers import filters
 from srl_utils.vae.codec import Codec, frozen_codec
 
 EXAMPLES = Path(app.__file__).parent / "examples"
@@ -76,6 +86,57 @@ def test_uploads_are_bounded(tmp_path: Path) -> None:
                 checked([files[0]])
 
 
+def test_uploads_are_bounded_together(tmp_path: Path) -> None:
+    """Oracle: specification; files of exactly the limit pass."""
+    files = [tmp_path / f"{number}.json" for number in range(MAX_TOTAL // MAX_BYTES + 1)]
+    for file in files:
+        with file.open("wb") as opened:
+            opened.truncate(MAX_BYTES)
+    checked(files[1:])
+    with pytest.raises(UserError, match="too large together; they may have 64 MB"):
+        checked(files)
+
+
+def test_an_upload_that_was_deleted_is_named(tmp_path: Path) -> None:
+    """Oracle: specification; an upload that is used counts as new."""
+    (tmp_path / "kept.png").touch()
+    before = (tmp_path / "kept.png").stat().st_ctime_ns
+    checked([tmp_path / "kept.png"])
+    assert (tmp_path / "kept.png").stat().st_ctime_ns > before
+    for read in (lambda path: checked([path]), lambda path: read_square(path, 8)):
+        with pytest.raises(UserError, match=r"^gone.png was deleted after 10 minutes; choose it again$"):
+            read(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"content-length": f"{FRAMES + 8}"}, 200),
+        ({"content-length": f"{FRAMES + 9}"}, 413),
+        ({"transfer-encoding": "chunked"}, 411),
+    ],
+)
+def test_large_requests_are_refused_unread(headers: dict[str, str], status: int) -> None:
+    """Oracle: HTTP's codes; a refused body is taken off the line and handed to nobody."""
+    body = [{"type": "http.request", "more_body": more} for more in (True, True, False)]
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return body.pop(0)
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    async def app_of_page(scope: object, receive: object, send: Callable) -> None:
+        await send({"type": "http.response.start", "status": 200})
+
+    scope = {"type": "http", "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
+    asyncio.run(BodyLimit(app_of_page, most=8)(scope, receive, send))
+    assert sent[0]["status"] == status
+    assert len(body) == (3 if status == 200 else 0)
+
+
 def test_pixels_are_bounded_and_read_from_the_centre(tmp_path: Path) -> None:
     """Oracle: closed form, an image whose central square is white."""
     picture = Image.new("RGB", (24, 8))
@@ -106,14 +167,76 @@ def test_visitors_choose_from_the_world_alone(codecs: list[Codec]) -> None:
 # --- cancelling ---
 
 
-def test_each_visitor_stops_their_own_computation() -> None:
-    """Oracle: specification."""
+def test_each_visitor_stops_their_own_computation_of_a_tab() -> None:
+    """Oracle: specification: all others go on; at the end, all are stopped."""
     visitors = Visitors()
-    mine, theirs = visitors.start("mine"), visitors.start("theirs")
-    visitors.stop("mine")
-    visitors.stop("mine")
-    visitors.stop("nobody")
-    assert mine.is_set() and not theirs.is_set()
+    with visitors.computing("mine", "Edit") as mine:
+        for others in (("theirs", "Edit"), ("mine", "Purify"), ("theirs",)):
+            visitors.stop(*others)
+        assert not mine.is_set()
+        visitors.stop("mine", "Edit")
+        assert mine.is_set()
+    with visitors.computing("mine", "Edit") as again:
+        assert not again.is_set()
+        visitors.stop("mine")
+        assert again.is_set()
+
+
+def test_computations_run_one_at_a_time_and_end_with_the_app() -> None:
+    """Oracle: specification: the second begins after the first has ended, and both are told to end."""
+    ended: list[str] = []
+    begun = Event()
+
+    def compute(session: str) -> None:
+        with visitors.computing(session, "Edit") as stop:
+            begun.set()
+            assert stop.wait(60)
+            ended.append(session)
+
+    with Visitors() as visitors, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(compute, "first")
+        assert begun.wait(60)
+        second = pool.submit(compute, "second")
+        while len(visitors._stops) < 2:
+            time.sleep(0.001)
+        assert ended == []
+        visitors.__exit__()
+        first.result(60), second.result(60)
+    assert ended == ["first", "second"]
+
+
+@pytest.mark.parametrize("purifier", [PURIFIERS[0], "adverse-cleaner"])
+def test_the_cleaning_of_a_single_image_ends_when_it_is_stopped(
+    codecs: list[Codec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, purifier: str
+) -> None:
+    """Oracle: the decoder and the guided filters, which come last, are not reached."""
+    stop, reached = Event(), []
+    codecs[0].vae.encoder.register_forward_hook(lambda *_: stop.set())
+    codecs[0].vae.decoder.register_forward_hook(lambda *_: reached.append("decoder"))
+    monkeypatch.setattr(filters, "bilateral", lambda images, **_: stop.set() or images)
+    monkeypatch.setattr(filters, "guided", lambda *_, **__: reached.append("guided") or torch.zeros(1))
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    with pytest.raises(Cancelled), Stoppable(stop):
+        purify([tmp_path / "photo.png"], codecs[0], purifier, tmp_path, lambda _: None)
+    assert stop.is_set() and "decoder" not in reached
+    assert not (tmp_path / "photo-purified.png").exists()
+
+
+def test_an_edit_ends_at_the_next_step(world: World) -> None:
+    """Oracle: the share that is done, which would be 1."""
+    stop, shares = Event(), []
+
+    def report(share: float, title: str) -> None:
+        shares.append(share)
+        if title == "edit of the image" and share > shares[0]:
+            stop.set()
+
+    request = wanted(inference_steps=20)
+    clean, original = read_square(EXAMPLES / "scene.png", world.resolution), world.codec("original")
+    edit = edit_of(world.pipeline("miniature"), request)
+    with pytest.raises(Cancelled):
+        protect_and_edit(clean, edit, original, original, request, quiet_bar(stop, report))
+    assert stop.is_set() and shares[-1] < 0.6
 
 
 def test_a_bar_tells_its_share_and_ends_when_it_is_stopped() -> None:
@@ -182,15 +305,21 @@ def test_what_cannot_be_purified_is_named(codecs: list[Codec], tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_stay_in_their_budget(codecs: list[Codec], name: str) -> None:
-    """Oracle: the budget, for all but noise; PSNR of the reconstructions, computed anew."""
+    """Oracle: the budget, for all but noise; PSNR of the reconstructions, by its formula."""
     clean, epsilon = draw_images(1, 16, limit=0.5), 8 / 255
     outcome = compare(clean, *codecs, attack_of(name, epsilon=epsilon, steps=3), quiet_bar())
     change = (outcome.attacked - clean).abs().max().item()
     assert change > 0
     assert name == "Gaussian noise" or change <= 2 * epsilon + 1e-6
     for codec in codecs:
-        assert outcome.attacked_psnr[codec.name] == psnr(codec.reconstruct(outcome.attacked), clean).item()
-        assert outcome.clean_psnr[codec.name] == psnr(codec.reconstruct(clean), clean).item()
+        assert outcome.attacked_psnr[codec.name] == decibels(codec.reconstruct(outcome.attacked), clean)
+        assert outcome.clean_psnr[codec.name] == decibels(codec.reconstruct(clean), clean)
+
+
+def decibels(image: Tensor, target: Tensor) -> object:
+    """Return 10 log10(1 / mean squared error) of two images in [-1,1], taken to [0,1] and clipped."""
+    values, wanted_values = (np.clip((each.double().numpy() + 1) / 2, 0, 1) for each in (image, target))
+    return pytest.approx(-10 * np.log10(np.mean((values - wanted_values) ** 2)), abs=1e-3)
 
 
 def test_a_vae_may_be_compared_with_itself(codecs: list[Codec]) -> None:
@@ -225,6 +354,7 @@ def test_edits_share_their_noise(world: World) -> None:
     assert 0 < (edits.protected - clean).abs().max() <= 2 * 16 / 255 + 1e-6
     assert shares == sorted(shares) and shares[-1] == 1
     assert edits.psnr(edits.of_clean) == 100
+    assert edits.psnr(edits.of_protected) == decibels(edits.of_protected, edits.of_clean)
     assert pipeline.vae is not original.vae
 
 
@@ -296,6 +426,17 @@ def test_broken_results_are_one_message(tmp_path: Path, content: str) -> None:
         read_table([tmp_path / "results.json"])
 
 
+def test_reading_ends_at_too_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the file after them, which is broken, is not looked at; as many rows as allowed are read."""
+    monkeypatch.setattr(tables, "MAX_ROWS", 3)
+    for name, count in (("a.json", 2), ("b.json", 1), ("c.json", 2)):
+        (tmp_path / name).write_text(json.dumps([ROW] * count))
+    (tmp_path / "d.json").write_text("{")
+    assert len(read_table([tmp_path / "a.json", tmp_path / "b.json"])) == 3
+    with pytest.raises(UserError, match="too many rows; choose files of 3 at most"):
+        read_table([tmp_path / name for name in ("a.json", "c.json", "d.json")])
+
+
 def test_other_files_are_no_results(tmp_path: Path) -> None:
     """Oracle: specification."""
     with pytest.raises(UserError, match=r"there is no results.json among 1 files"):
@@ -351,6 +492,40 @@ def test_a_package_without_the_embedded_world_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setattr(app, "EMBEDDED", tmp_path / "weights")
     with pytest.raises(MissingFile, match="give `baseline`"):
         app.load_world(app.parse_args([]))
+
+
+def test_an_address_that_cannot_be_used_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the system's refusals, one line that names the flag; no model is loaded."""
+    monkeypatch.setattr(app, "load_world", lambda args: pytest.fail("models are loaded"))
+    monkeypatch.setattr(app, "find_spec", lambda name: "gradio")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for flags, parameter, said in (
+            (["--port", str(port)], "port", f"{port} is in use; choose another"),
+            (["--port", "65536"], "port", "a port is at most 65535, got 65536"),
+            (["--host", "192.0.2.1"], "host", "'192.0.2.1' is no address of this machine"),
+            (["--host", "a..b"], "host", "'a..b' is no address of this machine"),
+        ):
+            with pytest.raises(UserError) as refused:
+                app.main([*flags, "--device", "cpu"])
+            assert (refused.value.parameter, refused.value.problem) == (parameter, said)
+    check_address("127.0.0.1", port)
+    check_address("127.0.0.1", None)
+
+
+def test_temporary_files_are_in_one_folder_that_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: what is on the disk: folders whose lock nobody holds are deleted, those of running apps stay."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("killed", "running"):
+        (tmp_path / f"{PREFIX}{name}").mkdir()
+        (tmp_path / f"{PREFIX}{name}" / "upload.png").touch()
+    (tmp_path / f"{PREFIX}link").symlink_to(tmp_path)
+    with FileLock(tmp_path / f"{PREFIX}running" / LOCK), temporary_folder() as folder:
+        with tempfile.NamedTemporaryFile() as file:
+            assert Path(file.name).parent == folder
+        assert not (tmp_path / f"{PREFIX}killed").exists()
+        assert (tmp_path / f"{PREFIX}running" / "upload.png").exists()
+    assert tempfile.gettempdir() == str(tmp_path) and not folder.exists()
 
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

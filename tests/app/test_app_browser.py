@@ -33,8 +33,13 @@ PORT = 7899
 ADDRESS = f"http://127.0.0.1:{PORT}/"
 EXAMPLES = ROOT / "srl_utils/app/examples"
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
-START_SECONDS = 20.0
-"""Of the processor. It is 12 on cores of one's own; a busy neighbour on the same core makes each second do less."""
+START_SECONDS, START_WORK = 15.0, 20.0
+"""Until the page is there: by the clock, and of the processor.
+
+A busy machine says nothing about the clock. The work is 12 s on idle cores, more where a neighbour shares the core.
+"""
+IDLE = 20.0
+"""Percent of the processors that others use at most on an idle machine."""
 PATIENCE = 240_000  # milliseconds, for computations on a busy machine
 
 
@@ -44,9 +49,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]
     temporary = tmp_path_factory.mktemp("temporary")
     command = [sys.executable, "-m", "srl_utils.app", "--port", str(PORT), "--device", "cpu"]
     environment = {**os.environ, "TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    idle, begun = psutil.cpu_percent(1) < IDLE, time.monotonic()
     with subprocess.Popen(command, cwd=ROOT, env=environment) as child:
         process = psutil.Process(child.pid)
         wait_for_page(child)
+        process.waited = time.monotonic() - begun if idle else None
         spent = process.cpu_times()
         process.spent = spent.user + spent.system
         yield process
@@ -113,8 +120,9 @@ def keep(page: sync_api.Page, name: str) -> None:
 
 
 def test_the_start_is_quick(server: psutil.Process) -> None:
-    """Oracle: the promise of 15 seconds, with room for a busy machine."""
-    assert server.spent < START_SECONDS
+    """Oracle: the promise of 15 seconds on an idle machine; on a busy one, the work in place of the time."""
+    assert server.spent < START_WORK
+    assert server.waited is None or server.waited < START_SECONDS
 
 
 def test_purify(page: sync_api.Page, tmp_path: Path) -> None:
@@ -132,6 +140,17 @@ def test_purify(page: sync_api.Page, tmp_path: Path) -> None:
     page.get_by_label("Image to show").click()
     page.get_by_role("option", name="protected-purified.png").click()
     page.wait_for_function("before => document.querySelector('.slider img').src != before", arg=before)
+    second = page.locator(".slider img").first.get_attribute("src")
+    page.get_by_label("Clear", exact=True).first.click()
+    page.locator("input[type=file]").first.set_input_files([EXAMPLES / "scene.png"])
+    page.locator("a[download='scene.png']").wait_for()
+    page.get_by_label("Image to show").click()
+    page.get_by_role("option", name="photo-purified.png").click()
+    page.wait_for_function("second => document.querySelector('.slider img').src != second", arg=second)
+    with Image.open(
+        io.BytesIO(urllib.request.urlopen(page.locator(".slider img").first.get_attribute("src")).read())
+    ) as shown:
+        assert shown.size == (150, 90)  # of the images that were cleaned, not of those chosen since
     page.get_by_label("range slider for Border").focus()
     for _ in range(10):
         page.keyboard.press("ArrowRight")
@@ -176,6 +195,23 @@ def test_a_computation_is_cancelled(page: sync_api.Page, server: psutil.Process)
     before = server.cpu_times().user
     time.sleep(3)
     assert server.cpu_times().user - before < 0.5
+
+
+def test_cancel_leaves_other_tabs_alone(page: sync_api.Page) -> None:
+    """Oracle: what a person sees: an edit that waits is cancelled, and the attack before it comes to its end."""
+    panel = open_tab(page, "Attack and compare")
+    panel.get_by_role("button", name="a drawn scene").click()
+    panel.get_by_role("button", name="Clear").or_(panel.get_by_label("Remove Image")).first.wait_for()
+    panel.get_by_role("button", name="Attack", exact=True).click()
+    page.get_by_text(re.compile(r"pgd-40, 8/255 - \d+\.\d%")).first.wait_for()
+    panel = open_tab(page, "Edit")
+    panel.get_by_role("button", name="a drawn scene").click()
+    panel.get_by_role("button", name="Clear").or_(panel.get_by_label("Remove Image")).first.wait_for()
+    panel.get_by_role("button", name="Edit", exact=True).click()
+    panel.get_by_role("button", name="Cancel", exact=True).click()
+    page.get_by_text("Cancelled.").wait_for()
+    open_tab(page, "Attack and compare")
+    page.get_by_text("pgd-40 on original is done.").wait_for()
 
 
 def test_edit(page: sync_api.Page) -> None:

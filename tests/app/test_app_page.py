@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import http.client
+import io
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.runs import build_tiny_vae
+from helpers.runs import ROOT, build_tiny_vae
 from PIL import Image
 
 pytest.importorskip("gradio", reason="gradio is not installed; pip install -r requirements/app.txt")
@@ -26,12 +36,16 @@ from srl_utils.app import page as page_module
 from srl_utils.app.attacking import ATTACKS
 from srl_utils.app.page import build_page, launch_settings, message, said
 from srl_utils.app.purifying import PURIFIERS
+from srl_utils.app.serving import PREFIX
 from srl_utils.app.uploads import MAX_BYTES
-from srl_utils.app.world import World
+from srl_utils.app.watching import WatchedBar
+from srl_utils.app.world import Visitors, World
 from srl_utils.vae.codec import frozen_codec
 
 EXAMPLES = Path(app.__file__).parent / "examples"
 LOOP = PURIFIERS[0]
+ATTACK = ["PGD", "original", "robust", 8, 1, 10]
+"""What follows the image in a call of /attack."""
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +61,18 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def address(temporary: Path) -> Iterator[str]:
     """Where the page of two small VAEs is served."""
+    with served() as local:
+        yield local
+
+
+@contextmanager
+def served() -> Iterator[str]:
+    """Serve the page of two small VAEs within."""
     codecs = {
         name: frozen_codec(build_tiny_vae(seed=seed), name, device=torch.device("cpu"))
         for seed, name in enumerate(("original", "robust"))
     }
-    page = build_page(World(codecs=codecs, pipelines={}, resolution=16)).queue()
+    page = build_page(World(codecs=codecs, pipelines={}, resolution=16), Visitors()).queue()
     _, local, _ = page.launch(server_name=app.LOCALHOST, prevent_thread_lock=True, quiet=True, **launch_settings())
     yield local
     page.close()
@@ -68,6 +89,38 @@ def refusal(client: Client, *arguments: Any, api_name: str) -> str:
         client.predict(*arguments, api_name=api_name)
     assert "Traceback" not in str(refused.value)
     return str(refused.value)
+
+
+def post(address: str, place: str, content: object) -> Any:
+    """Return the server's answer to a request of JSON."""
+    request = urllib.request.Request(
+        f"{address}gradio_api/{place}", json.dumps(content).encode(), {"Content-Type": "application/json"}
+    )
+    return json.load(urllib.request.urlopen(request))
+
+
+def called(address: str, name: str, data: list[Any]) -> str:
+    """Return the events of a call that no client has prepared."""
+    event = post(address, f"call/{name}", {"data": data})["event_id"]
+    return urllib.request.urlopen(f"{address}gradio_api/call/{name}/{event}").read().decode()
+
+
+def upload(address: str, file: Path) -> dict[str, Any]:
+    """Upload a file, and return what a call takes for it."""
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{file.name}"\r\n\r\n'
+    request = urllib.request.Request(
+        f"{address}gradio_api/upload", head.encode() + file.read_bytes() + b"\r\n--x--\r\n",
+        {"Content-Type": "multipart/form-data; boundary=x"},
+    )  # fmt: skip
+    return {"path": json.load(urllib.request.urlopen(request))[0], "meta": {"_type": "gradio.FileData"}}
+
+
+def await_that(true: Callable[[], bool]) -> None:
+    """Wait for something, a minute at most."""
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_purify_returns_a_png_of_the_same_size_and_keeps_nothing(
@@ -144,6 +197,139 @@ def test_no_file_outside_is_read(address: str, tmp_path: Path) -> None:
     event = json.load(urllib.request.urlopen(call))["event_id"]
     answer = urllib.request.urlopen(f"{address}gradio_api/call/purify/{event}").read().decode()
     assert answer.startswith("event: error") and "Traceback" not in answer
+
+
+def test_an_image_of_the_server_is_not_read(address: str, tmp_path: Path) -> None:
+    """Oracle: the message; gradio checks a path only if the request marks it as a file, which this one does not."""
+    shutil.copy(EXAMPLES / "scene.png", tmp_path / "secret.png")
+    answer = called(address, "attack", [{"path": str(tmp_path / "secret.png")}, *ATTACK])
+    assert answer.startswith("event: error") and "Upload the file" in answer
+
+
+def test_images_within_a_request_are_refused_and_not_kept(address: str, temporary: Path) -> None:
+    """Oracle: the message, and the files of the server before and after."""
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(picture, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    before = set(temporary.rglob("*"))
+    for payload in ({"path": None, "url": url}, {"path": None, "url": url, "meta": {"_type": "gradio.FileData"}}):
+        answer = called(address, "attack", [payload, *ATTACK])
+        assert answer.startswith("event: error")
+        assert "meta" in payload or "Upload the file" in answer
+    assert set(temporary.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["attack", "purify", "results"])
+def test_files_of_urls_are_not_fetched(address: str, name: str) -> None:
+    """Oracle: the message; the address is one of those that the network never gives to anybody."""
+    file = {"path": "http://192.0.2.1/scene.png", "meta": {"_type": "gradio.FileData"}}
+    data = {"attack": [file, *ATTACK], "purify": [[file], "robust", LOOP], "results": [[file], None, "value", True]}
+    assert "Upload the file" in called(address, name, data[name])
+
+
+@pytest.mark.parametrize("name", ["attack", "purify"])
+def test_a_file_that_was_deleted_meanwhile_is_a_message(
+    address: str, name: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the message, and a log without traceback."""
+    file = upload(address, EXAMPLES / "scene.png")
+    Path(file["path"]).unlink()
+    answer = called(address, name, [file, *ATTACK] if name == "attack" else [[file], "robust", LOOP])
+    assert "Scene.png was deleted after 10 minutes; choose it again" in answer
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+
+
+def test_files_are_deleted_when_their_time_is_over(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the disk; an upload and the results of a computation, with seconds in place of ten minutes."""
+    monkeypatch.setattr(page_module, "SWEEP", 1)
+    monkeypatch.setattr(page_module, "KEEP", 3)
+    with served() as address:
+        file = upload(address, EXAMPLES / "protected.png")
+        assert "protected-purified.png" in called(address, "purify", [[file], "robust", LOOP])
+        await_that(lambda: not Path(file["path"]).exists() and not list(temporary.rglob("protected-purified.png")))
+
+
+def test_a_request_of_unknown_size_is_refused(address: str) -> None:
+    """Oracle: HTTP's code for it."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://").rstrip("/"))
+    connection.request("POST", "/gradio_api/upload", iter([b"x"]), encode_chunked=True)
+    assert connection.getresponse().status == 411
+
+
+def test_cancel_ends_what_its_own_tab_has_begun(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: which computations run: one that waits never begins, and neither another tab nor another visitor ends it."""
+    running: list[int] = []
+
+    def endless(*arguments: Any) -> None:
+        running.append(len(running))
+        bar: WatchedBar = arguments[-1]
+        try:
+            await_that(lambda: bar.update(0) and False)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(page_module, "compare", endless)
+    functions = {
+        each["api_name"]: each["id"] for each in json.load(urllib.request.urlopen(f"{address}config"))["dependencies"]
+    }
+    file = upload(address, EXAMPLES / "scene.png")
+
+    def join(session: str) -> str:
+        return post(address, "queue/join", {
+            "data": [file, *ATTACK], "fn_index": functions["attack"], "session_hash": session,
+        })["event_id"]  # fmt: skip
+
+    def cancel(session: str, stop: str, event: str | None = None) -> None:
+        """Do what the button does: it asks the app to end the computation, and gradio to forget the event."""
+        post(address, "run/predict", {"data": [], "fn_index": functions[stop], "session_hash": session})
+        if event is not None:
+            post(address, "cancel", {"session_hash": session, "fn_index": functions["attack"], "event_id": event})
+
+    mine = join("mine")
+    await_that(lambda: running == [0])
+    theirs = join("theirs")
+    cancel("theirs", "stop_1", theirs)
+    cancel("mine", "stop")
+    time.sleep(0.5)
+    assert running == [0]
+    cancel("mine", "stop_1", mine)
+    await_that(lambda: running == [])
+    time.sleep(0.5)
+    assert running == []
+
+
+def test_a_killed_and_an_ended_app_leave_nothing(tmp_path: Path) -> None:
+    """Oracle: the disk after SIGTERM in the middle of a computation; the real command."""
+    (tmp_path / f"{PREFIX}killed").mkdir()
+    command = [sys.executable, "-m", "srl_utils.app", "--device", "cpu", "--port", str(free_port())]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as child:
+        address = f"http://{app.LOCALHOST}:{command[-1]}/"
+        while not answers(address):
+            assert child.poll() is None
+            time.sleep(0.1)
+        (folder,) = tmp_path.glob(f"{PREFIX}*")
+        assert folder.name != f"{PREFIX}killed"
+        file = upload(address, EXAMPLES / "scene.png")
+        post(address, "call/attack", {"data": [file, "PGD", "original", "robust", 8, 200, 10]})
+        time.sleep(1)
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate(timeout=60)
+    assert child.returncode == 0 and "Traceback" not in errors
+    assert not folder.exists()
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(address).read()
+    except urllib.error.URLError:
+        return False
+    return True
+
+
+def free_port() -> int:
+    with socket.create_server((app.LOCALHOST, 0)) as server:
+        return server.getsockname()[1]
 
 
 def test_a_large_upload_is_refused(address: str) -> None:
