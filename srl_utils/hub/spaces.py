@@ -32,7 +32,7 @@ def space_files(root: Path = ROOT) -> Files:
     page, folders = root / "spaces", [root / name for name in FOLDERS]
     if not all(folder.is_dir() for folder in (page, *folders)):
         raise MissingFile("a Space is made from a clone of the repository; run this command there")
-    found: Files = {name: page / name for name in PAGE} | {LICENSE: root / LICENSE}
+    found: Files = {LICENSE: root / LICENSE, **{name: page / name for name in PAGE}}
     found[REQUIREMENTS] = "\n".join((root / name).read_text(encoding="utf-8") for name in LISTS).encode()
     return found | {path.relative_to(root).as_posix(): path for folder in folders for path in _files_in(folder)}
 
