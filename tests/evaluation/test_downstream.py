@@ -462,7 +462,7 @@ def test_pipelines_made_for_editing_are_taken(kind: str, edit: str, world, tmp_p
     assert {key[1] for key in rows_of(tmp_path / "out")} == {f"{name}, {edit}" for name in made}
     report = (tmp_path / "out/report.md").read_text()
     for name in {*attacks} - made:
-        assert f"{name} was left out: it attacks text-to-image models; give one as --pipeline" in report
+        assert f"{name} was left out: it attacks text-to-image models; give one as `pipeline`" in report
     assert exit_code(lambda: command.main(["generation", *world])) == 2
     assert "makes no images from text alone" in capsys.readouterr().err
 
