@@ -7,11 +7,15 @@ from io import StringIO
 from threading import Event
 from typing import Any
 
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 Report = Callable[[float, str], object]
 """Takes the share that is done, in [0,1], and what is being done."""
+
+
+SETTERS = (Tensor.requires_grad_, Tensor.requires_grad.__set__)
 
 
 class Cancelled(Exception):
@@ -44,18 +48,23 @@ class WatchedBar(tqdm):
 
 
 class Stoppable(TorchFunctionMode):
-    """A context for work that moves no bar: it ends at the next function of torch.
+    """A context for work that moves no bar: it ends at the next function of a tensor.
+
+    Contexts such as `no_grad` and `frozen` set back what they change by functions of torch, too. These are never stopped; nor
+    is anything else, once the computation ends.
 
     Args:
-        stop: each function of torch raises `Cancelled` once it is set.
+        stop: the next function of a tensor raises `Cancelled` once it is set.
     """
 
     def __init__(self, stop: Event) -> None:
         super().__init__()
-        self._stop = stop
+        self._stop, self._ends = stop, False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function."""
-        if self._stop.is_set():
+        computes = function not in SETTERS and any(isinstance(each, Tensor) for each in args)
+        if computes and self._stop.is_set() and not self._ends:
+            self._ends = True
             raise Cancelled
         return function(*args, **(kwargs or {}))

@@ -37,6 +37,7 @@ from srl_utils.files import LOCK
 from srl_utils.pipelines import sanitize
 from srl_utils.purifiers import filters
 from srl_utils.vae.codec import Codec, frozen_codec
+from srl_utils.vae.networks import frozen
 
 EXAMPLES = Path(app.__file__).parent / "examples"
 CPU = torch.device("cpu")
@@ -220,6 +221,20 @@ def test_the_cleaning_of_a_single_image_ends_when_it_is_stopped(
         purify([tmp_path / "photo.png"], codecs[0], purifier, tmp_path, lambda _: None)
     assert stop.is_set() and "decoder" not in reached
     assert not (tmp_path / "photo-purified.png").exists()
+
+
+@pytest.mark.parametrize("stopped", ["in the context", "before its end"])
+def test_what_is_stopped_leaves_no_trace(stopped: str) -> None:
+    """Oracle: gradients are on and weights are trained as before; the contexts set them back by functions of torch, too."""
+    stop, network, images = Event(), torch.nn.Linear(2, 2), torch.ones(2, 2)
+    with pytest.raises(Cancelled), Stoppable(stop):
+        with torch.no_grad(), frozen(network):
+            if stopped == "in the context":
+                stop.set()
+            network(images)
+            stop.set()
+        network(images)
+    assert torch.is_grad_enabled() and all(weight.requires_grad for weight in network.parameters())
 
 
 def test_an_edit_ends_at_the_next_step(world: World) -> None:

@@ -36,7 +36,7 @@ COMMANDS = {
     "training": (train_srl_vae.parse_args, TRAINING),
     "evaluation": (evaluation.parse_args, EVALUATION),
     "generation": (evaluation.parse_args, ["generation", *DOWNSTREAM]),
-    "editing": (evaluation.parse_args, ["editing", *DOWNSTREAM]),
+    "editing": (evaluation.parse_args, ["editing", *DOWNSTREAM, "--replace", "ring=box"]),
     "poisoning": (evaluation.parse_args, ["poisoning", *DOWNSTREAM, "--concept", "a", "--target_concept", "b"]),
     "personalisation": (evaluation.parse_args, ["personalisation", *DOWNSTREAM, "--concept", "a"]),
     "sanitize": (sanitizing.parse_args, SANITIZING),
