@@ -15,7 +15,7 @@ Report = Callable[[float, str], object]
 """Takes the share that is done, in [0,1], and what is being done."""
 
 
-SETTERS = (Tensor.requires_grad_, Tensor.requires_grad.__set__)
+SETTERS = ("requires_grad_", "__set__")
 
 
 class Cancelled(Exception):
@@ -63,7 +63,7 @@ class Stoppable(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function."""
-        computes = function not in SETTERS and any(isinstance(each, Tensor) for each in args)
+        computes = function.__name__ not in SETTERS and any(isinstance(each, Tensor) for each in args)
         if computes and self._stop.is_set() and not self._ends:
             self._ends = True
             raise Cancelled
