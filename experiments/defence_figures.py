@@ -34,7 +34,7 @@ def draw_defences(defences: Mapping[str, Defence], path: Path) -> None:
                     place = fmean(defence.harm), fmean(won)
                     ax.plot(*place, marker, color=colour, label=kind_of(name))
                     ax.annotate(short_name(name), place, xytext=(4, 3), textcoords="offset points", fontsize=6)
-            ax.set(title=threat, xlabel="harm: FID of clean edits", xlim=(0, None))
+            ax.set(title=threat, xlabel="harm: FID of clean edits", xscale="log")
         figure.axes[0].set_ylabel("FID of protected edits won back (%)")
         save(with_legend(figure), path)
 
@@ -47,7 +47,7 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path)
         path: of the PNG.
     """
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(6, 4))
+        figure = Figure(figsize=(9, 4))
         ax = figure.subplots()
         for name, points in curves.items():
             ax.plot(*zip(*points, strict=True), marker="o", label=name)
