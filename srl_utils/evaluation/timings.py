@@ -48,14 +48,15 @@ def kept_timings(path: Path, codecs: Sequence[Codec], images: Tensor, *, seed: i
         device: on which the codecs run, in words.
     """
     if not path.exists():
-        found = _measure(codecs, images[:NUM_TIMED], seed=seed, device=device)
+        found = measured_timings(codecs, images, seed=seed, device=device)
         write_text_atomically(path, json.dumps(asdict(found), indent=1) + "\n")
     return Timings(**read_json(path))
 
 
 @torch.no_grad()
-def _measure(codecs: Sequence[Codec], images: Tensor, *, seed: int, device: str) -> Timings:
-    """Time each purifier and each encoder once: neither depends on the other."""
+def measured_timings(codecs: Sequence[Codec], images: Tensor, *, seed: int, device: str) -> Timings:
+    """Time each purifier and each encoder once: neither depends on the other. See `kept_timings` for the arguments."""
+    images = images[:NUM_TIMED]
     numbers = range(len(images))
     purified = {codec.purifier.name: codec for codec in codecs if isinstance(codec, Defence)}
     encoded = {codec.bare.name: codec.bare for codec in codecs}

@@ -77,6 +77,28 @@ def create_repository(repo_id: str, *, token: str | None, private: bool, kind: s
     return info.id
 
 
+def publisher(repo_id: str) -> tuple[str, bool]:
+    """Return whose token this machine has, and whether the repository exists. Nothing is created or changed.
+
+    Args:
+        repo_id: `user/name`, or `organisation/name`.
+
+    Raises:
+        HubRefusal: a PermissionError, if there is no token, if it may only read, or if the repository is of somebody else.
+        PushError: if the Hub cannot be reached after `ATTEMPTS` attempts.
+    """
+    api = _api(None)
+    with _refusals(f"cannot publish to {repo_id}"):
+        account = with_retries(api.whoami)
+        there = with_retries(lambda: api.repo_exists(repo_id))
+    owners = [account["name"], *(organisation["name"] for organisation in account["orgs"])]
+    if repo_id.partition("/")[0] not in owners:
+        raise HubRefusal(f"cannot publish to {repo_id} with the token of {', '.join(owners)}; choose another HUB_ID")
+    if account["auth"]["accessToken"]["role"] == "read":
+        raise HubRefusal(f"the token of {account['name']} may only read; make one that may write, and `hf auth login`")
+    return account["name"], there
+
+
 def _make_private(api: HfApi, repo_id: str, kind: str) -> None:
     """Make an existing repository private and check that it is; `create_repo` does not change it."""
     with _refusals(f"'{repo_id}' is public, cannot be made private, and nothing was uploaded"):

@@ -17,7 +17,7 @@ import torch
 from srl_utils.errors import UserError
 from srl_utils.evaluation import evaluate
 from srl_utils.evaluation.cli.running import used_versions
-from srl_utils.evaluation.timings import kept_timings
+from srl_utils.evaluation.timings import measured_timings
 from srl_utils.files import read_json
 from srl_utils.hub.contents import CARD
 from srl_utils.pipelines.places import parse_place
@@ -63,8 +63,7 @@ def measure(subject: Subject, zoo: Path, folder: Path, *, quick: bool = False, d
     if dry_run:
         return None
     device = device_name(codec.device)
-    (folder / "timings.json").unlink(missing_ok=True)  # it may be of other weights or of another device
-    timings = kept_timings(folder / "timings.json", [codec], images, seed=0, device=device)
+    timings = measured_timings([codec], images, seed=0, device=device)
     row = ZooRow(
         name=subject.name,
         digest=codec.digest,

@@ -110,7 +110,10 @@ def test_without_a_right_to_publish_nothing_starts(
 
 
 def test_the_defaults_are_accepted(tmp_path: Path) -> None:
-    """Oracle: the parsers of the programs, and that of entries; programs that only note their words stand for them."""
+    """Oracle: the parsers of the commands that the script runs, and of the entry that it writes.
+
+    Two small programs take the places of `python` and `accelerate`: they write down their arguments and do nothing else.
+    """
     calls = tmp_path / "calls"
     for name in ("python", "accelerate"):
         path = tmp_path / "bin" / name
