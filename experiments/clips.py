@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.claims import ORIGINAL, Results, decibels_won_back, percent, spread, trained_name
 from experiments.clip_pictures import draw_animation, draw_strip
-from experiments.runner import WEIGHTS, Runner, experiment_parser, machine
+from experiments.runner import WEIGHTS, Module, Runner, experiment_parser, machine
 from srl_utils.attacks.draws import image_generators
 from srl_utils.evaluation.catalogue import AttackResources, select
 from srl_utils.evaluation.motion import SHARE, TRAVEL
@@ -70,13 +70,9 @@ def main() -> None:
     run.scenes(CLIPS, NUM_CLIPS, seed=0, num_frames=FRAMES)
     run.scenes(TARGET, 1, seed=2, num_frames=FRAMES)
     run.scenes(IMAGES, 32, seed=0)
-    names = []
-    for seed in range(SEEDS):
-        for variant, flags in VARIANTS.items():
-            names.append(trained_name(variant, seed))
-            data = ["--train_data_dir", args.output_dir / TRAINING_CLIPS, "--seed", seed]
-            on_clips = {"num_images": BATCH_CLIPS, "num_validation": 1} if ON_CLIPS in flags else {}
-            run.train(names[-1], [*data, *shlex.split(flags)], **on_clips)
+    planned = {trained_name(variant, seed): (variant, seed) for seed in range(SEEDS) for variant in VARIANTS}
+    run.modules([training_of(run, name, *planned[name]) for name in planned])
+    names = list(planned)
     clips = ["--data_dir", args.output_dir / CLIPS, "--target", args.output_dir / TARGET / "00000"]
     run.evaluate("on-clips", "reconstruction", names, [*clips, *ON_WHOLE_CLIPS])
     run.evaluate("on-images", "reconstruction", names, ["--data_dir", args.output_dir / IMAGES, *ON_IMAGES])
@@ -89,6 +85,14 @@ def main() -> None:
     text = "\n\n".join([made, quality_table(on_clips, on_images), movement_table(on_clips), frames_table(of_frames)])
     write_text_atomically(args.output_dir / "clips.md", f"{text}\n")
     print(text)
+
+
+def training_of(run: Runner, name: str, variant: str, seed: int) -> Module:
+    """Return the training of a variant's seed, on clips or on the frames one by one."""
+    flags = ["--train_data_dir", run.folder / TRAINING_CLIPS, "--seed", seed, *shlex.split(VARIANTS[variant])]
+    if ON_CLIPS in VARIANTS[variant]:
+        return run.training(name, flags, batch_size=BATCH_CLIPS, num_validation=1)
+    return run.training(name, flags)
 
 
 def quality_table(on_clips: Results, on_images: Results) -> str:

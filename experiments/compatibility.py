@@ -106,11 +106,7 @@ def main() -> None:
     run = Runner(args.output_dir, WEIGHTS / "vae", title="compatibility", num_calls=2 * len(names) + 5)
     run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1)
     run.scenes(SCENES, scale.images, seed=0)
-    for seed in range(scale.seeds):
-        train_encoder(run, seed, scale)
-    run.modules(
-        [whole_training(run, way, seed, scale) for seed in range(scale.seeds) for way in WAYS if way != ENCODER]
-    )
+    run.modules([training_of(run, way, seed, scale) for seed in range(scale.seeds) for way in WAYS])
     data = ["--data_dir", args.output_dir / SCENES, "--num_images", scale.images]
     run.evaluate("reconstruction", "reconstruction", names, [*data, *reconstruction_flags(scale)])
     run.evaluate("smoothness", "geometry", names, [*data, "--parts", "smoothness"])
@@ -130,28 +126,19 @@ def main() -> None:
     print(text)
 
 
-def train_encoder(run: Runner, seed: int, scale: Scale) -> None:
-    """Train the encoder of a seed alone, near the original."""
-    steps = scaled_steps(ENCODER, scale)
-    data = ["--train_data_dir", run.folder / TRAINING_SCENES]
-    flags = [*data, *WAYS[ENCODER].flags, "--max_train_steps", steps, "--seed", seed]
-    run.train(trained_name(ENCODER, seed), flags, num_validation=1)
-
-
-def whole_training(run: Runner, way: str, seed: int, scale: Scale) -> Module:
-    """Return the training of encoder and decoder, in one of the other ways."""
-    name, steps = trained_name(way, seed), scaled_steps(way, scale)
+def training_of(run: Runner, way: str, seed: int, scale: Scale) -> Module:
+    """Return the training of a way's seed: of the encoder alone, near the original, or of encoder and decoder."""
+    name, steps = trained_name(way, seed), max(2, round(scale.steps * WAYS[way].steps))
+    flags = [*WAYS[way].flags, "--seed", seed]
+    if way == ENCODER:
+        data = ["--train_data_dir", run.folder / TRAINING_SCENES, "--max_train_steps", steps]
+        return run.training(name, [*data, *flags], num_validation=1)
     flags = [
-        *WAYS[way].flags, "--steps", steps, "--clean_steps", round(WAYS[way].clean_share * steps), "--seed", seed,
+        *flags, "--steps", steps, "--clean_steps", round(WAYS[way].clean_share * steps),
         "--num_scenes", scale.training_scenes, *(["--torch_compile"] if scale.torch_compile else []),
         "--output_dir", run.vae(name),
     ]  # fmt: skip
     return Module(f"train {name}", "experiments.whole_training", flags, run.vae(name) / WEIGHTS_NAME)
-
-
-def scaled_steps(way: str, scale: Scale) -> int:
-    """Return the steps of a training."""
-    return max(2, round(scale.steps * WAYS[way].steps))
 
 
 def adaptation_to(run: Runner, name: str, scale: Scale) -> Module:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from adjustText import adjust_text
 from matplotlib import style
 from matplotlib.figure import Figure
 
@@ -26,17 +27,20 @@ def draw_defences(defences: Mapping[str, Defence], path: Path) -> None:
     """
     threats = list(next(iter(defences.values())).won)
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(11, 5))
+        figure = Figure(figsize=(12, 6))
         for ax, threat in zip(figure.subplots(1, len(threats), sharey=True), threats, strict=True):
+            ax.set(title=threat, xlabel="harm: FID of clean edits", xscale="log")
             for name, defence in defences.items():
                 if won := defence.mean_won(threat):
                     marker, colour = KINDS[kind_of(name)]
                     place = fmean(defence.harm), fmean(won)
                     ax.plot(*place, marker, color=colour, label=kind_of(name))
-                    ax.annotate(short_name(name), place, xytext=(4, 3), textcoords="offset points", fontsize=6)
-            ax.set(title=threat, xlabel="harm: FID of clean edits", xscale="log")
+                    ax.text(*place, short_name(name), fontsize=7)
         figure.axes[0].set_ylabel("FID of protected edits won back (%)")
-        save(with_legend(figure), path)
+        with_legend(figure)
+        for ax in figure.axes:
+            adjust_text(list(ax.texts), ax=ax, arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.5})
+        save(figure, path)
 
 
 def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:

@@ -100,12 +100,11 @@ def main() -> None:
     """Train, evaluate, and write tables and figures."""
     args = experiment_parser("defences", __doc__, quick=True).parse_args()
     scale = QUICK if args.quick else FULL
-    trainings = planned_trainings(scale)
+    trainings = planned_trainings(scale, args.output_dir / TRAINING_SCENES)
     run = Runner(args.output_dir, WEIGHTS / "vae", title="defences", num_calls=2 + len(trainings) + 6)
     run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1)
     run.scenes(SCENES, scale.generated, seed=0)
-    for name, flags in trainings.items():
-        run.train(name, ["--train_data_dir", args.output_dir / TRAINING_SCENES, *flags], num_validation=1)
+    run.modules([run.training(name, flags, num_validation=1) for name, flags in trainings.items()])
     data = ["--data_dir", args.output_dir / SCENES]
     compared = names_of_rivals(scale.seeds)
     run.evaluate("reconstruction", "reconstruction", list(trainings), [*data, *reconstruction_flags(scale)])
@@ -135,11 +134,17 @@ def main() -> None:
     print(text)
 
 
-def planned_trainings(scale: Scale) -> dict[str, list[object]]:
-    """Return the flags of all trainings by the name of the VAE: each rival's seeds, then the other originality weights."""
+def planned_trainings(scale: Scale, scenes: Path) -> dict[str, list[object]]:
+    """Return the flags of all trainings by the name of the VAE: each rival's seeds, then the other originality weights.
+
+    Args:
+        scale: of the experiments.
+        scenes: folder of the images to train on.
+    """
     trainings: dict[str, list[object]] = {}
     for name, rival in RIVALS.items():
-        flags = [*shlex.split(rival.flags), "--max_train_steps", max(2, round(scale.steps * rival.steps))]
+        steps = max(2, round(scale.steps * rival.steps))
+        flags = ["--train_data_dir", scenes, *shlex.split(rival.flags), "--max_train_steps", steps]
         for seed in range(scale.seeds):
             trainings[trained_name(name, seed)] = [*flags, "--seed", seed]
         for alpha in ALPHAS if rival.curve else ():

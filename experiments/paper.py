@@ -71,8 +71,10 @@ def main() -> None:
     run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1)
     run.scenes(SCENES, max(scale.images, scale.poisoned_set), seed=0)
     run.leaves(LEAVES, scale.unseen, seed=0)
-    for name, seed in trainings:
-        run.train(trained_name(name, seed), training_flags(name, scale, args.output_dir, seed=seed))
+    run.modules([
+        run.training(trained_name(name, seed), training_flags(name, scale, args.output_dir, seed=seed))
+        for name, seed in trainings
+    ])  # fmt: skip
     shared = ["--data_dir", args.output_dir / SCENES, "--seed", args.seed]
     for each in planned:
         run.evaluate(each.name, each.command, each.vaes, [*shared, *each.flags], baseline=each.baseline)

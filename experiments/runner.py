@@ -89,12 +89,13 @@ class Runner:
         )  # fmt: skip
 
     def modules(self, modules: Sequence[Module]) -> None:
-        """Run modules side by side, as many as there are cores, with one thread each.
+        """Run modules side by side: on the CPU as many as there are cores, with one thread each, else one.
 
         Raises:
             SystemExit: if one fails; those that run then are finished, and no further ones are started.
         """
-        with ThreadPoolExecutor(num_processes(len(modules))) as pool:
+        at_once = 1 if torch.cuda.is_available() else num_processes(len(modules))
+        with ThreadPoolExecutor(at_once) as pool:
             running = [pool.submit(self._module, module) for module in modules]
             try:
                 for each in as_completed(running):
@@ -108,28 +109,25 @@ class Runner:
         else:
             self._call(module.title, "-m", module.name, *module.flags, environment={"OMP_NUM_THREADS": "1"})
 
-    def train(self, name: str, flags: Sequence[object], *, num_images: int = BATCH, num_validation: int = 2) -> None:
-        """Train the VAE `name` at 64 px, unless it exists.
+    def training(
+        self, name: str, flags: Sequence[object], *, batch_size: int = BATCH, num_validation: int = 2
+    ) -> Module:
+        """Return the training of the VAE `name` at 64 px.
 
         Args:
             name: of the VAE.
             flags: what is not the same for all trainings.
-            num_images: images or clips of a step; at most as many processes share them.
+            batch_size: images or clips of a step.
             num_validation: images or clips of the training's own validation.
         """
         output_dir = self.vae(name)
-        if (output_dir / WEIGHTS_NAME).exists() and (output_dir / "README.md").exists():
-            self.bar.update()
-            return
-        processes = num_processes(num_images)
-        self._call(
-            f"train {name}", *launched(processes), ROOT / "train_srl_vae.py",
-            "--pretrained_model_name_or_path", self.original, "--resolution", 64,
-            "--train_batch_size", num_images // processes, "--learning_rate", "5e-4", "--lpips_weight", 0, "--random_flip",
-            "--no-torch_compile", "--num_validation_images", num_validation, "--validation_steps", 10_000,
-            "--report_to", "none",
-            *flags, "--output_dir", output_dir, "--resume_from_checkpoint", "latest",
-        )  # fmt: skip
+        shared = [
+            "--pretrained_model_name_or_path", self.original, "--resolution", 64, "--train_batch_size", batch_size,
+            "--learning_rate", "5e-4", "--lpips_weight", 0, "--random_flip", "--no-torch_compile",
+            "--num_validation_images", num_validation, "--validation_steps", 10_000, "--report_to", "none",
+        ]  # fmt: skip
+        flags = [*shared, *flags, "--output_dir", output_dir, "--resume_from_checkpoint", "latest"]
+        return Module(f"train {name}", "train_srl_vae", flags, output_dir / WEIGHTS_NAME)
 
     def evaluate(
         self, name: str, command: str, vaes: Sequence[str], flags: Sequence[object], *, baseline: str = ORIGINAL

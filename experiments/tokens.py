@@ -47,11 +47,13 @@ def main() -> None:
     """Train, evaluate, and write the table."""
     args = experiment_parser("tokens", __doc__).parse_args()
     run = Runner(args.output_dir, WEIGHTS / "vq", title="tokens", num_calls=len(VARIANTS) * SEEDS + 2)
-    names = []
-    for seed in range(SEEDS):
-        for variant, flags in VARIANTS.items():
-            names.append(trained_name(variant, seed))
-            run.train(names[-1], ["--dataset_name", "scikit-image", "--seed", seed, *shlex.split(flags)])
+    trainings = {
+        trained_name(variant, seed): ["--dataset_name", "scikit-image", "--seed", seed, *shlex.split(flags)]
+        for seed in range(SEEDS)
+        for variant, flags in VARIANTS.items()
+    }
+    run.modules([run.training(*each) for each in trainings.items()])
+    names = list(trainings)
     run.evaluate("reconstruction", "reconstruction", names, EVALUATION)
     run.evaluate("checks", "reconstruction", names[: len(VARIANTS)], CHECKS)
     run.bar.close()

@@ -50,7 +50,7 @@ def test_the_other_experiments_parse(name: str) -> None:
 @pytest.mark.parametrize("scale", [defences.FULL, defences.QUICK], ids=["full", "quick"])
 def test_the_comparison_of_defences_parses(scale: defences.Scale) -> None:
     """Oracle: the parsers of the commands; each rival has its seeds, and each curve its other weights."""
-    trainings = defences.planned_trainings(scale)
+    trainings = defences.planned_trainings(scale, Path("scenes"))
     curves = sum(rival.curve for rival in defences.RIVALS.values())
     assert len(trainings) == scale.seeds * len(defences.RIVALS) + len(defences.ALPHAS) * curves
     for flags in trainings.values():
