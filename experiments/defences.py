@@ -57,8 +57,8 @@ RIVALS = {
     "purify, LoRA": Rival(f"{THREE_STEPS} --objective purify --latent_attack_share 0.5 --lora_rank 16", 170),
 }
 """Ways of training. Steps follow from the operations of a step."""
-ALPHAS = (0.0, 0.3)
-"""Originality weights beside 0.03, that of the recipes."""
+RECIPES_ALPHA = 0.03
+"""The originality weight of the recipes."""
 PROTECTIONS = ("photoguard-encoder", "mist-fused", "sds")
 PURIFIERS = (
     "jpeg-75", "jpeg-30", "resize-0.5", "resize-0.5+jpeg-75", "jpeg-75+resize-0.5", "noise-0.05", "noise-0.1",
@@ -75,6 +75,7 @@ class Scale:
 
     Attributes:
         steps: share of each rival's steps that is trained.
+        alphas: originality weights of the curves, beside that of the recipes.
         training_scenes: scenes to train on.
         generated: images of generation.
         judged: images of reconstruction and editing.
@@ -84,6 +85,7 @@ class Scale:
     """
 
     steps: float
+    alphas: Sequence[float]
     training_scenes: int
     generated: int
     judged: int
@@ -92,8 +94,12 @@ class Scale:
     adaptive_seeds: int
 
 
-FULL = Scale(steps=1, training_scenes=1000, generated=32, judged=16, attack_steps=50, seeds=3, adaptive_seeds=1)
-QUICK = Scale(steps=0.15, training_scenes=200, generated=8, judged=4, attack_steps=10, seeds=1, adaptive_seeds=1)
+FULL = Scale(
+    steps=1, alphas=(0.0, 0.3), training_scenes=1000, generated=32, judged=16, attack_steps=50, seeds=3, adaptive_seeds=1
+)  # fmt: skip
+QUICK = Scale(
+    steps=0.05, alphas=(0.3,), training_scenes=200, generated=8, judged=4, attack_steps=10, seeds=1, adaptive_seeds=1
+)  # fmt: skip
 
 
 def main() -> None:
@@ -124,7 +130,7 @@ def main() -> None:
     edits = results_in(args.output_dir, "transfer", "adaptive", "purifiers", "adaptive-purifiers")
     defences = defences_of(edits, best)
     draw_defences(defences, args.output_dir / "defences.png")
-    draw_curves(curves(reconstruction, f"apgd-{scale.attack_steps}"), args.output_dir / "originality.png")
+    draw_curves(curves(reconstruction, scale), args.output_dir / "originality.png")
     text = "\n\n".join([
         f"{machine()}, {date.today().isoformat()}, {run.minutes():.0f} minutes. Scale: {scale}.",
         "## Rivals at equal time", rivals_table(reconstruction, generation, scale, run),
@@ -147,7 +153,7 @@ def planned_trainings(scale: Scale, scenes: Path) -> dict[str, list[object]]:
         flags = ["--train_data_dir", scenes, *shlex.split(rival.flags), "--max_train_steps", steps]
         for seed in range(scale.seeds):
             trainings[trained_name(name, seed)] = [*flags, "--seed", seed]
-        for alpha in ALPHAS if rival.curve else ():
+        for alpha in scale.alphas if rival.curve else ():
             trainings[with_alpha(name, alpha)] = [*flags, "--originality_weight", alpha, "--seed", 0]
     return trainings
 
@@ -258,21 +264,19 @@ def seconds_of_steps(vae: Path) -> float:
     return len(seconds) * median(seconds)
 
 
-def curves(results: Results, attack: str) -> dict[str, list[tuple[float, float]]]:
+def curves(results: Results, scale: Scale) -> dict[str, list[tuple[float, float]]]:
     """Return drift and attacked PSNR in dB of each rival with each originality weight, the largest first.
 
     All are of the first seed.
     """
 
-    def point(name: str) -> tuple[float, float]:
+    attack, alphas = f"apgd-{scale.attack_steps}", sorted((RECIPES_ALPHA, *scale.alphas), reverse=True)
+
+    def point(rival: str, alpha: float) -> tuple[float, float]:
+        name = rival if alpha == RECIPES_ALPHA else with_alpha(rival, alpha)
         return results.values[name, "clean", NO_THREAT, DRIFT], results.values[name, attack, ADAPTIVE, "psnr"]
 
-    low, high = ALPHAS
-    return {
-        name: [point(with_alpha(name, high)), point(name), point(with_alpha(name, low))]
-        for name, rival in RIVALS.items()
-        if rival.curve
-    }
+    return {name: [point(name, alpha) for alpha in alphas] for name, rival in RIVALS.items() if rival.curve}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 from srl_utils.errors import UnusableFile, UserError
 
 LONGEST_NAME = 255  # bytes, of file systems
+LOCK = ".lock"
 
 
 def home_expanded(text: str) -> str:
@@ -77,14 +78,20 @@ KEY = "images"
 
 
 def kept_images(path: Path, make: Callable[[], Tensor]) -> Tensor:
-    """Return the images `[N,3,H,W]` stored at `path`, on the CPU; make and store them if there are none.
-
-    Several processes may make them at a time, so they must depend on `path` alone.
-    """
-    if not path.exists():
-        made = make().cpu().contiguous()
-        write_atomically(path, lambda aside: save_tensors({KEY: made}, aside))
+    """Return the images `[N,3,H,W]` stored at `path`, on the CPU; make and store them if there are none."""
+    with sole_maker(path):
+        if not path.exists():
+            made = make().cpu().contiguous()
+            write_atomically(path, lambda aside: save_tensors({KEY: made}, aside))
     return load_file(path)[KEY]
+
+
+@contextmanager
+def sole_maker(path: Path) -> Iterator[None]:
+    """Wait until no other process is inside the context for `path`: who makes a file looks there whether it exists."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}{LOCK}"):
+        yield
 
 
 MANIFEST = "manifest.json"
@@ -134,9 +141,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-LOCK = ".lock"
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from helpers.runs import ROOT, Run
 
 from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
-from srl_utils.files import save_tensors, sole_run
+from srl_utils.files import kept_images, save_tensors, sole_run
 from srl_utils.training.checkpoints import save_drop_in
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
 
@@ -106,3 +108,17 @@ def test_whoever_may_read_other_files_may_read_weights(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_several_at_a_time_make_a_file_once(tmp_path: Path) -> None:
+    """Oracle: counting. Of two that want the same images at the same time, one makes them and both have them."""
+    made = []
+
+    def make() -> torch.Tensor:
+        made.append(torch.rand(1, 3, 4, 4))
+        time.sleep(0.3)
+        return made[-1]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: kept_images(tmp_path / "of/images.safetensors", make), range(2))
+    assert len(made) == 1 and torch.equal(first, made[0]) and torch.equal(second, made[0])

@@ -62,7 +62,7 @@ def test_rivals_are_compared(reconstruction: Results, tmp_path: Path) -> None:
 
 def test_a_curve_has_every_weight(reconstruction: Results) -> None:
     """Oracle: by hand; the largest weight comes first, and all are of the first seed."""
-    (points,) = defences.curves(reconstruction, "apgd-50").values()
+    (points,) = defences.curves(reconstruction, defences.FULL).values()
     assert points == [(0.04, 22), (0.01, 24), (0.03, 27)]
 
 

@@ -52,7 +52,7 @@ def test_the_comparison_of_defences_parses(scale: defences.Scale) -> None:
     """Oracle: the parsers of the commands; each rival has its seeds, and each curve its other weights."""
     trainings = defences.planned_trainings(scale, Path("scenes"))
     curves = sum(rival.curve for rival in defences.RIVALS.values())
-    assert len(trainings) == scale.seeds * len(defences.RIVALS) + len(defences.ALPHAS) * curves
+    assert len(trainings) == scale.seeds * len(defences.RIVALS) + len(scale.alphas) * curves
     for flags in trainings.values():
         words = ["--pretrained_model_name_or_path", "vae", "--train_data_dir", "data", "--lpips_weight", "0"]
         assert train_srl_vae.parse_args([*words, *map(str, flags)], environment={}).max_train_steps > 0

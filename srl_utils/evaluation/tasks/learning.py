@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.evaluation.tasks.base import Cell
 from srl_utils.evaluation.tasks.editing import Edit
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
-from srl_utils.files import kept_images, save_tensors, write_atomically
+from srl_utils.files import kept_images, save_tensors, sole_maker, write_atomically
 from srl_utils.vae.codec import Codec
 
 
@@ -91,8 +90,7 @@ class Learner:
         own = self.text_to_image.pipeline.unet
         made_on = f"-on-{cell.source.digest}" if cell.perturbation.adversarial else ""
         path = self.folder / "models" / f"{codec.digest}-{name}{made_on}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with sole_maker(path):
             if not path.exists():
                 unet = self._finetune(codec, lesson)
                 write_atomically(path, partial(save_tensors, changed_weights(unet, own)))
