@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers.purifying_pipelines import build_pixel_model, build_stable_diffusion, build_upscaler
 from helpers.runs import draw_images
@@ -22,6 +23,7 @@ from srl_utils.errors import UserError
 from srl_utils.evaluation.__main__ import main as evaluate
 from srl_utils.evaluation.cells import cells_of, measure
 from srl_utils.evaluation.cli.main import parse_args
+from srl_utils.evaluation.cli.setup import Setup, defended
 from srl_utils.evaluation.defences import Defence, defences
 from srl_utils.evaluation.motion import TRAVEL, motion
 from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, TRANSFER, Perturbation, usual_attack
@@ -310,6 +312,18 @@ def test_the_command_purifies_by_pipelines(
     values = {row["vae"]: row["value"] for row in rows}
     assert values.keys() == {"original", *(f"original + {name}" for name in purifiers)}
     assert len(set(values.values())) == len(values)
+
+
+@pytest.mark.parametrize("again", ["resize-0.5+jpeg-75", "resize-.5+jpeg-75", "resize-0.5 + jpeg-75.0"])
+def test_a_purifier_that_is_given_twice_counts_once(again: str, codecs: list[Codec]) -> None:
+    """Oracle: specification. Another spelling of a number, or spaces, make no other purifier."""
+    setup = Setup(
+        accelerator=Accelerator(), codecs=codecs, images=draw_images(1, 16), captions=[""], names=["0.png"], pipeline=None,
+        origins={}, notes=[],
+    )  # fmt: skip
+    args = Namespace(purifiers=["resize-0.5+jpeg-75", again], purifier_pipelines=None)
+    names = [codec.name for codec in defended(setup, args, None).codecs]
+    assert names == ["original", "robust", "original + resize-0.5+jpeg-75", "robust + resize-0.5+jpeg-75"]
 
 
 WORDS = ["reconstruction", "--baseline", "vae", "--data_dir", "photos", "--metrics", "psnr", "--attacks", "clean"]

@@ -247,7 +247,7 @@ def find_incompatible(
 
 
 def defended(setup: Setup, args: argparse.Namespace, classifier: ImageClassifier | None) -> Setup:
-    """Return `setup` with each VAE also behind each purifier.
+    """Return `setup` with each VAE also behind each purifier; one that is given twice counts once.
 
     Args:
         setup: its notes are extended.
@@ -257,7 +257,7 @@ def defended(setup: Setup, args: argparse.Namespace, classifier: ImageClassifier
     Raises:
         UserError: if a purifier lacks what it needs.
     """
-    names = list(dict.fromkeys(args.purifiers or ()))
+    names = args.purifiers or ()
     perceptual = None
     if any(map(uses_perceptual, names)):
         perceptual = perceptual_bound(setup, try_lpips(setup), classifier, "IMPRESS")
@@ -266,7 +266,9 @@ def defended(setup: Setup, args: argparse.Namespace, classifier: ImageClassifier
         pipelines=purifying_pipelines(setup, args) if any(map(uses_pipeline, names)) else (),
         perceptual=perceptual,
     )
-    return replace(setup, codecs=defences(setup.codecs, [purifier_of(name, resources) for name in names]))
+    found = [purifier_of(name, resources) for name in names]
+    named = {purifier.name: purifier for purifier in found}  # `resize-.5` is `resize-0.5`, too
+    return replace(setup, codecs=defences(setup.codecs, list(named.values())))
 
 
 def purifying_pipelines(setup: Setup, args: argparse.Namespace) -> list[DiffusionPipeline]:
