@@ -133,7 +133,7 @@ def test_another_study_in_the_folder_is_refused(arguments) -> None:
     [
         (["--smoothing_samples", "99"], "at least 100 samples, got 99"),
         (["--num_images", "1"], "clusters and interpolation need at least 2 images"),
-        ([*LABELLED, "--label_words", "green"], "fewer than two of these words"),
+        ([*LABELLED, "--label_words", "green"], "at least two labels"),
         (["--parts", "smoothness", "--epsilon", "4/255"], "--epsilon has no effect without surface or clusters"),
         (["--parts", "surface", "--num_certified", "9"], "--num_certified has no effect without certificate"),
     ],

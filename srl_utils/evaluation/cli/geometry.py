@@ -91,9 +91,7 @@ def check_setup(args: argparse.Namespace, setup: Setup) -> None:
         raise UserError(f"{' and '.join(paired)} need at least 2 images", parameter="num_images")
     labels = labels_of(setup.captions, args.label_words)
     if args.label_words and labels is None:
-        raise UserError(
-            "the captions have fewer than two of these words, so there are no labels", parameter="label_words"
-        )
+        raise UserError("needs at least two labels, and two images with the same one", parameter="label_words")
 
 
 def check_continuous(codec: Codec) -> None:

@@ -24,10 +24,10 @@ Found = dict[Setting, dict[str, Row]]
 NO_PURIFIER = "none"
 BEST = "best purifier of each image"
 EXPLANATION = (
-    "The VAE, and the purifier in front of it, with the best mean for each attack and metric. The tables below have all: a "
-    "line for each purifier, and one that takes for each image the purifier that is best for it, which is the least that a "
-    "protection achieves against someone who tries them all. Adaptive attacks make another image for each purifier, so that "
-    "they have no such line. They know the purifier if it has a gradient, else the VAE alone."
+    "The VAE, and the purifier in front of it, with the best mean for each attack and metric. The tables below have a line "
+    "for each purifier, and one for the best purifier of each image: what someone who tries them all achieves. Adaptive "
+    "attacks make another image for each purifier, so their tables lack that line. They know the purifier if it has a "
+    "gradient, else the VAE alone."
 )
 
 PRICE = "What purifying costs an image that nobody has attacked: each line against the first."
