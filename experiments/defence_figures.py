@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
@@ -43,19 +43,21 @@ def draw_defences(defences: Mapping[str, Defence], path: Path) -> None:
         save(figure, path)
 
 
-def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+def draw_curves(curves: Mapping[str, Mapping[float, tuple[float, float]]], path: Path) -> None:
     """Draw the PSNR under attack of each rival against the drift of its latents.
 
     Args:
-        curves: drift and PSNR in dB for each originality weight, by rival.
+        curves: drift and PSNR in dB by originality weight, by rival.
         path: of the PNG.
     """
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(9, 4))
         ax = figure.subplots()
         for name, points in curves.items():
-            ax.plot(*zip(*points, strict=True), marker="o", label=name)
-        ax.set(xlabel="drift of clean latents", ylabel="PSNR under attack (dB)", xlim=(0, None))
+            ax.plot(*zip(*points.values(), strict=True), marker="o", label=name)
+            for alpha, place in points.items():
+                ax.annotate(f"{alpha:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        ax.set(xlabel="drift of clean latents", ylabel="PSNR under attack (dB)", xscale="log")
         save(with_legend(figure), path)
 
 

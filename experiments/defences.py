@@ -264,19 +264,18 @@ def seconds_of_steps(vae: Path) -> float:
     return len(seconds) * median(seconds)
 
 
-def curves(results: Results, scale: Scale) -> dict[str, list[tuple[float, float]]]:
+def curves(results: Results, scale: Scale) -> dict[str, dict[float, tuple[float, float]]]:
     """Return drift and attacked PSNR in dB of each rival with each originality weight, the largest first.
 
     All are of the first seed.
     """
-
     attack, alphas = f"apgd-{scale.attack_steps}", sorted((RECIPES_ALPHA, *scale.alphas), reverse=True)
 
     def point(rival: str, alpha: float) -> tuple[float, float]:
         name = rival if alpha == RECIPES_ALPHA else with_alpha(rival, alpha)
         return results.values[name, "clean", NO_THREAT, DRIFT], results.values[name, attack, ADAPTIVE, "psnr"]
 
-    return {name: [point(name, alpha) for alpha in alphas] for name, rival in RIVALS.items() if rival.curve}
+    return {name: {alpha: point(name, alpha) for alpha in alphas} for name, rival in RIVALS.items() if rival.curve}
 
 
 if __name__ == "__main__":

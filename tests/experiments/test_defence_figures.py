@@ -61,17 +61,18 @@ def test_figures_have_a_point_for_each_value(edits: Results, monkeypatch: pytest
     monkeypatch.setattr(defence_figures, "save", lambda figure, path: drawn.append((path.name, figure)))
     defences = {name: defence_of(edits, name, ["sds", "pid"]) for name in ("srl", f"{ORIGINAL} + jpeg-75")}
     draw_defences(defences, tmp_path / "defences.png")
-    draw_curves({"srl": [(0.01, 20.0), (0.03, 22.0)]}, tmp_path / "curves.png")
+    draw_curves({"srl": {0.3: (0.01, 20.0), 0.03: (0.03, 22.0)}}, tmp_path / "curves.png")
     (_, scatter), (_, curves) = drawn
     transfer, adaptive = ([line.get_xydata().tolist() for line in ax.lines] for ax in scatter.axes)
     assert transfer == [[[2, pytest.approx(43.75)]], [[4, pytest.approx(2.5)]]] and adaptive == []
     assert curves.axes[0].lines[0].get_xydata().tolist() == [[0.01, 20], [0.03, 22]]
+    assert [text.get_text() for text in curves.axes[0].texts] == ["0.3", "0.03"]
 
 
 def test_figures_are_drawn(edits: Results, tmp_path: Path) -> None:
     """Oracle: the files can be opened."""
     draw_defences({"srl": defence_of(edits, "srl", ["sds", "pid"])}, tmp_path / "defences.png")
-    draw_curves({"srl": [(0.01, 20.0), (0.03, 22.0)]}, tmp_path / "curves.png")
+    draw_curves({"srl": {0.3: (0.01, 20.0), 0.03: (0.03, 22.0)}}, tmp_path / "curves.png")
     for name in ("defences.png", "curves.png"):
         with Image.open(tmp_path / name) as picture:
             picture.load()

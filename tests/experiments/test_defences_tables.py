@@ -63,7 +63,7 @@ def test_rivals_are_compared(reconstruction: Results, tmp_path: Path) -> None:
 def test_a_curve_has_every_weight(reconstruction: Results) -> None:
     """Oracle: by hand; the largest weight comes first, and all are of the first seed."""
     (points,) = defences.curves(reconstruction, defences.FULL).values()
-    assert points == [(0.04, 22), (0.01, 24), (0.03, 27)]
+    assert list(points.items()) == [(0.3, (0.04, 22)), (0.03, (0.01, 24)), (0.0, (0.03, 27))]
 
 
 def test_a_line_of_a_defence() -> None:
