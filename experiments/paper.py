@@ -38,6 +38,7 @@ from experiments.plan import (
     COSTLY_ATTACK,
     COSTLY_EDITING,
     FULL,
+    GEOMETRY,
     LEAVES,
     PARTS,
     QUICK,
@@ -52,6 +53,7 @@ from experiments.plan import (
     training_flags,
 )
 from experiments.runner import WEIGHTS, Runner, experiment_parser, machine
+from experiments.surfaces import draw_loss_surfaces
 from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.files import write_text_atomically
@@ -86,6 +88,12 @@ def main() -> None:
     claims = judged(results, apgd=apgd, edits=edits, poison=list(poisons)[-1])
     draw_all(results, args.output_dir / "figures", attack=apgd, edits=edits, poisons=poisons)
     draw_example(args.output_dir / SCENES, run.vae(ROBUST), args.output_dir / "figures/example.png")
+    seen = [ORIGINAL, *next(each.vaes for each in planned if each.name == GEOMETRY)]
+    draw_loss_surfaces(
+        args.output_dir / GEOMETRY,
+        {ORIGINAL: 0, "control": seen.index(CONTROL), ROBUST: seen.index(ROBUST)},
+        args.output_dir / "figures/surface.png",
+    )  # fmt: skip
     text = report(results, claims, scale, seed=args.seed, minutes=run.minutes())
     write_text_atomically(args.output_dir / "paper.md", text)
     print(f"Report: {args.output_dir / 'paper.md'}")

@@ -19,7 +19,7 @@ from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, noise
 from srl_utils.evaluation.report.caveats import Caveat, caveats_of_metrics
 from srl_utils.evaluation.report.document import ReportContent, write_report
 from srl_utils.evaluation.report.figures import draw_curves
-from srl_utils.evaluation.report.geometry import draw_maps, draw_surfaces
+from srl_utils.evaluation.report.geometry import AROUND_IMAGES, draw_maps, draw_surfaces
 from srl_utils.evaluation.results import Record, Row, Setting, by_setting, to_row, to_rows
 from srl_utils.evaluation.tasks.base import Metrics
 from srl_utils.evaluation.tasks.geometry import (
@@ -204,8 +204,7 @@ def surface_figures(part: Surface, study: GeometryStudy, records: Sequence[Recor
         return {vae: tensors[name] for vae, tensors in kept.items()}
 
     return draw_surfaces(
-        surfaces("images"), clean, numbers(attacked, (CURVATURE, AREA)), folder / "surface-images.png",
-        title="Loss surface around images", across="attack (1: whole)", up="random signs (1: epsilon)",
+        surfaces("images"), clean, numbers(attacked, (CURVATURE, AREA)), folder / "surface-images.png", **AROUND_IMAGES,
     ) | draw_surfaces(
         surfaces("weights"), clean, numbers(own, (WEIGHT_AREA,)), folder / "surface-weights.png",
         title="Loss surface around the encoder's weights",

@@ -25,6 +25,10 @@ EXTENT = (-1, 1, -1, 1)
 PEAK = 255.0**2
 """Squared error of 0 dB, in squared grey levels."""
 MOST_LABELS = 12
+AROUND_IMAGES = {
+    "title": "Loss surface around images", "across": "attack (1: whole)", "up": "random signs (1: epsilon)",
+}  # fmt: skip
+"""Titles of the figure and of its axes."""
 
 
 def draw_surfaces(
