@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from experiments.claims import ORIGINAL, Results, damage, decibels_won_back, defence_of, mean_of, won_back
 from experiments.defences import PROTECTIONS
 from experiments.measured import MEASURED, load_measured
+from srl_utils.attacks.corruptions import CORRUPTIONS
 from srl_utils.evaluation.perturbations import CLEAN, NO_THREAT
 from srl_utils.files import write_text_atomically
 
@@ -60,6 +61,16 @@ def won(results: Results, vae: str, attack: str, threat: str, metric: str) -> st
 def won_decibels(results: Results, vae: str, attack: str) -> str:
     """Return the share of the PSNR that an adaptive attack takes which a VAE wins back, in percent."""
     return spread([100 * share for share in decibels_won_back(results, vae, attack)], 0, "%")
+
+
+def gained(sets: Sequence[Results], vae: str, attack: str) -> str:
+    """Return by how many dB a VAE's reconstructions of perturbed images are nearer the clean images than the original's, mean
+    of several data sets."""
+    gains = []
+    for results in sets:
+        (original,) = results.of(ORIGINAL, attack, NO_THREAT, "psnr")
+        gains.append([value - original for value in results.of(vae, attack, NO_THREAT, "psnr")])
+    return spread(mean_of(gains))
 
 
 def edits(results: Results, vae: str, attack: str, threat: str, metric: str, decimals: int) -> str:
@@ -116,8 +127,22 @@ def page() -> str:
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    functions = (of, mean_only, won, won_decibels, edits, harm, won_edits, clip_lost, shown, lost_to_poisons, together)
+    functions = (
+        of,
+        mean_only,
+        won,
+        won_decibels,
+        gained,
+        edits,
+        harm,
+        won_edits,
+        clip_lost,
+        shown,
+        lost_to_poisons,
+        together,
+    )
     environment.globals.update({function.__name__: function for function in functions})
+    environment.globals["CORRUPTIONS"] = CORRUPTIONS
     measured = {path.stem: load_measured(path.stem) for path in MEASURED.glob("*.json")}
     return environment.get_template("results.md.jinja").render(**measured)
 

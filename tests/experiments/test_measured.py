@@ -63,3 +63,13 @@ def test_cells() -> None:
     assert script.spread([-0.04, -0.02]) == "0.0 ± 0.0"
     with pytest.raises(script.NotMeasured, match="ssim of robust under apgd-50"):
         script.of(results, "robust", "apgd-50", "adaptive", "ssim")
+
+
+def test_gains_are_means_over_data_sets() -> None:
+    """Oracle: by hand; the seeds gain 1 and 2 dB on one data set, 3 and 6 dB on the other."""
+    sets = [
+        Results({(vae, "jpeg-1", "none", "psnr"): 20 + factor * gain for vae, gain in gains.items()})
+        for factor in (1, 3)
+        for gains in [{"original": 0, "robust": 1, "robust (seed 1)": 2}]
+    ]
+    assert script.gained(sets, "robust", "jpeg-1") == "3.0 ± 1.4"
