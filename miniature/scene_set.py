@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from miniature.scenes import COLORS, SHAPES, draw_scene
-from srl_utils.files import sole_maker, write_atomically, write_text_atomically
+from srl_utils.files import make_once, write_atomically, write_text_atomically
 
 SIZE = 64
 PAIR_SHARE = 0.2
@@ -46,11 +46,13 @@ def scene_set(folder: Path, *, seed: int, count: int, pair_share: float = PAIR_S
     """Return the first `count` scenes of the series `seed`, loaded from `folder` or drawn and saved there."""
     name = f"scenes-{seed}-{count}-{pair_share}"
     pixels, texts = folder / f"{name}.npy", folder / f"{name}.json"
-    with sole_maker(texts):
-        if not texts.exists():
-            images, captions, labels = _draw(seed, count, pair_share)
-            write_atomically(pixels, partial(_save, images))
-            write_text_atomically(texts, json.dumps({"captions": captions, "labels": labels}))
+
+    def write() -> None:
+        images, captions, labels = _draw(seed, count, pair_share)
+        write_atomically(pixels, partial(_save, images))
+        write_text_atomically(texts, json.dumps({"captions": captions, "labels": labels}))
+
+    make_once(texts, write)
     kept = json.loads(texts.read_text())
     return SceneSet(torch.from_numpy(np.load(pixels)), kept["captions"], torch.tensor(kept["labels"]))
 

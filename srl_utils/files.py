@@ -79,19 +79,28 @@ KEY = "images"
 
 def kept_images(path: Path, make: Callable[[], Tensor]) -> Tensor:
     """Return the images `[N,3,H,W]` stored at `path`, on the CPU; make and store them if there are none."""
-    with sole_maker(path):
-        if not path.exists():
-            made = make().cpu().contiguous()
-            write_atomically(path, lambda aside: save_tensors({KEY: made}, aside))
+
+    def write() -> None:
+        made = make().cpu().contiguous()
+        write_atomically(path, lambda aside: save_tensors({KEY: made}, aside))
+
+    make_once(path, write)
     return load_file(path)[KEY]
 
 
-@contextmanager
-def sole_maker(path: Path) -> Iterator[None]:
-    """Wait until no other process is inside the context for `path`: who makes a file looks there whether it exists."""
+def make_once(path: Path, write: Callable[[], object]) -> None:
+    """Write a file unless it exists; wait while another process writes it.
+
+    Args:
+        path: the file.
+        write: writes it atomically.
+    """
+    if path.exists():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}{LOCK}"):
-        yield
+        if not path.exists():
+            write()
 
 
 MANIFEST = "manifest.json"

@@ -128,19 +128,8 @@ def page() -> str:
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     functions = (
-        of,
-        mean_only,
-        won,
-        won_decibels,
-        gained,
-        edits,
-        harm,
-        won_edits,
-        clip_lost,
-        shown,
-        lost_to_poisons,
-        together,
-    )
+        of, mean_only, won, won_decibels, gained, edits, harm, won_edits, clip_lost, shown, lost_to_poisons, together,
+    )  # fmt: skip
     environment.globals.update({function.__name__: function for function in functions})
     environment.globals["CORRUPTIONS"] = CORRUPTIONS
     measured = {path.stem: load_measured(path.stem) for path in MEASURED.glob("*.json")}

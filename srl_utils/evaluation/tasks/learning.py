@@ -20,7 +20,7 @@ from srl_utils.evaluation.perturbations import Perturbation
 from srl_utils.evaluation.tasks.base import Cell
 from srl_utils.evaluation.tasks.editing import Edit
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
-from srl_utils.files import kept_images, save_tensors, sole_maker, write_atomically
+from srl_utils.files import kept_images, make_once, save_tensors, write_atomically
 from srl_utils.vae.codec import Codec
 
 
@@ -90,11 +90,12 @@ class Learner:
         own = self.text_to_image.pipeline.unet
         made_on = f"-on-{cell.source.digest}" if cell.perturbation.adversarial else ""
         path = self.folder / "models" / f"{codec.digest}-{name}{made_on}"
-        with sole_maker(path):
-            if not path.exists():
-                unet = self._finetune(codec, lesson)
-                write_atomically(path, partial(save_tensors, changed_weights(unet, own)))
-                return unet
+
+        def write() -> None:
+            taught = self._finetune(codec, lesson)
+            write_atomically(path, partial(save_tensors, changed_weights(taught, own)))
+
+        make_once(path, write)
         unet = copy.deepcopy(own)
         unet.load_state_dict(own.state_dict() | load_file(path))
         return unet
