@@ -29,7 +29,7 @@ from srl_utils.metrics.features import load_image_classifier
 ADAPTED, ANEW = "adapted", "anew"
 LEARNING_RATES = {ADAPTED: 3e-4, ANEW: 1e-3}
 MEASURES = ("fid", "shown")
-INFERENCE_STEPS, GUIDANCE = 20, 2.5
+INFERENCE_STEPS, GUIDANCE = 10, 2.5
 
 
 def main() -> None:
@@ -99,11 +99,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--vae", type=Path, required=True)
-    add("--steps", type=int, nargs="*", default=[0, 30, 100, 300, 1000], help="with which the denoiser is fine-tuned")
+    add("--steps", type=int, nargs="*", default=[0, 30, 100, 300], help="with which the denoiser is fine-tuned")
     add("--steps_anew", type=int, nargs="*", default=[], help="with which one is trained from random weights")
-    add("--batch_size", type=int, default=64)
+    add("--batch_size", type=int, default=32)
     add("--num_scenes", type=int, default=4000, help="to teach")
-    add("--num_images", type=int, default=256, help="to generate")
+    add("--num_images", type=int, default=128, help="to generate")
     add("--work_dir", type=Path, default=Path("outputs/miniature"), help="saved scenes")
     add("--seed", type=int, default=0)
     add("--output_dir", type=Path, required=True)
