@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.runs import write_photos
 
 from srl_utils.errors import UserError
 from srl_utils.evaluation.cli import main as command
@@ -23,7 +24,6 @@ from srl_utils.evaluation.report.data_sets import (
 )
 from srl_utils.evaluation.results import Row
 from srl_utils.evaluation.study import Study
-from srl_utils.images.pixels import to_pil
 
 
 def of_all(value: float, spread: float = 0.0) -> dict[int, float]:
@@ -119,9 +119,7 @@ def words(tiny_vae, other_tiny_vae, images, tmp_path: Path) -> list[str]:
     """The smallest evaluation of two VAEs, without its data sets and output folder."""
     tiny_vae.save_pretrained(tmp_path / "original")
     other_tiny_vae.save_pretrained(tmp_path / "robust")
-    (tmp_path / "photos").mkdir()
-    for number, image in enumerate(images(3)):
-        to_pil(image).save(tmp_path / f"photos/{number}.png")
+    write_photos(tmp_path / "photos", images(3))
     return [
         "reconstruction", "--baseline", str(tmp_path / "original"), "--vae", f"robust={tmp_path / 'robust'}",
         "--resolution", "16", "--num_images", "3", "--attacks", "clean", "jpeg", "pgd-1", "--epsilons", "8/255",

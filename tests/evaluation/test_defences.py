@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers.purifying_pipelines import build_pixel_model, build_stable_diffusion, build_upscaler
-from helpers.runs import draw_images
+from helpers.runs import draw_images, write_photos
 from helpers.small_pipelines import build_pipeline
 from helpers.small_text_encoder import add_text_encoders
 from torch import Tensor
@@ -34,7 +34,6 @@ from srl_utils.evaluation.tasks.base import Metrics, Reconstruction
 from srl_utils.evaluation.tasks.editing import Editing, build_edits
 from srl_utils.evaluation.tasks.generation import build_text_to_image
 from srl_utils.evaluation.timings import Timings, kept_timings
-from srl_utils.images.pixels import to_pil
 from srl_utils.metrics.pixels import psnr
 from srl_utils.purifiers import Purifier, purifier_of
 from srl_utils.vae.codec import Codec, frozen_codec
@@ -253,9 +252,7 @@ def test_the_command_judges_defences(codecs: list[Codec], tmp_path: Path) -> Non
     """Oracle: the real command. Every defence has rows, and both reports the panels. Clean images are judged without being
     asked for. A second call repeats the seconds. Wrong names are told at once.
     """
-    (tmp_path / "photos").mkdir()
-    for number, image in enumerate(draw_images(2, 32)):
-        to_pil(image).save(tmp_path / f"photos/{number}.png")
+    write_photos(tmp_path / "photos", draw_images(2, 32))
     for codec in codecs:
         codec.vae.save_pretrained(tmp_path / codec.name)
     command = [
@@ -289,8 +286,7 @@ def test_the_command_purifies_by_pipelines(
     monkeypatch.setattr("srl_utils.purifiers.diffusing.STEPS", 2)
     for state in (AcceleratorState, PartialState, GradientState):
         monkeypatch.setattr(state, "_shared_state", {})
-    (tmp_path / "photos").mkdir()
-    to_pil(draw_images(1, 32)[0]).save(tmp_path / "photos/0.png")
+    write_photos(tmp_path / "photos", draw_images(1, 32))
     text_to_image = build_stable_diffusion(tmp_path)
     parts = {
         "sd": text_to_image,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.center_smoothing import linear_bound, quantile
-from helpers.runs import build_tiny_vae
+from helpers.runs import build_tiny_vae, write_photos
 from torch import nn
 
 from srl_utils.errors import UserError
@@ -22,7 +22,6 @@ from srl_utils.evaluation.perturbations import noise, usual_attack
 from srl_utils.evaluation.results import Record
 from srl_utils.evaluation.tasks.geometry import Batch, Certificate, Clusters, Smoothness, Surface
 from srl_utils.geometry.certificate import CenterSmoothing
-from srl_utils.images.pixels import to_pil
 from srl_utils.vae.codec import Codec
 
 COUNT = 10
@@ -39,9 +38,8 @@ def arguments(tiny_vae, other_tiny_vae, images, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setitem(part.__init__.__kwdefaults__, setting, value)
     tiny_vae.save_pretrained(tmp_path / "original")
     other_tiny_vae.save_pretrained(tmp_path / "robust")
-    (tmp_path / "photos").mkdir()
-    for number, image in enumerate(images(COUNT)):
-        to_pil(image).save(tmp_path / f"photos/{number}.png")
+    write_photos(tmp_path / "photos", images(COUNT))
+    for number in range(COUNT):
         (tmp_path / f"photos/{number}.txt").write_text(f"a {('red', 'blue')[number % 2]} thing")
     return [
         "geometry", "--baseline", str(tmp_path / "original"), "--vae", f"robust={tmp_path / 'robust'}",

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
-from helpers.runs import ROOT, launch
+from helpers.runs import ROOT, launch, write_photos
 from helpers.small_pipelines import small_vae
 from PIL import Image
 from torch import Tensor, nn
@@ -39,7 +39,6 @@ from srl_utils.evaluation.results import Record, Setting
 from srl_utils.evaluation.sanity import CheckSettings, check_robustness
 from srl_utils.evaluation.study import Job, Study
 from srl_utils.evaluation.tasks.base import Metrics, Reconstruction
-from srl_utils.images.pixels import to_pil
 from srl_utils.vae.codec import Codec
 
 EPSILON = 8 / 255
@@ -351,9 +350,7 @@ def arguments(tiny_vae, other_tiny_vae, images, tmp_path: Path) -> list[str]:
     """Two VAEs and four pictures on disk, and the smallest evaluation of them."""
     tiny_vae.save_pretrained(tmp_path / "original")
     other_tiny_vae.save_pretrained(tmp_path / "robust")
-    (tmp_path / "photos").mkdir()
-    for number, image in enumerate(images(4)):
-        to_pil(image).save(tmp_path / f"photos/{number}.png")
+    write_photos(tmp_path / "photos", images(4))
     return [
         "reconstruction", "--baseline", str(tmp_path / "original"), "--vae", f"robust={tmp_path / 'robust'}",
         "--data_dir", str(tmp_path / "photos"), "--resolution", "16", "--attacks", "clean", "pgd-2", "glaze",

@@ -8,13 +8,13 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from helpers.runs import write_photos
 from PIL import Image
 
 from experiments import surfaces
 from experiments.surfaces import draw_loss_surfaces
 from srl_utils.evaluation.__main__ import main as evaluate
 from srl_utils.evaluation.tasks.geometry import AREA, CURVATURE, Surface
-from srl_utils.images.pixels import to_pil
 
 COUNT = 3
 
@@ -25,9 +25,7 @@ def geometry(tiny_vae, other_tiny_vae, images, tmp_path: Path, monkeypatch: pyte
         monkeypatch.setitem(Surface.__init__.__kwdefaults__, setting, value)
     tiny_vae.save_pretrained(tmp_path / "original")
     other_tiny_vae.save_pretrained(tmp_path / "robust")
-    (tmp_path / "photos").mkdir()
-    for number, image in enumerate(images(COUNT)):
-        to_pil(image).save(tmp_path / f"photos/{number}.png")
+    write_photos(tmp_path / "photos", images(COUNT))
     evaluate([
         "geometry", "--baseline", str(tmp_path / "original"), "--vae", f"robust={tmp_path / 'robust'}", "--data_dir",
         str(tmp_path / "photos"), "--resolution", "16", "--num_images", str(COUNT), "--attack_steps", "2",

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
 
+from srl_utils.images.pixels import to_pil
 from srl_utils.vae.loading import WEIGHTS_NAME
 
 Run = Callable[..., tuple[int, str]]
@@ -43,6 +44,14 @@ def draw_images(count: int, size: int = 16, *, seed: int = 0, limit: float = 1.0
     """`[count,3,size,size]` in [-limit,limit], uniform noise."""
     noise = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
     return (2 * noise - 1) * limit
+
+
+def write_photos(folder: Path, images: Iterable[Tensor]) -> Path:
+    """Write images `[3,H,W]` in [-1,1] as `0.png`, `1.png` and so on into a new folder; return the folder."""
+    folder.mkdir()
+    for number, image in enumerate(images):
+        to_pil(image).save(folder / f"{number}.png")
+    return folder
 
 
 def smallest_training(vae_folder: Path, photographs: Path, output_dir: Path) -> list[str]:

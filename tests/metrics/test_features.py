@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from helpers.runs import ROOT
+from helpers.runs import ROOT, write_photos
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch_fidelity import FeatureExtractorInceptionV3, calculate_metrics
@@ -680,9 +680,7 @@ def test_metrics_of_the_evaluation(
     Only what has values per image has an interval, and the Inception Score, for which there are too few, is left out.
     """
     tiny_vae.save_pretrained(tmp_path / "vae")
-    (tmp_path / "photos").mkdir()
-    for number, image in enumerate(image_sets[0]):
-        to_pil(image).save(tmp_path / f"photos/{number}.png")
+    write_photos(tmp_path / "photos", image_sets[0])
     evaluation.main([
         "reconstruction", "--baseline", str(tmp_path / "vae"), "--vae", f"same={tmp_path / 'vae'}", "--data_dir",
         str(tmp_path / "photos"), "--resolution", "64", "--num_images", str(SET_SIZE), "--attacks", "clean",

@@ -173,7 +173,7 @@ def _legend(content: ReportContent) -> dict[str, str]:
         "lower": [metric for metric in present if metric not in HIGHER_IS_BETTER],
         "overall": [metric for metric, has_interval in present.items() if not has_interval],
     }
-    return {name: " and ".join(METRIC_TITLES[metric] for metric in group) for name, group in groups.items()}
+    return {name: ", ".join(METRIC_TITLES[metric] for metric in group) for name, group in groups.items()}
 
 
 # --- tables ---
