@@ -32,7 +32,7 @@ from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.command_line import Parser, exit_code, non_negative_float, non_negative_int, pixel_distance, positive_int
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.metrics.losses import PerceptualDistance, ReconstructionLoss
-from srl_utils.resources import seconds_of
+from srl_utils.resources import device_name, seconds_of
 from srl_utils.training.arithmetic import step_arithmetic
 from srl_utils.training.execution import can_compile, choose_execution
 from srl_utils.training.step import Step, build_networks
@@ -229,7 +229,7 @@ def summarise(args: argparse.Namespace, vae: AutoencoderKL, timings: dict[str, T
     flops = arithmetic.image * args.batch_size
     ratios = [slow / fast for slow, fast in zip(timings[TEXTBOOK].seconds, timings[OURS].seconds, strict=True)]
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
         "recipe": {
             name: getattr(args, name)

@@ -102,7 +102,12 @@ def gigabytes(num_bytes: int) -> str:
 
 def device_name(device: torch.device) -> str:
     """Return the name of a GPU, or the number of threads of the CPU, for readers."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type.upper()
+    threads = torch.get_num_threads()
+    return "CPU, 1 thread" if threads == 1 else f"CPU, {threads} threads"
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers.runs import ROOT
+
+from srl_utils.resources import device_name
 
 PROGRAM = """
 import resource
@@ -36,3 +39,12 @@ def test_commands_keep_the_memory_that_they_free() -> None:
     before, _, after = map(int, told.split())
     assert before > 64 * 4  # pages may be of up to 2 MB
     assert after < 0.05 * before
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "name"), [("cpu", 1, "CPU, 1 thread"), ("cpu", 2, "CPU, 2 threads"), ("mps", 2, "MPS")]
+)
+def test_the_name_of_a_device(device: str, threads: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: specification; without a GPU."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert device_name(torch.device(device)) == name

@@ -34,7 +34,7 @@ def rows(vae: str, attacks: tuple[str, ...] = tuple(ATTACKS), *, shift: float = 
 RESULTS = [*rows(ORIGINAL), *rows(FINE_TUNED, shift=1.2345), *rows("fine-tuned-fp16", ("clean",), shift=1.2221)]
 MINIMAL = CardFacts(
     model_id="robust", base_model="base", vae_class="AutoencoderKL", data="photos: 9 images", resolution=64, num_validation_images=16,
-    steps=100, images_per_step=8, hardware="1 x CPU (2 threads)", minutes=0.0, command=COMMAND,
+    steps=100, images_per_step=8, hardware="1 x CPU, 2 threads", minutes=0.0, command=COMMAND,
     arguments='{"epsilon": 0.03}', versions={"torch": "2.15.0"}, original_vae=ORIGINAL, judged_vae=FINE_TUNED,
     results=rows(ORIGINAL), results_table=comparison_table(rows(ORIGINAL), (ORIGINAL,)),
 )  # fmt: skip

@@ -51,7 +51,7 @@ def row(clean: float, worst: float, *, name: str = "small", **changes: object) -
     fields = {
         "name": name, "digest": DIGEST, "base": None, "base_digest": None, "protocol": "embedded",
         "fingerprint": protocol.fingerprint, "images": protocol.image_digest, "failed_checks": None, "encoder_ms": 1.5,
-        "device": "CPU, 1 threads", "versions": "torch 2", "date": "2026-01-01", "results": results,
+        "device": "CPU, 1 thread", "versions": "torch 2", "date": "2026-01-01", "results": results,
     }  # fmt: skip
     return ZooRow(**{**fields, **changes})
 

@@ -112,7 +112,7 @@ def test_what_a_full_card_says() -> None:
     assert "](samples/comparison.png)" in parts["robust"]
     assert FULL.results_table in parts["Results"]
     assert "16 held-out images at 64 px" in parts["Results"]
-    for fact in ("100 steps of 8 images", "12.3 minutes", "1 x CPU (2 threads)", "Data: COCO", "torch 2.15.0"):
+    for fact in ("100 steps of 8 images", "12.3 minutes", "1 x CPU, 2 threads", "Data: COCO", "torch 2.15.0"):
         assert fact in parts["Training"]
     (arguments,), (command,) = code(parts["Training"], "json"), code(parts["Training"], "bash")
     assert json.loads(arguments) == {"epsilon": 0.03}

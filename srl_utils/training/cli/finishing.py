@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from srl_utils.files import checksum, write_text_atomically
 from srl_utils.hub.card import CardFacts, base_license, render_card
 from srl_utils.hub.publishing import EXIT_PUSH_FAILED
 from srl_utils.images.sources import PHOTOGRAPHS
+from srl_utils.resources import device_name
 from srl_utils.training.checkpoints import save_drop_in
 from srl_utils.training.cli.arguments import package_versions
 from srl_utils.training.cli.building import FINE_TUNED, ORIGINAL
@@ -173,6 +173,4 @@ def write_card(run: Run, folder: Path, *, saved: Sequence[str] = ()) -> None:
 
 def hardware(accelerator: Accelerator) -> str:
     """Return what the training runs on, such as `2 x NVIDIA H200`."""
-    if accelerator.device.type == "cuda":
-        return f"{accelerator.num_processes} x {torch.cuda.get_device_name()}"
-    return f"{accelerator.num_processes} x {accelerator.device.type.upper()} ({torch.get_num_threads()} threads)"
+    return f"{accelerator.num_processes} x {device_name(accelerator.device)}"
