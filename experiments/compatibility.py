@@ -27,6 +27,7 @@ from experiments.claims import ORIGINAL, Results, spread, trained_name
 from experiments.figures import with_legend
 from experiments.plan import SCENES, TRAINING_SCENES
 from experiments.runner import WEIGHTS, Module, Runner, experiment_parser, machine
+from miniature.scene_set import PAIR_SHARE
 from srl_utils.evaluation.motion import TRAVEL
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
 from srl_utils.evaluation.report.figures import STYLE, save
@@ -104,7 +105,7 @@ def main() -> None:
     scale = QUICK if args.quick else FULL
     names = [trained_name(way, seed) for way in WAYS for seed in range(scale.seeds)]
     run = Runner(args.output_dir, WEIGHTS / "vae", title="compatibility", num_calls=2 * len(names) + 5)
-    run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1)
+    run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1, pair_share=PAIR_SHARE)  # as `scene_set` draws them
     run.scenes(SCENES, scale.images, seed=0)
     run.modules([training_of(run, way, seed, scale) for seed in range(scale.seeds) for way in WAYS])
     data = ["--data_dir", args.output_dir / SCENES, "--num_images", scale.images]
@@ -136,7 +137,7 @@ def training_of(run: Runner, way: str, seed: int, scale: Scale) -> Module:
         return run.training(name, [*data, *flags], num_validation=1)
     flags = [
         *flags, "--steps", steps, "--clean_steps", round(WAYS[way].clean_share * steps),
-        "--num_scenes", scale.training_scenes, "--output_dir", run.vae(name),
+        "--num_scenes", scale.training_scenes, "--work_dir", run.folder / "taught", "--output_dir", run.vae(name),
     ]  # fmt: skip
     return Module(f"train {name}", "experiments.whole_training", flags, run.vae(name) / WEIGHTS_NAME)
 

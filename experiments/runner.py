@@ -75,10 +75,11 @@ class Runner:
         """Draw dead leaves into the folder `name`, unless they exist."""
         self._draw(name, count, ["--kind", "dead-leaves", "--seed", seed], last=f"{count - 1:05d}.png")
 
-    def scenes(self, name: str, count: int, *, seed: int, num_frames: int = 1) -> None:
-        """Draw scenes, or clips of moving ones, into the folder `name`, unless they exist."""
+    def scenes(self, name: str, count: int, *, seed: int, num_frames: int = 1, pair_share: float = 0.0) -> None:
+        """Draw scenes, or clips of moving ones, into the folder `name`, unless they exist; a share has two objects."""
         last = "metadata.jsonl" if num_frames == 1 else f"{count - 1:05d}/{num_frames - 1:03d}.png"
-        self._draw(name, count, ["--num_frames", num_frames, "--seed", seed], last=last)
+        flags = ["--num_frames", num_frames, "--pair_share", pair_share, "--seed", seed]
+        self._draw(name, count, flags, last=last)
 
     def _draw(self, name: str, count: int, flags: Sequence[object], *, last: str) -> None:
         if (self.folder / name / last).exists():

@@ -36,7 +36,7 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
     vae = build_autoencoder() if args.vae is None else AutoencoderKL.from_pretrained(args.vae)
-    scenes = scene_set(args.output_dir / "scenes", seed=args.scenes_seed, count=args.num_scenes)
+    scenes = scene_set(args.work_dir or args.output_dir / "scenes", seed=args.scenes_seed, count=args.num_scenes)
     settings = Settings(
         work_dir=args.output_dir / "state", steps=args.steps, batch_size=args.batch_size, seed=args.seed,
         learning_rate=args.learning_rate, device="cuda" if torch.cuda.is_available() else "cpu",
@@ -109,6 +109,7 @@ def parse_args() -> argparse.Namespace:
     add("--learning_rate", type=float, default=5e-4)
     add("--num_scenes", type=int, default=1000)
     add("--scenes_seed", type=int, default=1, help="of the training scenes")
+    add("--work_dir", type=Path, default=None, help="saved scenes; default: `scenes` in the output folder")
     add("--seed", type=int, default=0)
     add("--torch_compile", action="store_true", help="needs a C++ compiler on the CPU")
     add("--output_dir", type=Path, required=True)
