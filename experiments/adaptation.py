@@ -3,7 +3,8 @@
     python -m experiments.adaptation --vae outputs/both --output_dir outputs/adaptation
 
 The denoiser of the miniature is fine-tuned on the autoencoder's latents, or trained anew on them, for several numbers of
-steps. Each time it generates images, whose FID against fresh scenes is measured. Finished parts are kept.
+steps. Each time it generates images, and edits scenes by image-to-image; the FID of both against fresh scenes is measured.
+Text-to-image needs the decoder alone, edits need the encoder too. Finished parts are kept.
 """
 
 from __future__ import annotations
@@ -15,21 +16,29 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
 from experiments.runner import WEIGHTS
 from miniature.diffusion import scaled_latents
-from miniature.measure_world import UNSEEN_SEED, measure_diffusion
-from miniature.scene_set import scene_set
+from miniature.measure_world import BATCH, UNSEEN_SEED, all_pixels, measure_diffusion
+from miniature.scene_set import SceneSet, scene_set
+from srl_utils.attacks.draws import image_generators
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
 from srl_utils.files import read_json, write_text_atomically
-from srl_utils.metrics.features import load_image_classifier
+from srl_utils.images.pixels import to_model_range, to_unit_range
+from srl_utils.metrics.features import ImageClassifier, frechet_distance, load_image_classifier
 
 ADAPTED, ANEW = "adapted", "anew"
 LEARNING_RATES = {ADAPTED: 3e-4, ANEW: 1e-3}
-MEASURES = ("fid", "shown")
-INFERENCE_STEPS, GUIDANCE = 10, 2.5
+EDITED = "edited-fid"
+MEASURES = ("fid", EDITED, "shown")
+INFERENCE_STEPS, GUIDANCE, STRENGTH = 10, 2.5, 0.6
 
 
 def main() -> None:
@@ -44,9 +53,7 @@ def main() -> None:
         for seed, count in ((0, args.num_scenes), (UNSEEN_SEED, args.num_images), (UNSEEN_SEED + 1, args.num_images))
     )
     latents = scaled_latents(vae, scenes, args.output_dir / "latents.safetensors").to(device, torch.float32)
-    measure = partial(
-        measure_diffusion, classifier=classifier, prompts=prompts, fresh=fresh, steps=INFERENCE_STEPS, guidance=GUIDANCE
-    )
+    measure = partial(generated_and_edited, classifier=classifier, prompts=prompts, fresh=fresh)
     for start, numbers in ((ADAPTED, args.steps), (ANEW, args.steps_anew)):
         files = {steps: args.output_dir / f"{start}-{steps}.json" for steps in numbers}
         missing = {steps: path for steps, path in files.items() if not path.exists()}
@@ -90,6 +97,27 @@ def teach(
     finetune(with_denoiser(pipeline, unet), latents, captions, config, seed=args.seed, after_step=keep)
 
 
+def generated_and_edited(
+    pipeline: StableDiffusionPipeline, *, classifier: ImageClassifier, prompts: SceneSet, fresh: SceneSet
+) -> dict[str, float]:
+    """Return the measures of `measure_diffusion`, and the FID of the scenes `prompts` edited with their own captions."""
+    generated = measure_diffusion(
+        pipeline, classifier, prompts, fresh, steps=INFERENCE_STEPS, guidance=GUIDANCE
+    )  # fmt: skip
+    editor = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    editor.set_progress_bar_config(disable=True)
+    edits = [
+        editor(
+            [prompts.captions[number] for number in numbers], to_unit_range(prompts.pixels(numbers)), strength=STRENGTH,
+            num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE, output_type="pt",
+            generator=image_generators(0, numbers.tolist()),
+        ).images.cpu()
+        for numbers in torch.arange(len(prompts.captions)).split(BATCH)
+    ]  # fmt: skip
+    seen = [classifier.features(each)["pool"] for each in (to_model_range(torch.cat(edits)), all_pixels(fresh))]
+    return {**generated, EDITED: frechet_distance(*seen)}
+
+
 def with_denoiser(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """Return a pipeline with another denoiser and the same other parts."""
     return StableDiffusionPipeline(**{**pipeline.components, "unet": unet}, requires_safety_checker=False)
@@ -103,7 +131,7 @@ def parse_args() -> argparse.Namespace:
     add("--steps_anew", type=int, nargs="*", default=[], help="with which one is trained from random weights")
     add("--batch_size", type=int, default=32)
     add("--num_scenes", type=int, default=4000, help="to teach")
-    add("--num_images", type=int, default=128, help="to generate")
+    add("--num_images", type=int, default=256, help="to generate, and to edit")
     add("--work_dir", type=Path, default=Path("outputs/miniature"), help="saved scenes")
     add("--seed", type=int, default=0)
     add("--output_dir", type=Path, required=True)

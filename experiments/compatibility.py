@@ -90,8 +90,8 @@ class Scale:
 
 
 FULL = Scale(
-    steps=1, seeds=3, training_scenes=4000, images=32, attack_steps=50, adapted=(0, 30, 100, 300),
-    anew=(300, 1000), taught=4000, generated=128, torch_compile=True,
+    steps=1, seeds=3, training_scenes=4000, images=24, attack_steps=50, adapted=(0, 30, 100, 300), anew=(200, 600),
+    taught=4000, generated=256, torch_compile=True,
 )  # fmt: skip
 QUICK = Scale(
     steps=0.01, seeds=1, training_scenes=64, images=4, attack_steps=5, adapted=(0, 2), anew=(2,), taught=64, generated=8,

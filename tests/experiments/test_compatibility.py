@@ -141,6 +141,7 @@ def test_a_denoiser_is_taught(start: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     untaught, taught = (json.loads((tmp_path / f"out/{start}-{steps}.json").read_text()) for steps in (0, 1))
     assert untaught != taught
     for values in (untaught, taught):
-        assert values.keys() == {"fid", "shown"} and values["fid"] >= 0 and 0 <= values["shown"] <= 1
+        assert values.keys() == {"fid", "edited-fid", "shown"} and 0 <= values["shown"] <= 1
+        assert min(values["fid"], values["edited-fid"]) >= 0
     monkeypatch.setattr(adaptation, "measure_diffusion", lambda *_, **__: pytest.fail("measured again"))
     adaptation.main()
