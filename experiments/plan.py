@@ -124,7 +124,7 @@ QUICK = Scale(
     training_steps=60, training_scenes=200, images=24, edited=4, attack_steps=10, costly_images=2, costly_steps=2,
     poison_steps=10, inference_steps=10, poisons=(0, 24), wrong_latents=(0, 24), controls=CONTROLS[-1:], poisoned_set=400,
     finetuning_steps=40, generated=20, personal=2, personalised_steps=20, unseen=2, unseen_steps=5,
-    smoothed=20, checks=False, seeds=1,
+    smoothed=100, checks=False, seeds=1,
 )  # fmt: skip
 
 
@@ -280,7 +280,8 @@ def geometry_flags(scale: Scale) -> list[object]:
 def unseen_flags(scale: Scale, folder: Path) -> list[object]:
     """Return the flags of the reconstruction command on several data sets; `folder` holds scenes and dead leaves."""
     return [
-        "--dataset_name", *UNSEEN_SETS, "--data_dir", folder / SCENES, folder / LEAVES, "--num_images", scale.unseen,
+        "--dataset_name", *UNSEEN_SETS, "--data_dir", folder / SCENES, folder / LEAVES, "--reference", SCENES,
+        "--num_images", scale.unseen,
         "--attacks", "clean", "corruptions", f"apgd-{scale.unseen_steps}", "--epsilons", "8/255",
         "--threat_models", ADAPTIVE, "--metrics", "psnr", "--no_checks",
     ]  # fmt: skip

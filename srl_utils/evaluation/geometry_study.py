@@ -24,6 +24,9 @@ from srl_utils.evaluation.tasks.geometry import Batch, Found, Part
 from srl_utils.files import kept_images, read_json, save_tensors, write_atomically, write_text_atomically
 from srl_utils.vae.codec import Codec
 
+ATTACKED = "attacked"
+"""Folder of the attacked images, which several parts look at."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -45,7 +48,9 @@ class GeometryStudy:
         parts: what is measured.
         images: all images, `[n,3,H,W]` in [-1,1], on the CPU.
         output_dir: gets `parts/` with the values; all processes must see it.
-        fingerprint: what the values depend on beyond VAE, part and image. A folder with another one is refused.
+        fingerprint: what all values depend on beyond VAE, part and image. A folder with another one is refused.
+        own_fingerprints: what the values of single parts depend on as well, by the part's name, or `ATTACKED` for those
+            that look at attacked images.
         seed: fixes the attacks' starts and all other draws.
         batch_size: images looked at together by each process.
     """
@@ -57,6 +62,7 @@ class GeometryStudy:
     images: Tensor
     output_dir: Path
     fingerprint: Mapping[str, Any]
+    own_fingerprints: Mapping[str, Mapping[str, Any]]
     seed: int
     batch_size: int
 
@@ -72,6 +78,8 @@ class GeometryStudy:
             UserError: if `output_dir` holds another study, or if a VAE returns values that are not finite.
         """
         check_fingerprint(self.accelerator, self.output_dir, self.fingerprint)
+        for name, own in self.own_fingerprints.items():
+            check_fingerprint(self.accelerator, self.output_dir / "parts" / name, own)
         missing = [job for job in self._jobs() if job.missing]
         self.accelerator.wait_for_everyone()  # before a process stores parts that another one still looks for
         own = missing[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -130,7 +138,7 @@ class GeometryStudy:
 
     def _attacked(self, codec: Codec, clean: Tensor, numbers: Sequence[int]) -> Tensor:
         """Return the attacked images of a batch, stored or made."""
-        path = self._folder("attacked", codec) / f"{numbers[0]:06d}.safetensors"
+        path = self._folder(ATTACKED, codec) / f"{numbers[0]:06d}.safetensors"
         make = lambda: self.attack.apply(codec, clean, image_generators(self.seed, numbers)).cpu()  # noqa: E731
         return kept_images(path, make).to(codec.device)
 

@@ -17,18 +17,21 @@ FEWEST_FOR_MAP = 10
 
 
 def median_distance(latents: Tensor) -> float:
-    """Return the median Euclidean distance between two of the latents `[n,...]`.
+    """Return the median Euclidean distance between two different ones of the latents `[n,...]`.
 
-    Of equal latents, or of a single one, return their length.
+    If all are equal, return their length.
     """
     rows = _rows(latents)
     distances = torch.pdist(rows)
-    return (distances if distances.any() else rows.norm(dim=1)).median().item()
+    different = distances[distances > 0]
+    return (different if len(different) else rows.norm(dim=1)).median().item()
 
 
 def own_is_nearest(moved: Tensor, clean: Tensor) -> Tensor:
-    """Return for each moved latent `[n,...]` whether the nearest of the clean ones `[n,...]` is its own, `[n]` bool."""
-    return torch.cdist(_rows(moved), _rows(clean)).argmin(dim=1) == torch.arange(len(clean), device=clean.device)
+    """Return for each moved latent `[n,...]` whether none of the clean ones `[n,...]` is nearer than its own, `[n]` bool."""
+    # Matrix products would round the distances of equal latents apart.
+    distances = torch.cdist(_rows(moved), _rows(clean), compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.diagonal() <= distances.amin(dim=1)
 
 
 def label_silhouette(moved: Tensor, clean: Tensor, labels: Sequence[str]) -> Tensor:

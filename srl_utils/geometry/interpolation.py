@@ -35,7 +35,12 @@ def path(function: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, *, nu
     steps = torch.stack([_distance(outputs[number + 1], outputs[number]) for number in range(num_steps)])
     length = steps.sum(dim=0)
     straight = _distance(outputs[-1], outputs[0])
-    return Path(length / straight.clamp_min(SMALLEST), steps.amax(dim=0) * num_steps / length.clamp_min(SMALLEST))
+    longest = steps.amax(dim=0) * num_steps
+    # Equal ends have no path: it is straight and even.
+    return Path(
+        torch.where(length == 0, 1.0, length / straight.clamp_min(SMALLEST)),
+        torch.where(length == 0, 1.0, longest / length.clamp_min(SMALLEST)),
+    )
 
 
 def _distance(outputs: Tensor, others: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def test_a_vae_that_wins_nothing_has_nothing_to_carry_over() -> None:
 def flags(**changes: object) -> argparse.Namespace:
     given = {
         "dataset_name": None, "data_dir": None, "split": None, "image_column": "image", "streaming": False,
-        "output_dir": Path("out"),
+        "output_dir": Path("out"), "reference": None,
     }  # fmt: skip
     return argparse.Namespace(**{**given, **changes})
 
@@ -96,9 +96,16 @@ def test_splits_and_columns_are_shared_out() -> None:
     assert chosen == [("val", "img", True, "a-x"), ("test", "img", True, "b-y"), (None, "image", False, "z")]
 
 
+def test_the_reference_comes_first() -> None:
+    """Oracle: specification; by the last part of its path, and the others keep their order."""
+    parts = data_sets(flags(dataset_name=["digits", "pages"], data_dir=["own/scenes"], reference="scenes"))
+    assert list(parts) == ["scenes", "digits", "pages"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"data_dir": ["a", "b"], "reference": "c"}, "c is none of a, b"),
         ({}, "give `dataset_name` or `data_dir`"),
         ({"dataset_name": ["digits", "digits"]}, "digits and digits have the same name"),
         ({"data_dir": ["a/val", "b/val"]}, "val and val have the same name"),

@@ -116,6 +116,14 @@ def test_finished_parts_are_not_measured_again(arguments, tmp_path: Path, monkey
     measured.clear()
     command.main([*arguments, "--parts", "clusters", "reencoding", "--attack_steps", "2"])
     assert {part for _, _, part in measured} == {"reencoding"}
+    measured.clear()
+    labelled = [*LABELLED, "--label_words", "red", "blue"]
+    command.main([*arguments, *labelled, "--parts", "clusters", "certificate", *SHORT])  # with flags that it alone has
+    assert {part for _, _, part in measured} == {"certificate"}
+    with pytest.raises(UserError, match=r"certificate holds .* other settings \(num_certified\)"):
+        command.main([*arguments, "--parts", "certificate", *SHORT, "--num_certified", "3"])
+    with pytest.raises(UserError, match=r"attacked holds .* other settings \(attack_steps\)"):
+        command.main([*arguments, "--parts", "clusters", "--attack_steps", "3"])
 
 
 def test_another_study_in_the_folder_is_refused(arguments) -> None:
@@ -131,7 +139,8 @@ def test_another_study_in_the_folder_is_refused(arguments) -> None:
     [
         (["--smoothing_samples", "99"], "at least 100 samples, got 99"),
         (["--num_images", "1"], "clusters and interpolation need at least 2 images"),
-        ([*LABELLED, "--label_words", "green"], "at least two labels"),
+        ([*LABELLED, "--label_words", "red", "green"], "no caption has green"),
+        ([*LABELLED, "--label_words", "thing"], "at least two labels"),
         (["--parts", "smoothness", "--epsilon", "4/255"], "--epsilon has no effect without surface or clusters"),
         (["--parts", "surface", "--num_certified", "9"], "--num_certified has no effect without certificate"),
     ],
@@ -162,6 +171,8 @@ def test_labels_are_words_or_repeated_captions() -> None:
     captions = ["a red circle", "a blue ring", "a red ring"]
     assert geometry.labels_of(captions, ["ring", "circle"]) == ["circle", "ring", "ring"]
     assert geometry.labels_of(captions, ["circle"]) == ["circle", "other", "other"]
+    assert geometry.labels_of(["A Red Circle.", "a red ring"], ["red circle"]) is None  # two labels of one image each
+    assert geometry.labels_of(["Circle, red", "circles", "a red ring"], ["circle"]) == ["circle", "other", "other"]
     assert geometry.labels_of(captions, []) is None
     assert geometry.labels_of(["3", "3", "8"], []) == ["3", "3", "8"]
     assert geometry.labels_of(["", "", ""], []) is None
@@ -183,9 +194,9 @@ class Scaled(nn.Module):
         return torch.cat([output, output], dim=1) if self.moments else output
 
 
-def linear_codec(factor: float, decoding: float = 1.0) -> Codec:
+def linear_codec(factor: float, decoding: float = 1.0, *, scaling: float = 1.0) -> Codec:
     vae = build_tiny_vae()
-    vae.register_to_config(scaling_factor=1.0)
+    vae.register_to_config(scaling_factor=scaling)
     return Codec("linear", vae, Scaled(factor, moments=True), Scaled(decoding, moments=False))
 
 
@@ -204,11 +215,13 @@ def means(records: list[Record]) -> dict[tuple[str, str], float]:
 
 
 def test_lipschitz_constants_have_the_stated_units(images) -> None:
-    """Oracle: closed form. A change of a [0,1] image by d is one of a [-1,1] image by 2d, and the encoder makes it 6d;
-    if all values change by 1/255, all latents change by 6/255; encoder and decoder together make it 1.5 times as large.
+    """Oracle: closed form. A change of a [0,1] image by d is one of a [-1,1] image by 2d, the encoder makes it 6d, and the
+    scaling of latents 1.5d; if all values change by 1/255, all latents change by 1.5/255. Without the scaling, encoder and
+    decoder together make a change 1.5 times as large.
     """
-    found = means(Smoothness().measure(batch_of(linear_codec(3.0, 0.5), images(2))).records)
-    expected = {"encoder": 6.0, "encoder-linf": 6 / 255, "both": 1.5, "both-linf": 1.5}
+    codec = linear_codec(3.0, 0.5, scaling=0.25)
+    found = means(Smoothness().measure(batch_of(codec, images(2))).records)
+    expected = {"encoder": 1.5, "encoder-linf": 1.5 / 255, "both": 1.5, "both-linf": 1.5}
     assert {metric: value for (_, metric), value in found.items()} == {
         f"lipschitz-{name}": pytest.approx(value, rel=1e-4) for name, value in expected.items()
     }

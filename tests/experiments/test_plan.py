@@ -9,9 +9,11 @@ import pytest
 
 import train_srl_vae
 from experiments import clips, defences, runner, tokens
-from experiments.plan import BETWEEN_SEEDS, FULL, PARTS, QUICK, VARIANTS, Scale, evaluations
+from experiments.plan import BETWEEN_SEEDS, FULL, PARTS, QUICK, SCENES, VARIANTS, Scale, evaluations
 from experiments.runner import Module, Runner
+from srl_utils.evaluation.cli import geometry
 from srl_utils.evaluation.cli import main as evaluation
+from srl_utils.evaluation.cli.data_sets import data_sets
 
 
 @pytest.mark.parametrize("scale", [FULL, QUICK], ids=["full", "quick"])
@@ -24,6 +26,10 @@ def test_every_evaluation_parses(scale: Scale, tmp_path: Path) -> None:
         shared = ["--baseline", "vae", "--data_dir", "scenes", "--output_dir", each.name, "--resolution", "64"]
         args = evaluation.parse_args([each.command, *shared, *map(str, each.flags)])
         assert args.vae == [] and set(each.variants) <= set(VARIANTS)
+        if each.command == "geometry":
+            geometry.check_flags(args)
+        if args.dataset_name:  # robustness carries over from what the VAEs were trained on
+            assert next(iter(data_sets(args))) == SCENES
 
 
 @pytest.mark.parametrize("name", VARIANTS)

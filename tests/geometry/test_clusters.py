@@ -46,12 +46,17 @@ def test_nearest_latent_is_counted() -> None:
     """Oracle: counting; the first latent moved onto the second one's place."""
     clean = torch.tensor([[0.0], [1.0], [2.0]])
     assert own_is_nearest(torch.tensor([[0.9], [1.1], [9.0]]), clean).tolist() == [False, True, True]
+    twice = latents(40).repeat(2, 1, 1, 1)
+    assert own_is_nearest(twice + 1e-3, twice).all()  # an equal image is not nearer
 
 
 def test_median_distance_of_points_on_a_line() -> None:
     """Oracle: closed form; and the length where there is no distance."""
     assert median_distance(torch.tensor([[0.0], [1.0], [10.0]])) == 9
     assert median_distance(torch.tensor([[3.0, 4.0]])) == 5
+    assert (
+        median_distance(torch.tensor([[0.0], [0.0], [0.0], [2.0]])) == 2
+    )  # equal images say nothing of the usual distance
 
 
 def test_map_keeps_groups_apart_and_places_others_in_them() -> None:

@@ -80,6 +80,8 @@ def test_path_around_a_circle_and_over_a_step() -> None:
 
     assert path(circle, start, end, num_steps=200).length.item() == pytest.approx(torch.pi / 2, rel=1e-3)
     assert path(lambda x: (x > 0.55).float(), start, end, num_steps=10).worst_jump.item() == pytest.approx(10)
+    still = path(circle, start, start, num_steps=10)
+    assert still.length.item() == still.worst_jump.item() == 1
 
 
 # --- re-encoding ---

@@ -18,13 +18,14 @@ DEFAULT_COLUMN = "image"
 
 
 def data_sets(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
-    """Return the flags with each data set alone, by its name: those of `dataset_name` first, then those of `data_dir`.
+    """Return the flags with each data set alone, by its name: the reference first, then `dataset_name`, then `data_dir`.
 
     If there are several, each has a folder in `output_dir`, and its values are those of an evaluation on it alone. Splits,
     columns and streaming are those of `dataset_name`, if that is given.
 
     Raises:
-        UserError: if there is no data set, if two have the same name, or if the number of splits or columns does not fit.
+        UserError: if there is no data set, if two have the same name, if none has that of `reference`, or if the number of
+            splits or columns does not fit.
     """
     names, folders = listed(args.dataset_name), listed(args.data_dir)
     if not (names or folders):
@@ -44,10 +45,13 @@ def data_sets(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
     ]
     labels = [*map(name_of_data_set, names), *(Path(abspath(folder)).name for folder in folders)]
     check_distinct(labels)
+    if args.reference not in (None, *labels):
+        raise UserError(f"{args.reference} is none of {', '.join(labels)}", parameter="reference")
     if len(found) > 1:
         for label, part in zip(labels, found, strict=True):
             part["output_dir"] = args.output_dir / safe_name(label)
-    return {label: argparse.Namespace(**{**vars(args), **part}) for label, part in zip(labels, found, strict=True)}
+    parts = {label: argparse.Namespace(**{**vars(args), **part}) for label, part in zip(labels, found, strict=True)}
+    return dict(sorted(parts.items(), key=lambda part: part[0] != args.reference))
 
 
 def name_of_data_set(place: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from srl_utils.evaluation.catalogue import AttackResources, select
 from srl_utils.evaluation.cli.arguments import add_study_arguments, budget, study_effects
 from srl_utils.evaluation.cli.running import fingerprint, settings, used_device
 from srl_utils.evaluation.cli.setup import Setup, prepare, suitable
-from srl_utils.evaluation.geometry_study import GeometryStudy
+from srl_utils.evaluation.geometry_study import ATTACKED, GeometryStudy
 from srl_utils.evaluation.perturbations import ADAPTIVE, CLEAN, NO_THREAT, noise
 from srl_utils.evaluation.report.caveats import Caveat, caveats_of_metrics
 from srl_utils.evaluation.report.document import ReportContent, write_report
@@ -42,8 +43,12 @@ from srl_utils.images.pixels import to_model_units
 from srl_utils.vae.codec import Codec
 
 PARTS = ("surface", "clusters", "smoothness", "certificate", "interpolation", "reencoding")
-ATTACKED = frozenset({"surface", "clusters"})
+LOOK_AT_ATTACKED = frozenset({"surface", "clusters"})
 PAIRED = frozenset({"clusters", "interpolation"})
+ATTACK_FLAGS = ("epsilon", "attack_steps")
+CERTIFICATE_FLAGS = ("attack_steps", "num_certified", "smoothing_sigma", "smoothing_samples")
+LABEL_FLAGS = ("caption_column", "label_words")
+"""They decide nothing that is stored."""
 METRICS = Metrics(names=("psnr",))
 """Of those that other evaluations know."""
 
@@ -90,6 +95,8 @@ def check_setup(args: argparse.Namespace, setup: Setup) -> None:
     if paired := [part for part in args.parts if part in PAIRED and len(setup.images) < 2]:
         raise UserError(f"{' and '.join(paired)} need at least 2 images", parameter="num_images")
     labels = labels_of(setup.captions, args.label_words)
+    if unused := [word for word in args.label_words if not any(is_in(word, caption) for caption in setup.captions)]:
+        raise UserError(f"no caption has {', '.join(unused)}", parameter="label_words")
     if args.label_words and labels is None:
         raise UserError("needs at least two labels, and two images with the same one", parameter="label_words")
 
@@ -105,14 +112,19 @@ def labels_of(captions: Sequence[str], words: Sequence[str]) -> list[str] | None
 
     Args:
         captions: of the images, "" for none.
-        words: a label is the first of these that a caption has, or "other"; without words, it is the whole caption, if
-            some captions are equal.
+        words: a label is the first of these that a caption has, or "other"; upper and lower case are one. Without words,
+            it is the whole caption, if some captions are equal.
     """
     if words:
-        labels = [next((word for word in words if word in caption.split()), "other") for caption in captions]
+        labels = [next((word for word in words if is_in(word, caption)), "other") for caption in captions]
     else:
         labels = list(captions)
     return labels if 1 < len(set(labels)) < len(labels) else None
+
+
+def is_in(word: str, caption: str) -> bool:
+    """Return whether a caption has a word, or several in this order, whatever their case and what stands beside them."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE) is not None
 
 
 # --- the study ---
@@ -126,7 +138,9 @@ def build_study(args: argparse.Namespace, setup: Setup, codecs: Sequence[Codec])
     )
     labels = labels_of(setup.captions, args.label_words)
     if labels is None and "clusters" in args.parts:
-        setup.notes.append("label-silhouette was left out: it needs --caption_column with labels that images share")
+        setup.notes.append(
+            "label-silhouette was left out: it needs labels that images share: --caption_column, and --label_words if it has captions"
+        )
     known: dict[str, Callable[[], Part]] = {
         "surface": lambda: Surface(attack=attack),
         "clusters": lambda: Clusters(attack=attack, noise=noise(args.epsilon), labels=labels),
@@ -145,10 +159,26 @@ def build_study(args: argparse.Namespace, setup: Setup, codecs: Sequence[Codec])
         images=setup.images,
         output_dir=args.output_dir,
         # Stored parts hold whole batches, and the noise of a certificate is drawn in batches.
-        fingerprint={**fingerprint(args, setup, METRICS), "batch_size": args.batch_size},
+        fingerprint={**shared_fingerprint(args, setup), "batch_size": args.batch_size},
+        own_fingerprints=own_fingerprints(args),
         seed=args.seed,
         batch_size=args.batch_size,
     )
+
+
+def shared_fingerprint(args: argparse.Namespace, setup: Setup) -> dict[str, object]:
+    """Return what the values of all parts depend on."""
+    of_parts = {*ATTACK_FLAGS, *CERTIFICATE_FLAGS, *LABEL_FLAGS}
+    return {name: value for name, value in fingerprint(args, setup, METRICS).items() if name not in of_parts}
+
+
+def own_fingerprints(args: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """Return what else the values of the chosen parts depend on, by the names that `GeometryStudy` knows."""
+    chosen = {
+        ATTACKED: ATTACK_FLAGS if not LOOK_AT_ATTACKED.isdisjoint(args.parts) else (),
+        "certificate": CERTIFICATE_FLAGS if "certificate" in args.parts else (),
+    }
+    return {name: {flag: getattr(args, flag) for flag in flags} for name, flags in chosen.items() if flags}
 
 
 def describe(study: GeometryStudy) -> str:
@@ -240,7 +270,7 @@ def all_caveats(study: GeometryStudy) -> list[Caveat]:
         if isinstance(part, Certificate):
             text = (
                 f"Each certificate holds with a probability of {part.smoothing.confidence:.0%}, for the smoothed "
-                f"reconstructions of the first {part.num_images} images. Distances and radii are Euclidean, of [0,1] images."
+                f"reconstructions of the first {min(part.num_images, len(study.images))} images. Distances and radii are Euclidean, of [0,1] images."
             )
             caveats.append(Caveat(text, ("certified", "certified-distance")))
     return caveats
@@ -264,13 +294,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--caption_column", default=None,
         help="of the dataset, the tars, or the metadata in --data_dir: captions with --label_words, or labels",
     )  # fmt: skip
-    add("--label_words", nargs="+", default=[], metavar="WORD", help="the label is the first of these in a caption")
+    add(
+        "--label_words",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="the label is the first of these that a caption has",
+    )
 
 
 def effects(args: argparse.Namespace) -> Effects:
     """Return when each flag has an effect, and what it needs to have one."""
     certified = ("certificate" in args.parts, "certificate among --parts")
-    attacked = (not ATTACKED.isdisjoint(args.parts), "surface or clusters among --parts")
+    attacked = (not LOOK_AT_ATTACKED.isdisjoint(args.parts), "surface or clusters among --parts")
     return {
         **study_effects(args),
         "epsilon": attacked,

@@ -17,6 +17,7 @@ from srl_utils.evaluation.cli.arguments import (
     attack_effects,
     classifier_effects,
     draws_targets,
+    listed,
     needs_denoiser,
     purified_by_pipeline,
     shared_effects,
@@ -107,6 +108,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_metrics_argument(parser, METRICS, default=DEFAULT_METRICS)
     add("--num_frames", type=positive_int, default=1, help="frames of a clip; 1 for images")
+    add(
+        "--reference",
+        default=None,
+        metavar="NAME",
+        help="data set that the others are compared with; default: the first",
+    )
     add_classifier_argument(parser, "replaces Inception, and LPIPS where Glaze or IMPRESS lack its weights")
     add("--pipeline", default=None, metavar="PLACE", help="diffusion pipeline for attacks and purifiers that need one")
 
@@ -114,10 +121,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def effects(args: argparse.Namespace) -> Effects:
     """Return when each flag has an effect, and what it needs to have one."""
     drawn = args.target is None and draws_targets(args.attacks)
+    data_sets_given = [*listed(args.dataset_name), *listed(args.data_dir)]
     return {
         **shared_effects(args),
         **attack_effects(args.attacks, checked=not args.no_checks),
         **classifier_effects(args, args.attacks),
+        "reference": (len(data_sets_given) > 1, "several data sets"),
         "pipeline": (
             needs_denoiser(args.attacks) or drawn or purified_by_pipeline(args),
             "an attack on a denoiser, one whose target it draws, or a purifier that uses a pipeline",

@@ -45,6 +45,7 @@ NOT_IN_FINGERPRINT = frozenset(
         "no_checks",
         "num_check_images",
         "parts",
+        "reference",
     }
 )
 """Flags that may change between runs in one folder: stored values do not depend on them."""
