@@ -1,4 +1,4 @@
-# make setup | demo | app | paper | paper-quick | tokens | clips | defences | defences-quick | compatibility |
+# make setup | demo | app | paper | paper-quick | results | tokens | clips | defences | defences-quick | compatibility |
 #      compatibility-quick | zoo | test | test-slow | test-browser | faults | test-hub | docs | miniature | clean
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,7 @@ DEMO := accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --num_p
 	--learning_rate 5e-4 --lpips_weight 0 \
 	--random_flip --no-torch_compile --num_validation_images 16 --validation_steps 400 --output_dir outputs/demo
 
-.PHONY: setup demo app paper paper-quick tokens clips defences defences-quick compatibility compatibility-quick zoo test test-slow test-browser faults test-hub docs miniature clean
+.PHONY: setup demo app paper paper-quick results tokens clips defences defences-quick compatibility compatibility-quick zoo test test-slow test-browser faults test-hub docs miniature clean
 
 setup: $(VENV)/.installed
 
@@ -112,7 +112,12 @@ paper: $(VENV)/.installed-test
 	$(RUN) python -m experiments.clips
 
 paper-quick: $(VENV)/.installed-test
-	$(RUN) python -m experiments.paper --quick --output_dir outputs/paper-quick
+	$(RUN) python -m experiments.paper --quick
+
+# docs/results.md and its pictures, from the experiments that were run. Its sentences are typed, so read them again.
+results: $(VENV)/.installed-test
+	$(RUN) python -m experiments.measured $(wildcard $(addprefix outputs/,paper tokens compatibility clips defences))
+	$(RUN) python -m docs.scripts.results
 
 tokens: $(VENV)/.installed-test
 	$(RUN) python -m experiments.tokens
@@ -124,13 +129,13 @@ defences: $(VENV)/.installed-test
 	$(RUN) python -m experiments.defences
 
 defences-quick: $(VENV)/.installed-test
-	$(RUN) python -m experiments.defences --quick --output_dir outputs/defences-quick
+	$(RUN) python -m experiments.defences --quick
 
 compatibility: $(VENV)/.installed-test
 	$(RUN) python -m experiments.compatibility
 
 compatibility-quick: $(VENV)/.installed-test
-	$(RUN) python -m experiments.compatibility --quick --output_dir outputs/compatibility-quick
+	$(RUN) python -m experiments.compatibility --quick
 
 # Hours on a CPU; it can be interrupted and repeated.
 zoo: $(VENV)/.installed-test

@@ -171,12 +171,12 @@ def lost_by_frame(codec: Codec, clips: Tensor) -> list[float]:
 
 @torch.no_grad()
 def draw_pictures(run: Runner, folder: Path) -> None:
-    """Draw the first clip, and how VAEs reconstruct it when it is attacked on them, as `strip.png` and `clips.gif`."""
+    """Draw the first clip, and how VAEs reconstruct it when it is attacked on them, as `clips.png` and `clips.gif`."""
     clip = clips_in(folder)[:1]
     codecs = {name: codec_of(run, name) for name in (ORIGINAL, "single frames", "clips")}
     shown = {"clip": clip[0], "not attacked": codecs[ORIGINAL].reconstruct(clip)[0]}
     shown |= {name: codec.reconstruct(attacked(codec, clip, ATTACK))[0] for name, codec in codecs.items()}
-    draw_strip(shown, run.folder / "strip.png")
+    draw_strip(shown, run.folder / "clips.png")
     draw_animation(shown, run.folder / "clips.gif")
 
 

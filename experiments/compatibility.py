@@ -15,14 +15,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.adaptation import ADAPTED, ANEW, MEASURES
+from experiments.adaptation import ADAPTED, ANEW, EDITED
 from experiments.claims import ORIGINAL, Results, spread, trained_name
 from experiments.figures import with_legend
 from experiments.plan import SCENES, TRAINING_SCENES
@@ -37,8 +39,9 @@ from srl_utils.files import read_json, write_text_atomically
 from srl_utils.vae.loading import WEIGHTS_NAME
 
 ENCODER = "encoder"
+FIDS = {"fid": "generated images", EDITED: "edits"}
 AS_GOOD = 1.1
-"""A diffusion model is as good as before if its FID is at most so many times that with the original."""
+"""A diffusion model is as good as before if its FIDs are at most so many times those with the original."""
 
 
 class Way(NamedTuple):
@@ -200,44 +203,57 @@ def autoencoders_table(reconstruction: Results, smoothness: Results, scale: Scal
 
 
 def adaptation_table(adaptation: Results, scale: Scale) -> str:
-    """Return a line for each way and start: FID of generated images by the steps of the denoiser."""
-    lines = [["way", "denoiser", *(f"{steps} steps" for steps in sorted({*scale.adapted, *scale.anew}))]]
-    for way in (ORIGINAL, *WAYS):
-        for start in (ADAPTED, ANEW):
-            cells = [
-                spread(adaptation.of(way, f"{start}-{steps}", NO_THREAT, MEASURES[0]))
-                for steps in sorted({*scale.adapted, *scale.anew})
-            ]
-            lines.append([way, start, *cells])
+    """Return a line for each way, start and kind of image: their FID by the steps of the denoiser."""
+    steps = sorted({*scale.adapted, *scale.anew})
+    lines = [["way", "denoiser", "FID of", *(f"{number} steps" for number in steps)]]
+    for way, start, (metric, title) in product((ORIGINAL, *WAYS), (ADAPTED, ANEW), FIDS.items()):
+        cells = [spread(adaptation.of(way, f"{start}-{number}", NO_THREAT, metric)) for number in steps]
+        lines.append([way, start, title, *cells])
     return markdown_table(lines)
 
 
 def steps_needed(adaptation: Results, way: str, scale: Scale) -> int | None:
-    """Return the fewest steps of fine-tuning with which the denoiser is as good as before; None if none is enough."""
-    (before,) = adaptation.of(ORIGINAL, f"{ADAPTED}-0", NO_THREAT, MEASURES[0])
+    """Return the fewest steps of fine-tuning with which the denoiser generates and edits as well as before; None if none do."""
+    before = [fid(adaptation, ORIGINAL, ADAPTED, 0, metric) for metric in FIDS]
     for steps in scale.adapted:
-        if fmean(adaptation.of(way, f"{ADAPTED}-{steps}", NO_THREAT, MEASURES[0])) <= AS_GOOD * before:
+        now = [fid(adaptation, way, ADAPTED, steps, metric) for metric in FIDS]
+        if all(value <= AS_GOOD * wanted for value, wanted in zip(now, before, strict=True)):
             return steps
     return None
 
 
+def fid(adaptation: Results, way: str, start: str, steps: int, metric: str) -> float:
+    """Return the mean FID of what a denoiser makes after some steps."""
+    return fmean(adaptation.of(way, f"{start}-{steps}", NO_THREAT, metric))
+
+
 def draw_price(reconstruction: Results, adaptation: Results, scale: Scale, path: Path) -> None:
-    """Draw the FID of generated images against the denoiser's steps, and robustness against the steps that are needed."""
+    """Draw the FIDs against the denoiser's steps, and robustness against the steps that are needed."""
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(10, 4))
-        fid, price = figure.subplots(1, 2)
+        figure = Figure(figsize=(12, 4))
+        *curves, price = figure.subplots(1, 1 + len(FIDS))
+        for axes, (metric, title) in zip(curves, FIDS.items(), strict=True):
+            draw_adaptation(axes, adaptation, scale, metric)
+            axes.set(yscale="log", ylabel=f"FID of {title}", xlabel="steps of the denoiser (dashed: trained anew)")
         places = {steps: place for place, steps in enumerate([*scale.adapted, None])}
         for way in (ORIGINAL, *WAYS):
-            values = [fmean(adaptation.of(way, f"{ADAPTED}-{n}", NO_THREAT, MEASURES[0])) for n in scale.adapted]
-            fid.plot(range(len(values)), values, marker="o", label=way)
             attacked = fmean(reconstruction.of(way, f"apgd-{scale.attack_steps}", ADAPTIVE, "psnr"))
             price.plot(places[steps_needed(adaptation, way, scale)], attacked, "o", label=way)
-        titles = [f"{steps:,}" for steps in scale.adapted]
-        fid.set(yscale="log", ylabel="FID of generated images", xlabel="steps of the denoiser")
-        fid.set_xticks(range(len(titles)), titles)
         price.set(ylabel="PSNR under attack (dB)", xlabel="steps until the denoiser is as good as before")
-        price.set_xticks(range(len(places)), [*titles, "more"])
+        price.set_xticks(range(len(places)), [*(f"{steps:,}" for steps in scale.adapted), "more"])
         save(with_legend(figure), path)
+
+
+def draw_adaptation(axes: Axes, adaptation: Results, scale: Scale, metric: str) -> None:
+    """Draw an FID against the denoiser's steps: of one that is fine-tuned, and dashed of one that is trained anew."""
+    for place, way in enumerate((ORIGINAL, *WAYS)):
+        for start, numbers, line in ((ADAPTED, scale.adapted, "o-"), (ANEW, scale.anew, "o--")):
+            values = [fid(adaptation, way, start, steps, metric) for steps in numbers]
+            axes.plot(numbers, values, line, color=f"C{place}", label=way if start == ADAPTED else None)
+    ticks = sorted({*scale.adapted, *scale.anew})
+    axes.set_xscale("symlog", linthresh=10)
+    axes.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
+    axes.minorticks_off()
 
 
 if __name__ == "__main__":

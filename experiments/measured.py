@@ -1,6 +1,6 @@
-"""Keep an experiment's mean values in a small file, from which `docs/results.md` is written.
+"""Keep an experiment's mean values in a small file, from which `docs/results.md` is written, and the pictures it shows.
 
-python -m experiments.measured outputs/paper       # writes docs/measured/paper.json
+python -m experiments.measured outputs/paper       # writes docs/measured/paper.json and docs/*.png
 python -m docs.scripts.results                     # writes docs/results.md
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 from experiments.claims import Results
@@ -17,18 +18,28 @@ from srl_utils.evaluation.timings import Timings
 from srl_utils.files import read_json, write_text_atomically
 
 MEASURED = ROOT / "docs/measured"
+PAGE = ROOT / "docs/results.md"
 DIGITS = 5
 """Significant ones, more than any table shows."""
 
 
 def main() -> None:
-    """Write the file of one experiment."""
+    """Write the file of each experiment, and replace its pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="output folder of an experiment")
-    folder = parser.parse_args().folder
-    path = MEASURED / f"{folder.resolve().name}.json"
-    write_text_atomically(path, as_text(summary(folder)))
-    print(f"Written: {path}")
+    parser.add_argument("folders", type=Path, nargs="+", help="output folders of experiments")
+    for folder in parser.parse_args().folders:
+        path = MEASURED / f"{folder.resolve().name}.json"
+        write_text_atomically(path, as_text(summary(folder)))
+        pictures = pictures_of(folder, PAGE.read_text(encoding="utf-8"))
+        for picture in pictures:
+            shutil.copy(picture, PAGE.parent)
+        print(f"Written: {', '.join([path.name, *(picture.name for picture in pictures)])}")
+
+
+def pictures_of(folder: Path, page: str) -> list[Path]:
+    """Return the pictures in `folder` that the page shows, by their names."""
+    found = (path for pattern in ("*.png", "*.gif", "figures/*.png") for path in sorted(folder.glob(pattern)))
+    return [path for path in found if f"]({path.name})" in page]
 
 
 def summary(folder: Path) -> dict[str, dict[str, dict[str, float]]]:

@@ -203,6 +203,10 @@ original's damage is averted, and twice as much as by the control.
 
 ![Images as prompted after poisoned fine-tuning](figures/poisons.png)
 
+![PSNR around scenes with the original, the control and the robust VAE](figures/surface.png)
+
+![Map of latents, clean and attacked](geometry/figures/map.png)
+
 {claims}
 
 {tables}

@@ -209,15 +209,35 @@ def experiment_parser(name: str, description: str, *, quick: bool = False) -> ar
     Args:
         name: of its folder in `outputs`.
         description: of the command; its first line is shown.
-        quick: whether it has `--quick`.
+        quick: whether it has `--quick`, which has a folder of its own: nothing that it makes is taken for the whole.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs", name))
     if quick:
         parser.add_argument(
-            "--quick", action="store_true", help="run every command once on few images; the numbers mean little"
+            "--quick",
+            action=_Quick,
+            nargs=0,
+            default=False,
+            help="run every command once on few images; the numbers mean little",
         )
     return parser
+
+
+class _Quick(argparse.Action):
+    """Sets a flag, and the folder to `NAME-quick` if none was given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: object = None,
+    ) -> None:
+        setattr(namespace, self.dest, True)
+        default = parser.get_default("output_dir")
+        if namespace.output_dir == default:
+            namespace.output_dir = default.with_name(f"{default.name}-quick")
 
 
 def machine() -> str:

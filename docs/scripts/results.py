@@ -2,7 +2,7 @@
 
 python -m docs.scripts.results
 
-`python -m experiments.measured FOLDER` keeps an experiment's results in docs/measured. Numbers of the template that are not
+`make results` keeps the experiments' results in docs/measured first. Numbers of the template that are not
 in these files are typed.
 """
 
@@ -18,12 +18,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.claims import ORIGINAL, Results, damage, decibels_won_back, defence_of, mean_of, won_back
 from experiments.defences import PROTECTIONS
-from experiments.measured import MEASURED, load_measured
+from experiments.measured import MEASURED, PAGE, load_measured
 from srl_utils.attacks.corruptions import CORRUPTIONS
 from srl_utils.evaluation.perturbations import CLEAN, NO_THREAT
 from srl_utils.files import write_text_atomically
 
-PAGE = Path(__file__).parents[1] / "results.md"
 NOT_MEASURED = "-"
 
 

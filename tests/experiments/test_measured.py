@@ -10,7 +10,7 @@ import pytest
 
 from docs.scripts import results as script
 from experiments.claims import Results
-from experiments.measured import as_text, summary
+from experiments.measured import as_text, pictures_of, summary
 from srl_utils.evaluation.timings import Timings
 
 ROWS = [
@@ -45,6 +45,15 @@ def test_a_summary_keeps_the_results(tmp_path: Path) -> None:
         "clean | none | seconds of encoders": {"robust": 0.5},
         "clean | none | seconds of purifiers": {"jpeg-75": 0.0012346},
     }
+
+
+def test_the_pages_pictures_are_found(tmp_path: Path) -> None:
+    """Oracle: specification; by their names, and in the folder of figures."""
+    for name in ("clips.png", "other.png", "figures/edits.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = pictures_of(tmp_path, "![A clip](clips.png)\n![Edits](edits.png) other.png")
+    assert [path.name for path in found] == ["clips.png", "edits.png"]
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:

@@ -32,6 +32,14 @@ def test_every_evaluation_parses(scale: Scale, tmp_path: Path) -> None:
             assert next(iter(data_sets(args))) == SCENES
 
 
+def test_a_quick_run_has_a_folder_of_its_own() -> None:
+    """Oracle: specification; a folder that is given is kept, wherever its flag stands."""
+    parse = runner.experiment_parser("paper", "Run.", quick=True).parse_args
+    calls = ([], ["--quick"], ["--quick", "--output_dir", "own"], ["--output_dir", "own", "--quick"])
+    folders = [(args.output_dir.name, args.quick) for args in map(parse, calls)]
+    assert folders == [("paper", False), ("paper-quick", True), ("own", True), ("own", True)]
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_parses(name: str) -> None:
     """Oracle: the training script's own parser."""
