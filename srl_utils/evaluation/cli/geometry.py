@@ -95,8 +95,6 @@ def check_setup(args: argparse.Namespace, setup: Setup) -> None:
     if paired := [part for part in args.parts if part in PAIRED and len(setup.images) < 2]:
         raise UserError(f"{' and '.join(paired)} need at least 2 images", parameter="num_images")
     labels = labels_of(setup.captions, args.label_words)
-    if unused := [word for word in args.label_words if not any(is_in(word, caption) for caption in setup.captions)]:
-        raise UserError(f"no caption has {', '.join(unused)}", parameter="label_words")
     if args.label_words and labels is None:
         raise UserError("needs at least two labels, and two images with the same one", parameter="label_words")
 
@@ -137,6 +135,8 @@ def build_study(args: argparse.Namespace, setup: Setup, codecs: Sequence[Codec])
         sigma=to_model_units(args.smoothing_sigma), samples=args.smoothing_samples, batch_size=args.batch_size
     )
     labels = labels_of(setup.captions, args.label_words)
+    if unused := [word for word in args.label_words if not any(is_in(word, caption) for caption in setup.captions)]:
+        setup.notes.append(f"no caption has {' or '.join(unused)}")
     if labels is None and "clusters" in args.parts:
         setup.notes.append(
             "label-silhouette was left out: it needs labels that images share: --caption_column, and --label_words if it has captions"

@@ -24,7 +24,8 @@ SIDE = 2.9
 EXTENT = (-1, 1, -1, 1)
 PEAK = 255.0**2
 """Squared error of 0 dB, in squared grey levels."""
-MOST_LABELS = 12
+LABEL_COLOURS = (*COLOURS[1:], "#882255", "#999933", "#44aa99", "#f0e442", "#661100", "#332288")
+"""As many as labels that the map names."""
 AROUND_IMAGES = {
     "title": "Loss surface around images", "across": "attack (1: whole)", "up": "random signs (1: epsilon)",
 }  # fmt: skip
@@ -90,7 +91,7 @@ def draw_maps(maps: Mapping[str, LatentMap], labels: Sequence[str] | None, path:
     """
     title = "Map of the latents: arrows lead from clean to attacked images"
     names = sorted(set(labels)) if labels is not None else []
-    named = len(names) <= MOST_LABELS
+    named = len(names) <= len(LABEL_COLOURS)
     colours = [_colour(names.index(label)) for label in labels] if labels is not None else COLOURS[1]
     with style.context(["default", STYLE, {"axes.grid": False}]):
         figure = Figure(figsize=(4.2 * len(maps), 4.8))
@@ -115,4 +116,4 @@ def _draw_map(axes: Axes, found: LatentMap, colours: str | Sequence[str]) -> Non
 
 
 def _colour(number: int) -> str:
-    return COLOURS[1:][number % (len(COLOURS) - 1)]
+    return LABEL_COLOURS[number % len(LABEL_COLOURS)]
