@@ -17,6 +17,7 @@ from experiments import adaptation, compatibility, whole_training
 from experiments.claims import ORIGINAL, Results, trained_name
 from miniature.scene_set import scene_set
 from miniature.training import Settings
+from srl_utils.attacks.gradient import PGDConfig
 from srl_utils.evaluation.cli import main as evaluation
 from srl_utils.evaluation.perturbations import ADAPTIVE, NO_THREAT
 
@@ -68,15 +69,18 @@ def test_the_loss_is_that_of_attacked_scenes(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize("scale", [compatibility.FULL, compatibility.QUICK], ids=["full", "quick"])
-def test_the_flags_parse(scale: compatibility.Scale) -> None:
-    """Oracle: the parsers of the commands, which also refuse flags without effect."""
-    words = ["--pretrained_model_name_or_path", "vae", "--train_data_dir", "data", "--lpips_weight", "0"]
-    assert (
-        train_srl_vae.parse_args(
-            [*words, *map(str, compatibility.WAYS[compatibility.ENCODER].flags)], environment={}
-        ).pgd_steps
-        == whole_training.ATTACK.num_steps
-    )
+def test_the_flags_parse(scale: compatibility.Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the parsers of the commands, which also refuse flags without effect; all ways have the same attack."""
+    run = compatibility.Runner(tmp_path, compatibility.WEIGHTS / "vae", title="compatibility", num_calls=1)
+    encoder, *whole = (compatibility.training_of(run, way, 0, scale) for way in compatibility.WAYS)
+    args = train_srl_vae.parse_args([*map(str, encoder.flags)], environment={})
+    attack = PGDConfig(epsilon=args.epsilon, step_size=args.pgd_step_size, num_steps=args.pgd_steps, random_start=True)
+    assert attack == whole_training.ATTACK
+    taught = [compatibility.adaptation_to(run, name, scale) for name in (ORIGINAL, "from nothing")]
+    parsers = {whole_training.__name__: whole_training.parse_args, adaptation.__name__: adaptation.parse_args}
+    for module in (*whole, *taught):
+        monkeypatch.setattr(sys, "argv", [module.name, *map(str, module.flags)])
+        assert parsers[module.name]().output_dir == module.done.parent
     shared = ["--baseline", "vae", "--data_dir", "data", "--num_images", "4"]
     flags = [*shared, *map(str, compatibility.reconstruction_flags(scale))]
     assert evaluation.parse_args(["reconstruction", *flags]).threat_models == ["adaptive"]
