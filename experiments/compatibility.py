@@ -71,7 +71,8 @@ class Scale:
         steps: share of each way's steps that is trained.
         seeds: trainings of each way.
         training_scenes: scenes to train the autoencoders on.
-        images: images of the evaluations.
+        images: scenes of the evaluation under attack.
+        smoothed: scenes at which Lipschitz constants are measured.
         attack_steps: of APGD.
         adapted: numbers of steps with which the denoiser is fine-tuned.
         anew: numbers of steps with which one is trained anew, for the first seed.
@@ -84,6 +85,7 @@ class Scale:
     seeds: int
     training_scenes: int
     images: int
+    smoothed: int
     attack_steps: int
     adapted: Sequence[int]
     anew: Sequence[int]
@@ -93,12 +95,12 @@ class Scale:
 
 
 FULL = Scale(
-    steps=1, seeds=3, training_scenes=4000, images=24, attack_steps=50, adapted=(0, 30, 100, 300), anew=(200, 600),
-    taught=4000, generated=256, torch_compile=True,
+    steps=1, seeds=3, training_scenes=4000, images=24, smoothed=8, attack_steps=50,
+    adapted=(0, 30, 100, 300), anew=(200, 600), taught=4000, generated=256, torch_compile=True,
 )  # fmt: skip
 QUICK = Scale(
-    steps=0.01, seeds=1, training_scenes=64, images=4, attack_steps=5, adapted=(0, 2), anew=(2,), taught=64, generated=8,
-    torch_compile=False,
+    steps=0.01, seeds=1, training_scenes=64, images=4, smoothed=2, attack_steps=5, adapted=(0, 2), anew=(2,), taught=64,
+    generated=8, torch_compile=False,
 )  # fmt: skip
 
 
@@ -111,9 +113,9 @@ def main() -> None:
     run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1, pair_share=PAIR_SHARE)  # as `scene_set` draws them
     run.scenes(SCENES, scale.images, seed=0)
     run.modules([training_of(run, way, seed, scale) for seed in range(scale.seeds) for way in WAYS])
-    data = ["--data_dir", args.output_dir / SCENES, "--num_images", scale.images]
-    run.evaluate("reconstruction", "reconstruction", names, [*data, *reconstruction_flags(scale)])
-    run.evaluate("smoothness", "geometry", names, [*data, "--parts", "smoothness"])
+    data = ["--data_dir", args.output_dir / SCENES, "--num_images"]
+    run.evaluate("reconstruction", "reconstruction", names, [*data, scale.images, *reconstruction_flags(scale)])
+    run.evaluate("smoothness", "geometry", names, [*data, scale.smoothed, "--parts", "smoothness"])
     run.modules([adaptation_to(run, name, scale) for name in (ORIGINAL, *names)])
     run.bar.close()
     keep_adaptation(run, [ORIGINAL, *names])
