@@ -78,8 +78,8 @@ class GeometryStudy:
             UserError: if `output_dir` holds another study, or if a VAE returns values that are not finite.
         """
         check_fingerprint(self.accelerator, self.output_dir, self.fingerprint)
-        for name, own in self.own_fingerprints.items():
-            check_fingerprint(self.accelerator, self.output_dir / "parts" / name, own)
+        for name, fingerprint in self.own_fingerprints.items():
+            check_fingerprint(self.accelerator, self.output_dir / "parts" / name, fingerprint)
         missing = [job for job in self._jobs() if job.missing]
         self.accelerator.wait_for_everyone()  # before a process stores parts that another one still looks for
         own = missing[self.accelerator.process_index :: self.accelerator.num_processes]
