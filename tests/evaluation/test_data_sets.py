@@ -183,6 +183,19 @@ def test_data_sets_can_be_added(words, tmp_path: Path, monkeypatch: pytest.Monke
     assert computed == {"text"}
 
 
+@pytest.mark.parametrize("attacks", [["jpeg", "pgd-1"], ["clean", "jpeg"]], ids=["without clean", "without an attack"])
+def test_a_missing_verdict_has_a_reason(attacks: list[str], words, tmp_path: Path) -> None:
+    """Oracle: specification; without an attack, there is nothing to judge."""
+    place = words.index("--attacks")
+    words[place + 1 : place + 4] = attacks
+    words += ["--dataset_name", "digits", "--data_dir", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "out")]
+    if "pgd-1" not in attacks:
+        words = [word for word in words if word not in ("--epsilons", "8/255")]
+    assert command.main(words) == 0
+    report = (tmp_path / "out/report.md").read_text()
+    assert ("whether the robustness carries over was left out" in report) == ("pgd-1" in attacks)
+
+
 def test_one_that_cannot_be_read_ends_it_before_any_work(words, tmp_path: Path) -> None:
     """Oracle: specification; nothing is computed for the first data set."""
     with pytest.raises(UserError, match="there is no folder nowhere"):

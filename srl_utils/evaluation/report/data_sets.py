@@ -22,6 +22,10 @@ KEPT = 0.75
 """Share of what is won back on the first data set that has to be won back on another one for the verdict `carries over`."""
 CARRIES_OVER, LOST, UNCLEAR = "carries over", "does not carry over", "unclear"
 NOTHING_LOST, NOTHING_WON = "baseline loses nothing", "nothing to carry over"
+NOT_JUDGED = (
+    "whether the robustness carries over was left out: it needs psnr among --metrics, clean among --attacks, and an attack "
+    "that costs the baseline PSNR"
+)
 RESAMPLES = 2000
 
 
@@ -36,6 +40,7 @@ def compared(contents: Mapping[str, ReportContent], note: str) -> ReportContent:
     values = {name: by_setting(content.records) for name, content in contents.items()}
     own_settings = {name: content.settings["images"] for name, content in contents.items()}
     panels = (carrying_over(first, values), served(first, values))
+    notes = [note, *([NOT_JUDGED] if panels[0] is None and _attacked(first) else [])]
     return replace(
         first,
         rows=[replace(row, dataset=name) for name, content in contents.items() for row in content.rows],
@@ -43,7 +48,7 @@ def compared(contents: Mapping[str, ReportContent], note: str) -> ReportContent:
         parts=contents,
         panels=[panel for panel in panels if panel is not None],
         pictures={},
-        notes=[note, *_common({name: content.notes for name, content in contents.items()})],
+        notes=[*notes, *_common({name: content.notes for name, content in contents.items()})],
         caveats=_common_caveats(contents),
         settings={**first.settings, "images": "; ".join(own_settings.values())},
     )
@@ -142,6 +147,11 @@ def carrying_over(content: ReportContent, values: Mapping[str, Values]) -> Panel
         f"excludes 0; it is {UNCLEAR} if the interval includes 0."
     )
     return Panel("Does the robustness carry over?", explanation, table) if len(table) > 1 else None
+
+
+def _attacked(content: ReportContent) -> bool:
+    """Return whether a VAE was attacked that can be compared with the baseline."""
+    return any(row.objective is not None and row.vae != content.baseline for row in content.rows)
 
 
 def _won_back_on(values: Values, baseline: str, vae: str, setting: Setting, *, seed: int) -> WonBack | None:
