@@ -23,6 +23,7 @@ from typing import NamedTuple
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from experiments.adaptation import ADAPTED, ANEW, EDITED
 from experiments.claims import ORIGINAL, Results, spread, trained_name
@@ -235,8 +236,8 @@ def draw_price(reconstruction: Results, adaptation: Results, scale: Scale, path:
         figure = Figure(figsize=(12, 4))
         *curves, price = figure.subplots(1, 1 + len(FIDS))
         for axes, (metric, title) in zip(curves, FIDS.items(), strict=True):
-            draw_adaptation(axes, adaptation, scale, metric)
             axes.set(yscale="log", ylabel=f"FID of {title}", xlabel="steps of the denoiser (dashed: trained anew)")
+            draw_adaptation(axes, adaptation, scale, metric)
         places = {steps: place for place, steps in enumerate([*scale.adapted, None])}
         for way in (ORIGINAL, *WAYS):
             attacked = fmean(reconstruction.of(way, f"apgd-{scale.attack_steps}", ADAPTIVE, "psnr"))
@@ -255,7 +256,9 @@ def draw_adaptation(axes: Axes, adaptation: Results, scale: Scale, metric: str) 
     ticks = sorted({*scale.adapted, *scale.anew})
     axes.set_xscale("symlog", linthresh=10)
     axes.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
-    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.xaxis.minorticks_off()
 
 
 if __name__ == "__main__":
