@@ -113,11 +113,13 @@ def main() -> None:
     run = Runner(args.output_dir, WEIGHTS / "vae", title="compatibility", num_calls=2 * len(names) + 5)
     run.scenes(TRAINING_SCENES, scale.training_scenes, seed=1, pair_share=PAIR_SHARE)  # as `scene_set` draws them
     run.scenes(SCENES, scale.images, seed=0)
+    # A seed of every way comes before the next one, so that an interrupted run has something to compare.
     run.modules([training_of(run, way, seed, scale) for seed in range(scale.seeds) for way in WAYS])
     data = ["--data_dir", args.output_dir / SCENES, "--num_images"]
     run.evaluate("reconstruction", "reconstruction", names, [*data, scale.images, *reconstruction_flags(scale)])
     run.evaluate("smoothness", "geometry", names, [*data, scale.smoothed, "--parts", "smoothness"])
-    run.modules([adaptation_to(run, name, scale) for name in (ORIGINAL, *names)])
+    by_seed = [trained_name(way, seed) for seed in range(scale.seeds) for way in WAYS]
+    run.modules([adaptation_to(run, name, scale) for name in (ORIGINAL, *by_seed)])
     run.bar.close()
     keep_adaptation(run, [ORIGINAL, *names])
     reconstruction, smoothness, adaptation = (
