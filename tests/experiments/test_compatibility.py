@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,13 @@ def test_the_flags_parse(scale: compatibility.Scale, tmp_path: Path, monkeypatch
     flags = [*shared, *map(str, compatibility.reconstruction_flags(scale))]
     assert evaluation.parse_args(["reconstruction", *flags]).threat_models == ["adaptive"]
     assert evaluation.parse_args(["geometry", *shared, "--parts", "smoothness"]).parts == ["smoothness"]
+
+
+def test_denoisers_are_taught_seed_by_seed() -> None:
+    """Oracle: specification; a fine-tuned autoencoder three times, one from nothing once."""
+    scale = replace(compatibility.FULL, seeds=2)
+    first = [ORIGINAL, "encoder", "encoder and decoder", "from nothing", "from nothing, clean first"]
+    assert compatibility.taught_autoencoders(scale) == [*first, "encoder (seed 1)", "encoder and decoder (seed 1)"]
 
 
 def results_of(ways: dict[str, tuple[float, list[float], list[float]]]) -> tuple[Results, Results]:
