@@ -263,7 +263,7 @@ def draw_adaptation(axes: Axes, adaptation: Results, scale: Scale, metric: str) 
         for start, numbers, line in ((ADAPTED, scale.adapted, "o-"), (ANEW, scale.anew, "o--")):
             values = [fid(adaptation, way, start, steps, metric) for steps in numbers]
             axes.plot(numbers, values, line, color=f"C{place}", label=way if start == ADAPTED else None)
-    ticks = sorted({*scale.adapted, *scale.anew})
+    ticks = sorted({*scale.adapted, scale.anew[-1]})  # more would overlap
     axes.set_xscale("symlog", linthresh=10)
     axes.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
     axes.yaxis.set_major_formatter(ScalarFormatter())
