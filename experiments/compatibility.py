@@ -129,7 +129,7 @@ def main() -> None:
     )
     draw_price(reconstruction, adaptation, scale, args.output_dir / "compatibility.png")
     text = "\n\n".join([
-        f"{machine()}, {date.today().isoformat()}, {run.minutes():.0f} minutes. Scale: {scale}.",
+        f"{machine()}, {date.today().isoformat()}, {run.minutes():.0f} minutes, parts that ran side by side added up. Scale: {scale}.",
         "## Autoencoders", autoencoders_table(reconstruction, smoothness, scale),
         "## The diffusion model", adaptation_table(adaptation, scale),
     ])  # fmt: skip

@@ -132,7 +132,7 @@ def main() -> None:
     draw_defences(defences, args.output_dir / "defences.png")
     draw_curves(curves(reconstruction, scale), args.output_dir / "originality.png")
     text = "\n\n".join([
-        f"{machine()}, {date.today().isoformat()}, {run.minutes():.0f} minutes. Scale: {scale}.",
+        f"{machine()}, {date.today().isoformat()}, {run.minutes():.0f} minutes, parts that ran side by side added up. Scale: {scale}.",
         "## Rivals at equal time", rivals_table(reconstruction, generation, scale, run),
         "## Edits", defences_table(defences, read_json(args.output_dir / "purifiers/timings.json")),
     ])  # fmt: skip
