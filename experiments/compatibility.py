@@ -4,7 +4,7 @@
     python -m experiments.compatibility                # make compatibility
 
 The ways are the method (the encoder alone, near the original), encoder and decoder together, and a training from random
-weights with the attack in it. The first two take the same time; the last, which has no original to start from, takes four
+weights with the attack in it. The first two take the same time; the last, which has no original to start from, takes three
 times as long. The diffusion model is then used as it is, fine-tuned for some steps, or trained anew. Finished parts are
 kept, so the command can be interrupted and repeated.
 """
@@ -63,7 +63,7 @@ WAYS = {
     "from nothing": Way(2_300, ["--learning_rate", "2e-3"]),
     "from nothing, clean first": Way(3_000, ["--learning_rate", "2e-3"], clean_share=0.5),
 }
-"""A way's steps: the first two take 4 minutes of a core, and the others, which have no original to start from, 16."""
+"""By name. The first two take about 6 minutes of a core, and the others, which have no original to start from, 18."""
 
 
 @dataclass(frozen=True, kw_only=True)
