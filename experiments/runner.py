@@ -175,7 +175,7 @@ class Runner:
     def _run(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
         """Run a command, show its last line beside the bar, and return its exit code."""
         with (
-            (self.folder / "log.txt").open("a", encoding="utf-8") as log,
+            (self.folder / "log.txt").open("a", buffering=1, encoding="utf-8") as log,  # a line at a time
             subprocess.Popen(
                 words,
                 cwd=ROOT,
