@@ -26,18 +26,15 @@ from torch import Tensor
 
 from experiments.runner import WEIGHTS
 from miniature.diffusion import scaled_latents
-from miniature.measure_world import BATCH, UNSEEN_SEED, all_pixels, measure_diffusion
+from miniature.measure_world import UNSEEN_SEED, all_pixels, generate, share_shown
 from miniature.scene_set import SceneSet, scene_set
-from srl_utils.attacks.draws import image_generators
 from srl_utils.evaluation.tasks.finetuning import FinetuningConfig, finetune
 from srl_utils.files import read_json, write_text_atomically
-from srl_utils.images.pixels import to_model_range, to_unit_range
 from srl_utils.metrics.features import ImageClassifier, frechet_distance, load_image_classifier
 
 ADAPTED, ANEW = "adapted", "anew"
 LEARNING_RATES = {ADAPTED: 3e-4, ANEW: 1e-3}
-EDITED = "edited-fid"
-MEASURES = ("fid", EDITED, "shown")
+GENERATED, EDITED = "fid", "edited-fid"
 INFERENCE_STEPS, GUIDANCE, STRENGTH = 10, 2.5, 0.6
 
 
@@ -53,7 +50,8 @@ def main() -> None:
         for seed, count in ((0, args.num_scenes), (UNSEEN_SEED, args.num_images), (UNSEEN_SEED + 1, args.num_images))
     )
     latents = scaled_latents(vae, scenes, args.output_dir / "latents.safetensors").to(device, torch.float32)
-    measure = partial(generated_and_edited, classifier=classifier, prompts=prompts, fresh=fresh)
+    wanted = classifier.features(all_pixels(fresh))["pool"]
+    measure = partial(generated_and_edited, classifier=classifier, prompts=prompts, wanted=wanted)
     for start, numbers in ((ADAPTED, args.steps), (ANEW, args.steps_anew)):
         files = {steps: args.output_dir / f"{start}-{steps}.json" for steps in numbers}
         missing = {steps: path for steps, path in files.items() if not path.exists()}
@@ -84,8 +82,7 @@ def teach(
 
     def keep(steps: int, unet: UNet2DConditionModel) -> None:
         if steps in files:
-            values = measure(with_denoiser(pipeline, unet))
-            write_text_atomically(files[steps], json.dumps({name: values[name] for name in MEASURES}, indent=1) + "\n")
+            write_text_atomically(files[steps], json.dumps(measure(with_denoiser(pipeline, unet)), indent=1) + "\n")
             print(f"{files[steps].stem}: {read_json(files[steps])}", flush=True)
 
     unet = pipeline.unet
@@ -98,24 +95,25 @@ def teach(
 
 
 def generated_and_edited(
-    pipeline: StableDiffusionPipeline, *, classifier: ImageClassifier, prompts: SceneSet, fresh: SceneSet
+    pipeline: StableDiffusionPipeline, *, classifier: ImageClassifier, prompts: SceneSet, wanted: Tensor
 ) -> dict[str, float]:
-    """Return the measures of `measure_diffusion`, and the FID of the scenes `prompts` edited with their own captions."""
-    generated = measure_diffusion(
-        pipeline, classifier, prompts, fresh, steps=INFERENCE_STEPS, guidance=GUIDANCE
-    )  # fmt: skip
+    """Return the FIDs of images generated from captions and of their scenes edited with them, and the share as prompted.
+
+    Args:
+        pipeline: generates; with the same parts, image-to-image edits.
+        classifier: gives the features and the labels.
+        prompts: scenes with their captions.
+        wanted: features of other scenes.
+    """
+    settings = {"num_inference_steps": INFERENCE_STEPS, "guidance_scale": GUIDANCE}
+    generated = generate(pipeline, prompts, **settings)
     editor = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
-    editor.set_progress_bar_config(disable=True)
-    edits = [
-        editor(
-            [prompts.captions[number] for number in numbers], to_unit_range(prompts.pixels(numbers)), strength=STRENGTH,
-            num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE, output_type="pt",
-            generator=image_generators(0, numbers.tolist()),
-        ).images.cpu()
-        for numbers in torch.arange(len(prompts.captions)).split(BATCH)
-    ]  # fmt: skip
-    seen = [classifier.features(each)["pool"] for each in (to_model_range(torch.cat(edits)), all_pixels(fresh))]
-    return {**generated, EDITED: frechet_distance(*seen)}
+    edited = generate(editor, prompts, image_to_image=True, strength=STRENGTH, **settings)
+    fids = {
+        name: frechet_distance(wanted, classifier.features(images)["pool"])
+        for name, images in ((GENERATED, generated), (EDITED, edited))
+    }
+    return {**fids, "shown": share_shown(classifier, generated, prompts.captions)}
 
 
 def with_denoiser(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:

@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from experiments.adaptation import ADAPTED, ANEW, EDITED
+from experiments.adaptation import ADAPTED, ANEW, EDITED, GENERATED
 from experiments.claims import ORIGINAL, Results, spread, trained_name
 from experiments.figures import with_legend
 from experiments.plan import SCENES, TRAINING_SCENES
@@ -40,7 +40,7 @@ from srl_utils.files import read_json, write_text_atomically
 from srl_utils.vae.loading import WEIGHTS_NAME
 
 ENCODER = "encoder"
-FIDS = {"fid": "generated images", EDITED: "edits"}
+FIDS = {GENERATED: "generated images", EDITED: "edits"}
 AS_GOOD = 1.1
 """A diffusion model is as good as before if its FIDs are at most so many times those with the original."""
 

@@ -13,14 +13,14 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from miniature.scene_set import SceneSet, scene_set
 from srl_utils.attacks.draws import image_generators
 from srl_utils.files import write_text_atomically
-from srl_utils.images.pixels import to_model_range
+from srl_utils.images.pixels import to_model_range, to_unit_range
 from srl_utils.metrics.features import (
     ClipSimilarity,
     ImageClassifier,
@@ -95,15 +95,7 @@ def measure_diffusion(
         steps: the sampler's steps.
         guidance: weight of classifier-free guidance.
     """
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for numbers in torch.arange(len(prompts.captions)).split(BATCH):
-        output = pipeline(
-            [prompts.captions[number] for number in numbers],
-            num_inference_steps=steps, guidance_scale=guidance, generator=image_generators(0, numbers.tolist()), output_type="pt",
-        )  # fmt: skip
-        images.append(to_model_range(output.images).cpu())
-    generated = torch.cat(images)
+    generated = generate(pipeline, prompts, num_inference_steps=steps, guidance_scale=guidance)
     wanted = classifier.features(all_pixels(fresh))["pool"]
     others = {
         "fid": generated,
@@ -112,6 +104,29 @@ def measure_diffusion(
     }
     distances = {name: frechet_distance(wanted, classifier.features(each)["pool"]) for name, each in others.items()}
     return {"shown": share_shown(classifier, generated, prompts.captions), **distances}
+
+
+def generate(
+    pipeline: DiffusionPipeline, prompts: SceneSet, *, image_to_image: bool = False, **settings: float
+) -> Tensor:
+    """Return what a pipeline makes of captions, `[N,3,H,W]` in [-1,1].
+
+    Args:
+        pipeline: Stable Diffusion's for text-to-image or for image-to-image.
+        prompts: scenes whose captions are the prompts.
+        image_to_image: whether the pipeline gets the scenes too.
+        settings: of the pipeline's call.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for numbers in torch.arange(len(prompts.captions)).split(BATCH):
+        shown = {"image": to_unit_range(prompts.pixels(numbers))} if image_to_image else {}
+        output = pipeline(
+            [prompts.captions[number] for number in numbers], **shown, **settings,
+            generator=image_generators(0, numbers.tolist()), output_type="pt",
+        )  # fmt: skip
+        images.append(to_model_range(output.images).cpu())
+    return torch.cat(images)
 
 
 @torch.no_grad()

@@ -72,11 +72,6 @@ def gained(sets: Sequence[Results], vae: str, attack: str) -> str:
     return spread(mean_of(gains))
 
 
-def clean_loss(sets: Sequence[Results], vae: str) -> str:
-    """Return by how many dB a VAE's reconstructions of clean images are worse than the original's, mean of several data sets."""
-    return gained(sets, vae, CLEAN.name).partition(" ")[0].removeprefix("-")
-
-
 def lost_to_passes(results: Results, vae: str) -> str:
     """Return the dB that a VAE's tenth pass is worse than its first."""
     passes = zip(*(results.of(vae, f"reencoded-{count}", NO_THREAT, "psnr") for count in (1, 10)), strict=True)
@@ -138,7 +133,7 @@ def page() -> str:
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     functions = (
-        of, mean_only, won, won_decibels, gained, clean_loss, lost_to_passes, edits, harm, won_edits, clip_lost, shown, lost_to_poisons, together,
+        of, mean_only, won, won_decibels, gained, lost_to_passes, edits, harm, won_edits, clip_lost, shown, lost_to_poisons, together,
     )  # fmt: skip
     environment.globals.update({function.__name__: function for function in functions})
     environment.globals["CORRUPTIONS"] = CORRUPTIONS

@@ -158,5 +158,5 @@ def test_a_denoiser_is_taught(start: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     for values in (untaught, taught):
         assert values.keys() == {"fid", "edited-fid", "shown"} and 0 <= values["shown"] <= 1
         assert min(values["fid"], values["edited-fid"]) >= 0
-    monkeypatch.setattr(adaptation, "measure_diffusion", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(adaptation, "generated_and_edited", lambda *_, **__: pytest.fail("measured again"))
     adaptation.main()

@@ -46,12 +46,11 @@ def draw_images(count: int, size: int = 16, *, seed: int = 0, limit: float = 1.0
     return (2 * noise - 1) * limit
 
 
-def write_photos(folder: Path, images: Iterable[Tensor]) -> Path:
-    """Write images `[3,H,W]` in [-1,1] as `0.png`, `1.png` and so on into a new folder; return the folder."""
+def write_photos(folder: Path, images: Iterable[Tensor]) -> None:
+    """Write images `[3,H,W]` in [-1,1] as `0.png`, `1.png` and so on into a new folder."""
     folder.mkdir()
     for number, image in enumerate(images):
         to_pil(image).save(folder / f"{number}.png")
-    return folder
 
 
 def smallest_training(vae_folder: Path, photographs: Path, output_dir: Path) -> list[str]:
