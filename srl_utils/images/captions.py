@@ -32,8 +32,12 @@ Row = Mapping[str, object]
 
 
 def names(caption: str, words: str) -> bool:
-    """Return whether a caption contains one or more whole words, in this order and without others between them."""
-    return f" {' '.join(words.split())} " in f" {' '.join(caption.split())} "
+    """Return whether a caption contains one or more whole words, in this order and without others between them.
+
+    Upper and lower case, the number of spaces and the punctuation beside the words do not matter.
+    """
+    wanted = r"\s+".join(map(re.escape, words.split()))
+    return bool(wanted) and re.search(rf"(?<!\w){wanted}(?!\w)", caption, re.IGNORECASE) is not None
 
 
 def decode_text(content: bytes) -> str:

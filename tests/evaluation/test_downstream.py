@@ -293,7 +293,7 @@ def test_finetuning_learns(pipe) -> None:
 
 
 def test_division_of_a_data_set() -> None:
-    """Oracle: closed form on ten captions; no other image names the concept, and words count, not their pieces."""
+    """Oracle: closed form on ten captions; no other image names the concept; words count, not their pieces, case or punctuation."""
     captions = [
         "a ring",
         "a star",
@@ -309,7 +309,7 @@ def test_division_of_a_data_set() -> None:
     parts = divide(captions, concept="ring", target="star", num_poisons=2, num_held_out=2)
     assert (parts.poisonable, parts.held_out, parts.targets) == ([0, 2], [8, 9], [1, 6])
     assert parts.others == [1, 3, 6, 7]
-    similar = ["a red ring", "a blue ring", "a blue star", "a red star", "a red star", "a red ring", "a ring"]
+    similar = ["a red ring", "a blue ring", "a blue star", "A star, red.", "a red star", "a red ring", "a ring"]
     parts = divide(similar, concept="ring", target="star", num_poisons=3, num_held_out=1)
     assert (parts.poisonable, parts.targets) == ([0, 1, 5], [3, 2, 4])
     with pytest.raises(UserError, match="5 captions name 'ring' and 2 'star'; 4 poisons and 2 held-out"):

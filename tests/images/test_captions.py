@@ -280,3 +280,5 @@ def test_a_caption_names_whole_words_side_by_side() -> None:
     caption = "a small red  circle on a ringlet"
     assert names(caption, "circle") and names(caption, "red circle") and names(caption, " a ")
     assert not names(caption, "ring") and not names(caption, "small circle") and not names(caption, "circle red")
+    assert names("A red, round circle.", "CIRCLE") and names("A red, round circle.", "a  red") and names("C++", "c++")
+    assert not names("A red, round circle.", "red round") and not names(caption, " ")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from srl_utils.evaluation.tasks.geometry import (
 from srl_utils.files import sole_run
 from srl_utils.geometry.certificate import FEWEST_SAMPLES, CenterSmoothing
 from srl_utils.geometry.clusters import LatentMap, latent_map
+from srl_utils.images.captions import names
 from srl_utils.images.pixels import to_model_units
 from srl_utils.vae.codec import Codec
 
@@ -114,15 +114,10 @@ def labels_of(captions: Sequence[str], words: Sequence[str]) -> list[str] | None
             it is the whole caption, if some captions are equal.
     """
     if words:
-        labels = [next((word for word in words if is_in(word, caption)), "other") for caption in captions]
+        labels = [next((word for word in words if names(caption, word)), "other") for caption in captions]
     else:
         labels = list(captions)
     return labels if 1 < len(set(labels)) < len(labels) else None
-
-
-def is_in(word: str, caption: str) -> bool:
-    """Return whether a caption has a word, or several in this order, whatever their case and what stands beside them."""
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE) is not None
 
 
 # --- the study ---
@@ -135,7 +130,7 @@ def build_study(args: argparse.Namespace, setup: Setup, codecs: Sequence[Codec])
         sigma=to_model_units(args.smoothing_sigma), samples=args.smoothing_samples, batch_size=args.batch_size
     )
     labels = labels_of(setup.captions, args.label_words)
-    if unused := [word for word in args.label_words if not any(is_in(word, caption) for caption in setup.captions)]:
+    if unused := [word for word in args.label_words if not any(names(caption, word) for caption in setup.captions)]:
         setup.notes.append(f"no caption has {' or '.join(unused)}")
     if labels is None and "clusters" in args.parts:
         setup.notes.append(

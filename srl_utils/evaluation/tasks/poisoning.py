@@ -6,6 +6,7 @@ Source: Shan et al., "Nightshade: Prompt-Specific Poisoning Attacks on Text-to-I
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -73,7 +74,7 @@ def _most_similar(captions: Sequence[str], numbers: Sequence[int], aims: Sequenc
 
     The latents of similar scenes are close, so that a poison can go further towards its target.
     """
-    words = {number: set(captions[number].split()) for number in {*numbers, *aims}}
+    words = {number: set(re.findall(r"\w+", captions[number].lower())) for number in {*numbers, *aims}}
     uses: Counter[int] = Counter()
     chosen = []
     for number in numbers:
