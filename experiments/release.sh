@@ -36,7 +36,7 @@ step() {
     printf '\n== %s\n' "$1"
 }
 
-step "1 of 6: check the login and the repository"
+step "1 of 6: check the login and the repository, and write the entry"
 python -m experiments.hub_access "$HUB_ID"
 
 if [ -n "$DRY_RUN" ]; then
@@ -48,8 +48,9 @@ else
     TRAINED=$OUTPUT_DIR
     PUBLISHED=$HUB_ID
 fi
-NAME=$(python -c 'import sys; from srl_utils.zoo.measuring import name_of; print(name_of(sys.argv[1]))' "$PUBLISHED")
-ENTRY=$OUTPUT_DIR/$NAME.yaml
+ENTRY=$(python -m experiments.release_entry "$OUTPUT_DIR" --weights "$PUBLISHED" --base "$BASE" --protocol "$PROTOCOL" \
+    --data "$DATA" --budget "$BUDGET" --link "$LINK")
+NAME=$(basename "$ENTRY" .yaml)
 MEASURED=$OUTPUT_DIR/zoo
 
 # The lists of flags in $LAUNCH, $TRAINING and $EVALUATION are split at spaces on purpose.
@@ -69,18 +70,5 @@ python -m srl_utils.zoo evaluate "$PUBLISHED" --zoo "$ZOO" --base "$BASE" --prot
     --output_dir "$MEASURED" $DRY_RUN
 
 step "6 of 6: submit"
-mkdir -p "$OUTPUT_DIR"
-cat >"$ENTRY" <<END
-name: $NAME
-weights: $PUBLISHED
-base: $BASE
-protocol: $PROTOCOL
-objective: srl
-data: $DATA
-budget: $BUDGET
-link: $LINK
-digest: null
-base_digest: null
-END
 python -m srl_utils.zoo submit "$ENTRY" "$MEASURED/$NAME/row.json" --zoo "$ZOO" $DRY_RUN
 [ -n "$DRY_RUN" ] || python -m srl_utils.zoo leaderboard --zoo "$ZOO"

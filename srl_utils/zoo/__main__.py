@@ -10,6 +10,7 @@ from srl_utils.command_line import Parser, exit_code, expanded_path
 from srl_utils.errors import UserError
 from srl_utils.evaluation.report.tables import markdown_table
 from srl_utils.files import home_expanded
+from srl_utils.markdown import as_text
 from srl_utils.zoo.entries import Subject, read_entries
 from srl_utils.zoo.leaderboard import PAGE, TABLES, write_leaderboard
 from srl_utils.zoo.measuring import ROW, measure, subject_of
@@ -35,7 +36,8 @@ def run_list(args: argparse.Namespace) -> int:
     lines = [["VAE", "base", "objective", "worst case (dB)", "protocol", "weights"]]
     for entry in entries.values():
         worst = f"{rows[entry.name].worst.value:.2f}" if entry.name in rows else "not measured"
-        lines.append([entry.name, entry.base or "", entry.objective, worst, entry.protocol, entry.weights])
+        cells = (entry.name, entry.base or "", entry.objective, worst, entry.protocol, entry.weights)
+        lines.append([as_text(cell) for cell in cells])
     print(markdown_table(lines))
     return 0
 

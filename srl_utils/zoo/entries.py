@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import re
 import shlex
-import types
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from srl_utils.errors import MissingFile, UnusableFile, UserError
+from srl_utils.evaluation.cli.loading import BASELINE
 from srl_utils.images.pixels import parse_pixel_distance
 from srl_utils.zoo.protocols import PROTOCOLS
+from srl_utils.zoo.schema import checked
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 DIGEST = re.compile(r"[0-9a-f]{16}")
 TRAINING = ["python", "train_srl_vae.py"]
 """How every command begins: an entry runs a training of this repository and no other program."""
-WORDS = {str: "text", float: "a number", types.NoneType: "null"}
-"""Names of YAML's types for readers."""
-Kind = TypeVar("Kind")
+OUTPUT, PUBLISHING = "--output_dir", ("--push_to_hub", "--hub_")
+"""The flag that says where the weights go, and how flags begin that publish them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,9 @@ class Subject:
     def check(self) -> None:
         """Raise a UserError if a value is impossible."""
         if not NAME.fullmatch(self.name):
-            raise UserError(f"name: {self.name!r} has more than lower-case letters, digits and single dashes")
+            raise UserError(f"name: {self.name!r} is not made of lower-case letters, digits and single dashes")
+        if self.base is not None and self.name == BASELINE:
+            raise UserError(f"name: evaluations call the base {BASELINE}; choose another name, or rename the folder")
         if self.protocol not in PROTOCOLS:
             raise UserError(f"protocol: {self.protocol} is not known; choose from {', '.join(PROTOCOLS)}")
         for field in ("digest", "base_digest"):
@@ -103,7 +103,15 @@ class Entry(Subject):
         if ":" in self.link.removeprefix("https://"):
             raise UserError(f"link: {self.link} is neither an address that starts with https:// nor a path")
         if self.command is not None:
-            training_flags(self.command)
+            self._check_flags(training_flags(self.command))
+
+    def _check_flags(self, flags: list[str]) -> None:
+        """Refuse a training that leaves its weights elsewhere, or publishes them with the login of whoever measures them."""
+        if publishing := [flag for flag in flags if flag.startswith(PUBLISHING)]:
+            raise UserError(f"command: {publishing[0]} publishes; an entry's training may not")
+        joined = " ".join(flags).replace(f"{OUTPUT}=", f"{OUTPUT} ")
+        if f" {OUTPUT} {self.weights} " not in f" {joined} ":
+            raise UserError(f"command: it needs {OUTPUT} {self.weights}, the entry's weights")
 
 
 def training_flags(command: str) -> list[str]:
@@ -134,7 +142,7 @@ def read_entry(path: Path) -> Entry:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingFile(f"there is no entry {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML fails at impossible dates and numbers
         raise UnusableFile(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     try:
         entry = checked(Entry, given)
@@ -160,42 +168,3 @@ def read_entries(zoo: Path) -> dict[str, Entry]:
         if path.stem != entry.name:
             raise UserError(f"{path}: the entry {entry.name} has to be in {entry.name}.yaml")
     return {entry.name: entry for entry in entries.values()}
-
-
-def checked(kind: type[Kind], given: Any) -> Kind:
-    """Return a mapping as an instance of a dataclass, whose fields are text, numbers, dataclasses or None.
-
-    Raises:
-        UserError: if a field is missing, unknown or of another type.
-    """
-    if not isinstance(given, Mapping):
-        raise UserError(f"expected fields such as {fields(kind)[0].name}, got {type(given).__name__}")  # type: ignore[arg-type]
-    types_of = get_type_hints(kind)
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    if unknown := [str(name) for name in given if name not in known]:
-        raise UserError(f"{unknown[0]}: no such field; the fields are {', '.join(known)}")
-    if missing := [name for name, field in known.items() if field.default is MISSING and name not in given]:
-        raise UserError(f"{missing[0]}: this field is missing")
-    return kind(**{name: _value(name, types_of[name], value) for name, value in given.items()})
-
-
-def _value(name: str, wanted: Any, value: Any) -> Any:
-    """Return the value of a field if it has one of the wanted types."""
-    kinds = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
-    for kind in kinds:
-        if is_dataclass(kind) and value is not None:
-            return _part(name, kind, value)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, kind) and value != "":
-            return value
-    expected = " or ".join(WORDS.get(kind, "fields") for kind in kinds)
-    raise UserError(f"{name}: expected {expected}, got {value!r}{'; put it in quotes' if str in kinds else ''}")
-
-
-def _part(name: str, kind: Any, value: Any) -> Any:
-    """Return a field that has fields of its own; errors name both."""
-    try:
-        return checked(kind, value)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import ChoiceLoader, PackageLoader
 
-from srl_utils.errors import MissingFile
+from srl_utils.errors import MissingFile, UnusableFile
 from srl_utils.evaluation.report.document import TableCell
 from srl_utils.evaluation.report.pages import LOADER, html_page
 from srl_utils.evaluation.report.tables import markdown_table, measured
@@ -101,6 +101,7 @@ def write_leaderboard(zoo: Path, folder: Path) -> None:
 
     Raises:
         MissingFile: a FileNotFoundError, if there is no such page or no zoo.
+        UnusableFile: an OSError, if the page has no place for the tables.
         UserError: a ValueError, if an entry or a row is refused.
     """
     page = folder / PAGE
@@ -129,9 +130,15 @@ def tables(entries: Mapping[str, Entry], rows: Mapping[str, ZooRow]) -> list[Tab
 
 
 def updated(page: str, found: Sequence[Table]) -> str:
-    """Return the Markdown page with the tables between its two markers."""
-    before, rest = page.split(START)
-    _, after = rest.split(END)
+    """Return the Markdown page with the tables between its two markers.
+
+    Raises:
+        UnusableFile: an OSError, if it lacks one, or has one twice.
+    """
+    before, start, rest = page.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end or START in rest or END in before + after:
+        raise UnusableFile(f"{PAGE} needs the lines {START.strip()} and {END.strip()} once each, in this order")
     return f"{before}{START}\n{as_markdown(found)}\n{END}{after}"
 
 

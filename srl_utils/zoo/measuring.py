@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from os.path import exists
@@ -124,9 +125,27 @@ def make(entry: Entry) -> None:
     """
     print(f"making {entry.weights}: {entry.command}", flush=True)
     words = [sys.executable, *TRAINING[1:], *training_flags(entry.command or "")]
-    code = subprocess.run(words, check=False).returncode
+    code = run_to_its_end(words)
     if code:
         raise UserError(f"{entry.name}: its command ended with the exit code {code}; the same call continues it")
+
+
+def run_to_its_end(words: Sequence[str]) -> int:
+    """Run a command and return its exit code, which is negative if a signal has killed it.
+
+    Ctrl-C and SIGTERM are left to the command: a training saves a checkpoint first. `subprocess.run` would kill it.
+    """
+    with subprocess.Popen(words) as child:
+        handlers = {
+            signal.SIGINT: lambda *_: None,  # a terminal sends it to both processes
+            signal.SIGTERM: lambda *_: child.terminate(),
+        }
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            return child.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def compared(subject: Subject) -> Mapping[str, Any]:
@@ -150,9 +169,14 @@ def subject_of(place: str, *, base: str | None, protocol: str) -> Subject:
     """Return a VAE that is no entry, named like the last part of its place.
 
     Raises:
-        UserError: if the place has no name for a file.
+        UserError: if the place gives no name, or one that is refused.
     """
-    subject = Subject(name=name_of(place), weights=place, base=base, protocol=protocol, digest=None, base_digest=None)
+    name = name_of(place)
+    if not name:
+        raise UserError(
+            f"{place}: a VAE is named like its folder, which has no letter or digit of ASCII; rename the folder"
+        )
+    subject = Subject(name=name, weights=place, base=base, protocol=protocol, digest=None, base_digest=None)
     subject.check()
     return subject
 

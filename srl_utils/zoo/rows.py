@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 from srl_utils.errors import MissingFile, UnusableFile, UserError
 from srl_utils.evaluation.perturbations import CLEAN
-from srl_utils.evaluation.results import Row
+from srl_utils.evaluation.results import Row, Setting
 from srl_utils.evaluation.study import THREAT_MODELS
 from srl_utils.evaluation.tasks.base import DRIFT
 from srl_utils.files import read_json, write_text_atomically
 from srl_utils.zoo.entries import Entry, Subject
 from srl_utils.zoo.protocols import PROTOCOLS, Protocol
+from srl_utils.zoo.schema import checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +91,13 @@ class ZooRow:
         Raises:
             UserError: with the first difference.
         """
+        if repeated := [setting for setting, n in Counter(row.setting for row in self.results).items() if n > 1]:
+            raise UserError(f"the row of {self.name} has two results of {_named(repeated[0])}; evaluate it again")
         found = {row.setting: row.n for row in self.results if row.metric != DRIFT}
         other = sorted(protocol.settings ^ found.keys(), key=repr)
         if other:
             verb = "has a result that is not of" if other[0] in found else "lacks a result of"
-            named = f"{other[0].metric} under {other[0].attack}, {other[0].threat_model}"
-            raise UserError(f"the row of {self.name} {verb} the protocol: {named}; evaluate it again")
+            raise UserError(f"the row of {self.name} {verb} the protocol: {_named(other[0])}; evaluate it again")
         if numbers := set(found.values()) - {protocol.num_images}:
             raise UserError(
                 f"the row of {self.name} has means of {min(numbers)} images, and the protocol {protocol.num_images}; "
@@ -108,13 +111,21 @@ class ZooRow:
         return {**asdict(self), "results": [row.to_json() for row in self.results]}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> ZooRow:
-        """Return the row that `to_json` described."""
-        return cls(**{**values, "results": [Row.from_json(row) for row in values["results"]]})
+    def from_json(cls, values: Any) -> ZooRow:
+        """Return the row that `to_json` described.
+
+        Raises:
+            UserError: if the values are others.
+        """
+        return checked(cls, values)
 
     def write(self, path: Path) -> None:
         """Write the row as JSON, atomically."""
         write_text_atomically(path, f"{json.dumps(self.to_json(), indent=1)}\n")
+
+
+def _named(setting: Setting) -> str:
+    return f"{setting.metric} under {setting.attack}, {setting.threat_model}"
 
 
 def check_rows(entries: Mapping[str, Entry], rows: Mapping[str, ZooRow]) -> None:
@@ -165,10 +176,11 @@ def read_row(path: Path) -> ZooRow:
     """
     if not path.is_file():
         raise MissingFile(f"there is no row {path}; `python -m srl_utils.zoo evaluate` writes it")
+    values = read_json(path)
     try:
-        return ZooRow.from_json(read_json(path))
-    except (TypeError, KeyError, AttributeError):
-        raise UnusableFile(f"{path} is not a row of the zoo; evaluate the VAE again") from None
+        return ZooRow.from_json(values)
+    except UserError as error:
+        raise UnusableFile(f"{path} is not a row of the zoo; evaluate the VAE again ({error})") from None
 
 
 def read_rows(zoo: Path) -> dict[str, ZooRow]:

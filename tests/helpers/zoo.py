@@ -8,9 +8,10 @@ import yaml
 
 from srl_utils.evaluation.perturbations import NO_THREAT
 from srl_utils.evaluation.results import Row, Setting, to_row
-from srl_utils.zoo.entries import Entry, checked
+from srl_utils.zoo.entries import Entry
 from srl_utils.zoo.protocols import PROTOCOLS
 from srl_utils.zoo.rows import ZooRow
+from srl_utils.zoo.schema import checked
 
 FIELDS = {
     "name": "small", "weights": "outputs/small", "base": None, "protocol": "embedded", "objective": "srl", "data": "scenes",

@@ -14,7 +14,8 @@ from helpers.runs import ROOT
 from helpers.warm_python import warm_python
 
 import train_srl_vae
-from experiments import hub_access
+from experiments import hub_access, release_entry
+from srl_utils.errors import UserError
 from srl_utils.evaluation.cli import main as evaluation
 from srl_utils.hub import __main__ as hub
 from srl_utils.zoo import __main__ as zoo
@@ -23,10 +24,10 @@ from srl_utils.zoo.entries import read_entry
 SCRIPT = ROOT / "experiments/release.sh"
 PARSERS = {
     "srl_utils.evaluation": evaluation.parse_args, "srl_utils.hub": hub.parse_args, "srl_utils.zoo": zoo.parse_args,
-    "experiments.hub_access": hub_access.parse_args,
+    "experiments.hub_access": hub_access.parse_args, "experiments.release_entry": release_entry.main,
 }  # fmt: skip
 RECORDER = """#!/bin/sh
-[ "$1" != -c ] || echo srl-sd-vae
+[ "$2" != experiments.release_entry ] || echo "$3/srl-sd-vae.yaml"
 {{ printf '%s\\n' "{name}" "$@"; echo; }} >>"{calls}"
 """
 Release = Callable[..., subprocess.CompletedProcess]
@@ -110,7 +111,7 @@ def test_without_a_right_to_publish_nothing_starts(
 
 
 def test_the_defaults_are_accepted(tmp_path: Path) -> None:
-    """Oracle: the parsers of the commands that the script runs, and of the entry that it writes.
+    """Oracle: the parsers of the commands that the script runs, and the entry that one of them writes.
 
     Two small programs take the places of `python` and `accelerate`: they write down their arguments and do nothing else.
     """
@@ -132,8 +133,25 @@ def test_the_defaults_are_accepted(tmp_path: Path) -> None:
         elif words[0] == "-m":
             seen.append(words[1])
             PARSERS[words[1]](words[2:])
-    assert seen == ["experiments.hub_access", "train_srl_vae.py", *(
+    assert seen == ["experiments.hub_access", "experiments.release_entry", "train_srl_vae.py", *(
         f"srl_utils.{name}" for name in ("evaluation", "hub", "zoo", "zoo", "zoo")
     )]  # fmt: skip
     made = read_entry(tmp_path / "out/srl-sd-vae.yaml")
     assert (made.name, made.weights, made.protocol) == ("srl-sd-vae", "user/srl-sd-vae", "full")
+
+
+def test_entries_hold_any_text(tmp_path: Path) -> None:
+    """Oracle: the values themselves, read back; YAML would take some for numbers, mappings or null."""
+    given = {"weights": "user/123", "base": "on", "data": "COCO: val # all", "budget": "0.03", "link": "null"}
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    assert release_entry.main([str(tmp_path), "--protocol", "full", *words]) == 0
+    found = read_entry(tmp_path / "123.yaml")
+    assert {name: getattr(found, name) for name in given} == given and found.name == "123"
+
+
+def test_a_bad_value_is_known_before_the_training(tmp_path: Path) -> None:
+    """Oracle: one line, and no file."""
+    words = ["--weights", "user/small", "--base", "x", "--protocol", "full", "--data", "COCO", "--link", "here"]
+    with pytest.raises(UserError, match="budget: 8 is outside"):
+        release_entry.main([str(tmp_path), *words, "--budget", "8"])
+    assert not list(tmp_path.iterdir())

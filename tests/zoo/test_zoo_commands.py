@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -158,10 +161,10 @@ def test_weights_are_made_once(
         "import shutil, sys; from pathlib import Path\n"
         "calls = Path(sys.argv[1]); calls.write_text((calls.read_text() if calls.exists() else '') + 'x')\n"
         "if calls.read_text() == 'x': sys.exit(7)\n"
-        "shutil.copytree(sys.argv[2], sys.argv[3]); Path(sys.argv[3], 'README.md').touch()\n"
+        "shutil.copytree(sys.argv[2], sys.argv[4]); Path(sys.argv[4], 'README.md').touch()\n"
     )
     calls, made = tmp_path / "calls", tmp_path / "made"
-    command = f"python train_srl_vae.py {calls} {vae} {made}"
+    command = f"python train_srl_vae.py {calls} {vae} --output_dir {made}"
     path = write_entry(folder, weights=str(made), command=command)
     assert f"would be made first, by {command}" in zoo("evaluate", "small", "--quick", "--dry_run")
     with pytest.raises(UserError, match=r"there are no finished weights in [^;]*; make them first"):
@@ -179,7 +182,8 @@ def test_weights_are_made_once(
     [
         (["small", "--base", "x"], "--base: has no effect on small"),
         (["elsewhere"], "choose a --protocol: embedded, full"),
-        (["___", "--protocol", "embedded"], "name: ''"),
+        (["___", "--protocol", "embedded"], "___: a VAE is named like its folder"),
+        (["x/original", "--base", "x", "--protocol", "embedded"], "name: evaluations call the base original"),
     ],
 )
 def test_bad_calls_get_one_line(zoo: Zoo, folder: Path, words: list[str], message: str) -> None:
@@ -237,6 +241,32 @@ def test_submissions_that_do_not_belong_together_are_refused(zoo: Zoo, folder: P
     assert not list(folder.glob("entries/*"))
 
 
+@pytest.mark.usefixtures("quick")
+def test_the_entry_of_another_vae_stays(zoo: Zoo, folder: Path, vae: Path, tmp_path: Path) -> None:
+    """Oracle: specification: the name is taken; nothing is written, neither there nor where there is no zoo."""
+    zoo("evaluate", vae, "--protocol", "embedded")
+    row = tmp_path / "out/tiny/row.json"
+    path = write_entry(tmp_path / "new", name="tiny", weights=str(vae))
+    kept = write_entry(folder, name="tiny", weights="user/tiny").read_text()
+    with pytest.raises(UserError, match="the zoo has an entry tiny with the weights user/tiny; choose another name"):
+        zoo("submit", path, row)
+    assert (folder / "entries/tiny.yaml").read_text() == kept and not (folder / "rows").exists()
+    with pytest.raises(UserError, match="run this in a clone of the repository"):
+        main(["submit", str(path), str(row), "--zoo", str(tmp_path / "nowhere")])
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("line", ['"digest": null', "digest : null", "digest:\n  null"])
+@pytest.mark.usefixtures("quick")
+def test_digests_are_entered_or_refused(line: str, zoo: Zoo, vae: Path, tmp_path: Path) -> None:
+    """Oracle: specification: no entry is written without its digest."""
+    zoo("evaluate", vae, "--protocol", "embedded")
+    path = write_entry(tmp_path / "new", name="tiny", weights=str(vae))
+    path.write_text(path.read_text().replace("\ndigest: null", f"\n{line}"))
+    with pytest.raises(UserError, match="cannot enter digest; write each on a line of its own"):
+        zoo("submit", path, tmp_path / "out/tiny/row.json")
+
+
 def test_a_quick_row_is_not_submitted(zoo: Zoo, vae: Path, tmp_path: Path) -> None:
     """Oracle: specification."""
     zoo("evaluate", vae, "--protocol", "embedded", "--quick")
@@ -249,12 +279,41 @@ def test_a_quick_row_is_not_submitted(zoo: Zoo, vae: Path, tmp_path: Path) -> No
 def test_commands_run_with_this_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Oracle: the words of the process, which are printed first; no shell reads them."""
     seen: list[list[str]] = []
-    monkeypatch.setattr(
-        measuring.subprocess, "run", lambda words, **_: seen.append(words) or SimpleNamespace(returncode=0)
-    )
+    monkeypatch.setattr(measuring, "run_to_its_end", lambda words: seen.append(words) or 0)
     measuring.make(entry(command="python train_srl_vae.py 'a b' ; echo"))
     assert seen == [[sys.executable, "train_srl_vae.py", "a b", ";", "echo"]]
     assert "python train_srl_vae.py 'a b' ; echo" in capsys.readouterr().out
+
+
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+def save(number, frame):
+    time.sleep(1)  # more than the quarter of a second that subprocess.run leaves
+    Path("checkpoint").write_text(str(number))
+    sys.exit(128 + number)
+signal.signal(signal.SIGINT, save), signal.signal(signal.SIGTERM, save)
+Path("started").touch()
+time.sleep(60)
+"""
+RUNS = (
+    "import sys; from srl_utils.zoo.measuring import run_to_its_end as run; sys.exit(run([sys.executable, 'saves.py']))"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_saves_its_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
+    """Oracle: what a program saves that needs a second for it. Ctrl-C reaches both processes, SIGTERM the first alone."""
+    (tmp_path / "saves.py").write_text(SAVES)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNS], cwd=tmp_path, env=environment, start_new_session=True
+    ) as process:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.05)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        assert process.wait(60) == 128 + number
+    assert (tmp_path / "checkpoint").read_text() == str(int(number))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from srl_utils.zoo.entries import read_entries, read_entry, training_flags
 from srl_utils.zoo.protocols import PROTOCOLS, digest_of
 
 ENTRIES = read_entries(ROOT / "zoo")
+TRAINING = "python train_srl_vae.py"
 
 
 def test_the_first_entries_are_the_embedded_vaes() -> None:
@@ -87,20 +89,29 @@ def test_the_photographs_are_those_of_scikit_image() -> None:
     ("changes", "message"),
     [
         ({"colour": "red"}, "colour: no such field"),
-        ({"name": "Big VAE"}, "name: 'Big VAE' has more"),
+        ({"name": "Big VAE"}, "name: 'Big VAE' is not made of"),
+        ({"name": "original", "base": "x"}, "name: evaluations call the base original"),
         ({"digest": 1234567890123456}, "digest: expected text or null, got 1234567890123456; put it in quotes"),
         ({"digest": "abc"}, "digest: 'abc' is not 16 hexadecimal digits"),
         ({"budget": "8 levels"}, "budget: '8 levels' is not a number or a fraction"),
         ({"budget": "8"}, "budget: 8 is outside"),
         ({"protocol": "other"}, "protocol: other is not known; choose from embedded, full"),
         ({"objective": ""}, "objective: expected text, got ''"),
+        ({"link": "  "}, "link: expected text, got '  '"),
         ({"base_digest": "f" * 16}, "base_digest: there is no base"),
         ({"base": "x", "base_digest": "abc"}, "base_digest: 'abc' is not 16 hexadecimal digits"),
         ({"cost": "90 min"}, "cost: expected a number or null, got '90 min'"),
+        ({"cost": math.inf}, "cost: expected a number or null, got inf"),
+        ({"cost": 10**400}, "cost: expected a number or null, got 1000"),
+        ({"cost": True}, "cost: expected a number or null, got True"),
         ({"cost": 0}, "cost: 0 TFLOP are not above 0"),
         ({"command": "rm -rf x"}, "command: it has to start with python train_srl_vae.py"),
         ({"command": "python -c 'import os'"}, "command: it has to start with python train_srl_vae.py"),
         ({"command": "python train_srl_vae.py 'x"}, "command: No closing quotation"),
+        ({"command": TRAINING}, "command: it needs --output_dir outputs/small, the entry's weights"),
+        ({"command": f"{TRAINING} --output_dir outputs/small-2"}, "command: it needs --output_dir outputs/small"),
+        ({"command": f"{TRAINING} --push_to_hub"}, "command: --push_to_hub publishes"),
+        ({"command": f"{TRAINING} --hub_model_id=user/x"}, "command: --hub_model_id=user/x publishes"),
         ({"link": "javascript:alert(1)"}, "link: javascript:alert"),
         ({"claims": {"worst": 20}}, "claims: setting: this field is missing"),
         ({"claims": {"setting": "theirs", "worst": "20 dB"}}, "claims: worst: expected a number or null, got '20 dB'"),
@@ -129,7 +140,16 @@ def test_numbers_may_be_whole(tmp_path: Path) -> None:
     assert claims.worst == 20.0 and claims.clean is None
 
 
-@pytest.mark.parametrize("text", ["a: [", "just words", ""])
+@pytest.mark.parametrize("equals", [" ", "="])
+def test_the_weights_of_a_command_are_the_entrys(equals: str, tmp_path: Path) -> None:
+    """Oracle: specification, for both ways to write the flag."""
+    command = f"{TRAINING} --output_dir{equals}outputs/small --random_flip"
+    assert read_entry(write_entry(tmp_path, command=command)).command == command
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "just words", "", "data: 2020-13-45", "cost: 0x_", f"cost: {'9' * 5000}", "[" * 20_000]
+)
 def test_files_that_hold_no_entry(text: str, tmp_path: Path) -> None:
     """Oracle: one line that names the file."""
     path = tmp_path / "x.yaml"

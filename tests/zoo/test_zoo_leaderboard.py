@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from helpers.zoo import BASED, DIGEST, entry, psnr_rows, row
 
 from srl_utils.errors import UserError
 from srl_utils.zoo.entries import read_entries
-from srl_utils.zoo.leaderboard import TABLES, TITLES, as_html, as_markdown, tables, updated
+from srl_utils.zoo.leaderboard import END, START, TABLES, TITLES, as_html, as_markdown, tables, updated
 from srl_utils.zoo.protocols import PROTOCOLS
 from srl_utils.zoo.rows import ZooRow, read_row, read_rows
 
@@ -104,7 +106,8 @@ RESULTS = row(30, 20).results
         ({}, {"images": "0" * 16}, f"the images have the digest {'0' * 16}, and those of the protocol have"),
         ({}, {"results": []}, "lacks a result of the protocol: "),
         ({}, {"results": [each for each in RESULTS if each.attack != "pid"]}, r"lacks .*: psnr under pid, (adaptive|transfer)"),
-        ({}, {"results": [*RESULTS, *psnr_rows(1, 1, 1)]}, "a result that is not of the protocol: psnr under attack-0, transfer"),
+        ({}, {"results": [*RESULTS, *psnr_rows(1, 1, 1)[2:]]}, "a result that is not of the protocol: psnr under attack-0, transfer"),
+        ({}, {"results": [replace(RESULTS[0], value=-5.0), *RESULTS]}, r"the row of small has two results of \w+ under"),
         ({}, {"results": [replace(each, n=2) for each in RESULTS]}, "has means of 2 images, and the protocol 32"),
     ],
 )  # fmt: skip
@@ -138,6 +141,55 @@ def test_a_row_survives_its_file(tmp_path: Path) -> None:
     (tmp_path / "row.json").write_text("{}")
     with pytest.raises(UserError, match="is not a row"):
         read_row(tmp_path / "row.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_ms": None}, "encoder_ms: expected a number, got None"),
+        ({"device": {}}, "device: expected text, got {}"),
+        ({"failed_checks": "none"}, "failed_checks: expected a list or null, got 'none'"),
+        ({"failed_checks": [3]}, "failed_checks, 0: expected text, got 3"),
+        ({"name": ["x"]}, "name: expected text"),
+        ({"results": {}}, "results: expected a list"),
+        ({"results": [3]}, "results, 0: expected fields such as vae, got int"),
+    ],
+)
+def test_rows_have_the_types_of_rows(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    """Oracle: specification: one line with the file and the field."""
+    path = tmp_path / "row.json"
+    path.write_text(json.dumps({**row(30, 20).to_json(), **changes}))
+    with pytest.raises(UserError, match="is not a row of the zoo") as caught:
+        read_row(path)
+    assert str(path) in str(caught.value) and f"({message}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("value", math.nan),
+        ("value", math.inf),
+        ("value", None),
+        ("value", "99"),
+        ("attack", ["x"]),
+        ("ci95", [1]),
+        ("n", 2.5),
+    ],
+)
+def test_results_have_the_types_of_results(field: str, value: object, tmp_path: Path) -> None:
+    """Oracle: specification. A value that is not finite would hide the worst case: no comparison finds it the lowest."""
+    wrong = row(30, 20).to_json()
+    wrong["results"][0][field] = value
+    (tmp_path / "row.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match=f"results, 0: {field}: expected"):
+        read_row(tmp_path / "row.json")
+
+
+@pytest.mark.parametrize("page", ["", END + START, START + START + END, START])
+def test_a_page_without_a_place_for_the_tables(page: str) -> None:
+    """Oracle: specification: both lines once, in order."""
+    with pytest.raises(UserError, match=r"needs the lines <!-- leaderboard.* once each"):
+        updated(page, [])
 
 
 def test_names_are_text() -> None:
