@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -21,11 +20,12 @@ from srl_utils.vae.codec import Codec
 NUM_TIMED = 4
 """Images, or clips, that are timed in one batch."""
 REPETITIONS = 5
+"""Of each call after a warm-up. The fastest counts: all that slows one down is other work of the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Medians of a few calls after a warm-up, in seconds for each image or clip of a small batch."""
+    """The fastest of a few calls, in seconds for each image or clip of a small batch."""
 
     purifiers: dict[str, float]
     """By name."""
@@ -70,7 +70,7 @@ def measured_timings(codecs: Sequence[Codec], images: Tensor, *, seed: int, devi
                     work(shown)
 
             call()
-            seconds = median(seconds_of(call, codec.device) for _ in range(REPETITIONS)) / len(images)
+            seconds = min(seconds_of(call, codec.device) for _ in range(REPETITIONS)) / len(images)
             bar.update()
             return seconds
 

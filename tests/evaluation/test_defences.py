@@ -222,10 +222,10 @@ def test_edits_are_compared_with_those_of_images_that_nobody_purified(tmp_path: 
 
 
 def test_a_defence_is_timed_once(codecs: list[Codec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: a clock that the purifier moves by a known time, and each look at it by 3 ms; the warm-up and one call that
-    takes longer do not count. A second call reads the file.
+    """Oracle: a clock that the purifier moves by a known time, and each look at it by 3 ms; the warm-up and the calls that
+    take longer do not count. A second call reads the file.
     """
-    now, extra = 0.0, iter([10.0, 0.0, 0.0, 5.0])
+    now, extra = 0.0, iter([10.0, 1.0, 0.5, 5.0, 0.2])
 
     def clock() -> float:
         nonlocal now

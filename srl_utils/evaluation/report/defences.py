@@ -80,7 +80,7 @@ def _seconds_panel(timings: Timings) -> Panel:
         costs = [purifying, *(purifying + encoding for encoding in timings.encoders.values())]
         table.append([purifier, *map(_seconds, costs)])
     explanation = (
-        f"On {timings.device}, for each image of a batch of {timings.n}: the median of {REPETITIONS} calls after a "
+        f"On {timings.device}, for each image of a batch of {timings.n}: the fastest of {REPETITIONS} calls after a "
         "warm-up. The first line is the VAE's own encoding. The numbers were measured once; another run of the same "
         "command repeats them."
     )
