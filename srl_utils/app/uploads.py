@@ -21,7 +21,9 @@ MAX_TOTAL = 64 * 2**20
 KEEP = 600
 """Seconds after which an unused file is deleted."""
 MAX_PIXELS = 2**22
-"""Pixels of an image, as 2048 x 2048 has."""
+"""Pixels of an image, as 2048 x 2048 has; of an animation that is cleaned, those of all frames together."""
+MAX_FRAMES = 1000
+"""Frames of an animation that is cleaned: each takes time and memory, however small it is."""
 
 
 def checked(files: Sequence[str | Path] | None, *, most: int = MAX_FILES) -> list[Path]:
