@@ -23,7 +23,7 @@ from srl_utils.app.editing import LONGEST_PROMPT, Edits, Request, edit_of, prote
 from srl_utils.app.purifying import PURIFIERS, purify
 from srl_utils.app.serving import BodyLimit
 from srl_utils.app.tables import HEADERS, KINDS, MAX_REPORTS, in_order, read_table, results_among
-from srl_utils.app.uploads import KEEP, MAX_BYTES, MAX_FILES, MAX_PIXELS, MAX_TOTAL, checked, read_square, renew
+from srl_utils.app.uploads import KEEP, MAX_BYTES, MAX_FILES, MAX_PIXELS, MAX_TOTAL, checked, in_use, read_square
 from srl_utils.app.watching import Cancelled, Report, Stoppable, WatchedBar
 from srl_utils.app.world import Visitors, World
 from srl_utils.errors import UserError
@@ -134,10 +134,8 @@ def purify_tab(world: World, visitors: Visitors) -> None:
 
         def report(number: int) -> None:
             progress((number, len(uploads)), desc=uploads[number].name)
-            for upload in uploads:  # all of them may take longer than files are kept
-                renew(upload)
 
-        with TemporaryDirectory() as folder:  # the page copies what is yielded
+        with in_use(uploads, every=SWEEP), TemporaryDirectory() as folder:  # the page copies what is yielded
             with visitors.computing(str(request.session_hash), PURIFY) as stop, Stoppable(stop):
                 made = purify(uploads, codec, chosen, Path(folder), report)
             lost = [f"{each.source.name}: {'; '.join(each.lost)}" for each in made if each.lost]

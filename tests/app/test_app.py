@@ -29,7 +29,7 @@ from srl_utils.app.editing import LONGEST_PROMPT, Request, edit_of, protect_and_
 from srl_utils.app.purifying import PURIFIERS, purify
 from srl_utils.app.serving import FRAMES, PREFIX, BodyLimit, check_address, temporary_folder
 from srl_utils.app.tables import HEADERS, KINDS, in_order, read_table, results_among
-from srl_utils.app.uploads import MAX_BYTES, MAX_FILES, MAX_FRAMES, MAX_PIXELS, MAX_TOTAL, checked, read_square
+from srl_utils.app.uploads import MAX_BYTES, MAX_FILES, MAX_FRAMES, MAX_PIXELS, MAX_TOTAL, checked, in_use, read_square
 from srl_utils.app.watching import Cancelled, Stoppable, WatchedBar
 from srl_utils.app.world import Visitors, World
 from srl_utils.errors import MissingFile, MissingPackage, UserError
@@ -107,6 +107,21 @@ def test_an_upload_that_was_deleted_is_named(tmp_path: Path) -> None:
     for read in (lambda path: checked([path]), lambda path: read_square(path, 8)):
         with pytest.raises(UserError, match=r"^gone.png was deleted after 10 minutes; choose it again$"):
             read(tmp_path / "gone.png")
+
+
+def test_uploads_in_use_stay_new(tmp_path: Path) -> None:
+    """Oracle: their age, by which gradio deletes files: it begins again and again, and no longer after the end."""
+    file = tmp_path / "photo.png"
+    file.touch()
+    seen = {file.stat().st_ctime_ns}
+    with in_use([tmp_path / "gone.png", file], every=0.01):
+        deadline = time.monotonic() + 60
+        while len(seen) < 4:
+            assert time.monotonic() < deadline
+            seen.add(file.stat().st_ctime_ns)
+    last = file.stat().st_ctime_ns
+    time.sleep(0.1)
+    assert file.stat().st_ctime_ns == last
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from gradio_client.exceptions import AppError
 
 from srl_utils.app import __main__ as app
 from srl_utils.app import page as page_module
+from srl_utils.app import purifying
 from srl_utils.app.attacking import ATTACKS
 from srl_utils.app.page import build_page, launch_settings, message, said
 from srl_utils.app.purifying import PURIFIERS
@@ -269,6 +270,19 @@ def test_files_are_deleted_when_their_time_is_over(temporary: Path, monkeypatch:
         file = upload(address, EXAMPLES / "protected.png")
         assert "protected-purified.png" in called(address, "purify", [[file], "robust", LOOP])
         await_that(lambda: not Path(file["path"]).exists() and not list(temporary.rglob("protected-purified.png")))
+
+
+def test_files_are_kept_while_a_long_computation_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the answer: the second file is still there after the first has taken longer than files are kept."""
+    monkeypatch.setattr(page_module, "SWEEP", 1)
+    monkeypatch.setattr(page_module, "KEEP", 3)
+    sanitize_file = purifying.sanitize_file
+    monkeypatch.setattr(
+        purifying, "sanitize_file", lambda *given, **named: time.sleep(6) or sanitize_file(*given, **named)
+    )
+    with served() as address:
+        uploads = [upload(address, EXAMPLES / name) for name in ("scene.png", "protected.png")]
+        assert "Images cleaned: 2." in called(address, "purify", [uploads, "robust", LOOP])
 
 
 def test_a_request_of_unknown_size_is_refused(address: str) -> None:
