@@ -22,8 +22,8 @@ from srl_utils.app.attacking import ATTACKS, Outcome, amplified, attack_of, comp
 from srl_utils.app.editing import LONGEST_PROMPT, Edits, Request, edit_of, protect_and_edit
 from srl_utils.app.purifying import PURIFIERS, purify
 from srl_utils.app.serving import BodyLimit
-from srl_utils.app.tables import HEADERS, KINDS, MAX_REPORT_FILES, in_order, read_table
-from srl_utils.app.uploads import KEEP, MAX_BYTES, MAX_FILES, MAX_PIXELS, MAX_TOTAL, checked, read_square, renew
+from srl_utils.app.tables import HEADERS, KINDS, MAX_REPORTS, in_order, read_table, results_among
+from srl_utils.app.uploads import KEEP, MAX_BYTES, MAX_FILES, MAX_PIXELS, MAX_TOTAL, checked, in_use, read_square
 from srl_utils.app.watching import Cancelled, Report, Stoppable, WatchedBar
 from srl_utils.app.world import Visitors, World
 from srl_utils.errors import UserError
@@ -76,8 +76,8 @@ def build_page(world: World, visitors: Visitors) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(SWEEP, KEEP)) as page:
         gr.Markdown(
             f"# {TITLE}\nClean images with a robust VAE, attack one and compare, edit protected images, look at results. "
-            f"Images may have {MAX_BYTES // 2**20} MB and {MAX_PIXELS / 1e6:.0f} million pixels. They are deleted "
-            f"{KEEP // 60} minutes after their last use."
+            f"Images may have {MAX_BYTES // 2**20} MB and {MAX_PIXELS / 1e6:.0f} million pixels, animations in "
+            f"all their frames together. Files are deleted {KEEP // 60} minutes after their last use."
         )
         with gr.Tab(PURIFY):
             purify_tab(world, visitors)
@@ -134,10 +134,8 @@ def purify_tab(world: World, visitors: Visitors) -> None:
 
         def report(number: int) -> None:
             progress((number, len(uploads)), desc=uploads[number].name)
-            for upload in uploads:  # all of them may take longer than files are kept
-                renew(upload)
 
-        with TemporaryDirectory() as folder:  # the page copies what is yielded
+        with in_use(uploads, every=SWEEP), TemporaryDirectory() as folder:  # the page copies what is yielded
             with visitors.computing(str(request.session_hash), PURIFY) as stop, Stoppable(stop):
                 made = purify(uploads, codec, chosen, Path(folder), report)
             lost = [f"{each.source.name}: {'; '.join(each.lost)}" for each in made if each.lost]
@@ -262,8 +260,8 @@ def results_tab() -> None:
 
     @answering
     def run(given: list[str] | None, report: list[str] | None, name: str, reverse: bool) -> Answer:
-        paths = [*(given or ()), *(report or ())]
-        lines = read_table(checked(paths, most=MAX_REPORT_FILES)) if paths else []
+        paths = [*results_among(given or ()), *results_among(report or ())]  # the limits hold for these alone
+        lines = read_table(checked(paths, most=MAX_REPORTS)) if paths else []
         yield lines if name == AS_READ else in_order(lines, name, descending=reverse), said(f"Rows: {len(lines)}.")
 
     inputs = [single, folder, column, descending]

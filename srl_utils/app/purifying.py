@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from srl_utils.app.uploads import MAX_PIXELS, reason_of
+from srl_utils.app.uploads import MAX_FRAMES, MAX_PIXELS, reason_of
 from srl_utils.errors import UserError, one_line
 from srl_utils.images.decoding import UnreadableImage
-from srl_utils.pipelines.files import sanitize_file
+from srl_utils.pipelines.files import check_frames, sanitize_file
+from srl_utils.pipelines.formats import FORMATS
 from srl_utils.pipelines.sanitizing import build_purifier
 from srl_utils.purifiers import LOOP
 from srl_utils.vae.codec import Codec
@@ -35,6 +36,8 @@ def purify(
 ) -> list[Purified]:
     """Write the cleaned images to `folder` as PNG files of the same size.
 
+    All images are decoded before the first is cleaned, which takes little time beside it: a bad one costs no work.
+
     Args:
         sources: the images.
         codec: what `vae-loop` uses.
@@ -44,19 +47,27 @@ def purify(
 
     Raises:
         UserError: if there is no such purifier, or if an image cannot be read or is too large; it names the image.
+            Nothing has been cleaned then.
     """
     if purifier not in PURIFIERS:
         raise UserError(f"there is no purifier '{purifier}'; choose from {', '.join(PURIFIERS)}")
     change = build_purifier(purifier, codec.vae)
+    for source in sources:
+        check_image(source)
     made = []
     for number, source in enumerate(sources):
         report(number)
         result = free_place(folder, f"{source.stem}-purified")
-        try:
-            made.append(Purified(source, result, sanitize_file(source, result, change, max_pixels=MAX_PIXELS)))
-        except UnreadableImage as error:
-            raise UserError(one_line(f"{source.name} {reason_of(error)}")) from None
+        made.append(Purified(source, result, sanitize_file(source, result, change, max_pixels=MAX_PIXELS)))
     return made
+
+
+def check_image(source: Path) -> None:
+    """Raise a UserError that names an image if a frame of it cannot be read, or if it has too many frames or pixels."""
+    try:
+        check_frames(source, FORMATS["PNG"], max_frames=MAX_FRAMES, max_pixels=MAX_PIXELS)
+    except UnreadableImage as error:
+        raise UserError(one_line(f"{source.name} {reason_of(error)}")) from None
 
 
 def free_place(folder: Path, stem: str) -> Path:

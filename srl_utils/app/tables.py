@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,31 +11,44 @@ from srl_utils.errors import UserError, one_line
 from srl_utils.evaluation.results import Row
 
 RESULTS = "results.json"
-MAX_REPORT_FILES = 300
-"""Files of a report folder."""
+MAX_REPORTS = 300
+"""Results files that are read at once."""
 MAX_ROWS = 20_000
 HEADERS = ("VAE", "attack", "threat model", "epsilon (1/255)", "metric", "value", "from", "to", "images", "file")
 KINDS = ("str", "str", "str", "number", "str", "number", "number", "number", "number", "str")
 """Of each column: text or numbers, which are sorted by size."""
+LARGEST = 1.7976e308
+"""The largest float of 5 digits; JSON can hold integers beyond, and infinity."""
 
 Line = list[Any]
 
 
-def read_table(files: Sequence[Path]) -> list[Line]:
-    """Return one line for each row of all results files among `files`, with the columns `HEADERS`.
+def results_among(files: Sequence[str | Path]) -> list[Path]:
+    """Return the files that hold results by their names, whose case does not matter; none is looked at.
 
     Args:
-        files: a `results.json` of any name, or the files of report folders, of which each `results.json` is read.
+        files: a `results.json` of any name, or the files of report folders, of which each `results.json` is chosen.
 
     Raises:
-        UserError: if there are no results, too many rows, or a file that is none of this project's results.
+        UserError: if there are files, but none of them is chosen.
     """
-    chosen = [file for file in files if file.name == RESULTS] or [file for file in files if file.suffix == ".json"]
-    if not chosen:
-        raise UserError(f"there is no {RESULTS} among {len(files)} files")
+    paths = [Path(file) for file in files]
+    named = [path for path in paths if path.name.lower() == RESULTS]
+    chosen = named or [path for path in paths if path.suffix.lower() == ".json"]
+    if paths and not chosen:
+        raise UserError(f"there is no {RESULTS} among {len(paths)} files")
+    return chosen
+
+
+def read_table(files: Sequence[Path]) -> list[Line]:
+    """Return one line for each row of results files, with the columns `HEADERS`.
+
+    Raises:
+        UserError: if there are too many rows, or if a file is none of this project's results.
+    """
     lines: list[Line] = []
-    for number, file in enumerate(chosen):
-        title = file.name if len(chosen) == 1 else f"{file.name} {number + 1}"
+    for number, file in enumerate(files):
+        title = file.name if len(files) == 1 else f"{file.name} {number + 1}"
         lines += _lines(file, title, MAX_ROWS - len(lines))
     return lines
 
@@ -53,7 +65,8 @@ def in_order(lines: Sequence[Line], column: str, *, descending: bool) -> list[Li
 
 def _lines(file: Path, title: str, most: int) -> list[Line]:
     try:
-        rows = [_checked(Row.from_json(fields)) for fields in json.loads(file.read_text(encoding="utf-8"))[: most + 1]]
+        listed = json.loads(file.read_text(encoding="utf-8-sig"))  # editors of Windows write the mark
+        rows = [_checked(Row.from_json(fields)) for fields in listed[: most + 1]]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(one_line(f"{file.name} holds no results of this project")) from None
     if len(rows) > most:
@@ -62,20 +75,23 @@ def _lines(file: Path, title: str, most: int) -> list[Line]:
 
 
 def _checked(row: Row) -> Row:
-    """Return the row; raise a TypeError if a number is none."""
+    """Return the row; raise a TypeError if a number or a text is none."""
     numbers = (row.epsilon, row.value, row.n, *(row.ci95 or ()))
-    if not all(isinstance(number, (int, float)) for number in numbers) or len(row.ci95 or (0, 0)) != 2:
+    texts = (row.vae, row.attack, row.threat_model, row.metric, row.dataset or "")
+    right = [isinstance(number, (int, float)) for number in numbers] + [isinstance(text, str) for text in texts]
+    if not all(right) or len(row.ci95 or (0, 0)) != 2:
         raise TypeError
     return row
 
 
 def _line(row: Row, file: str) -> Line:
     low, high = row.ci95 or (None, None)
-    texts = [str(text) for text in (row.vae, row.attack, row.threat_model)]
     numbers = [_rounded(number) for number in (row.value, low, high)]
-    return [*texts, _rounded(255 * row.epsilon), str(row.metric), *numbers, row.n, file]
+    texts = (row.vae, row.attack, row.threat_model, row.metric, file)
+    vae, attack, threat_model, metric, title = map(one_line, texts)  # half a pair of surrogates cannot be sent
+    return [vae, attack, threat_model, _rounded(255 * row.epsilon), metric, *numbers, _rounded(row.n, 15), title]
 
 
-def _rounded(number: float | None) -> float | None:
-    """Return a number with 5 significant digits; None if it is not finite, which JSON cannot hold."""
-    return None if number is None or not math.isfinite(number) else float(f"{number:.5g}")
+def _rounded(number: float | None, digits: int = 5) -> float | None:
+    """Return a number with significant digits; None if it is not finite or beyond all floats, which JSON cannot hold."""
+    return float(f"{number:.{digits}g}") if number is not None and abs(number) <= LARGEST else None

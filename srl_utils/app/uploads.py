@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 
 from torch import Tensor
 
@@ -21,7 +23,9 @@ MAX_TOTAL = 64 * 2**20
 KEEP = 600
 """Seconds after which an unused file is deleted."""
 MAX_PIXELS = 2**22
-"""Pixels of an image, as 2048 x 2048 has."""
+"""Pixels of an image, as 2048 x 2048 has; of an animation that is cleaned, those of all frames together."""
+MAX_FRAMES = 1000
+"""Frames of an animation that is cleaned: each takes time and memory, however small it is."""
 
 
 def checked(files: Sequence[str | Path] | None, *, most: int = MAX_FILES) -> list[Path]:
@@ -56,6 +60,26 @@ def renew(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         raise UserError(f"{path.name} was deleted after {KEEP // 60} minutes; choose it again") from None
+
+
+@contextmanager
+def in_use(paths: Sequence[Path], *, every: float) -> Iterator[None]:
+    """Renew uploaded files every so many seconds within: to clean one image may take longer than files are kept."""
+    ended = Event()
+
+    def renew_all() -> None:
+        while not ended.wait(every):
+            for path in paths:
+                with suppress(UserError):  # whoever reads a deleted file says so
+                    renew(path)
+
+    thread = Thread(target=renew_all, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def read_square(picture: str | Path | None, resolution: int) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from srl_utils.errors import UserError
-from srl_utils.images.decoding import UnreadableImage, open_image
+from srl_utils.images.decoding import UnreadableImage, open_image, to_srgb
 from srl_utils.pipelines.formats import (
     ANIMATION,
     FULLY,
@@ -60,9 +60,8 @@ def sanitize_file(source: Path, target: Path, purifier: Purifier, *, max_pixels:
     form = format_to_write(target)
     with open_image(source, max_pixels=max_pixels) as image:
         check_size(image, form)
-        count, sequence = _count_frames(image), SEQUENCES.get(image.format or "", "")
         film, alphas = Film(lossless=_is_lossless_webp(source)), set()
-        for index in range(count if sequence and sequence == form.sequence else 1):
+        for index in range(_count_written(image, form)):
             _seek(image, index)
             frame, alpha = purify_frame(image, purifier, flat=not form.alpha)
             film.frames.append(frame)
@@ -71,8 +70,35 @@ def sanitize_file(source: Path, target: Path, purifier: Purifier, *, max_pixels:
             if index == 0:  # now loaded, so the metadata after its pixels is known
                 metadata, film.loop = read_metadata(image), image.info.get("loop")
                 film.still_first = bool(image.info.get("default_image"))
-        lost = losses(count, sequence or f"images in the {image.format} file", alphas, form)
+        lost = losses(_count_frames(image), _sequence(image) or f"images in the {image.format} file", alphas, form)
         return lost + write_film(film, metadata, target, form)
+
+
+def check_frames(source: Path, form: Format, *, max_frames: int, max_pixels: int) -> None:
+    """Decode every frame that `sanitize_file` purifies for a file of the format `form`, one at a time.
+
+    Args:
+        source: a file of any readable format.
+        form: the format of the file to write.
+        max_frames: the most that it may have.
+        max_pixels: the most that these frames may have together; they are counted before any is decoded.
+
+    Raises:
+        UnreadableImage: if there are more, or if the image or one of its frames cannot be read.
+    """
+    with open_image(source, max_pixels=max_pixels) as image:
+        count = _count_written(image, form)
+        if count > max_frames:
+            raise UnreadableImage(f"its {count:,} frames are more than {max_frames:,}; make it shorter")
+        for index in range(count):
+            _seek(image, index)
+            if (
+                count > 1 and count * image.width * image.height > max_pixels
+            ):  # each time, as the frames of a GIF may grow
+                raise UnreadableImage(
+                    f"its {count:,} frames have more than {max_pixels:,} pixels together; make it smaller or shorter"
+                )
+            to_srgb(image)
 
 
 def check_size(image: Image.Image, form: Format) -> None:
@@ -98,6 +124,17 @@ def check_writable(target: Path) -> None:
     folder = next(parent for parent in target.parents if os.path.lexists(parent))
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def _sequence(image: Image.Image) -> str:
+    """Return the kind of several images in an opened file, as in `Format`."""
+    return SEQUENCES.get(image.format or "", "")
+
+
+def _count_written(image: Image.Image, form: Format) -> int:
+    """Return how many frames of an opened image a file of the format `form` gets."""
+    count = _count_frames(image)  # in any case: a file whose frames cannot be counted is broken
+    return count if form.sequence and form.sequence == _sequence(image) else 1
 
 
 def _count_frames(image: Image.Image) -> int:

@@ -23,18 +23,18 @@ from PIL import Image
 from torch import Tensor
 
 from srl_utils.app import __main__ as app
-from srl_utils.app import tables
+from srl_utils.app import purifying, tables
 from srl_utils.app.attacking import ATTACKS, amplified, attack_of, compare
 from srl_utils.app.editing import LONGEST_PROMPT, Request, edit_of, protect_and_edit
 from srl_utils.app.purifying import PURIFIERS, purify
 from srl_utils.app.serving import FRAMES, PREFIX, BodyLimit, check_address, temporary_folder
-from srl_utils.app.tables import HEADERS, KINDS, in_order, read_table
-from srl_utils.app.uploads import MAX_BYTES, MAX_FILES, MAX_PIXELS, MAX_TOTAL, checked, read_square
+from srl_utils.app.tables import HEADERS, KINDS, in_order, read_table, results_among
+from srl_utils.app.uploads import MAX_BYTES, MAX_FILES, MAX_FRAMES, MAX_PIXELS, MAX_TOTAL, checked, in_use, read_square
 from srl_utils.app.watching import Cancelled, Stoppable, WatchedBar
 from srl_utils.app.world import Visitors, World
 from srl_utils.errors import MissingFile, MissingPackage, UserError
 from srl_utils.files import LOCK
-from srl_utils.pipelines import sanitize
+from srl_utils.pipelines import files, sanitize
 from srl_utils.purifiers import filters
 from srl_utils.vae.codec import Codec, frozen_codec
 from srl_utils.vae.networks import frozen
@@ -107,6 +107,21 @@ def test_an_upload_that_was_deleted_is_named(tmp_path: Path) -> None:
     for read in (lambda path: checked([path]), lambda path: read_square(path, 8)):
         with pytest.raises(UserError, match=r"^gone.png was deleted after 10 minutes; choose it again$"):
             read(tmp_path / "gone.png")
+
+
+def test_uploads_in_use_stay_new(tmp_path: Path) -> None:
+    """Oracle: their age, by which gradio deletes files: it begins again and again, and no longer after the end."""
+    file = tmp_path / "photo.png"
+    file.touch()
+    seen = {file.stat().st_ctime_ns}
+    with in_use([tmp_path / "gone.png", file], every=0.01):
+        deadline = time.monotonic() + 60
+        while len(seen) < 4:
+            assert time.monotonic() < deadline
+            seen.add(file.stat().st_ctime_ns)
+    last = file.stat().st_ctime_ns
+    time.sleep(0.1)
+    assert file.stat().st_ctime_ns == last
 
 
 @pytest.mark.parametrize(
@@ -315,6 +330,79 @@ def test_what_cannot_be_purified_is_named(codecs: list[Codec], tmp_path: Path) -
         purify([tmp_path / "text.png"], codecs[0], "impress", tmp_path, lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("bad", "said"), [("cut", "cannot be read"), ("text", "cannot be read: no image"), ("large", "4,194,304 pixels")]
+)
+def test_a_bad_image_is_named_before_any_is_cleaned(codecs: list[Codec], tmp_path: Path, bad: str, said: str) -> None:
+    """Oracle: specification; the images before the bad one are not begun, one that only decoding shows included."""
+    draw_noise(32, 32).save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("1", (MAX_PIXELS // 1024, 1025)).save(tmp_path / "large.png")
+    sources, begun = [tmp_path / "good.png", tmp_path / "good.png", tmp_path / f"{bad}.png"], []
+    with pytest.raises(UserError, match=rf"^{bad}.png .*{said}"):
+        purify(sources, codecs[0], "jpeg-75", tmp_path, begun.append)
+    assert begun == [] and not list(tmp_path.glob("*-purified*"))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_the_pixels_of_all_frames_are_bounded_together(
+    codecs: list[Codec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Oracle: specification: frames x width x height; a film of exactly the limit passes, and a longer one is not decoded."""
+    film = tmp_path / f"film.{suffix}"
+    save_film(film, [draw_noise(20, 10) for _ in range(5)])
+    monkeypatch.setattr(purifying, "MAX_PIXELS", 1000)
+    (made,) = purify([film], codecs[0], "jpeg-75", tmp_path, lambda _: None)
+    with Image.open(made.result) as result:
+        assert (result.n_frames, result.size) == (5, (20, 10))
+    monkeypatch.setattr(purifying, "MAX_PIXELS", 999)
+    monkeypatch.setattr(files, "to_srgb", lambda _: pytest.fail("a frame is decoded"))
+    told = (
+        rf"^film.{suffix} cannot be read: its 5 frames have more than 999 pixels together; make it smaller or shorter$"
+    )
+    with pytest.raises(UserError, match=told):
+        purify([film], codecs[0], "jpeg-75", tmp_path, lambda _: None)
+
+
+def test_the_frames_of_a_film_are_bounded(codecs: list[Codec], tmp_path: Path) -> None:
+    """Oracle: specification; pages of a TIFF are not counted, as the PNG gets the first alone."""
+    frames = [Image.new("L", (1, 1), number % 256) for number in range(MAX_FRAMES + 1)]
+    save_film(tmp_path / "long.gif", frames)
+    with pytest.raises(
+        UserError, match=r"^long.gif cannot be read: its 1,001 frames are more than 1,000; make it shorter$"
+    ):
+        purify([tmp_path / "long.gif"], codecs[0], "jpeg-75", tmp_path, lambda _: None)
+    save_film(tmp_path / "pages.tif", frames)
+    (made,) = purify([tmp_path / "pages.tif"], codecs[0], "jpeg-75", tmp_path, lambda _: None)
+    assert made.lost == ["1000 of 1001 pages (PNG gets the first)"]
+
+
+def test_frames_that_grow_are_counted(codecs: list[Codec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the second frame moved 4 pixels to the right of a GIF of 8x8, which Pillow reads as 12x8: 192 pixels."""
+    save_film(tmp_path / "film.gif", [draw_noise(8, 8), draw_noise(8, 8)])
+    content = bytearray((tmp_path / "film.gif").read_bytes())
+    second = content.rindex(b"\x2c\0\0\0\0\x08\0\x08\0")  # where an image is: a comma, left, top, width, height
+    content[second + 1] = 4
+    (tmp_path / "film.gif").write_bytes(content)
+    for most, fits in ((192, True), (191, False)):
+        monkeypatch.setattr(purifying, "MAX_PIXELS", most)
+        if fits:
+            purify([tmp_path / "film.gif"], codecs[0], "jpeg-75", tmp_path, lambda _: None)
+        else:
+            with pytest.raises(UserError, match="its 2 frames have more than 191 pixels together"):
+                purify([tmp_path / "film.gif"], codecs[0], "jpeg-75", tmp_path, lambda _: None)
+
+
+def draw_noise(width: int, height: int) -> Image.Image:
+    return Image.effect_noise((width, height), 80)
+
+
+def save_film(path: Path, frames: list[Image.Image]) -> None:
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
 # --- attacking and editing ---
 
 
@@ -403,7 +491,7 @@ def test_tables_have_numbers_where_they_sort(tmp_path: Path) -> None:
     rows = [ROW, {**ROW, "value": math.inf, "ci95": None, "dataset": "faces"}]
     (tmp_path / "results.json").write_text(json.dumps(rows))
     (tmp_path / "study.json").write_text("{}")
-    first, second = read_table([tmp_path / "study.json", tmp_path / "results.json"])
+    first, second = read_table(results_among([tmp_path / "study.json", tmp_path / "results.json"]))
     assert first == ["<b>robust</b>", "pgd-10", "adaptive", 8.0, "psnr", 21.123, 20.5, 22.0, 16, "results.json"]
     assert second[5:] == [None, None, None, 16, "results.json, faces"]
     assert len(HEADERS) == len(KINDS) == len(first)
@@ -419,9 +507,9 @@ def test_lines_are_sorted_by_value() -> None:
 
 def test_a_file_of_any_name_and_several_files_are_read(tmp_path: Path) -> None:
     """Oracle: specification; the example is one of `make demo`."""
-    mine = tmp_path / "mine.json"
-    mine.write_text(json.dumps([ROW]))
-    assert [line[-1] for line in read_table([mine])] == ["mine.json"]
+    for name in ("mine.json", "MINE.JSON"):
+        (tmp_path / name).write_text(json.dumps([ROW]))
+        assert [line[-1] for line in read_table(results_among([tmp_path / name]))] == [name]
     example = EXAMPLES / "results.json"
     both = read_table([example, example])
     assert {line[-1] for line in both} == {"results.json 1", "results.json 2"}
@@ -432,6 +520,8 @@ def test_a_file_of_any_name_and_several_files_are_read(tmp_path: Path) -> None:
     [
         "", "{", "[1]", '{"a": 1}', "[" * 100_000, json.dumps([{**ROW, "value": "much"}]), json.dumps([{"vae": "x"}]),
         json.dumps([{**ROW, "ci95": [1]}]), json.dumps([{**ROW, "more": 1}]), "\udcff",
+        json.dumps([{**ROW, "vae": [1]}]), json.dumps([{**ROW, "metric": None}]), json.dumps([{**ROW, "dataset": 1}]),
+        "[" + "1" * 5000 + "]",
     ],
 )  # fmt: skip
 def test_broken_results_are_one_message(tmp_path: Path, content: str) -> None:
@@ -455,7 +545,45 @@ def test_reading_ends_at_too_many_rows(tmp_path: Path, monkeypatch: pytest.Monke
 def test_other_files_are_no_results(tmp_path: Path) -> None:
     """Oracle: specification."""
     with pytest.raises(UserError, match=r"there is no results.json among 1 files"):
-        read_table([tmp_path / "report.html"])
+        results_among([tmp_path / "report.html"])
+    assert results_among([]) == []
+
+
+def test_results_are_chosen_by_name_whatever_its_case(tmp_path: Path) -> None:
+    """Oracle: specification; nothing is looked at, so other files may be many, large or gone."""
+    others = [tmp_path / f"{number}.json" for number in range(tables.MAX_REPORTS)]
+    mine = [tmp_path / "a" / "RESULTS.JSON", tmp_path / "b" / "Results.json", tmp_path / "c" / "results.json"]
+    assert results_among(list(map(str, [*mine, *others]))) == mine
+
+
+@pytest.mark.parametrize("field", ["value", "epsilon", "n", "ci95"])
+@pytest.mark.parametrize("number", [10**400, -(10**400), 1e400, -1e400, math.nan])
+def test_a_number_beyond_all_floats_is_left_out(tmp_path: Path, field: str, number: float) -> None:
+    """Oracle: the table is JSON without infinity; Python reads integers of up to 4300 digits."""
+    (tmp_path / "results.json").write_text(
+        json.dumps([{**ROW, field: [number, number] if field == "ci95" else number}])
+    )
+    (line,) = read_table([tmp_path / "results.json"])
+    places = {"value": [5], "epsilon": [3], "n": [8], "ci95": [6, 7]}[field]
+    assert [place for place, cell in enumerate(line) if cell is None] == places
+
+
+def test_every_cell_can_be_sent(tmp_path: Path) -> None:
+    """Oracle: UTF-8 and 64 bits, in which the page gets the table; numbers of images are kept to the last digit."""
+    rows = [{**ROW, "vae": "\ud83d", "dataset": "a\nb", "n": 123_456_789}, {**ROW, "vae": "\ud83d\ude00", "n": 10**30}]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    first, second = read_table([tmp_path / "results.json"])
+    assert (first[0], first[8], first[9]) == (r"\ud83d", 123_456_789, r"results.json, a\nb")
+    assert (second[0], second[8]) == ("\U0001f600", 1e30) and isinstance(second[8], float)
+
+
+def test_a_mark_of_byte_order_is_no_fault(tmp_path: Path) -> None:
+    """Oracle: the same file without it."""
+    for name, encoding in (("a.json", "utf-8"), ("b.json", "utf-8-sig")):
+        (tmp_path / name).write_text(json.dumps([{**ROW, "vae": "ä"}], ensure_ascii=False), encoding=encoding)
+    assert (tmp_path / "b.json").read_bytes().startswith(b"\xef\xbb\xbf")
+    plain, marked = (read_table([tmp_path / name])[0][:-1] for name in ("a.json", "b.json"))
+    assert marked == plain
 
 
 # --- the command ---

@@ -33,10 +33,12 @@ from gradio_client.exceptions import AppError
 
 from srl_utils.app import __main__ as app
 from srl_utils.app import page as page_module
+from srl_utils.app import purifying
 from srl_utils.app.attacking import ATTACKS
 from srl_utils.app.page import build_page, launch_settings, message, said
 from srl_utils.app.purifying import PURIFIERS
 from srl_utils.app.serving import PREFIX
+from srl_utils.app.tables import MAX_REPORTS
 from srl_utils.app.uploads import MAX_BYTES
 from srl_utils.app.watching import WatchedBar
 from srl_utils.app.world import Visitors, World
@@ -162,6 +164,27 @@ def test_results_become_a_table(client: Client) -> None:
     assert values == sorted(values, reverse=True)
 
 
+def test_a_report_folder_of_many_files_is_read(address: str, tmp_path: Path) -> None:
+    """Oracle: specification: the limit holds for results files alone; what no float holds is sent as nothing."""
+    (row, *_) = json.loads((EXAMPLES / "results.json").read_text())
+    (tmp_path / "Results.JSON").write_text(json.dumps([{**row, "value": 10**400, "n": 10**30, "vae": "\ud800"}]))
+    (tmp_path / "000000.json").write_text("{")
+    (cell, results) = (upload(address, tmp_path / name) for name in ("000000.json", "Results.JSON"))
+    answer = called(address, "results", [None, [cell] * MAX_REPORTS + [results], "value", True])
+    assert "Rows: 1." in answer and "event: error" not in answer
+    answer = called(address, "results", [None, [results] * (MAX_REPORTS + 1), "value", True])
+    assert answer.startswith("event: error") and f"choose {MAX_REPORTS} at most" in answer
+
+
+@pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}])
+def test_no_results_outside_are_read(address: str, tmp_path: Path, meta: dict[str, Any]) -> None:
+    """Oracle: the answer to a path on the server's own disk, in either input, among uploads."""
+    shutil.copy(EXAMPLES / "results.json", tmp_path)
+    mine, secret = upload(address, EXAMPLES / "results.json"), {"path": str(tmp_path / "results.json"), **meta}
+    for inputs in ([[mine, secret], None], [None, [mine, secret]]):
+        assert called(address, "results", [*inputs, "value", True]).startswith("event: error")
+
+
 @pytest.mark.parametrize("api_name", ["/purify", "/attack"])
 def test_a_broken_image_is_a_message(client: Client, tmp_path: Path, api_name: str) -> None:
     """Oracle: specification; no path of the server is in the message."""
@@ -247,6 +270,19 @@ def test_files_are_deleted_when_their_time_is_over(temporary: Path, monkeypatch:
         file = upload(address, EXAMPLES / "protected.png")
         assert "protected-purified.png" in called(address, "purify", [[file], "robust", LOOP])
         await_that(lambda: not Path(file["path"]).exists() and not list(temporary.rglob("protected-purified.png")))
+
+
+def test_files_are_kept_while_a_long_computation_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the answer: the second file is still there after the first has taken longer than files are kept."""
+    monkeypatch.setattr(page_module, "SWEEP", 1)
+    monkeypatch.setattr(page_module, "KEEP", 3)
+    sanitize_file = purifying.sanitize_file
+    monkeypatch.setattr(
+        purifying, "sanitize_file", lambda *given, **named: time.sleep(6) or sanitize_file(*given, **named)
+    )
+    with served() as address:
+        uploads = [upload(address, EXAMPLES / name) for name in ("scene.png", "protected.png")]
+        assert "Images cleaned: 2." in called(address, "purify", [uploads, "robust", LOOP])
 
 
 def test_a_request_of_unknown_size_is_refused(address: str) -> None:
