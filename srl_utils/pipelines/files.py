@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -87,17 +84,6 @@ def fitting_target(source: Path, target: Path, *, max_pixels: int | None = None)
     with open_image(source, max_pixels=max_pixels) as image:
         fits = form is not None and form.refusal(image.size) is None
     return target if fits else target.with_name(f"{target.name}.png")
-
-
-def check_writable(target: Path) -> None:
-    """Raise an OSError if no file can be written at `target`; leave no file behind."""
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder")
-    with suppress(FileNotFoundError):
-        os.lstat(target)  # raises an error for a name that is too long
-    folder = next(parent for parent in target.parents if os.path.lexists(parent))
-    with tempfile.TemporaryFile(dir=folder):
-        pass
 
 
 def _count_frames(image: Image.Image) -> int:
