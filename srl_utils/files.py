@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,17 @@ def home_expanded(text: str) -> str:
     A path that exists as it is stays as it is.
     """
     return text if os.path.exists(text) else os.path.expanduser(text)
+
+
+def check_writable(target: Path) -> None:
+    """Raise an OSError if no file can be written at `target`; leave no file behind."""
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder")
+    with suppress(FileNotFoundError):
+        os.lstat(target)  # raises an error for a name that is too long
+    folder = next(parent for parent in target.parents if os.path.lexists(parent))
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

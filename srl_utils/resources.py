@@ -15,7 +15,9 @@ import torch
 from srl_utils.errors import ResourceError, UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+REFUSED = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST,
+}  # fmt: skip
 # safetensors and torch have their own messages for a failed write.
 TOLD_ERRNO = re.compile(r"os error (\d+)")
 TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|iostream error")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.runs import ROOT
 
-from srl_utils.resources import device_name
+from srl_utils.resources import device_name, explained
 
 PROGRAM = """
 import resource
@@ -48,3 +49,14 @@ def test_the_name_of_a_device(device: str, threads: int, name: str, monkeypatch:
     """Oracle: specification; without a GPU."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert device_name(torch.device(device)) == name
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing"])
+def test_a_file_in_the_place_of_a_folder_is_explained(kind: str, tmp_path: Path) -> None:
+    """Oracle: the system's own refusal of a real folder, with the place that the user named; it is bad input."""
+    place = tmp_path / "out"
+    place.write_text("") if kind == "file" else place.symlink_to("nowhere")
+    with pytest.raises(FileExistsError) as caught:
+        place.mkdir(parents=True, exist_ok=True)
+    told = explained(caught.value)
+    assert str(told) == f"File exists: {place}" and told.exit_code == 2

@@ -18,9 +18,9 @@ from srl_utils.command_line import Parser, device, exit_code, image_side, positi
 from srl_utils.errors import MissingFile, MissingPackage, errors_about
 from srl_utils.evaluation.cli.loading import BASELINE, load_codecs, vae_sources
 from srl_utils.pipelines.loading import load_pipeline
-from srl_utils.pipelines.places import parse_named_place
 from srl_utils.vae.codec import frozen_codec
 from srl_utils.vae.loading import UPDATES_NAME, AutoencoderSource, load_autoencoder, merge_updates
+from srl_utils.vae.places import parse_named_place
 
 EMBEDDED = Path(__file__).parents[2] / "miniature/weights"
 """The embedded world, in a clone of the repository."""

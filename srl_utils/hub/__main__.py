@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
 from huggingface_hub import constants
 
 from srl_utils.command_line import Parser, exit_code, expanded_path
-from srl_utils.errors import MissingFile
-from srl_utils.files import home_expanded
+from srl_utils.errors import MissingFile, UserError
 from srl_utils.hub.contents import CARD, Contents, contents
 from srl_utils.hub.converting import PRECISIONS, convert
 from srl_utils.hub.publishing import (
@@ -31,6 +31,7 @@ from srl_utils.hub.publishing import (
 )
 from srl_utils.hub.spaces import FOLDERS, space_files
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder, read_config
+from srl_utils.vae.places import FORM, parse_place
 from srl_utils.vae.single_file import MODELS, PREFIXES
 
 
@@ -41,12 +42,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Convert a VAE, and print where it is; return the exit code."""
-    source = AutoencoderSource(pretrained_model_name_or_path=args.source, subfolder=args.subfolder)
-    note = convert(source, args.target, config=args.config, precision=args.precision, prefix=args.prefix)
+    note = convert(source_of(args), args.target, config=args.config, precision=args.precision, prefix=args.prefix)
     if note is not None:
         print(f"note: {note}", file=sys.stderr)
     print(f"converted to {args.target}")
     return 0
+
+
+def source_of(args: argparse.Namespace) -> AutoencoderSource:
+    """Return where SOURCE is, in the folder of --subfolder if that is given.
+
+    Raises:
+        UserError: if SOURCE has another form than `FORM`, or names another subfolder.
+    """
+    source = parse_place(args.source)
+    if args.subfolder is None:
+        return source
+    if source.subfolder not in (None, args.subfolder):
+        raise UserError(f"{args.source} names the subfolder {source.subfolder} already", parameter="subfolder")
+    return replace(source, subfolder=args.subfolder)
 
 
 def run_push(args: argparse.Namespace) -> int:
@@ -126,14 +140,14 @@ def add_push(command: argparse.ArgumentParser) -> None:
 
 def add_convert(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_convert)
-    command.add_argument("source", type=home_expanded, help="folder or Hub id of a VAE, or a single .safetensors file")
+    command.add_argument("source", help=f"a single .safetensors file, or a folder or Hub id of a VAE: {FORM}")
     command.add_argument(
         "target", type=expanded_path, help="a new .safetensors file, or else a new folder of diffusers"
     )
     command.add_argument("--subfolder", default=None, help="folder of the VAE inside SOURCE, such as vae")
     command.add_argument(
-        "--config", type=home_expanded, default=None,
-        help=f"of a single file that does not tell it: {', '.join(MODELS)}, or a folder or Hub id with a config.json",
+        "--config", default=None,
+        help=f"of a single file that does not tell it: {', '.join(MODELS)}, or a PLACE with a config.json",
     )  # fmt: skip
     command.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="of the written weights (default: fp32)"

@@ -15,16 +15,17 @@ from tqdm.auto import tqdm
 
 from srl_utils.command_line import Parser, checked, device, exit_code, positive_int, seed
 from srl_utils.errors import ResourceError, UserError, one_line
+from srl_utils.files import check_writable
 from srl_utils.images.decoding import UnreadableImage, open_image
 from srl_utils.images.listing import Skipped, list_images
-from srl_utils.pipelines.files import check_size, check_writable, fitting_target, sanitize_file
+from srl_utils.pipelines.files import check_size, fitting_target, sanitize_file
 from srl_utils.pipelines.formats import format_of, format_to_write
 from srl_utils.pipelines.loading import load_purifier_pipelines
-from srl_utils.pipelines.places import FORM
 from srl_utils.pipelines.sanitizing import TILE_ABOVE, build_purifier
 from srl_utils.pipelines.swapping import resolve_vae
 from srl_utils.purifiers import LOOP, Purifier, check_purifier, known_purifiers, uses_noise, uses_pipeline, uses_vae
 from srl_utils.resources import failed_write
+from srl_utils.vae.places import FORM
 
 
 @dataclass

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -92,9 +89,8 @@ def check_frames(source: Path, form: Format, *, max_frames: int, max_pixels: int
             raise UnreadableImage(f"its {count:,} frames are more than {max_frames:,}; make it shorter")
         for index in range(count):
             _seek(image, index)
-            if (
-                count > 1 and count * image.width * image.height > max_pixels
-            ):  # each time, as the frames of a GIF may grow
+            together = count * image.width * image.height  # of each frame anew, as those of a GIF may grow
+            if count > 1 and together > max_pixels:
                 raise UnreadableImage(
                     f"its {count:,} frames have more than {max_pixels:,} pixels together; make it smaller or shorter"
                 )
@@ -113,17 +109,6 @@ def fitting_target(source: Path, target: Path, *, max_pixels: int | None = None)
     with open_image(source, max_pixels=max_pixels) as image:
         fits = form is not None and form.refusal(image.size) is None
     return target if fits else target.with_name(f"{target.name}.png")
-
-
-def check_writable(target: Path) -> None:
-    """Raise an OSError if no file can be written at `target`; leave no file behind."""
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder")
-    with suppress(FileNotFoundError):
-        os.lstat(target)  # raises an error for a name that is too long
-    folder = next(parent for parent in target.parents if os.path.lexists(parent))
-    with tempfile.TemporaryFile(dir=folder):
-        pass
 
 
 def _sequence(image: Image.Image) -> str:

@@ -12,9 +12,9 @@ from huggingface_hub import snapshot_download
 
 from srl_utils.attacks.denoiser import takes_latents_alone
 from srl_utils.errors import UserError, WrongType, errors_about
-from srl_utils.pipelines.places import described, parse_place
 from srl_utils.vae.files import first_line
 from srl_utils.vae.loading import AutoencoderSource
+from srl_utils.vae.places import described, parse_place
 
 
 def load_pipeline(source: AutoencoderSource, dtype: torch.dtype | None = None) -> DiffusionPipeline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from os.path import isfile  # which, unlike pathlib's, says False of a name too long to be one
+from os.path import exists, isfile  # which, unlike pathlib's, say False of a name too long to be one
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from srl_utils.files import save_tensors
 from srl_utils.vae.families import named_family
 from srl_utils.vae.files import check_keys, check_parameters, completed_config, first_line, refuse_pickles
 from srl_utils.vae.low_rank import add_updates, load_updates, merged_state, updates_state
-from srl_utils.vae.single_file import SingleFile, save_single_file
+from srl_utils.vae.single_file import SUFFIX, SingleFile, save_single_file
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -56,12 +56,34 @@ def read_config(source: AutoencoderSource) -> dict[str, Any]:
             impossible, if the VAE does not take RGB images, or if a single file does not tell its configuration.
     """
     name = source.pretrained_model_name_or_path
+    file = read_single_file(source)
+    return checked_config(_stated_config(source) if file is None else file.config(), name)
+
+
+def read_single_file(source: AutoencoderSource) -> SingleFile | None:
+    """Return what a single file says of its VAE; None if `source` names a folder or a model of the Hub.
+
+    Raises:
+        UnusableFile: an OSError, if the file is damaged, or if the weights are pickles.
+        UserError: a ValueError and the base of both, if the file holds no VAE that can be read, or if a subfolder or a
+            variant of it is asked for.
+    """
+    name = source.pretrained_model_name_or_path
+    if source.subfolder and isfile(name):
+        raise UserError(f"'{name}' is one file and has no subfolders; leave out the subfolder {source.subfolder}")
     refuse_pickles(name, source.subfolder)
     if source.file is None:
-        return checked_config(_stated_config(source), name)
+        return None
     if source.variant is not None:
-        raise UserError(f"'{name}' is one file and has no variants", parameter="variant")
-    return checked_config(SingleFile.read(source.file).config(), name)
+        raise UserError(f"'{name}' is one file and has no variants; leave out the variant {source.variant}")
+    return SingleFile.read(source.file)
+
+
+def refuse_missing_file(source: AutoencoderSource) -> None:
+    """Raise a MissingFile if `source` has the name of a single file, and nothing is there."""
+    place = Path(source.pretrained_model_name_or_path, source.subfolder or "")
+    if place.suffix == SUFFIX and not exists(place):
+        raise MissingFile(f"there is no file '{place}'; give the path of a file that exists") from None
 
 
 def _stated_config(source: AutoencoderSource) -> dict[str, Any]:
@@ -72,6 +94,7 @@ def _stated_config(source: AutoencoderSource) -> dict[str, Any]:
     try:
         return AutoencoderKL.load_config(**arguments)  # reads the file of any class
     except (OSError, ValueError, RecursionError) as error:
+        refuse_missing_file(source)  # only now, since a model of the Hub may have such a name
         reason = str(error).strip().splitlines()[0]
         other_folder = Path(name).exists() and not Path(name, "model_index.json").exists()
         hint = "" if source.subfolder or other_folder else "; for the VAE of a whole pipeline, give the subfolder vae"
@@ -127,7 +150,7 @@ def load_single_file(path: Path, config: dict[str, Any]) -> AutoencoderKL:
     """
     vae = SingleFile.read(path).load(config)
     check_parameters(vae, str(path))
-    return vae.float()
+    return vae
 
 
 def _loading_error(error: Exception, source: AutoencoderSource) -> type[UserError]:

@@ -30,6 +30,8 @@ CONFIG_KEY = "diffusers_config"
 """Where the metadata hold the configuration, as JSON."""
 PREFIXES = ("", "first_stage_model.", "vae.")
 """What the names begin with: in a file of the VAE alone, in a whole checkpoint, in a whole checkpoint of ComfyUI."""
+READABLE = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ"})
+"""The types, as safetensors call them, of which torch makes float32; integers mean nothing without their scale."""
 TRAINING = re.compile(r"loss\.|model_ema\.")
 """Tensors of the VAE's own training, which some public files hold."""
 RENAMES = (
@@ -233,11 +235,11 @@ class SingleFile:
 
     @classmethod
     def read(cls, path: Path) -> SingleFile:
-        """Read the names and shapes of a file.
+        """Read the names, shapes and types of a file.
 
         Raises:
             UnusableFile: an OSError, if it is damaged or no safetensors.
-            UserError: a ValueError and the base of both, if it holds no VAE in the original layout.
+            UserError: a ValueError and the base of both, if it holds no VAE in the original layout, or one of integers.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -245,7 +247,9 @@ class SingleFile:
                 prefix = _prefix(names, path)
                 own = {name for name in names if name.startswith(prefix)}
                 own -= {name for name in own if TRAINING.match(name.removeprefix(prefix))}
-                shapes = {name.removeprefix(prefix): tuple(file.get_slice(name).get_shape()) for name in own}
+                slices = {name.removeprefix(prefix): file.get_slice(name) for name in own}
+                shapes = {name: tuple(described.get_shape()) for name, described in slices.items()}
+                _check_types({name: described.get_dtype() for name, described in slices.items()}, path)
         except (SafetensorError, OSError) as error:
             raise UnusableFile(f"cannot load the VAE '{path}': {first_line(error)}") from None
         return cls(path, prefix, shapes, frozenset(names - own), _recorded(metadata, path))
@@ -260,9 +264,10 @@ class SingleFile:
             return dict(self.recorded)
         model = self._model()
         if model is None:
+            folder = f"{self.path.with_suffix('')}-vae"  # a name that no file of weights has, even of x.pt.safetensors
             raise UserError(
                 f"'{self.path}' does not say which model its VAE is of, and several have VAEs of this shape. Name it: "
-                f"python -m srl_utils.hub convert {shlex.quote(str(self.path))} {shlex.quote(str(self.path.with_suffix('')))} "
+                f"python -m srl_utils.hub convert {shlex.quote(str(self.path))} {shlex.quote(folder)} "
                 f"--config MODEL, where MODEL is {', '.join(MODELS)} or a folder with its config.json; then give that folder"
             )
         return self.config_of(model)
@@ -321,7 +326,9 @@ class SingleFile:
         return self.shapes[name][axis]
 
     def load(self, config: Mapping[str, Any]) -> AutoencoderKL:
-        """Load the VAE with this configuration, in the precision of the file.
+        """Load the VAE with this configuration in float32, whatever the precision of the file.
+
+        No arithmetic exists for float8, not even a search for infinite values.
 
         Raises:
             UserError: if the weights do not fit the configuration, or if it is of another class.
@@ -343,7 +350,7 @@ class SingleFile:
                 )
         with safe_open(self.path, "pt") as file:
             weights = {
-                name: file.get_tensor(self.prefix + original).reshape(wanted[name].shape)
+                name: file.get_tensor(self.prefix + original).reshape(wanted[name].shape).float()
                 for original, name in names.items()
             }
         vae.load_state_dict(weights, assign=True)
@@ -366,6 +373,16 @@ def _prefix(names: set[str], path: Path) -> str:
             + " or ".join(filter(None, PREFIXES))
         )
     return prefix
+
+
+def _check_types(types: Mapping[str, str], path: Path) -> None:
+    """Raise a UserError unless all tensors of the VAE are of a type in `READABLE`."""
+    for name, kind in sorted(types.items()):
+        if kind not in READABLE:
+            raise UserError(
+                f"cannot load the VAE '{path}': its {name} is of the type {kind}, which holds no plain weights; give a "
+                "file in float8, or in 16 or more bits of floating point"
+            )
 
 
 def _recorded(metadata: Mapping[str, str], path: Path) -> Mapping[str, Any] | None:

@@ -21,10 +21,10 @@ from srl_utils.evaluation.cli.running import used_versions
 from srl_utils.evaluation.timings import measured_timings
 from srl_utils.files import read_json
 from srl_utils.hub.contents import CARD
-from srl_utils.pipelines.places import parse_place
 from srl_utils.resources import device_name
 from srl_utils.vae.codec import Codec, load_codec
 from srl_utils.vae.loading import WEIGHTS_NAME
+from srl_utils.vae.places import parse_place
 from srl_utils.zoo.entries import TRAINING, Entry, Subject, training_flags
 from srl_utils.zoo.protocols import PROTOCOLS, Protocol, digest_of
 from srl_utils.zoo.rows import ZooRow, check_base_digest, check_digest, check_images, read_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from srl_utils.errors import UnusableFile, UserError
+from srl_utils.errors import MissingFile, UnusableFile, UserError
 from srl_utils.evaluation.cli.loading import load_codecs, vae_sources
 from srl_utils.hub.__main__ import main
 from srl_utils.hub.converting import convert
@@ -157,7 +158,8 @@ def test_a_round_trip_is_the_identity(precision: str, prefix: str, tmp_path: Pat
     assert {key: value for key, value in after.config.items() if key[0] != "_"} == {
         key: list(value) if isinstance(value, tuple) else value for key, value in vae.config.items() if key[0] != "_"
     }
-    assert json.loads((tmp_path / "after/config.json").read_text())["_name_or_path"] == "one.safetensors"
+    stated = [json.loads((tmp_path / f"{folder}/config.json").read_text()) for folder in ("before", "after")]
+    assert stated[1] == {**stated[0], "_name_or_path": "one.safetensors"}  # as docs/publishing.md says
 
 
 def test_low_rank_updates_are_merged(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
@@ -209,7 +211,7 @@ def test_a_public_file_is_recognised_by_its_digest(tmp_path: Path, monkeypatch: 
     """Oracle: the published SHA-256 of sdxl_vae.safetensors, which no shape tells from that of Stable Diffusion 1."""
     path = header(tmp_path / "any name.safetensors", original_shapes(latent_channels=4, quant_conv=True, **SMALL))
     with pytest.raises(
-        UserError, match=r"does not say which model.*'.*any name.safetensors' '.*any name' --config MODEL"
+        UserError, match=r"does not say which model.*'.*any name.safetensors' '.*any name-vae' --config MODEL"
     ):
         read_config(at(path))
     digest = "63aeecb90ff7bc1c115395962d3e803571385b61938377bc7089b36e81e92e2e"
@@ -303,11 +305,130 @@ def test_the_command(tiny_vae: AutoencoderKL, tmp_path: Path, capsys: pytest.Cap
         ([str(tmp_path / "vae"), str(target)], "exists; remove it"),
         ([str(target), str(tmp_path / "new"), "--prefix", "vae."], "prefix: names begin with it only in a file"),
         ([str(tmp_path / "vae"), str(tmp_path / "new"), "--config", "sd"], "config: it is for a single file"),
-        ([str(tmp_path / "absent.safetensors"), str(tmp_path / "new")], "no VAE configuration at"),
+        ([str(target), str(tmp_path / "new"), "--subfolder", "vae"], "is one file and has no subfolders"),
+        ([str(target), str(tmp_path / "new"), "--config", str(tmp_path / "absent")], "config: no VAE configuration at"),
     ):
         with pytest.raises(UserError, match=message):
             main(["convert", *arguments])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("further", [(), ("--config", "sd"), ("--config", "absent.safetensors")])
+def test_a_file_that_is_not_there(
+    further: tuple[str, ...], tiny_vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the same line for SOURCE, with and without --config, and for a --config, of a file that was mistyped."""
+    monkeypatch.chdir(tmp_path)
+    save_single_file(tiny_vae, tmp_path / "there.safetensors")
+    source = "there.safetensors" if "absent.safetensors" in further else "absent.safetensors"
+    with pytest.raises(
+        MissingFile, match=r"^(config: )?there is no file 'absent\.safetensors'; give the path of a file"
+    ):
+        main(["convert", source, "new", *further])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a.ckpt", "a.pt", "a.pth", "a.bin", "v1.BIN", "a.safetensor", "a.SAFETENSORS", "a.sft", "new/.safetensors"]
+)
+def test_a_target_with_the_suffix_of_another_file(name: str, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    """Oracle: one line with the suffix that a file has to have, and no folder of that name."""
+    save_autoencoder(tiny_vae, tmp_path / "vae")
+    with pytest.raises(UserError, match=r"name has to end in \.safetensors, such as [^ ]*\.safetensors;"):
+        main(["convert", str(tmp_path / "vae"), str(tmp_path / name)])
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
+@pytest.mark.parametrize("name", ["sd-v1.5", "vae.old", "new/vae", "bin", "my.safetensors.d"])
+def test_a_target_that_is_a_folder(name: str, tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    """Oracle: the folder loads, whatever dots are in its name."""
+    save_autoencoder(tiny_vae, tmp_path / "vae")
+    assert main(["convert", str(tmp_path / "vae"), str(tmp_path / name)]) == 0
+    assert_same(load_autoencoder(at(tmp_path / name)), tiny_vae)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("dangling", "dangling is a link to nothing; remove it"),
+        ("dangling.safetensors", "dangling.safetensors is a link to nothing; remove it"),
+        ("dangling/vae", "cannot write .*dangling/vae: No such file or directory"),
+        ("file/vae", "cannot write .*file/vae: Not a directory"),
+        ("file/new/vae.safetensors", "cannot write .*file/new/vae.safetensors: Not a directory"),
+        ("x" * 300, "cannot write .*: File name too long"),
+        ("/proc/vae", "cannot write /proc/vae: "),
+        ("/proc/vae.safetensors", "cannot write /proc/vae.safetensors: "),
+    ],
+)
+def test_a_target_that_cannot_be_written(
+    target: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the system's own reason in one line, before anything is loaded; nothing is left behind."""
+    if target.startswith("/proc") and sys.platform != "linux":
+        pytest.skip("there is no /proc")
+    (tmp_path / "file").write_text("")
+    for link in ("dangling", "dangling.safetensors"):
+        (tmp_path / link).symlink_to("nowhere")
+    monkeypatch.setattr("srl_utils.hub.converting.load_autoencoder", lambda source: pytest.fail("the VAE was loaded"))
+    with pytest.raises(UserError, match=message):
+        main(["convert", str(tmp_path / "vae"), str(tmp_path / target)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "dangling.safetensors", "file"]
+
+
+def test_the_command_reads_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the weights that were saved as the variant; two subfolders are one too many, unless they are the same."""
+    vae = build_tiny_vae(seed=3)
+    vae.save_pretrained(tmp_path / "pipe/vae", variant="fp16")
+    monkeypatch.chdir(tmp_path)
+    for number, words in enumerate((
+        ["pipe:vae,variant=fp16"], ["pipe,variant=fp16", "--subfolder", "vae"], ["pipe:vae,variant=fp16", "--subfolder", "vae"]
+    )):  # fmt: skip
+        assert main(["convert", words[0], f"{number}.safetensors", *words[1:]]) == 0
+        assert_same(load_autoencoder(at(tmp_path / f"{number}.safetensors")), vae)
+    with pytest.raises(UserError, match="subfolder: pipe:vae names the subfolder vae already"):
+        main(["convert", "pipe:vae", "new", "--subfolder", "unet"])
+    with pytest.raises(UserError, match="is a file on this machine and has no revisions"):
+        main(["convert", "0.safetensors@main", "new"])
+    for further in ([], ["--config", "pipe:vae"]):
+        with pytest.raises(UserError, match="is one file and has no variants; leave out the variant fp16"):
+            main(["convert", "0.safetensors,variant=fp16", "new", *further])
+    save_file(load_file("0.safetensors"), "bare.safetensors")  # without the metadata
+    assert main(["convert", "bare.safetensors", "new", "--config", "pipe:vae"]) == 0
+    assert_same(load_autoencoder(at(tmp_path / "new")), vae)
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float64])
+def test_every_floating_point_is_read_as_float32(kind: torch.dtype, prefix: str, tmp_path: Path) -> None:
+    """Oracle: torch's own conversion of each stored number, by `convert` and wherever a VAE is loaded."""
+    path = tmp_path / "vae.safetensors"
+    shapes = original_shapes(latent_channels=4, quant_conv=True, **SMALL)
+    tensors = {name: tensor.to(kind) for name, tensor in random_tensors(shapes).items()}
+    named = {prefix + name: tensor for name, tensor in tensors.items()}
+    save_file(named, path)
+    convert(at(path), tmp_path / "out", config="sd", precision="fp32")
+    config = json.dumps(SingleFile.read(path).config_of(MODELS["sd"]))
+    save_file(named, path, metadata={CONFIG_KEY: config})
+    for vae in (load_autoencoder(at(path)), load_autoencoder(at(tmp_path / "out"))):
+        weights = {original_name(name, levels=2): tensor for name, tensor in vae.state_dict().items()}
+        assert weights.keys() == tensors.keys()
+        for name, tensor in weights.items():
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, tensors[name].float().reshape(tensor.shape))
+
+
+@pytest.mark.parametrize(("kind", "name"), [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.bool, "BOOL")])
+def test_integers_are_refused(kind: torch.dtype, name: str, tmp_path: Path) -> None:
+    """Oracle: one line with the tensor and its type, by `convert` and wherever a configuration is read; nothing is written."""
+    tensors = random_tensors(original_shapes(latent_channels=4, quant_conv=True, **SMALL))
+    save_file(changed(tensors, quant_conv__weight=tensors["quant_conv.weight"].to(kind)), tmp_path / "vae.safetensors")
+    for read in (
+        lambda: convert(at(tmp_path / "vae.safetensors"), tmp_path / "out", config="sd", precision="fp32"),
+        lambda: read_config(at(tmp_path / "vae.safetensors")),
+    ):
+        with pytest.raises(UserError, match=f"vae.safetensors': its quant_conv.weight is of the type {name}") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_single_file_has_no_variants(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from srl_utils.evaluation.study import THREAT_MODELS
 from srl_utils.files import home_expanded
 from srl_utils.images.sources import NEED_NO_DOWNLOAD
 from srl_utils.metrics.features import CLIP_MODEL, FEATURE_SIMILARITY, SET_METRICS
-from srl_utils.pipelines.places import FORM
 from srl_utils.purifiers import check_purifier, known_purifiers, uses_perceptual, uses_pipeline
+from srl_utils.vae.places import FORM
 
 CLIP_METRICS = ("clip", "clip-text")
 

@@ -18,9 +18,9 @@ from srl_utils.images.listing import few
 from srl_utils.images.sources import DataSource
 from srl_utils.metrics.features import ImageClassifier, load_image_classifier
 from srl_utils.metrics.pixels import SSIM_WINDOW
-from srl_utils.pipelines.places import described, parse_named_place, parse_place
 from srl_utils.vae.codec import Codec, load_codec
 from srl_utils.vae.loading import AutoencoderSource
+from srl_utils.vae.places import described, parse_named_place, parse_place
 
 BASELINE = "original"
 """Name of the baseline in reports."""

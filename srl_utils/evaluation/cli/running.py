@@ -31,8 +31,8 @@ from srl_utils.evaluation.study import Study
 from srl_utils.evaluation.tasks.base import Metrics, Task
 from srl_utils.evaluation.timings import kept_timings
 from srl_utils.files import read_json, sole_run, write_text_atomically
-from srl_utils.pipelines.places import parse_place, resolved_commit
 from srl_utils.resources import device_name
+from srl_utils.vae.places import parse_place, resolved_commit
 
 NOT_IN_FINGERPRINT = frozenset(
     {

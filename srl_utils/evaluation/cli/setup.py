@@ -52,13 +52,13 @@ from srl_utils.pipelines.loading import (
     load_purifier_pipelines,
     purifying_pipeline,
 )
-from srl_utils.pipelines.places import described, parse_place
 from srl_utils.purifiers import PurifierResources, check_purifier, purifier_of, uses_perceptual, uses_pipeline
 from srl_utils.vae.codec import Codec
 from srl_utils.vae.families import family_of
 from srl_utils.vae.files import first_line
 from srl_utils.vae.loading import HALF_PRECISION
 from srl_utils.vae.networks import check_frames
+from srl_utils.vae.places import described, parse_place
 
 LONGEST_WAIT = timedelta(days=1)
 """How long a process waits for the others, whose last attack may take hours."""

@@ -19,8 +19,8 @@ from srl_utils.evaluation.cli.running import fingerprint
 from srl_utils.evaluation.tasks.base import Metrics
 from srl_utils.files import home_expanded
 from srl_utils.pipelines.loading import load_pipeline
-from srl_utils.pipelines.places import described, parse_named_place, parse_place, resolved_commit
 from srl_utils.vae.loading import AutoencoderSource, load_autoencoder
+from srl_utils.vae.places import described, parse_named_place, parse_place, resolved_commit
 
 FOLDERS = (
     "outputs/lr=1e-4",

@@ -19,7 +19,7 @@ VARIANT = re.compile(r"(.+),variant=([\w.-]+)", re.S)
 
 
 def parse_place(text: str) -> AutoencoderSource:
-    """Return the source that `text` names: a folder or a Hub id, in the form `FORM`.
+    """Return the source that `text` names: a folder, a single file or a Hub id, in the form `FORM`.
 
     A path that exists is taken as it is, even if it contains @, : or a comma. A leading ~ stands for the home folder.
 
@@ -134,12 +134,13 @@ def _on_the_hub(text: str) -> AutoencoderSource:
 
 
 def _refuse_suffix_of_folder(text: str) -> None:
-    """Raise a UserError if `text` is a folder of this machine followed by a revision or a missing subfolder."""
+    """Raise a UserError if `text` is a path of this machine followed by a revision or a missing subfolder."""
     for sign in re.finditer("[@:]", text):
         folder, suffix = text[: sign.start()], _without_variant(text[sign.end() :])
         if folder and suffix and "=" not in suffix and exists(home_expanded(folder)):
+            kind = "folder" if isdir(home_expanded(folder)) else "file"
             lack = "has no revisions; leave out" if sign[0] == "@" else f"has no subfolder {suffix}; leave out"
-            raise UserError(f"{text}: {folder} is a folder on this machine and {lack} {sign[0]}{suffix}")
+            raise UserError(f"{text}: {folder} is a {kind} on this machine and {lack} {sign[0]}{suffix}")
 
 
 def _without_variant(text: str) -> str:
