@@ -29,6 +29,8 @@ TITLES = (
     "VAE",
     *NUMBERS[:1],
     "under",
+    "base",
+    "objective",
     *NUMBERS[1:],
     "measured on",
     "failed checks",
@@ -53,6 +55,8 @@ class Line:
         texts = {
             "VAE": self.entry.name,
             "under": f"{worst.attack}, {worst.threat_model}",
+            "base": self.entry.base or "",
+            "objective": self.entry.objective,
             "measured on": row.device,
             "setting of the claims": claims.setting if claims else "",
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import ROOT
-from helpers.zoo import BASED, DIGEST, entry, psnr_rows, row
+from helpers.zoo import BASED, DIGEST, FIELDS, entry, psnr_rows, row
 
 from srl_utils.errors import UserError
 from srl_utils.zoo.entries import read_entries
@@ -85,6 +85,7 @@ def test_claims_stand_beside_what_was_measured() -> None:
         and first["claimed, worst (dB)"] == "24.50"
         and first["cost of training (TFLOP)"] == "203.6"
     )
+    assert first["base"] == BASED["base"] and second["base"] == "" and first["objective"] == FIELDS["objective"]
     assert first["drift"] == "0.2500" and second["drift"] == "" and second["claimed, worst (dB)"] == ""
     assert "claimed, clean" not in as_markdown([table])  # empty in all lines
 
