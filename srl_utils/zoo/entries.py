@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -109,9 +110,10 @@ class Entry(Subject):
         """Refuse a training that leaves its weights elsewhere, or publishes them with the login of whoever measures them."""
         if publishing := [flag for flag in flags if flag.startswith(PUBLISHING)]:
             raise UserError(f"command: {publishing[0]} publishes; an entry's training may not")
-        joined = " ".join(flags).replace(f"{OUTPUT}=", f"{OUTPUT} ")
-        if f" {OUTPUT} {self.weights} " not in f" {joined} ":
-            raise UserError(f"command: it needs {OUTPUT} {self.weights}, the entry's weights")
+        folders = [value for flag, value in pairwise([*flags, ""]) if flag == OUTPUT]
+        folders += [flag.partition("=")[2] for flag in flags if flag.startswith(f"{OUTPUT}=")]
+        if folders != [self.weights]:
+            raise UserError(f"command: it needs {OUTPUT} {self.weights}, the entry's weights, once")
 
 
 def training_flags(command: str) -> list[str]:
