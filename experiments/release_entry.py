@@ -16,9 +16,8 @@ import yaml
 
 from srl_utils.command_line import Parser, exit_code
 from srl_utils.files import write_text_atomically
-from srl_utils.zoo.entries import Entry
+from srl_utils.zoo.entries import checked_entry
 from srl_utils.zoo.measuring import name_of
-from srl_utils.zoo.schema import checked
 
 GIVEN = ("weights", "base", "protocol", "data", "budget", "link")
 
@@ -32,9 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     given = {field: getattr(args, field) for field in GIVEN}
     fields = {"name": name_of(args.weights), "objective": "srl", "digest": None, "base_digest": None, **given}
-    entry = checked(Entry, fields)
-    entry.check()
-    path = args.folder / f"{entry.name}.yaml"
+    path = args.folder / f"{checked_entry(fields).name}.yaml"
     write_text_atomically(path, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
     print(path)
     return 0

@@ -99,7 +99,7 @@ def _load(source: AutoencoderSource, config: str | None) -> ModelMixin:
         refuse_missing_file(source)
         raise UserError("it is for a single file; a folder has its own configuration", parameter="config")
     if config in MODELS:
-        return load_single_file(file.path, checked_config(file.config_of(MODELS[config]), str(file.path)))
+        return load_single_file(file, checked_config(file.config_of(MODELS[config]), str(file.path)))
     with errors_about("config"):
         stated = read_config(parse_place(config))
-    return load_single_file(file.path, stated)
+    return load_single_file(file, stated)

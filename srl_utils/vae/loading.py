@@ -131,7 +131,7 @@ def load_autoencoder(source: AutoencoderSource) -> ModelMixin:
     name = source.pretrained_model_name_or_path
     config = read_config(source)
     if source.file is not None:
-        return load_single_file(source.file, config)
+        return load_single_file(SingleFile.read(source.file), config)
     kind = named_family(config["_class_name"], name).kind
     try:
         vae, loading = kind.from_pretrained(**asdict(source), use_safetensors=True, output_loading_info=True)
@@ -142,14 +142,14 @@ def load_autoencoder(source: AutoencoderSource) -> ModelMixin:
     return vae.float()
 
 
-def load_single_file(path: Path, config: dict[str, Any]) -> AutoencoderKL:
+def load_single_file(file: SingleFile, config: dict[str, Any]) -> AutoencoderKL:
     """Load a VAE of a checked configuration from one file, in float32, whatever the precision of the file.
 
     Raises:
         UserError: if the weights do not fit the configuration or are not all finite.
     """
-    vae = SingleFile.read(path).load(config)
-    check_parameters(vae, str(path))
+    vae = file.load(config)
+    check_parameters(vae, str(file.path))
     return vae
 
 

@@ -10,6 +10,7 @@ import shlex
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -147,10 +148,19 @@ def read_entry(path: Path) -> Entry:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML fails at impossible dates and numbers
         raise UnusableFile(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     try:
-        entry = checked(Entry, given)
-        entry.check()
+        return checked_entry(given)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def checked_entry(given: Any) -> Entry:
+    """Return the entry with these fields.
+
+    Raises:
+        UserError: if a field is missing, unknown, of another type or impossible.
+    """
+    entry = checked(Entry, given)
+    entry.check()
     return entry
 
 

@@ -107,17 +107,8 @@ class ZooRow:
             raise UserError(f"the row of {self.name} has no robustness checks; evaluate it again")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as JSON values."""
+        """Return the row as JSON values, which `read_row` reads."""
         return {**asdict(self), "results": [row.to_json() for row in self.results]}
-
-    @classmethod
-    def from_json(cls, values: Any) -> ZooRow:
-        """Return the row that `to_json` described.
-
-        Raises:
-            UserError: if the values are others.
-        """
-        return checked(cls, values)
 
     def write(self, path: Path) -> None:
         """Write the row as JSON, atomically."""
@@ -178,7 +169,7 @@ def read_row(path: Path) -> ZooRow:
         raise MissingFile(f"there is no row {path}; `python -m srl_utils.zoo evaluate` writes it")
     values = read_json(path)
     try:
-        return ZooRow.from_json(values)
+        return checked(ZooRow, values)
     except UserError as error:
         raise UnusableFile(f"{path} is not a row of the zoo; evaluate the VAE again ({error})") from None
 

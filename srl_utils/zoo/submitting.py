@@ -67,7 +67,9 @@ def check_new(entry: Entry, zoo: Path) -> None:
         UserError: if the zoo has an entry of this name for other weights, or for another base or protocol.
     """
     present = read_entries(zoo).get(entry.name)
-    for field in ("weights", "base", "protocol") if present is not None else ():
+    if present is None:
+        return
+    for field in ("weights", "base", "protocol"):
         own, theirs = (getattr(each, field) or "none" for each in (entry, present))
         if own != theirs:
             raise UserError(f"name: the zoo has an entry {entry.name} with the {field} {theirs}; choose another name")
